@@ -1,0 +1,347 @@
+"""A dense KV cache for all layers of a model whose rows may come and go between two decode steps.
+
+Tensors and the `BatchShape` that says which of their columns are valid, kept in step: each method
+first works out the new shape on a copy, then lets the ops write, then takes the copy over. A call
+that raises leaves both as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from baton_kernels.batch_shape import BatchShape, Moves, checked_int
+from baton_kernels.ops.checks import FLOATS, Checker, dtype_name
+from baton_kernels.ops.extract_kv import extract_kv
+from baton_kernels.ops.insert_kv import insert_kv
+from baton_kernels.ops.move_kv import move_kv
+from baton_kernels.slot_memory import SlotMemory
+
+
+class KVCache:
+    """Keys and values of all layers for a running batch, and its shape.
+
+    Token t of the query in `slot` is `keys[:, slot, :, shape.start(slot) + t]`, likewise
+    `values`. Every other column is padding, which nothing here clears and nothing may read.
+
+    On the CPU the cache reserves address space and commits memory page by page as columns are
+    written, so a large capacity costs nothing until it is used; `release` gives the pages of free
+    slots back. On other devices it is allocated whole.
+
+    `keys`, `values` and `shape` are for reading (the ops write columns of rows in use through
+    `layer`); rows change through the methods. `resize` replaces `keys` and `values`, so
+    views of them must be taken again after it.
+
+    Args:
+        num_layers: int, at least 1.
+        num_slots: int, at least 1; rows the cache can hold.
+        num_kv_heads: int, at least 1.
+        capacity: int, at least 1; columns of a slot.
+        head_dim: int, a multiple of 8 from 16 to 256.
+        dtype: float32, float16 or bfloat16.
+        device: where keys and values live.
+        aligned: bool; whether all rows end in the same column, see `BatchShape`.
+
+    Attributes:
+        keys: `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`, last dimension
+            contiguous.
+        values: the same.
+
+    Raises:
+        TypeError: a size is not an integer, or dtype is none of the three.
+        ValueError: a size is below 1.
+        NotImplementedError: head_dim is none that the ops work on.
+        MemoryError: the address space could not be reserved.
+
+    Undefined: the content of padding, fresh or left behind by a query.
+
+    Source: BATON, section on embedding prefilled keys and values into the KV cache of the running
+    batch.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        aligned: bool = False,
+    ) -> None:
+        self._num_layers = checked_int("KVCache", "num_layers", num_layers, 1)
+        self._num_kv_heads = checked_int("KVCache", "num_kv_heads", num_kv_heads, 1)
+        self._head_dim = checked_int("KVCache", "head_dim", head_dim, 1)
+        check = Checker("KVCache")
+        if dtype not in FLOATS:
+            check.fail("dtype", "float32, float16 or bfloat16", dtype_name(dtype), TypeError)
+        # What the ops say of such a cache, before memory is asked for.
+        column = torch.empty(1, 1, 1, 1, self._head_dim, dtype=dtype, device="meta")
+        check.caches(column, column, with_layers=True, written=True)
+        self._dtype = dtype
+        self._device = torch.device(device)
+        self._shape = BatchShape(num_slots, capacity, aligned=aligned)
+        self._key_memory, self._value_memory = self._new_memory(self._shape.num_slots)
+        # With its index: "cuda" would follow the current device, and the tensors do not.
+        self._device = self.keys.device
+        # Per slot, the columns [low, high) that may have been written.
+        self._touched = [(0, 0)] * self._shape.num_slots
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """Keys `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`."""
+        return self._key_memory.tensor
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Values `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`."""
+        return self._value_memory.tensor
+
+    @property
+    def shape(self) -> BatchShape:
+        """The shape of the batch; always the same object."""
+        return self._shape
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of one layer, key_cache and value_cache as the ops take them.
+
+        `[num_slots, num_kv_heads, capacity, head_dim]` each.
+
+        Args:
+            index: int, 0 to num_layers - 1.
+
+        Raises:
+            ValueError: index is out of range.
+        """
+        index = checked_int("KVCache.layer", "index", index, 0, self._num_layers - 1)
+        return self.keys[index], self.values[index]
+
+    def allocate(self, length: int, slot: int | None = None) -> int:
+        """Takes a free slot for `length` tokens, whose keys and values the caller writes.
+
+        Args:
+            length: int, 0 to capacity, in tokens.
+            slot: int, the free slot to take; None takes the lowest.
+
+        Returns:
+            The slot; its columns are `[shape.start(slot), shape.end(slot))`.
+
+        Raises:
+            ValueError: length or slot is out of range, the slot is in use, or none is free.
+
+        Undefined: the content of the row until it is written.
+        """
+        planned = self._shape.copy()
+        slot, moves = planned.allocate(length, slot)
+        self._move(moves)
+        self._commit(planned)
+        return slot
+
+    def extend(self, slots: Iterable[int], counts: Iterable[int] | None = None) -> None:
+        """Adds tokens at the end of rows, whose keys and values the caller writes (`append_kv`).
+
+        The new tokens of a row are its columns `[end - counts[i], end)` after the call.
+
+        Args:
+            slots: ints, distinct, in use. Aligned: every row that has tokens.
+            counts: ints, at least 0, in tokens, one per slot, equal ones if aligned; None stands
+                for 1 each.
+
+        Raises:
+            ValueError: see `BatchShape.extend`.
+
+        Undefined: the content of the new columns until they are written.
+        """
+        planned = self._shape.copy()
+        moves = planned.extend(slots, counts)
+        self._move(moves)
+        self._commit(planned)
+
+    def insert(self, key: torch.Tensor, value: torch.Tensor, slot: int | None = None) -> int:
+        """Takes a free slot for a prefilled query and writes it, all layers at once.
+
+        `keys[l, slot, h, shape.start(slot) + t] = key[l, t, h]`, values likewise.
+
+        Args:
+            key: `[num_layers, tokens, num_kv_heads, head_dim]`, the cache's dtype and device,
+                last dimension contiguous.
+            value: the same.
+            slot: int, the free slot to take; None takes the lowest.
+
+        Returns:
+            The slot.
+
+        Raises:
+            TypeError: key or value has another dtype than the cache.
+            ValueError: key or value has another shape, stride or device than stated, tokens passes
+                the capacity, the slot is out of range or in use, or none is free.
+
+        Source: BATON, shaping and embedding of a new query.
+        """
+        check = Checker("KVCache.insert")
+        check.tokens("key", key, self.keys)
+        check.tokens("value", value, self.keys)
+        check.shape("value", value, key.shape)
+        tokens = key.shape[1]
+        planned = self._shape.copy()
+        slot, moves = planned.allocate(tokens, slot)
+        index = self._index([0, tokens, slot, planned.start(slot)])
+        # First into the free slot, which no row can see yet, then the moves: whichever op refuses,
+        # no row is changed.
+        insert_kv(key, value, self.keys, self.values, index[:2], index[2:3], index[3:])
+        self._touch(slot, planned)
+        self._move(moves)
+        self._commit(planned)
+        return slot
+
+    def extract(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies the row in `slot` out, unpadded.
+
+        `key[l, t, h] = keys[l, slot, h, shape.start(slot) + t]`, values likewise.
+
+        Args:
+            slot: int, a slot in use.
+
+        Returns:
+            key, value: `[num_layers, tokens, num_kv_heads, head_dim]`, what `insert` takes.
+
+        Raises:
+            ValueError: slot is not in use.
+
+        Source: BATON, preemption: copy the row out, resume it by inserting.
+        """
+        tokens = self._shape.length(slot)
+        index = self._index([0, tokens, slot, self._shape.start(slot)])
+        return extract_kv(
+            self.keys, self.values, index[:2], index[2:3], index[3:], total_tokens=tokens
+        )
+
+    def free(self, slot: int) -> None:
+        """Forgets the row in `slot`. Nothing is cleared; see `release` and `trim`.
+
+        Args:
+            slot: int, a slot in use.
+
+        Raises:
+            ValueError: slot is not in use.
+        """
+        self._shape.free(slot)
+
+    def trim(self) -> None:
+        """Aligned: moves all rows left by the padding common to them. Ragged: nothing to do.
+
+        Source: BATON, removal: columns that are padding in all surviving rows are dropped.
+        """
+        planned = self._shape.copy()
+        moves = planned.trim()
+        self._move(moves)
+        self._commit(planned)
+
+    def resize(self, num_slots: int) -> None:
+        """Changes the number of slots; every row keeps its slot, its columns and its content.
+
+        Only valid columns are copied, so untouched memory stays uncommitted. While it runs, the
+        valid columns exist twice. Views of the former keys and values no longer belong to the
+        cache.
+
+        Args:
+            num_slots: int, more than the highest slot in use.
+
+        Raises:
+            ValueError: num_slots is below 1, or a slot in use would be dropped.
+            MemoryError: the address space could not be reserved.
+
+        Source: BATON, flexible batch sizes.
+        """
+        planned = self._shape.copy()
+        planned.resize(num_slots)
+        if planned == self._shape:
+            return
+        memories = self._new_memory(planned.num_slots)
+        for old, new in zip((self.keys, self.values), memories, strict=True):
+            for slot in planned.used:
+                columns = slice(planned.start(slot), planned.end(slot))
+                new.tensor[:, slot, :, columns].copy_(old[:, slot, :, columns])
+        self._key_memory, self._value_memory = memories
+        self._touched = [(0, 0)] * planned.num_slots
+        self._commit(planned)
+
+    def release(self) -> None:
+        """Gives the memory of free slots back to the operating system.
+
+        On other devices than the CPU there is nothing to give back slot by slot: nothing happens.
+
+        Undefined: the content of free slots, before and after.
+        """
+        for slot in set(range(self._shape.num_slots)).difference(self._shape.used):
+            self._key_memory.release(slot)
+            self._value_memory.release(slot)
+            self._touched[slot] = (0, 0)
+
+    @property
+    def bytes_reserved(self) -> int:
+        """Bytes of address space (CPU) or of device memory that keys and values take."""
+        return self._key_memory.num_bytes + self._value_memory.num_bytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values, all layers."""
+        return 2 * self._num_layers * self._num_kv_heads * self._head_dim * self._dtype.itemsize
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the valid columns."""
+        return self.bytes_per_token * sum(self._shape.length(slot) for slot in self._shape.used)
+
+    @property
+    def bytes_committed(self) -> int:
+        """Bytes of the pages that back the cache, an upper bound if nobody writes padding.
+
+        CPU: the pages between the lowest and the highest column that each slot has had in use since
+        the cache was made or resized, or the slot released. Other devices: `bytes_reserved`.
+        """
+        return sum(m.committed(self._touched) for m in (self._key_memory, self._value_memory))
+
+    def __repr__(self) -> str:
+        return (
+            f"KVCache(num_layers={self._num_layers}, num_kv_heads={self._num_kv_heads}, "
+            f"head_dim={self._head_dim}, dtype={self._dtype}, device={self._device}, "
+            f"shape={self._shape})"
+        )
+
+    def _new_memory(self, num_slots: int) -> tuple[SlotMemory, SlotMemory]:
+        capacity = self._shape.capacity
+        sizes = (self._num_layers, num_slots, self._num_kv_heads, capacity, self._head_dim)
+        return (
+            SlotMemory(sizes, self._dtype, self._device),
+            SlotMemory(sizes, self._dtype, self._device),
+        )
+
+    def _index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=self._device)
+
+    def _move(self, moves: Moves) -> None:
+        if moves:
+            index = (
+                moves.source_slots,
+                moves.source_starts,
+                moves.target_slots,
+                moves.target_starts,
+                moves.lengths,
+            )
+            # One tensor and views of its rows: one copy to a device instead of five.
+            move_kv(self.keys, self.values, *self._index(index))
+
+    def _commit(self, planned: BatchShape) -> None:
+        self._shape.assign(planned)
+        for slot in planned.used:
+            self._touch(slot, planned)
+
+    def _touch(self, slot: int, shape: BatchShape) -> None:
+        start, end = shape.start(slot), shape.end(slot)
+        low, high = self._touched[slot]
+        if start < end:
+            self._touched[slot] = (min(low, start), max(high, end)) if low < high else (start, end)

@@ -1,0 +1,113 @@
+"""append_kv: write one token per row into a KV cache, rotating it first."""
+
+from __future__ import annotations
+
+import torch
+
+from baton_kernels._library import ops
+from baton_kernels.ops.checks import Checker, call, dtype_name
+
+
+def append_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    query: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Writes one token per row into its column of its slot, with rotary embedding fused in.
+
+    With `x1 = x[:head_dim/2]`, `x2 = x[head_dim/2:]` (the Llama half-split layout)::
+
+        rotated(x) = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+        key_cache[slots[i], :, columns[i]] = rotated(key[i]);  value_cache[...] = value[i]
+
+    A row is a token, not a query: the tokens of a whole prefill are as many rows with one slot and
+    consecutive columns. The angle belongs to the token's position, never to its column.
+
+    Args:
+        key: `[rows, num_kv_heads, head_dim]`, float32, float16 or bfloat16, last dimension
+            contiguous.
+        value: As key.
+        key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, last dimension contiguous.
+            Written.
+        value_cache: As key_cache. Written.
+        slots: `[rows]`, int32: the slot of each row.
+        columns: `[rows]`, int32: the column of each row.
+        query: `[rows, num_heads, head_dim]`, rotated like key and returned; optional.
+        cos: Cosines of each row's position, `[rows, head_dim / 2]`, or `[rows, head_dim]` with one
+            angle per element; float32 or key's dtype. Without cos and sin nothing is rotated.
+        sin: Sines, as cos.
+
+    Returns:
+        The rotated query `[rows, num_heads, head_dim]`, contiguous; None without query.
+
+    Raises:
+        ValueError: A shape, stride, device or index value does not fit, two rows name one place,
+            or only one of cos and sin is given. Nothing is written then.
+        TypeError: A dtype is not supported, or differs between tensors of the cache's dtype.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
+
+    On a GPU index values are not checked; out of range they are skipped, and the result of two rows
+    in one place is undefined.
+
+    Source: Llama's rotary embedding as in Hugging Face transformers; BATON's decode step.
+    """
+    rotated = call(
+        "append_kv", ops.append_kv, _check,
+        key, value, key_cache, value_cache, slots, columns, query=query, cos=cos, sin=sin,
+    )  # fmt: skip
+    return None if query is None else rotated
+
+
+def _check(
+    key, value, key_cache, value_cache, slots, columns, *, query=None, cos=None, sin=None
+) -> None:
+    check = Checker("append_kv")
+    check.caches(key_cache, value_cache, with_layers=False, written=True)
+    check.floating("key", key)
+    check.tokens("key", key, key_cache)
+    check.tokens("value", value, key_cache)
+    check.shape("value", value, key.shape)
+    rows, _, head_dim = key.shape
+    if query is not None:
+        check.dtype_as("query", query, "key_cache", key_cache)
+        check.dims("query", query, 3)
+        check.shape("query", query, [rows, query.shape[1], head_dim])
+        check.last_contiguous("query", query)
+    if (cos is None) != (sin is None):
+        check.fail("cos and sin", "given together", "only cos" if sin is None else "only sin")
+    if cos is not None:
+        for name, tensor in (("cos", cos), ("sin", sin)):
+            _check_rotary(check, name, tensor, key)
+        check.dtype_as("sin", sin, "cos", cos)
+        check.shape("sin", sin, cos.shape)
+    check.index("slots", slots, rows, key_cache.device)
+    check.index("columns", columns, rows, key_cache.device)
+
+
+def _check_rotary(check: Checker, name: str, tensor: torch.Tensor, key: torch.Tensor) -> None:
+    check.device(name, tensor, key.device)
+    if tensor.dtype not in (torch.float32, key.dtype):
+        expected = f"float32 or {dtype_name(key.dtype)} as key"
+        check.fail(name, expected, dtype_name(tensor.dtype), TypeError)
+    rows, _, head_dim = key.shape
+    if tensor.dim() != 2 or tensor.shape[0] != rows or tensor.shape[1] not in (
+        head_dim // 2, head_dim,
+    ):  # fmt: skip
+        expected = f"of shape [{rows}, {head_dim // 2}] or [{rows}, {head_dim}]"
+        check.fail(name, expected, list(tensor.shape))
+    check.last_contiguous(name, tensor)
+
+
+@torch.library.register_fake("baton_kernels::append_kv")
+def _fake(
+    key, value, key_cache, value_cache, slots, columns, *, query=None, cos=None, sin=None
+) -> torch.Tensor:
+    _check(key, value, key_cache, value_cache, slots, columns, query=query, cos=cos, sin=sin)
+    return key.new_empty(0) if query is None else query.new_empty(query.shape)

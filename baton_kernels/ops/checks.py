@@ -1,0 +1,176 @@
+"""Checks of arguments by shape and dtype, with the documented error classes.
+
+An op's fake implementation runs them, and so does its Python function when the C++ checks have
+refused a call: C++ can only raise ValueError. One place thus decides what is TypeError, ValueError
+or NotImplementedError, and a call that is right pays for the C++ checks alone.
+
+Index values live in tensors; only C++ checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 16, 256, 8
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, last dimension], a view wherever its strides allow one."""
+    if x.dim() == 2 or x.dim() == 0:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def call(op: str, native: Callable[..., Any], check: Callable[..., None], *args, **kwargs):
+    """Calls the native op; a refusal becomes the documented error.
+
+    Args:
+        op: Name of the op, as errors begin with it.
+        native: The overload packet of torch.ops.
+        check: The op's checks by shape and dtype; raises the documented error.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: As `check` decides, else what the op raised.
+        NotImplementedError: A tensor requires grad and gradients are on: there is no backward.
+    """
+    if torch.is_grad_enabled():
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                raise NotImplementedError(
+                    f"{op}: tensors must not require grad, got one that does: there is no "
+                    "backward, call it under torch.inference_mode() or torch.no_grad()"
+                )
+    try:
+        return native(*args, **kwargs)
+    except (ValueError, RuntimeError) as error:
+        check(*args, **kwargs)
+        # Shapes and dtypes are right: an index value, or a failure that is not the caller's.
+        if isinstance(error, ValueError):
+            raise ValueError(str(error)) from None
+        raise
+
+
+class Checker:
+    """Checks of one op's arguments; every failure names the op and the argument."""
+
+    def __init__(self, op: str):
+        self.op = op
+
+    def fail(self, argument: str, expected: str, actual: object, error=ValueError) -> NoReturn:
+        """Raises `<op>: <argument> must be <expected>, got <actual>`."""
+        raise error(f"{self.op}: {argument} must be {expected}, got {actual}")
+
+    def tensor(self, name: str, value: object) -> None:
+        if not isinstance(value, torch.Tensor):
+            self.fail(name, "a tensor", type(value).__name__, TypeError)
+
+    def device(self, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+        self.tensor(name, tensor)
+        if tensor.device != device:
+            self.fail(
+                name, f"on the {device.type}, where the other tensors are", str(tensor.device)
+            )
+
+    def floating(self, name: str, tensor: torch.Tensor) -> None:
+        self.tensor(name, tensor)
+        if tensor.dtype not in FLOATS:
+            self.fail(name, "float32, float16 or bfloat16", dtype_name(tensor.dtype), TypeError)
+
+    def dtype_as(self, name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor):
+        self.device(name, tensor, other.device)
+        if tensor.dtype != other.dtype:
+            self.fail(
+                name,
+                f"{dtype_name(other.dtype)} as {other_name}",
+                dtype_name(tensor.dtype),
+                TypeError,
+            )
+
+    def float32(self, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+        self.device(name, tensor, device)
+        if tensor.dtype != torch.float32:
+            self.fail(name, "float32", dtype_name(tensor.dtype), TypeError)
+
+    def dims(self, name: str, tensor: torch.Tensor, expected: int) -> None:
+        if tensor.dim() != expected:
+            self.fail(name, f"a {expected}-D tensor", f"shape {list(tensor.shape)}")
+
+    def shape(self, name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
+        if tensor.dim() != len(expected) or any(
+            a != b for a, b in zip(tensor.shape, expected, strict=True)
+        ):
+            self.fail(name, f"of shape {list(expected)}", list(tensor.shape))
+
+    def last_contiguous(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.dim() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            self.fail(name, "contiguous in its last dimension", f"stride {tensor.stride(-1)}")
+
+    def contiguous(self, name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_contiguous():
+            self.fail(name, "contiguous", "a strided tensor")
+
+    def not_expanded(self, name: str, tensor: torch.Tensor) -> None:
+        # By value, so that this also works on strides a compiler knows only as symbols.
+        steps = sorted(
+            ((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+             if size > 1),
+            key=lambda step: step[0],
+        )  # fmt: skip
+        extent = 0
+        for stride, size in steps:
+            if stride <= extent:
+                self.fail(name, "without overlapping elements", "overlapping strides")
+            extent += stride * (size - 1)
+
+    def index(self, name: str, tensor: torch.Tensor, size: int | None, device: torch.device):
+        self.device(name, tensor, device)
+        if tensor.dtype != torch.int32:
+            self.fail(name, "int32", dtype_name(tensor.dtype), TypeError)
+        self.dims(name, tensor, 1)
+        if size is not None:
+            self.shape(name, tensor, [size])
+        self.contiguous(name, tensor)
+
+    def caches(self, key_cache, value_cache, *, with_layers: bool, written: bool) -> None:
+        self.floating("key_cache", key_cache)
+        self.dtype_as("value_cache", value_cache, "key_cache", key_cache)
+        if key_cache.dim() != 4 and not (with_layers and key_cache.dim() == 5):
+            layout = "[num_slots, num_kv_heads, capacity, head_dim]"
+            if with_layers:
+                layout += " with an optional leading num_layers"
+            self.fail("key_cache", layout, f"shape {list(key_cache.shape)}")
+        self.shape("value_cache", value_cache, key_cache.shape)
+        self.last_contiguous("key_cache", key_cache)
+        self.last_contiguous("value_cache", value_cache)
+        head_dim = key_cache.shape[-1]
+        if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE:
+            self.fail(
+                "head_dim",
+                f"a multiple of {HEAD_DIM_MULTIPLE} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}",
+                head_dim,
+                NotImplementedError,
+            )
+        if key_cache.shape[-3] < 1:
+            self.fail("num_kv_heads", "at least 1", key_cache.shape[-3])
+        if written:
+            self.not_expanded("key_cache", key_cache)
+            self.not_expanded("value_cache", value_cache)
+
+    def tokens(self, name: str, tensor: torch.Tensor, key_cache: torch.Tensor) -> None:
+        """Packed keys or values [(num_layers,) total_tokens, num_kv_heads, head_dim]."""
+        self.dtype_as(name, tensor, "key_cache", key_cache)
+        self.dims(name, tensor, key_cache.dim() - 1)
+        *layers, _, num_kv_heads, _, head_dim = key_cache.shape
+        self.shape(name, tensor, [*layers, tensor.shape[-3], num_kv_heads, head_dim])
+        self.last_contiguous(name, tensor)

@@ -1,0 +1,70 @@
+"""extract_kv: copy rows out of a KV cache, packed and unpadded."""
+
+from __future__ import annotations
+
+import torch
+
+from baton_kernels._library import ops
+from baton_kernels.ops.checks import Checker, call
+
+
+def extract_kv(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    total_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies queries out of their slots, packed and without padding: the inverse of insert_kv.
+
+    For query i and its token t::
+
+        key[cu_seqlens[i] + t] = key_cache[slots[i], :, starts[i] + t]
+
+    Args:
+        key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, float32, float16 or bfloat16,
+            last dimension contiguous, or with a leading num_layers.
+        value_cache: As key_cache.
+        cu_seqlens: `[num_queries + 1]`, int32: where each query's tokens begin, from 0 to
+            total_tokens.
+        slots: `[num_queries]`, int32: the slot of each query. Queries may share a slot.
+        starts: `[num_queries]`, int32: the column of each query's first token.
+        total_tokens: `cu_seqlens[-1]`, known to the host, so that no device is asked.
+
+    Returns:
+        key and value, `[total_tokens, num_kv_heads, head_dim]`, contiguous; with a leading
+        num_layers if the caches have one.
+
+    Raises:
+        ValueError: A shape, stride, device or index value does not fit.
+        TypeError: A dtype is not supported.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
+
+    On a GPU index values are not checked; the tokens of a query out of range are undefined.
+
+    Source: BATON (arXiv 2410.18701), preemption: a parked query keeps its keys and values.
+    """
+    return call(
+        "extract_kv", ops.extract_kv, _check,
+        key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens,
+    )  # fmt: skip
+
+
+def _check(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens) -> None:
+    check = Checker("extract_kv")
+    check.caches(key_cache, value_cache, with_layers=True, written=False)
+    if total_tokens < 0:
+        check.fail("total_tokens", "at least 0", total_tokens)
+    check.index("slots", slots, None, key_cache.device)
+    check.index("starts", starts, slots.shape[0], key_cache.device)
+    check.index("cu_seqlens", cu_seqlens, slots.shape[0] + 1, key_cache.device)
+
+
+@torch.library.register_fake("baton_kernels::extract_kv")
+def _fake(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens):
+    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens)
+    *layers, _, num_kv_heads, _, head_dim = key_cache.shape
+    shape = [*layers, total_tokens, num_kv_heads, head_dim]
+    return key_cache.new_empty(shape), key_cache.new_empty(shape)

@@ -1,0 +1,54 @@
+"""linear: a projection whose rows do not depend on each other, bit by bit."""
+
+from __future__ import annotations
+
+import torch
+
+from baton_kernels._library import ops
+from baton_kernels.ops.checks import Checker, call
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Projects each row: `y = x @ weight.T + bias`, accumulated in float32.
+
+    Batch invariance: the bits of a row of y depend on that row of x alone, not on how many rows
+    there are. General matrix products choose their order of summation by the number of rows, so a
+    query's logits change with the batch it is decoded in; with this op they do not. Weights are
+    used as they are, row-major, and read once per 96 rows.
+
+    Args:
+        x: `[rows, in_features]`, float32, float16 or bfloat16, last dimension contiguous.
+        weight: `[out_features, in_features]`, x's dtype, last dimension contiguous.
+        bias: `[out_features]`, x's dtype, contiguous; none if None.
+
+    Returns:
+        y `[rows, out_features]`, contiguous.
+
+    Raises:
+        ValueError: A shape, stride or device does not fit.
+        TypeError: A dtype is not supported, or differs from x's.
+
+    Source: torch.nn.functional.linear.
+    """
+    return call("linear", ops.linear, _check, x, weight, bias)
+
+
+def _check(x, weight, bias=None) -> None:
+    check = Checker("linear")
+    check.floating("x", x)
+    check.dims("x", x, 2)
+    check.last_contiguous("x", x)
+    check.dtype_as("weight", weight, "x", x)
+    check.dims("weight", weight, 2)
+    check.last_contiguous("weight", weight)
+    check.shape("weight", weight, [weight.shape[0], x.shape[1]])
+    if bias is not None:
+        check.dtype_as("bias", bias, "x", x)
+        check.shape("bias", bias, [weight.shape[0]])
+        check.contiguous("bias", bias)
+
+
+@torch.library.register_fake("baton_kernels::linear")
+def _fake(x, weight, bias=None):
+    _check(x, weight, bias)
+    return x.new_empty((x.shape[0], weight.shape[0]))

@@ -1,0 +1,75 @@
+"""move_kv: relocate and realign rows of a KV cache in place."""
+
+from __future__ import annotations
+
+import torch
+
+from baton_kernels._library import ops
+from baton_kernels.ops.checks import Checker, call
+
+
+def move_kv(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    source_slots: torch.Tensor,
+    source_starts: torch.Tensor,
+    target_slots: torch.Tensor,
+    target_starts: torch.Tensor,
+    lengths: torch.Tensor,
+) -> None:
+    """Moves runs of columns inside a KV cache, in place, all layers in one call.
+
+    For move i and t in `[0, lengths[i])`, as if the source were read whole before the target is
+    written::
+
+        key_cache[target_slots[i], :, target_starts[i] + t] =
+            key_cache[source_slots[i], :, source_starts[i] + t]
+
+    A shift right by 2 overlaps its own source, which is safe::
+
+        before   a0 a1 a2 a3  .  .
+        after    a0 a1 a0 a1 a2 a3        columns 0 and 1 are padding now
+
+    Args:
+        key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, float32, float16 or bfloat16,
+            last dimension contiguous, or with a leading num_layers. Written.
+        value_cache: As key_cache. Written.
+        source_slots: `[num_moves]`, int32.
+        source_starts: `[num_moves]`, int32: first column that is read.
+        target_slots: `[num_moves]`, int32.
+        target_starts: `[num_moves]`, int32: first column that is written.
+        lengths: `[num_moves]`, int32: columns to move.
+
+    Raises:
+        ValueError: A shape, stride, device or index value does not fit, two targets overlap, or a
+            target overlaps the source of another move. Nothing is written then.
+        TypeError: A dtype is not supported.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
+
+    On a GPU index values are not checked; out of range they are skipped, and moves that overlap
+    each other are undefined.
+
+    Source: BATON (arXiv 2410.18701), shaping of the running batch and removal of finished rows.
+    """
+    call(
+        "move_kv", ops.move_kv, _check,
+        key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths,
+    )  # fmt: skip
+
+
+def _check(
+    key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths
+) -> None:
+    check = Checker("move_kv")
+    check.caches(key_cache, value_cache, with_layers=True, written=True)
+    check.index("source_slots", source_slots, None, key_cache.device)
+    size = source_slots.shape[0]
+    check.index("source_starts", source_starts, size, key_cache.device)
+    check.index("target_slots", target_slots, size, key_cache.device)
+    check.index("target_starts", target_starts, size, key_cache.device)
+    check.index("lengths", lengths, size, key_cache.device)
+
+
+@torch.library.register_fake("baton_kernels::move_kv")
+def _fake(*args) -> None:
+    _check(*args)

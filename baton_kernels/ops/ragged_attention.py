@@ -1,0 +1,139 @@
+"""ragged_attention: masked attention over a batch whose rows start and end anywhere."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from baton_kernels._library import ops
+from baton_kernels.ops.checks import Checker, call
+
+
+def ragged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    max_query_length: int | None = None,
+    max_length: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query token over the valid columns of its row, padding never read.
+
+    Row i's query tokens are the last of its `lengths[i]` tokens, already in the cache: token j of
+    `q_len` has position `p = lengths[i] - q_len + j`, key k in `[0, lengths[i])` lies in column
+    `starts[i] + k`::
+
+        s_k = scale * q . key_k;   s_k = softcap * tanh(s_k / softcap) if softcap > 0
+        s_k = s_k - slope * (p - k);   hidden unless k <= p (causal) and k > p - window
+        out = sum_k softmax(s)_k value_k;   lse = log(sum_k exp(s_k) + exp(sink))
+
+    One call serves decode (q_len 1), chunked prefill, whole prefill and any mixture. A row of 4
+    tokens that decodes one, and a prefill chunk of 2 at the end of 3 tokens (x sees, . does not)::
+
+        slot 5  columns 2 3 4 5     token 0   x x x x        starts = [2, 0], lengths = [4, 3]
+        slot 1  columns 0 1 2       token 1   x x .          cu_seqlens_q = [0, 1, 3]
+                                    token 2   x x x
+
+    Batch invariance: a row's bits depend on that row alone, not on the rest of the batch, its slot,
+    its start, the capacity or the number of threads.
+
+    Args:
+        query: `[total_queries, num_heads, head_dim]`, float32, float16 or bfloat16, last dimension
+            contiguous; num_heads a multiple of num_kv_heads (head h uses KV head
+            `h // (num_heads / num_kv_heads)`).
+        key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, last dimension contiguous.
+        value_cache: As key_cache.
+        cu_seqlens_q: `[rows + 1]`, int32: where each row's query tokens begin, from 0 to
+            total_queries.
+        slots: `[rows]`, int32. Rows may share a slot.
+        starts: `[rows]`, int32: the first valid column.
+        lengths: `[rows]`, int32: the number of valid columns, the query tokens' own included.
+        scale: Factor of the scores; `head_dim ** -0.5` if None.
+        causal: Whether a token is kept from seeing later ones.
+        window: A token sees the last `window` tokens, itself included; all if None.
+        softcap: Bound of the scores; 0 for none.
+        alibi_slopes: `[num_heads]`, float32: penalty per position of distance.
+        sinks: `[num_heads]`, float32: one more logit in the softmax denominator.
+        return_lse: Also return the logarithm of the softmax denominator.
+        max_query_length: A bound of the rows' query lengths that the host knows. It only spares
+            work, never changes a result.
+        max_length: The same for lengths.
+
+    Returns:
+        out `[total_queries, num_heads, head_dim]`, contiguous; with return_lse also lse
+        `[total_queries, num_heads]`, float32, natural logarithm, sink included. A token that sees
+        nothing (`p < 0`, when a row has more query tokens than `lengths[i]`) gives zeros and
+        lse = -inf, or the sink.
+
+    Raises:
+        ValueError: A shape, stride, device, index value or option does not fit.
+        TypeError: A dtype is not supported, or differs between query and caches.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
+
+    On a GPU index values are not checked; rows out of range are undefined. There is no backward.
+
+    Source: BATON (arXiv 2410.18701), the mask of a shaped batch; online softmax and split keys as
+    in FlashAttention-2 and Flash-Decoding; sinks as in gpt-oss.
+    """
+    out, lse = call(
+        "ragged_attention", ops.ragged_attention, _check,
+        query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
+        scale=scale, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+        sinks=sinks, return_lse=return_lse, max_query_length=max_query_length,
+        max_length=max_length,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, *,
+    scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
+    return_lse=False, max_query_length=None, max_length=None,
+) -> None:  # fmt: skip
+    check = Checker("ragged_attention")
+    check.caches(key_cache, value_cache, with_layers=False, written=False)
+    check.floating("query", query)
+    check.dtype_as("query", query, "key_cache", key_cache)
+    check.dims("query", query, 3)
+    total_queries, num_heads, _ = query.shape
+    check.shape("query", query, [total_queries, num_heads, key_cache.shape[-1]])
+    check.last_contiguous("query", query)
+    num_kv_heads = key_cache.shape[1]
+    if num_heads < 1 or num_heads % num_kv_heads:
+        check.fail("num_heads", f"a multiple of num_kv_heads = {num_kv_heads}", num_heads)
+    if scale is not None and not math.isfinite(scale):
+        check.fail("scale", "finite", scale)
+    if not 0.0 <= softcap < math.inf:
+        check.fail("softcap", "0 (none) or positive", softcap)
+    if window is not None and window < 1:
+        check.fail("window", "at least 1", window)
+    for name, tensor in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if tensor is not None:
+            check.float32(name, tensor, query.device)
+            check.shape(name, tensor, [num_heads])
+            check.contiguous(name, tensor)
+    check.index("slots", slots, None, query.device)
+    rows = slots.shape[0]
+    check.index("starts", starts, rows, query.device)
+    check.index("lengths", lengths, rows, query.device)
+    check.index("cu_seqlens_q", cu_seqlens_q, rows + 1, query.device)
+
+
+@torch.library.register_fake("baton_kernels::ragged_attention")
+def _fake(query, *args, return_lse=False, **kwargs):
+    _check(query, *args, return_lse=return_lse, **kwargs)
+    total_queries, num_heads, head_dim = query.shape
+    lse = query.new_empty((total_queries if return_lse else 0, num_heads), dtype=torch.float32)
+    return query.new_empty((total_queries, num_heads, head_dim)), lse

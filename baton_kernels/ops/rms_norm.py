@@ -1,0 +1,71 @@
+"""rms_norm: root mean square normalization, with the residual addition fused in."""
+
+from __future__ import annotations
+
+import torch
+
+from baton_kernels._library import ops
+from baton_kernels.ops.checks import Checker, as_rows, call
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalizes each row by its root mean square.
+
+    ::
+
+        s = x, or x + residual rounded to x's dtype
+        y = s / sqrt(mean(s ** 2) + eps) * weight        computed in float32, rounded once
+
+    Args:
+        x: `[..., size]`, float32, float16 or bfloat16, last dimension contiguous. torch.ops takes
+            `[rows, size]` alone.
+        weight: `[size]`, x's dtype, contiguous.
+        eps: Added to the mean square.
+        residual: As x; added first if given.
+
+    Returns:
+        y, shaped as x, contiguous; with residual also s, the next residual.
+
+    Raises:
+        ValueError: A shape, stride, device or eps does not fit.
+        TypeError: A dtype is not supported, or differs from x's.
+
+    Source: LlamaRMSNorm of Hugging Face transformers, which rounds once more before the weight.
+    """
+    if residual is not None and x.dim() > 0 and residual.shape != x.shape:
+        Checker("rms_norm").fail("residual", f"of shape {list(x.shape)}", list(residual.shape))
+    y, total = call(
+        "rms_norm", ops.rms_norm, _check, as_rows(x), weight, eps,
+        residual=None if residual is None else as_rows(residual),
+    )  # fmt: skip
+    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+
+
+def _check(x, weight, eps, *, residual=None) -> None:
+    check = Checker("rms_norm")
+    check.floating("x", x)
+    check.dims("x", x, 2)
+    if x.shape[1] < 1:
+        check.fail("x", "at least 1 wide", list(x.shape))
+    check.last_contiguous("x", x)
+    check.dtype_as("weight", weight, "x", x)
+    check.shape("weight", weight, [x.shape[1]])
+    check.contiguous("weight", weight)
+    if residual is not None:
+        check.dtype_as("residual", residual, "x", x)
+        check.shape("residual", residual, x.shape)
+        check.last_contiguous("residual", residual)
+    if not eps >= 0.0:
+        check.fail("eps", "at least 0", eps)
+
+
+@torch.library.register_fake("baton_kernels::rms_norm")
+def _fake(x, weight, eps, *, residual=None):
+    _check(x, weight, eps, residual=residual)
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)

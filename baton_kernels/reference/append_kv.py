@@ -1,0 +1,35 @@
+import torch
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]
+    cos, sin = cos[:, None], sin[:, None]
+    out1 = x1 * cos[..., :half] - x2 * sin[..., :half]
+    out2 = x2 * cos[..., -half:] + x1 * sin[..., -half:]
+    return torch.cat((out1, out2), dim=-1).to(x.dtype)
+
+
+def append_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    query: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """``key_cache[slots[i], :, columns[i]] = rotate(key[i])``, value unrotated; ``rotate(query)``.
+
+    ``rotate(x) = (x1 cos - x2 sin, x2 cos + x1 sin)`` on the two halves of the head dimension.
+    """
+    if cos is not None and sin is not None:
+        key = _rotate(key, cos, sin)
+        query = None if query is None else _rotate(query, cos, sin)
+    for i, (slot, column) in enumerate(zip(slots.tolist(), columns.tolist(), strict=True)):
+        key_cache[slot, :, column] = key[i]
+        value_cache[slot, :, column] = value[i]
+    return None if query is None else query.clone(memory_format=torch.contiguous_format)

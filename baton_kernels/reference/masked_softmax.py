@@ -1,0 +1,33 @@
+import torch
+
+
+def masked_softmax(
+    scores: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    window: int | None = None,
+) -> torch.Tensor:
+    """``softmax(scale * scores)`` over the columns that each query sees; zeros elsewhere.
+
+    A query sees ``start <= column <= query column`` and ``column > query column - window``; the
+    query columns of a row are the last ``query_length`` before its end.
+    """
+    query_length, key_length = scores.shape[2:]
+    first = starts.long()[:, None, None, None]
+    offset = torch.arange(query_length, device=scores.device)[:, None]
+    query_column = first + lengths.long()[:, None, None, None] - query_length + offset
+    column = torch.arange(key_length, device=scores.device)
+    visible = (column >= first) & (column <= query_column)
+    if window is not None:
+        visible = visible & (column > query_column - window)
+    if key_length == 0:
+        return scores.new_empty(scores.shape)
+    score = torch.where(visible, scale * scores, float("-inf"))
+    peak = score.amax(dim=-1, keepdim=True)
+    # Where nothing is visible every score is -inf: subtracting 0 makes exp() 0, not NaN.
+    peak = peak.masked_fill(peak == float("-inf"), 0.0)
+    weight = torch.exp(score - peak)
+    total = weight.sum(dim=-1, keepdim=True)
+    return weight / total.masked_fill(total == 0, 1.0)

@@ -1,0 +1,72 @@
+import torch
+
+
+def ragged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    max_query_length: int | None = None,
+    max_length: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``softmax(score) @ v`` over the columns ``[start, start + length)`` of every row.
+
+    ``score = scale * q.k``, then ``softcap * tanh(score / softcap)``, then
+    ``- slope * (query position - key position)``.
+    """
+    num_queries, num_heads, head_dim = query.shape
+    group = num_heads // key_cache.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_full(
+        (num_queries, num_heads),
+        float("-inf"),
+        dtype=torch.promote_types(query.dtype, torch.float32),
+    )
+    bounds = cu_seqlens_q.tolist()
+    rows = zip(slots.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+    for i, (slot, start, length) in enumerate(rows):
+        first, last = bounds[i], bounds[i + 1]
+        q = query[first:last].transpose(0, 1)
+        k = key_cache[slot, :, start : start + length].repeat_interleave(group, dim=0)
+        v = value_cache[slot, :, start : start + length].repeat_interleave(group, dim=0)
+        q_position = torch.arange(length - (last - first), length, device=query.device)[:, None]
+        k_position = torch.arange(length, device=query.device)[None, :]
+
+        score = scale * (q @ k.transpose(1, 2))
+        if softcap > 0:
+            score = softcap * torch.tanh(score / softcap)
+        if alibi_slopes is not None:
+            distance = (q_position - k_position).to(score.dtype)
+            score = score - alibi_slopes.to(score.dtype)[:, None, None] * distance
+        visible = (q_position >= 0) & (k_position >= 0)
+        if causal:
+            visible = visible & (k_position <= q_position)
+        if window is not None:
+            visible = visible & (k_position > q_position - window)
+        score = score.masked_fill(~visible, float("-inf"))
+
+        # A sink is one more logit, of a token that has no value.
+        sink = score.new_full((num_heads,), float("-inf")) if sinks is None else sinks
+        sink = sink.to(score.dtype)[:, None, None].expand(num_heads, last - first, 1)
+        logits = torch.cat((score, sink), dim=-1)
+        peak = logits.amax(dim=-1, keepdim=True)
+        # Where nothing is visible every logit is -inf: subtracting 0 makes exp() 0, not NaN.
+        peak = peak.masked_fill(peak == float("-inf"), 0.0)
+        weight = torch.exp(logits - peak)
+        total = weight.sum(dim=-1, keepdim=True)
+        attended = (weight[..., :-1] @ v) / total
+        out[first:last] = attended.masked_fill(total == 0, 0.0).transpose(0, 1)
+        lse[first:last] = (peak + torch.log(total)).squeeze(-1).transpose(0, 1).to(lse.dtype)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,78 @@
+"""extract_kv in Triton: one program per block of packed tokens, layer and head."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from baton_kernels.ops.extract_kv import _check
+from baton_kernels.triton import common
+from baton_kernels.triton.insert_kv import BLOCK_TOKENS
+from baton_kernels.triton.tokens import locate_tokens, split_program
+
+
+def extract_kv(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    total_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`baton_kernels.extract_kv` in Triton."""
+    return run(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens)
+
+
+def run(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens):
+    """With the results of torch.ops.baton_kernels.extract_kv."""
+    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens)
+    common.require_gpu("extract_kv", "key_cache", key_cache)
+    num_slots, num_kv_heads, capacity, head_dim = key_cache.shape[-4:]
+    layers = key_cache.shape[:-4]
+    num_layers = layers[0] if layers else 1
+    key = key_cache.new_empty((*layers, total_tokens, num_kv_heads, head_dim))
+    value = torch.empty_like(key)
+    num_queries = slots.shape[0]
+    blocks = common.ceil_div(total_tokens, BLOCK_TOKENS) if num_queries else 0
+    common.launch(
+        extract_kv_kernel, blocks * num_layers * num_kv_heads, key.device,
+        key, value, key_cache, value_cache, cu_seqlens, slots, starts,
+        total_tokens, num_queries, num_queries.bit_length(),
+        num_layers, num_kv_heads, num_slots, capacity, *common.token_strides(key),
+        *common.cache_strides(key_cache), *common.cache_strides(value_cache),
+        HEAD_DIM=head_dim, BLOCK_D=common.power_of_2(head_dim), BLOCK_TOKENS=BLOCK_TOKENS,
+    )  # fmt: skip
+    return key, value
+
+
+@triton.jit(do_not_specialize=["total_tokens", "num_queries", "search_steps", "num_slots"])
+def extract_kv_kernel(
+    key_ptr, value_ptr,  # [num_layers, total_tokens, num_kv_heads, HEAD_DIM], of equal strides
+    key_cache_ptr, value_cache_ptr,  # [num_layers, num_slots, num_kv_heads, capacity, HEAD_DIM]
+    cu_seqlens_ptr, slots_ptr, starts_ptr,  # [num_queries + 1], [num_queries], [num_queries]
+    total_tokens, num_queries, search_steps, num_layers, num_kv_heads, num_slots, capacity,
+    layer_stride, token_stride, head_stride,
+    key_cache_layer_stride, key_cache_slot_stride, key_cache_head_stride, key_cache_column_stride,
+    value_cache_layer_stride, value_cache_slot_stride, value_cache_head_stride,
+    value_cache_column_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    block, layer, head = split_program(tl.program_id(0), num_kv_heads, num_layers)
+    token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    slot, column, has_place = locate_tokens(
+        token, total_tokens, cu_seqlens_ptr, slots_ptr, starts_ptr, num_queries, search_steps,
+        num_slots, capacity,
+    )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    mask = has_place[:, None] & (d < HEAD_DIM)[None, :]
+    key_cache_at = layer * key_cache_layer_stride + head * key_cache_head_stride
+    key_cache_at += slot * key_cache_slot_stride + column * key_cache_column_stride
+    value_cache_at = layer * value_cache_layer_stride + head * value_cache_head_stride
+    value_cache_at += slot * value_cache_slot_stride + column * value_cache_column_stride
+    key = tl.load(key_cache_ptr + key_cache_at[:, None] + d[None, :], mask=mask)
+    value = tl.load(value_cache_ptr + value_cache_at[:, None] + d[None, :], mask=mask)
+    at = layer * layer_stride + head * head_stride + token * token_stride
+    tl.store(key_ptr + at[:, None] + d[None, :], key, mask=mask)
+    tl.store(value_ptr + at[:, None] + d[None, :], value, mask=mask)

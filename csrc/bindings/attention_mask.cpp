@@ -1,0 +1,74 @@
+// attention_mask: checks and the CPU call.
+#include "common/attention_mask.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "bindings/checks.h"
+#include "bindings/parallel.h"
+#include "cpu/host/isa.h"
+
+namespace baton::bindings {
+
+namespace {
+
+// The elements that say visible and hidden: true and false, or 0 and the dtype's lowest finite
+// value.
+void set_elements(const Checker& check, ScalarType dtype, AttentionMaskParams& p) {
+  switch (dtype) {
+    case ScalarType::Bool:
+      p.element_size = 1;
+      p.visible_bits = 1;
+      p.hidden_bits = 0;
+      return;
+    case ScalarType::Float:
+      p.element_size = 4;
+      p.hidden_bits = 0xff7fffffu;
+      return;
+    case ScalarType::Half:
+      p.element_size = 2;
+      p.hidden_bits = 0xfbffu;
+      return;
+    case ScalarType::BFloat16:
+      p.element_size = 2;
+      p.hidden_bits = 0xff7fu;
+      return;
+    default:
+      check.fail("dtype", "bool, float32, float16 or bfloat16", name_of(dtype));
+  }
+}
+
+}  // namespace
+
+Tensor attention_mask(Tensor starts, Tensor lengths, int64_t query_length, int64_t key_length,
+                      ScalarType dtype, std::optional<int64_t> window) {
+  const Checker check("attention_mask");
+  AttentionMaskParams p{};
+  set_elements(check, dtype, p);
+  p.starts = check.index("starts", starts, -1);
+  p.num_rows = starts.numel();
+  p.lengths = check.index("lengths", lengths, p.num_rows);
+  if (query_length < 0) check.fail("query_length", "at least 0", format(query_length));
+  if (key_length < 0) check.fail("key_length", "at least 0", format(key_length));
+  if (window && *window < 1) check.fail("window", "at least 1", format(*window));
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    check.in_range("lengths", i, p.lengths[i], 0, key_length);
+    check.in_range("starts", i, p.starts[i], 0, key_length - p.lengths[i]);
+  }
+
+  Tensor mask = torch::stable::new_empty(starts, {p.num_rows, 1, query_length, key_length}, dtype);
+  p.mask = mask.mutable_data_ptr();
+  p.query_length = query_length;
+  p.key_length = key_length;
+  p.window = window ? *window : 0;
+  const auto& kernel = cpu::kernels().attention_mask;
+  for_each_item(
+      attention_mask_work(p), mask.numel() * p.element_size,
+      [&](int64_t begin, int64_t end) { kernel(p, begin, end); }, 16);
+  return mask;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
+  library.impl("attention_mask", TORCH_BOX(&attention_mask));
+}
+
+}  // namespace baton::bindings

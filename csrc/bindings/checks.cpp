@@ -1,0 +1,210 @@
+// The checks that several ops share.
+#include "bindings/checks.h"
+
+#include <algorithm>
+
+namespace baton::bindings {
+
+namespace {
+
+std::string shape_text(const int64_t* sizes, size_t count) {
+  std::string text = "[";
+  for (size_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+}  // namespace
+
+std::string shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return shape_text(sizes.data(), sizes.size());
+}
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+void Checker::on_cpu(const char* name, const Tensor& tensor) const {
+  if (!tensor.is_cpu()) fail(name, "on the cpu, where the other tensors are", "another device");
+}
+
+Dtype Checker::floating(const char* name, const Tensor& tensor) const {
+  on_cpu(name, tensor);
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    default:
+      fail(name, "float32, float16 or bfloat16", name_of(tensor.scalar_type()));
+  }
+}
+
+void Checker::dtype_as(const char* name, const Tensor& tensor, const char* other_name,
+                       const Tensor& other) const {
+  on_cpu(name, tensor);
+  if (tensor.scalar_type() != other.scalar_type()) {
+    fail(name, format(name_of(other.scalar_type()), " as ", other_name),
+         name_of(tensor.scalar_type()));
+  }
+}
+
+void Checker::float32(const char* name, const Tensor& tensor) const {
+  on_cpu(name, tensor);
+  if (tensor.scalar_type() != ScalarType::Float) {
+    fail(name, "float32", name_of(tensor.scalar_type()));
+  }
+}
+
+void Checker::dims(const char* name, const Tensor& tensor, int64_t expected) const {
+  if (tensor.dim() != expected) {
+    fail(name, format("a ", expected, "-D tensor"), format("shape ", shape_of(tensor)));
+  }
+}
+
+void Checker::shape(const char* name, const Tensor& tensor,
+                    const std::vector<int64_t>& expected) const {
+  const auto sizes = tensor.sizes();
+  if (sizes.size() != expected.size() ||
+      !std::equal(expected.begin(), expected.end(), sizes.data())) {
+    fail(name, "of shape " + shape_text(expected.data(), expected.size()), shape_of(tensor));
+  }
+}
+
+void Checker::last_contiguous(const char* name, const Tensor& tensor) const {
+  const int64_t last = tensor.dim() - 1;
+  if (last >= 0 && tensor.size(last) > 1 && tensor.stride(last) != 1) {
+    fail(name, "contiguous in its last dimension", format("stride ", tensor.stride(last)));
+  }
+}
+
+void Checker::contiguous(const char* name, const Tensor& tensor) const {
+  if (!tensor.is_contiguous()) fail(name, "contiguous", "a strided tensor");
+}
+
+void Checker::not_expanded(const char* name, const Tensor& tensor) const {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  std::vector<std::pair<int64_t, int64_t>> steps;  // stride, size
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1) steps.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t extent = 0;  // distance from the first to the last element of the dimensions so far
+  for (const auto& [stride, size] : steps) {
+    if (stride <= extent) fail(name, "without overlapping elements", "overlapping strides");
+    extent += stride * (size - 1);
+  }
+}
+
+const int32_t* Checker::index(const char* name, const Tensor& tensor, int64_t size) const {
+  on_cpu(name, tensor);
+  if (tensor.scalar_type() != ScalarType::Int) {
+    fail(name, "int32", name_of(tensor.scalar_type()));
+  }
+  dims(name, tensor, 1);
+  if (size >= 0) shape(name, tensor, {size});
+  contiguous(name, tensor);
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+CacheSizes Checker::caches(const Tensor& key_cache, const Tensor& value_cache, bool with_layers,
+                           bool written) const {
+  floating("key_cache", key_cache);
+  dtype_as("value_cache", value_cache, "key_cache", key_cache);
+  const int64_t dims = key_cache.dim();
+  if (dims != 4 && !(with_layers && dims == 5)) {
+    fail("key_cache",
+         with_layers ? "[num_slots, num_kv_heads, capacity, head_dim] with an optional leading "
+                       "num_layers"
+                     : "[num_slots, num_kv_heads, capacity, head_dim]",
+         format("shape ", shape_of(key_cache)));
+  }
+  const auto sizes = key_cache.sizes();
+  shape("value_cache", value_cache, std::vector<int64_t>(sizes.data(), sizes.data() + dims));
+  last_contiguous("key_cache", key_cache);
+  last_contiguous("value_cache", value_cache);
+  CacheSizes result;
+  result.num_layers = dims == 5 ? sizes[0] : 1;
+  result.num_slots = sizes[dims - 4];
+  result.num_kv_heads = sizes[dims - 3];
+  result.capacity = sizes[dims - 2];
+  result.head_dim = sizes[dims - 1];
+  if (result.head_dim < 16 || result.head_dim > 256 || result.head_dim % 8 != 0) {
+    fail("head_dim", "a multiple of 8 from 16 to 256", format(result.head_dim));
+  }
+  if (result.num_kv_heads < 1) fail("num_kv_heads", "at least 1", format(result.num_kv_heads));
+  if (result.capacity > INT32_MAX) fail("capacity", "below 2^31", format(result.capacity));
+  if (written) {
+    not_expanded("key_cache", key_cache);
+    not_expanded("value_cache", value_cache);
+  }
+  return result;
+}
+
+void Checker::cumulative(const char* name, const int32_t* values, int64_t count, int64_t total,
+                         const char* total_name) const {
+  if (count < 1) fail(name, "of at least one element", "shape [0]");
+  if (values[0] != 0) fail(format(name, "[0]"), "0", format(values[0]));
+  for (int64_t i = 1; i < count; ++i) {
+    if (values[i] < values[i - 1]) {
+      fail(name, "non-decreasing", format(values[i - 1], " before ", values[i]));
+    }
+  }
+  if (values[count - 1] != total) {
+    fail(format(name, "[-1]"), format(total_name, " = ", total), format(values[count - 1]));
+  }
+}
+
+std::pair<int32_t, int32_t> find_overlap(std::vector<ColumnRange>& ranges) {
+  ranges.erase(std::remove_if(ranges.begin(), ranges.end(),
+                              [](const ColumnRange& r) { return r.begin == r.end; }),
+               ranges.end());
+  std::sort(ranges.begin(), ranges.end(), [](const ColumnRange& a, const ColumnRange& b) {
+    return a.slot != b.slot ? a.slot < b.slot : a.begin < b.begin;
+  });
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].slot == ranges[i - 1].slot && ranges[i].begin < ranges[i - 1].end) {
+      return {ranges[i - 1].entry, ranges[i].entry};
+    }
+  }
+  return {-1, -1};
+}
+
+CacheStrides cache_strides(const Tensor& cache) {
+  const int64_t d = cache.dim();
+  return {d == 5 ? cache.stride(0) : 0, cache.stride(d - 4), cache.stride(d - 3),
+          cache.stride(d - 2)};
+}
+
+TokenStrides token_strides(const Tensor& tokens) {
+  const int64_t d = tokens.dim();
+  return {d == 4 ? tokens.stride(0) : 0, tokens.stride(d - 3), tokens.stride(d - 2)};
+}
+
+}  // namespace baton::bindings

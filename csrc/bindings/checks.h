@@ -1,0 +1,98 @@
+// Checks of an op's arguments. Everything that memory safety needs stands here, so that a call
+// through torch.ops is as safe as one through the Python functions; nothing is written before all
+// checks have passed. The message is `<op>: <argument> must be <expected>, got <actual>`.
+//
+// Every failure is std::invalid_argument, which Python sees as ValueError: the stable ABI has no
+// way to name TypeError. The Python functions raise the documented classes
+// (baton_kernels/ops/checks.py).
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/cache.h"
+#include "common/dtype.h"
+
+namespace baton::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Args>
+std::string format(const Args&... args) {
+  std::ostringstream stream;
+  ((stream << args), ...);
+  return stream.str();
+}
+
+std::string shape_of(const Tensor& tensor);
+const char* name_of(ScalarType type);
+
+class Checker {
+ public:
+  explicit Checker(const char* op) : op_(op) {}
+
+  [[noreturn]] void fail(const std::string& argument, const std::string& expected,
+                         const std::string& actual) const {
+    throw std::invalid_argument(
+        format(op_, ": ", argument, " must be ", expected, ", got ", actual));
+  }
+
+  // A float32, float16 or bfloat16 tensor on the CPU.
+  Dtype floating(const char* name, const Tensor& tensor) const;
+  void dtype_as(const char* name, const Tensor& tensor, const char* other_name,
+                const Tensor& other) const;
+  void float32(const char* name, const Tensor& tensor) const;
+  void on_cpu(const char* name, const Tensor& tensor) const;
+  void dims(const char* name, const Tensor& tensor, int64_t expected) const;
+  void shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) const;
+  void last_contiguous(const char* name, const Tensor& tensor) const;
+  void contiguous(const char* name, const Tensor& tensor) const;
+  // A tensor that is written must not have two elements in one place.
+  void not_expanded(const char* name, const Tensor& tensor) const;
+
+  // A contiguous int32 vector of `size` elements (any size with -1).
+  const int32_t* index(const char* name, const Tensor& tensor, int64_t size) const;
+
+  // key_cache and value_cache; with_layers allows a leading num_layers dimension.
+  CacheSizes caches(const Tensor& key_cache, const Tensor& value_cache, bool with_layers,
+                    bool written) const;
+
+  void in_range(const char* name, int64_t i, int64_t value, int64_t low, int64_t high) const {
+    if (value < low || value > high) {
+      fail(format(name, "[", i, "]"), format("in [", low, ", ", high, "]"), format(value));
+    }
+  }
+
+  // cu_seqlens: from 0, never decreasing, ending at total.
+  void cumulative(const char* name, const int32_t* values, int64_t count, int64_t total,
+                  const char* total_name) const;
+
+ private:
+  const char* op_;
+};
+
+// Columns [begin, end) of a slot, and which entry of the call they belong to.
+struct ColumnRange {
+  int32_t slot;
+  int32_t entry;
+  int64_t begin, end;
+};
+
+// Index pair of two overlapping ranges of one slot, or {-1, -1}. Sorts the ranges.
+std::pair<int32_t, int32_t> find_overlap(std::vector<ColumnRange>& ranges);
+
+// Strides of a cache [(num_layers,) num_slots, num_kv_heads, capacity, head_dim].
+CacheStrides cache_strides(const Tensor& cache);
+// Strides of tokens [(num_layers,) total_tokens, num_heads, head_dim].
+TokenStrides token_strides(const Tensor& tokens);
+
+inline bool empty(const Tensor& tensor) { return tensor.numel() == 0; }
+
+}  // namespace baton::bindings

@@ -1,0 +1,53 @@
+// Every schema of the library, and the Python module that loads it.
+//
+// (a!) marks what a call writes. An optional second result is an empty tensor when it was not asked
+// for, because a schema's results cannot be optional for torch.compile.
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(baton_kernels, library) {
+  library.def(
+      "insert_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor cu_seqlens, Tensor slots, Tensor starts, *, bool zero_padding=False) -> ()");
+  library.def(
+      "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor slots, Tensor columns, *, Tensor? query=None, Tensor? cos=None, Tensor? sin=None) "
+      "-> Tensor");
+  library.def(
+      "move_kv(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor source_slots, "
+      "Tensor source_starts, Tensor target_slots, Tensor target_starts, Tensor lengths) -> ()");
+  library.def(
+      "extract_kv(Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor slots, "
+      "Tensor starts, *, SymInt total_tokens) -> (Tensor, Tensor)");
+  library.def(
+      "ragged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q, "
+      "Tensor slots, Tensor starts, Tensor lengths, *, float? scale=None, bool causal=True, "
+      "int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
+      "bool return_lse=False, SymInt? max_query_length=None, SymInt? max_length=None) "
+      "-> (Tensor, Tensor)");
+  library.def(
+      "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
+      "-> (Tensor, Tensor)");
+  library.def(
+      "attention_mask(Tensor starts, Tensor lengths, SymInt query_length, SymInt key_length, *, "
+      "ScalarType dtype, int? window=None) -> Tensor");
+  library.def(
+      "masked_softmax(Tensor scores, Tensor starts, Tensor lengths, *, float scale=1.0, "
+      "int? window=None) -> Tensor");
+  library.def(
+      "rms_norm(Tensor x, Tensor weight, float eps, *, Tensor? residual=None) -> (Tensor, Tensor)");
+  library.def("silu_and_mul(Tensor x) -> Tensor");
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+
+  // For tests and build_info: not part of the public interface.
+  library.def("set_cpu_isa(str name) -> ()");
+  library.def("cpu_isas() -> str");
+}
+
+// Importing baton_kernels._C runs the registrations above; the module itself is empty.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

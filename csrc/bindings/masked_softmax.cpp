@@ -1,0 +1,54 @@
+// masked_softmax: checks and the CPU call.
+#include "common/masked_softmax.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "bindings/checks.h"
+#include "bindings/parallel.h"
+#include "cpu/host/isa.h"
+
+namespace baton::bindings {
+
+Tensor masked_softmax(Tensor scores, Tensor starts, Tensor lengths, double scale,
+                      std::optional<int64_t> window) {
+  const Checker check("masked_softmax");
+  MaskedSoftmaxParams p{};
+  p.dtype = check.floating("scores", scores);
+  check.dims("scores", scores, 4);
+  check.last_contiguous("scores", scores);
+  p.num_rows = scores.size(0);
+  p.num_heads = scores.size(1);
+  p.query_length = scores.size(2);
+  p.key_length = scores.size(3);
+  p.starts = check.index("starts", starts, p.num_rows);
+  p.lengths = check.index("lengths", lengths, p.num_rows);
+  if (!std::isfinite(scale)) check.fail("scale", "finite", format(scale));
+  if (window && *window < 1) check.fail("window", "at least 1", format(*window));
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    check.in_range("lengths", i, p.lengths[i], 0, p.key_length);
+    check.in_range("starts", i, p.starts[i], 0, p.key_length - p.lengths[i]);
+  }
+
+  Tensor weights =
+      torch::stable::new_empty(scores, {p.num_rows, p.num_heads, p.query_length, p.key_length});
+  p.scores = scores.const_data_ptr();
+  p.row_stride = scores.stride(0);
+  p.head_stride = scores.stride(1);
+  p.query_stride = scores.stride(2);
+  p.weights = weights.mutable_data_ptr();
+  p.scale = static_cast<float>(scale);
+  p.window = window ? *window : 0;
+  const auto& kernel = cpu::kernels().masked_softmax;
+  for_each_item(
+      masked_softmax_work(p), scores.numel() * size_of(p.dtype) * 2,
+      [&](int64_t begin, int64_t end) { kernel(p, begin, end); }, 8);
+  return weights;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
+  library.impl("masked_softmax", TORCH_BOX(&masked_softmax));
+}
+
+}  // namespace baton::bindings

@@ -1,0 +1,86 @@
+// move_kv: checks and the CPU call.
+#include "common/move_kv.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "bindings/checks.h"
+#include "bindings/parallel.h"
+#include "cpu/host/isa.h"
+
+namespace baton::bindings {
+
+namespace {
+
+// Targets must not overlap each other, nor the source of another move: the result would depend on
+// the order of the moves.
+void check_overlaps(const Checker& check, const MoveKvParams& p) {
+  std::vector<ColumnRange> targets;
+  for (int64_t i = 0; i < p.num_moves; ++i) {
+    targets.push_back({p.target_slots[i], static_cast<int32_t>(i), p.target_starts[i],
+                       p.target_starts[i] + int64_t{p.lengths[i]}});
+  }
+  // Leaves the targets sorted by slot and column, and disjoint.
+  if (const auto [a, b] = find_overlap(targets); a >= 0) {
+    check.fail("targets", "disjoint",
+               format("moves ", a, " and ", b, " in slot ", p.target_slots[a]));
+  }
+  for (int64_t i = 0; i < p.num_moves; ++i) {
+    const int32_t slot = p.source_slots[i];
+    const int64_t begin = p.source_starts[i], end = begin + p.lengths[i];
+    if (begin == end) continue;
+    auto target =
+        std::upper_bound(targets.begin(), targets.end(), std::pair{slot, begin},
+                         [](const std::pair<int32_t, int64_t>& at, const ColumnRange& r) {
+                           return at.first != r.slot ? at.first < r.slot : at.second < r.end;
+                         });
+    for (; target != targets.end() && target->slot == slot && target->begin < end; ++target) {
+      if (target->entry != i) {
+        check.fail("targets", "outside the sources of other moves",
+                   format("the target of move ", target->entry, " in the source of move ", i));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void move_kv(Tensor key_cache, Tensor value_cache, Tensor source_slots, Tensor source_starts,
+             Tensor target_slots, Tensor target_starts, Tensor lengths) {
+  const Checker check("move_kv");
+  MoveKvParams p{};
+  p.sizes = check.caches(key_cache, value_cache, true, true);
+  p.dtype = check.floating("key_cache", key_cache);
+  p.source_slots = check.index("source_slots", source_slots, -1);
+  p.num_moves = source_slots.numel();
+  p.source_starts = check.index("source_starts", source_starts, p.num_moves);
+  p.target_slots = check.index("target_slots", target_slots, p.num_moves);
+  p.target_starts = check.index("target_starts", target_starts, p.num_moves);
+  p.lengths = check.index("lengths", lengths, p.num_moves);
+  int64_t columns = 0;
+  for (int64_t i = 0; i < p.num_moves; ++i) {
+    check.in_range("lengths", i, p.lengths[i], 0, p.sizes.capacity);
+    check.in_range("source_slots", i, p.source_slots[i], 0, p.sizes.num_slots - 1);
+    check.in_range("target_slots", i, p.target_slots[i], 0, p.sizes.num_slots - 1);
+    check.in_range("source_starts", i, p.source_starts[i], 0, p.sizes.capacity - p.lengths[i]);
+    check.in_range("target_starts", i, p.target_starts[i], 0, p.sizes.capacity - p.lengths[i]);
+    columns += p.lengths[i];
+  }
+  check_overlaps(check, p);
+
+  p.key_cache = key_cache.mutable_data_ptr();
+  p.value_cache = value_cache.mutable_data_ptr();
+  p.key_cache_strides = cache_strides(key_cache);
+  p.value_cache_strides = cache_strides(value_cache);
+  const int64_t bytes =
+      columns * p.sizes.num_layers * p.sizes.num_kv_heads * p.sizes.head_dim * size_of(p.dtype) * 2;
+  const auto& kernel = cpu::kernels().move_kv;
+  for_each_item(move_kv_work(p), bytes, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
+  library.impl("move_kv", TORCH_BOX(&move_kv));
+}
+
+}  // namespace baton::bindings

@@ -1,0 +1,35 @@
+// Runs a kernel's work items on torch's threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace baton::bindings {
+
+// Work below this many bytes costs less than waking a second thread.
+constexpr int64_t kSerialBytes = 32 * 1024;
+
+// Calls run(begin, end) over [0, num_items). Threads take `chunk` items at a time from a common
+// counter: items may differ in cost, and each writes only its own results, so order is free.
+template <typename Fn>
+void for_each_item(int64_t num_items, int64_t total_bytes, const Fn& run, int64_t chunk = 1) {
+  if (num_items == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || num_items <= chunk || total_bytes < kSerialBytes) {
+    run(0, num_items);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t share = first; share < last; ++share) {
+      int64_t begin;
+      while ((begin = next.fetch_add(chunk, std::memory_order_relaxed)) < num_items) {
+        run(begin, begin + chunk < num_items ? begin + chunk : num_items);
+      }
+    }
+  });
+}
+
+}  // namespace baton::bindings

@@ -1,0 +1,31 @@
+// extract_kv: key[l, cu_seqlens[i] + t, h] = key_cache[l, slots[i], h, starts[i] + t], value
+// likewise.
+#pragma once
+
+#include "common/cache.h"
+#include "common/dtype.h"
+
+namespace baton {
+
+struct ExtractKvParams {
+  const void* key_cache;      // [num_layers, num_slots, num_kv_heads, capacity, head_dim]
+  const void* value_cache;    // as key_cache
+  void* key;                  // [num_layers, total_tokens, num_kv_heads, head_dim]
+  void* value;                // as key
+  const int32_t* cu_seqlens;  // [num_queries + 1]
+  const int32_t* slots;       // [num_queries]
+  const int32_t* starts;      // [num_queries]
+  int64_t num_queries;
+  int64_t total_tokens;
+  CacheSizes sizes;
+  CacheStrides key_cache_strides, value_cache_strides;
+  TokenStrides key_strides, value_strides;
+  Dtype dtype;
+};
+
+// One work item is one (layer, query, KV head).
+static inline int64_t extract_kv_work(const ExtractKvParams& p) {
+  return p.sizes.num_layers * p.num_queries * p.sizes.num_kv_heads;
+}
+
+}  // namespace baton

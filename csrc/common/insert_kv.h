@@ -1,0 +1,32 @@
+// insert_kv: key_cache[l, slots[i], h, starts[i] + t] = key[l, cu_seqlens[i] + t, h], value
+// likewise.
+#pragma once
+
+#include "common/cache.h"
+#include "common/dtype.h"
+
+namespace baton {
+
+struct InsertKvParams {
+  const void* key;            // [num_layers, total_tokens, num_kv_heads, head_dim]
+  const void* value;          // as key
+  void* key_cache;            // [num_layers, num_slots, num_kv_heads, capacity, head_dim]
+  void* value_cache;          // as key_cache
+  const int32_t* cu_seqlens;  // [num_queries + 1]
+  const int32_t* slots;       // [num_queries]
+  const int32_t* starts;      // [num_queries]
+  int64_t num_queries;
+  int64_t total_tokens;
+  CacheSizes sizes;
+  TokenStrides key_strides, value_strides;
+  CacheStrides key_cache_strides, value_cache_strides;
+  Dtype dtype;
+  bool zero_padding;  // also clear columns [0, starts[i])
+};
+
+// One work item is one (layer, query, KV head).
+static inline int64_t insert_kv_work(const InsertKvParams& p) {
+  return p.sizes.num_layers * p.num_queries * p.sizes.num_kv_heads;
+}
+
+}  // namespace baton

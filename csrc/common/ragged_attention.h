@@ -1,0 +1,84 @@
+// ragged_attention: softmax(scale q k^T) v of every query token over the valid columns of its row.
+//
+// A row's work is cut into query tiles and, for a row with a single tile, into splits of its own
+// columns. Both depend on the row's own query length and length alone: that makes a row's bits
+// independent of its batch. Splits leave partial results, merged in column order.
+#pragma once
+
+#include "common/cache.h"
+#include "common/dtype.h"
+
+namespace baton {
+
+struct RaggedAttentionParams {
+  const void* query;          // [total_queries, num_heads, head_dim]
+  const void* key_cache;      // [num_slots, num_kv_heads, capacity, head_dim]
+  const void* value_cache;    // as key_cache
+  void* out;                  // [total_queries, num_heads, head_dim], contiguous
+  float* lse;                 // [total_queries, num_heads], contiguous, or null
+  const int32_t* cu_seqlens;  // [num_rows + 1]
+  const int32_t* slots;       // [num_rows]
+  const int32_t* starts;      // [num_rows]
+  const int32_t* lengths;     // [num_rows]
+  const float* alibi_slopes;  // [num_heads] or null
+  const float* sinks;         // [num_heads] or null
+  int64_t num_rows, num_heads;
+  CacheSizes sizes;
+  TokenStrides query_strides;
+  CacheStrides key_cache_strides, value_cache_strides;
+  float scale, softcap;
+  int64_t window;  // 0: no window
+  bool causal;
+  Dtype dtype;
+  // What only CUDA needs, whose host does not see the rows.
+  int64_t total_queries;
+  int64_t max_query_length, max_length;  // bounds of all rows
+  float* workspace;                      // see cuda/kernels.h; null when it is empty
+};
+
+// Query vectors (tokens x heads of one KV head) that one pass over keys and values serves.
+constexpr int64_t kAttentionTileQueries = 64;
+// A split is long enough that reading its columns hides writing and merging its partial result.
+constexpr int64_t kAttentionSplitColumns = 512;
+// Bounds the partial results by the size of the output, however long the cache.
+constexpr int64_t kAttentionMaxSplits = 64;
+
+// One (row, KV head, query tile, split).
+struct AttentionItem {
+  int32_t row, kv_head, tile, split;
+};
+
+struct AttentionRowPlan {
+  int64_t tile_tokens;  // query tokens of one tile
+  int64_t num_tiles;
+  int64_t num_splits;
+  int64_t split_columns;  // columns of one split
+};
+
+static inline AttentionRowPlan plan_attention_row(int64_t query_length, int64_t length,
+                                                  int64_t group) {
+  AttentionRowPlan plan{};
+  plan.tile_tokens = group >= kAttentionTileQueries ? 1 : kAttentionTileQueries / group;
+  plan.num_tiles = (query_length + plan.tile_tokens - 1) / plan.tile_tokens;
+  plan.num_splits = 1;
+  if (plan.num_tiles == 1) {
+    plan.num_splits = (length + kAttentionSplitColumns - 1) / kAttentionSplitColumns;
+    if (plan.num_splits < 1) plan.num_splits = 1;
+    if (plan.num_splits > kAttentionMaxSplits) plan.num_splits = kAttentionMaxSplits;
+  }
+  plan.split_columns = (length + plan.num_splits - 1) / plan.num_splits;
+  return plan;
+}
+
+// Work of one call: the items, and where the partial results of split rows go.
+struct AttentionWork {
+  const AttentionItem* items;
+  int64_t num_items;
+  const int64_t*
+      partial_offsets;  // [num_rows]: first float of the row's partials, -1 without splits
+  float* partials;      // per (token, head, split): head_dim sums, then maximum and sum
+};
+
+static inline int64_t attention_partial_size(int64_t head_dim) { return head_dim + 2; }
+
+}  // namespace baton

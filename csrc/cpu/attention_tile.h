@@ -1,0 +1,289 @@
+// The two products of attention over one block of keys: scores = q k^T and out += p v.
+//
+// With few query vectors (decode) keys and values are used straight from the cache, each loaded
+// once for all query vectors. With many (prefill) the block is first unpacked: keys transposed, so
+// that lanes are keys and no sum has to be folded; unpacking is paid once for the whole tile.
+//
+// BlockProducts<T> is the definition for every type; attention_tile_bf16.h replaces it where the
+// CPU multiplies bfloat16 itself.
+#pragma once
+
+#include "common/ragged_attention.h"
+#include "cpu/dot.h"
+
+namespace baton::cpu::BATON_ISA {
+
+// Keys of one block: scores of a tile stay in the core's own cache.
+constexpr int kBlockKeys = 64;
+constexpr int kMaxQueries = static_cast<int>(kAttentionTileQueries);
+constexpr int kMaxHeadDim = 256;
+// Up to here query vectors share one pass over keys and values where they lie.
+constexpr int kDirectQueries = 8;
+
+#if defined(__AVX512F__)
+// 24 accumulators leave room for four vectors of keys or values and one broadcast.
+constexpr int kPackedTile = 6, kPackedVecs = 4, kDirectTile = 4;
+#else
+// 8 accumulators of 16 registers.
+constexpr int kPackedTile = 4, kPackedVecs = 2, kDirectTile = 4;
+#endif
+
+// What one thread needs while it works on a tile.
+struct AttentionScratch {
+  alignas(64) float scores[kMaxQueries][kBlockKeys];
+  alignas(64) float out[kMaxQueries][kMaxHeadDim];
+  alignas(64) float query[kMaxQueries][kMaxHeadDim];  // prefill only
+  alignas(64) float keys[kMaxHeadDim][kBlockKeys];    // prefill only, transposed
+  alignas(64) float values[kBlockKeys][kMaxHeadDim];  // prefill only
+  float maximum[kMaxQueries];
+  float sum[kMaxQueries];
+};
+
+// The keys or values of one block where they lie in the cache.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;  // elements from one column to the next
+  int64_t count;   // columns of this block, at most kBlockKeys
+  int64_t dim;
+};
+
+// Calls fn.operator()<m>(first) for tiles of at most kTile of `count` query vectors.
+template <int kTile, typename Fn>
+BATON_INLINE void for_query_tiles(int count, Fn&& fn) {
+  int first = 0;
+  for (; first + kTile <= count; first += kTile) fn.template operator()<kTile>(first);
+  if (first == count) return;
+  const auto rest = [&]<int kRest>() { fn.template operator()<kRest>(first); };
+  if constexpr (kTile == 6) {
+    dispatch_int<1, 2, 3, 4, 5>(count - first, rest);
+  } else {
+    static_assert(kTile == 4);
+    dispatch_int<1, 2, 3>(count - first, rest);
+  }
+}
+
+// scores[m][first ..] = q[m] . key for kQueries query vectors and kKeys keys, and prefetches
+// `ahead`: rows are too short, and the steps between KV heads too long, for the hardware to
+// foresee. Prefetching past the end of a tensor reads nothing.
+template <typename T, int kQueries, int kKeys>
+BATON_INLINE void score_direct(const T* const* query, const T* key, int64_t stride, int64_t dim,
+                               const T* ahead, float (*scores)[kBlockKeys], int64_t first) {
+  typedef Dot<T> D;
+  Vec sums[kQueries][kKeys] = {};
+  int64_t d = 0;
+  for (; d + D::kStep <= dim; d += D::kStep) {
+    typename D::Operand k[kKeys];
+    BATON_UNROLL
+    for (int i = 0; i < kKeys; ++i) {
+      k[i] = D::operand(key + i * stride + d);
+      __builtin_prefetch(ahead + i * stride + d, 0, 2);
+    }
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      const typename D::Operand q = D::operand(query[m] + d);
+      BATON_UNROLL
+      for (int i = 0; i < kKeys; ++i) sums[m][i] = D::step(q, k[i], sums[m][i]);
+    }
+  }
+  if (const int64_t rest = dim - d; rest > 0) {
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      const typename D::Operand q = D::operand_partial(query[m] + d, rest);
+      BATON_UNROLL
+      for (int i = 0; i < kKeys; ++i) {
+        sums[m][i] = D::step(q, D::operand_partial(key + i * stride + d, rest), sums[m][i]);
+      }
+    }
+  }
+  BATON_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    if constexpr (kKeys == 4) {
+      const Quad sum = reduce_add4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+      __builtin_memcpy(&scores[m][first], &sum, sizeof(sum));
+    } else {
+      for (int i = 0; i < kKeys; ++i) scores[m][first + i] = reduce_add(sums[m][i]);
+    }
+  }
+}
+
+template <typename T>
+void score_direct_block(const T* const* query, int count, const Rows<T>& keys,
+                        float (*scores)[kBlockKeys]) {
+  for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
+    int64_t i = 0;
+    for (; i + 4 <= keys.count; i += 4) {
+      const T* key = keys.data + i * keys.stride;
+      score_direct<T, kQueries, 4>(query + m, key, keys.stride, keys.dim,
+                                   key + kBlockKeys * keys.stride, scores + m, i);
+    }
+    for (; i < keys.count; ++i) {
+      const T* key = keys.data + i * keys.stride;
+      score_direct<T, kQueries, 1>(query + m, key, keys.stride, keys.dim, key, scores + m, i);
+    }
+  });
+}
+
+// out[m][d ..] += sum_k p[m][k] value[k][d ..] for kQueries query vectors and kVecs vectors of d.
+template <typename T, int kQueries, int kVecs>
+BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values,
+                        float (*out)[kMaxHeadDim], int64_t d) {
+  // A block's sum starts from zero: added one by one to a long row's total, small terms would
+  // drown.
+  Vec sums[kQueries][kVecs] = {};
+  const T* value = values.data + d;
+  for (int64_t k = 0; k < values.count; ++k, value += values.stride) {
+    Vec v[kVecs];
+    BATON_UNROLL
+    for (int i = 0; i < kVecs; ++i) {
+      v[i] = load(value + i * kLanes);
+      // One request per 64-byte line.
+      if (i * kLanes * sizeof(T) % 64 == 0) {
+        __builtin_prefetch(value + kBlockKeys * values.stride + i * kLanes, 0, 2);
+      }
+    }
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      const Vec weight = set1(p[m][k]);
+      BATON_UNROLL
+      for (int i = 0; i < kVecs; ++i) sums[m][i] = fmadd(weight, v[i], sums[m][i]);
+    }
+  }
+  BATON_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    BATON_UNROLL
+    for (int i = 0; i < kVecs; ++i) {
+      float* total = &out[m][d + i * kLanes];
+      store(total, load(total) + sums[m][i]);
+    }
+  }
+}
+
+template <typename T, int kTile>
+void weigh_block(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
+                 float (*out)[kMaxHeadDim]) {
+  for_query_tiles<kTile>(count, [&]<int kQueries>(int m) {
+    int64_t d = 0;
+    for (; d + kPackedVecs * kLanes <= values.dim; d += kPackedVecs * kLanes) {
+      weigh<T, kQueries, kPackedVecs>(p + m, values, out + m, d);
+    }
+    for (; d + kLanes <= values.dim; d += kLanes) {
+      weigh<T, kQueries, 1>(p + m, values, out + m, d);
+    }
+    if (const int64_t rest = values.dim - d; rest > 0) {
+      for (int i = m; i < m + kQueries; ++i) {
+        Vec sum = zero();
+        for (int64_t k = 0; k < values.count; ++k) {
+          sum = fmadd(set1(p[i][k]), load_partial(values.data + k * values.stride + d, rest), sum);
+        }
+        store(&out[i][d], load(&out[i][d]) + sum);
+      }
+    }
+  });
+}
+
+// keys[d][k] = key[k][d]; columns past count are 0, so that no stale float enters a product.
+template <typename T>
+void unpack_keys(const Rows<T>& rows, float (*keys)[kBlockKeys]) {
+  for (int64_t k = 0; k < kBlockKeys; k += kLanes) {
+    const int64_t here = rows.count - k < kLanes ? rows.count - k : kLanes;
+    for (int64_t d = 0; d < rows.dim; d += kLanes) {
+      const int64_t width = rows.dim - d < kLanes ? rows.dim - d : kLanes;
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const T* row = rows.data + (k + i) * rows.stride + d;
+        block[i] = i >= here ? zero() : width == kLanes ? load(row) : load_partial(row, width);
+      }
+      transpose(block);
+      for (int64_t i = 0; i < width; ++i) store(&keys[d + i][k], block[i]);
+    }
+  }
+}
+
+template <typename T>
+void unpack_values(const Rows<T>& rows, float (*values)[kMaxHeadDim]) {
+  for (int64_t k = 0; k < rows.count; ++k) {
+    const T* row = rows.data + k * rows.stride;
+    int64_t d = 0;
+    for (; d + kLanes <= rows.dim; d += kLanes) store(&values[k][d], load(row + d));
+    if (d < rows.dim)
+      store_partial(&values[k][d], load_partial(row + d, rows.dim - d), rows.dim - d);
+  }
+}
+
+// scores[m][k] = query[m] . keys[.][k], lanes are keys; in stretches of kStretch elements, because
+// one long chain of additions would round more than a sum in lanes does.
+template <int kQueries>
+void score_packed(const float (*query)[kMaxHeadDim], const float (*keys)[kBlockKeys], int64_t dim,
+                  float (*scores)[kBlockKeys]) {
+  constexpr int64_t kStretch = 64;
+  for (int k = 0; k < kBlockKeys; k += kPackedVecs * kLanes) {
+    for (int64_t first = 0; first < dim; first += kStretch) {
+      const int64_t last = first + kStretch < dim ? first + kStretch : dim;
+      Vec sums[kQueries][kPackedVecs] = {};
+      for (int64_t d = first; d < last; ++d) {
+        Vec v[kPackedVecs];
+        BATON_UNROLL
+        for (int i = 0; i < kPackedVecs; ++i) v[i] = load(&keys[d][k + i * kLanes]);
+        BATON_UNROLL
+        for (int m = 0; m < kQueries; ++m) {
+          const Vec q = set1(query[m][d]);
+          BATON_UNROLL
+          for (int i = 0; i < kPackedVecs; ++i) sums[m][i] = fmadd(q, v[i], sums[m][i]);
+        }
+      }
+      BATON_UNROLL
+      for (int m = 0; m < kQueries; ++m) {
+        BATON_UNROLL
+        for (int i = 0; i < kPackedVecs; ++i) {
+          float* score = &scores[m][k + i * kLanes];
+          store(score, first == 0 ? sums[m][i] : load(score) + sums[m][i]);
+        }
+      }
+    }
+  }
+}
+
+// The products of one tile of `count` query vectors with one block, in the way that suits count.
+template <typename T>
+struct BlockProducts {
+  // Prepares the tile's query vectors.
+  static void load_queries(const T* const* query, int count, int64_t dim,
+                           AttentionScratch& scratch) {
+    if (count <= kDirectQueries) return;
+    for (int m = 0; m < count; ++m) {
+      for (int64_t d = 0; d < dim; ++d) scratch.query[m][d] = to_float(query[m][d]);
+    }
+  }
+
+  // scratch.scores[m][k] = q[m] . key[k].
+  static void score(const T* const* query, int count, const Rows<T>& keys,
+                    AttentionScratch& scratch) {
+    if (count <= kDirectQueries) {
+      score_direct_block(query, count, keys, scratch.scores);
+      return;
+    }
+    unpack_keys(keys, scratch.keys);
+    for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
+      score_packed<kQueries>(scratch.query + m, scratch.keys, keys.dim, scratch.scores + m);
+    });
+  }
+
+  // scratch.out[m] += sum_k scratch.scores[m][k] value[k].
+  static void weigh(int count, const Rows<T>& values, AttentionScratch& scratch) {
+    if (count <= kDirectQueries) {
+      weigh_block<T, kDirectTile>(scratch.scores, count, values, scratch.out);
+    } else if constexpr (sizeof(T) == sizeof(float)) {
+      weigh_block<T, kPackedTile>(scratch.scores, count, values, scratch.out);
+    } else {
+      unpack_values(values, scratch.values);
+      const Rows<float> unpacked{&scratch.values[0][0], kMaxHeadDim, values.count, values.dim};
+      weigh_block<float, kPackedTile>(scratch.scores, count, unpacked, scratch.out);
+    }
+  }
+
+  // Brings scratch.out into the order of head_dim.
+  static void finish(int, int64_t, AttentionScratch&) {}
+};
+
+}  // namespace baton::cpu::BATON_ISA

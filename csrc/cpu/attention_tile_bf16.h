@@ -1,0 +1,221 @@
+// The products of attention_tile.h where the CPU multiplies pairs of bfloat16 into float32 sums.
+//
+// Probabilities are rounded to bfloat16 for the product with values, as every tensor-core attention
+// does; their sum is taken before rounding. Two rows of values interleave to pairs of keys with one
+// unpack per half, which leaves the sums in a permuted order of head_dim (inside every 32 elements:
+// 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...); finish() puts them right once per tile.
+#pragma once
+
+#include "cpu/attention_tile.h"
+
+#if defined(__AVX512BF16__)
+
+namespace baton::cpu::BATON_ISA {
+
+typedef __m512i Pairs;  // 16 pairs of bfloat16
+
+BATON_INLINE Vec dot_pairs(Vec sum, Pairs a, Pairs b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+BATON_INLINE Pairs load_pairs(const void* p) { return _mm512_loadu_si512(p); }
+BATON_INLINE Pairs load_pairs(const BFloat16* p, int64_t n) {
+  return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
+}
+BATON_INLINE Pairs broadcast_pair(const void* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return _mm512_set1_epi32(pair);
+}
+
+constexpr int kPairStep = 32;  // elements of one vector of bfloat16
+
+// A row of scores becomes bfloat16 pairs of keys, in place: the first half of the row holds them.
+BATON_INLINE void round_probabilities(float* scores) {
+  for (int k = 0; k < kBlockKeys; k += kPairStep) {
+    const __m512 low = _mm512_loadu_ps(scores + k), high = _mm512_loadu_ps(scores + k + 16);
+    _mm512_storeu_si512(scores + k / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+}
+
+// One row pair of values, 32 elements of each: [pairs of elements 0-3, 8-11, ..], [4-7, 12-15, ..].
+struct ValuePairs {
+  Pairs low, high;
+};
+
+BATON_INLINE ValuePairs interleave(Pairs even, Pairs odd) {
+  return {_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
+}
+
+// out[m][d ..] += p value over kSteps * 32 elements of head_dim; source(k, i) gives a row pair.
+template <int kQueries, int kSteps, typename Source>
+BATON_INLINE void weigh_pairs(const float (*p)[kBlockKeys], int64_t num_pairs, const Source& source,
+                              float (*out)[kMaxHeadDim], int64_t d) {
+  Vec sums[kQueries][2 * kSteps] = {};
+  for (int64_t k = 0; k < num_pairs; ++k) {
+    ValuePairs v[kSteps];
+    BATON_UNROLL
+    for (int i = 0; i < kSteps; ++i) v[i] = source(k, d + i * kPairStep);
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      const Pairs weight = broadcast_pair(&p[m][k]);
+      BATON_UNROLL
+      for (int i = 0; i < kSteps; ++i) {
+        sums[m][2 * i] = dot_pairs(sums[m][2 * i], weight, v[i].low);
+        sums[m][2 * i + 1] = dot_pairs(sums[m][2 * i + 1], weight, v[i].high);
+      }
+    }
+  }
+  BATON_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    BATON_UNROLL
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      float* total = &out[m][d + i * kLanes];
+      store(total, load(total) + sums[m][i]);
+    }
+  }
+}
+
+template <>
+struct BlockProducts<BFloat16> {
+  typedef Rows<BFloat16> BlockRows;
+
+  static void load_queries(const BFloat16* const* query, int count, int64_t dim,
+                           AttentionScratch& scratch) {
+    if (count <= kDirectQueries) return;
+    for (int m = 0; m < count; ++m) __builtin_memcpy(scratch.query[m], query[m], dim * 2);
+  }
+
+  static void score(const BFloat16* const* query, int count, const BlockRows& keys,
+                    AttentionScratch& scratch) {
+    if (count <= kDirectQueries) {
+      score_direct_block(query, count, keys, scratch.scores);
+      return;
+    }
+    // A pair of neighbouring elements is one 32-bit unit: transposed like a float.
+    const Rows<float> pairs{reinterpret_cast<const float*>(keys.data), keys.stride / 2, keys.count,
+                            keys.dim / 2};
+    if (keys.stride % 2 == 0) {
+      unpack_keys(pairs, scratch.keys);
+    } else {
+      // Rows that begin between two pairs are first copied to where they do not.
+      BFloat16* copy = reinterpret_cast<BFloat16*>(&scratch.values[0][0]);
+      for (int64_t k = 0; k < keys.count; ++k) {
+        __builtin_memcpy(copy + k * kMaxHeadDim, keys.data + k * keys.stride, keys.dim * 2);
+      }
+      unpack_keys(Rows<float>{&scratch.values[0][0], kMaxHeadDim / 2, keys.count, keys.dim / 2},
+                  scratch.keys);
+    }
+    for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
+      score_pairs<kQueries>(scratch.query + m, scratch.keys, keys.dim / 2, scratch.scores + m);
+    });
+  }
+
+  static void weigh(int count, const BlockRows& values, AttentionScratch& scratch) {
+    for (int m = 0; m < count; ++m) round_probabilities(scratch.scores[m]);
+    if (count <= kDirectQueries) {
+      weigh_direct(count, values, scratch);
+    } else {
+      weigh_packed(count, values, scratch);
+    }
+  }
+
+  // Undoes the permutation of the sums.
+  static void finish(int count, int64_t dim, AttentionScratch& scratch) {
+    for (int m = 0; m < count; ++m) {
+      for (int64_t d = 0; d < dim; d += kPairStep) {
+        float* sums = &scratch.out[m][d];
+        const __m512 low = _mm512_loadu_ps(sums), high = _mm512_loadu_ps(sums + 16);
+        const __m512i first =
+            _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second =
+            _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        _mm512_storeu_ps(sums, _mm512_permutex2var_ps(low, first, high));
+        _mm512_storeu_ps(sums + 16, _mm512_permutex2var_ps(low, second, high));
+      }
+    }
+  }
+
+ private:
+  // scores[m][k] = sum over pairs of elements of query[m] . keys[.][k], lanes are keys.
+  template <int kQueries>
+  static void score_pairs(const float (*query)[kMaxHeadDim], const float (*keys)[kBlockKeys],
+                          int64_t num_pairs, float (*scores)[kBlockKeys]) {
+    static_assert(kPackedVecs * kLanes == kBlockKeys);
+    Vec sums[kQueries][kPackedVecs] = {};
+    for (int64_t d = 0; d < num_pairs; ++d) {
+      Pairs v[kPackedVecs];
+      BATON_UNROLL
+      for (int i = 0; i < kPackedVecs; ++i) v[i] = load_pairs(&keys[d][i * kLanes]);
+      BATON_UNROLL
+      for (int m = 0; m < kQueries; ++m) {
+        const Pairs q = broadcast_pair(&query[m][d]);
+        BATON_UNROLL
+        for (int i = 0; i < kPackedVecs; ++i) sums[m][i] = dot_pairs(sums[m][i], q, v[i]);
+      }
+    }
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      BATON_UNROLL
+      for (int i = 0; i < kPackedVecs; ++i) store(&scores[m][i * kLanes], sums[m][i]);
+    }
+  }
+
+  // Row pair k of the block from element d on. The row behind an odd count is not read: it is
+  // padding or another row's.
+  static BATON_INLINE ValuePairs row_pair(const BlockRows& rows, int64_t k, int64_t d) {
+    const BFloat16* even = rows.data + 2 * k * rows.stride + d;
+    const BFloat16* odd = even + rows.stride;
+    const bool alone = 2 * k + 1 == rows.count;
+    if (rows.dim - d >= kPairStep) {
+      return interleave(load_pairs(even), alone ? Pairs{} : load_pairs(odd));
+    }
+    return interleave(load_pairs(even, rows.dim - d),
+                      alone ? Pairs{} : load_pairs(odd, rows.dim - d));
+  }
+
+  template <int kTile, typename Source>
+  static void weigh_tiles(int count, int64_t num_pairs, int64_t dim, const Source& source,
+                          AttentionScratch& scratch) {
+    for_query_tiles<kTile>(count, [&]<int kQueries>(int m) {
+      int64_t d = 0;
+      for (; d + 2 * kPairStep <= dim; d += 2 * kPairStep) {
+        weigh_pairs<kQueries, 2>(scratch.scores + m, num_pairs, source, scratch.out + m, d);
+      }
+      for (; d < dim; d += kPairStep) {
+        weigh_pairs<kQueries, 1>(scratch.scores + m, num_pairs, source, scratch.out + m, d);
+      }
+    });
+  }
+
+  static void weigh_direct(int count, const BlockRows& values, AttentionScratch& scratch) {
+    const auto source = [&](int64_t k, int64_t d) BATON_INLINE_LAMBDA {
+      const BFloat16* ahead = values.data + (2 * k + kBlockKeys) * values.stride + d;
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + values.stride, 0, 2);
+      return row_pair(values, k, d);
+    };
+    weigh_tiles<kDirectTile>(count, (values.count + 1) / 2, values.dim, source, scratch);
+  }
+
+  static void weigh_packed(int count, const BlockRows& values, AttentionScratch& scratch) {
+    const int64_t num_pairs = (values.count + 1) / 2;
+    // [pair of keys][element pairs in the interleaved order]
+    float (*pairs)[kMaxHeadDim] = scratch.values;
+    for (int64_t k = 0; k < num_pairs; ++k) {
+      for (int64_t d = 0; d < values.dim; d += kPairStep) {
+        const ValuePairs pair = row_pair(values, k, d);
+        _mm512_storeu_si512(&pairs[k][d], pair.low);
+        _mm512_storeu_si512(&pairs[k][d + kLanes], pair.high);
+      }
+    }
+    const auto source = [&](int64_t k, int64_t d) BATON_INLINE_LAMBDA {
+      return ValuePairs{load_pairs(&pairs[k][d]), load_pairs(&pairs[k][d + kLanes])};
+    };
+    weigh_tiles<kPackedTile>(count, num_pairs, values.dim, source, scratch);
+  }
+};
+
+}  // namespace baton::cpu::BATON_ISA
+
+#endif  // __AVX512BF16__

@@ -1,0 +1,162 @@
+// Chooses the kernels' instruction set at run time. Compiled for the baseline: this code runs
+// before anything is known about the CPU.
+#include "cpu/host/isa.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace baton {
+
+void dispatch_failed(const char* what, int64_t value) {
+  // Unreachable: bindings reject what no kernel handles. A wrong number of instantiations must not
+  // become silence.
+  std::fprintf(stderr, "baton_kernels: no kernel for %s %lld\n", what,
+               static_cast<long long>(value));
+  std::abort();
+}
+
+namespace cpu {
+
+namespace baseline {
+extern const KernelTable kKernelTable;
+}
+#if defined(BATON_HAS_AVX2)
+namespace avx2 {
+extern const KernelTable kKernelTable;
+}
+#endif
+#if defined(BATON_HAS_AVX512)
+namespace avx512 {
+extern const KernelTable kKernelTable;
+}
+#endif
+#if defined(BATON_HAS_AVX512_BF16)
+namespace avx512_bf16 {
+extern const KernelTable kKernelTable;
+}
+#endif
+
+namespace {
+
+struct Entry {
+  Isa isa;
+  const KernelTable* table;  // null when not compiled
+};
+
+bool has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+bool has_avx512() {
+#if defined(__x86_64__)
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
+
+bool has_avx512_bf16() {
+#if defined(__x86_64__)
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// No kernel uses AMX yet; whether the CPU has it is reported all the same.
+bool has_amx_bf16() {
+#if defined(__x86_64__)
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned int kTileAndBf16 = (1u << 24) | (1u << 22);
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTileAndBf16) == kTileAndBf16;
+#else
+  return false;
+#endif
+}
+
+const std::vector<Entry>& entries() {
+  static const std::vector<Entry> list = [] {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#endif
+    std::vector<Entry> result;
+    const auto add = [&](const char* name, const KernelTable* table, bool found) {
+      result.push_back({{name, table != nullptr, found}, table});
+    };
+    add("baseline", &baseline::kKernelTable, true);
+#if defined(BATON_HAS_AVX2)
+    add("avx2", &avx2::kKernelTable, has_avx2());
+#else
+    add("avx2", nullptr, has_avx2());
+#endif
+#if defined(BATON_HAS_AVX512)
+    add("avx512", &avx512::kKernelTable, has_avx512());
+#else
+    add("avx512", nullptr, has_avx512());
+#endif
+#if defined(BATON_HAS_AVX512_BF16)
+    add("avx512_bf16", &avx512_bf16::kKernelTable, has_avx512_bf16());
+#else
+    add("avx512_bf16", nullptr, has_avx512_bf16());
+#endif
+    add("amx_bf16", nullptr, has_amx_bf16());
+    return result;
+  }();
+  return list;
+}
+
+const Entry* best() {
+  const Entry* choice = nullptr;
+  for (const Entry& entry : entries()) {
+    if (entry.table != nullptr && entry.isa.found) choice = &entry;
+  }
+  return choice;
+}
+
+std::atomic<const Entry*>& current() {
+  static std::atomic<const Entry*> entry{best()};
+  return entry;
+}
+
+}  // namespace
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> list = [] {
+    std::vector<Isa> result;
+    for (const Entry& entry : entries()) result.push_back(entry.isa);
+    return result;
+  }();
+  return list;
+}
+
+const KernelTable& kernels() { return *current().load(std::memory_order_relaxed)->table; }
+
+const char* isa_in_use() { return current().load(std::memory_order_relaxed)->isa.name; }
+
+bool set_isa(const std::string& name) {
+  if (name == "auto") {
+    current() = best();
+    return true;
+  }
+  for (const Entry& entry : entries()) {
+    if (name == entry.isa.name && entry.table != nullptr && entry.isa.found) {
+      current() = &entry;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace cpu
+}  // namespace baton

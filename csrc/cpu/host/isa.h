@@ -1,0 +1,27 @@
+// Instruction sets: which ones this build has, which ones this CPU has, which one is used.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace baton::cpu {
+
+struct Isa {
+  const char* name;
+  bool compiled;
+  bool found;  // the running CPU (and its operating system) can execute it
+};
+
+// From the plainest to the best.
+const std::vector<Isa>& isas();
+
+// The kernels in use: the best compiled and found set, unless set_isa has chosen.
+const KernelTable& kernels();
+const char* isa_in_use();
+
+// Chooses a set by name, or the best with "auto". False when it is not compiled or not found.
+bool set_isa(const std::string& name);
+
+}  // namespace baton::cpu

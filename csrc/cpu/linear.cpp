@@ -1,0 +1,126 @@
+// linear on the CPU: y = x weight^T + bias from the weights as they are, row-major.
+//
+// A register tile of kTileRows x kTileFeatures dot products runs along in_features, lanes along the
+// sum. Every dot product adds its terms in the same order whatever the tile it falls in, so a row's
+// bits do not depend on the number of rows. Weights stream from memory once per block of rows.
+#include "cpu/dot.h"
+#include "cpu/kernels.h"
+
+namespace baton::cpu::BATON_ISA {
+
+namespace {
+
+#if defined(__AVX512F__)
+// 24 accumulators, 4 weight vectors and one row vector of 32 registers.
+constexpr int kTileRows = 6, kTileFeatures = 4;
+#elif defined(__AVX2__)
+// 8 accumulators, 2 weight vectors, row vectors from memory, of 16 registers.
+constexpr int kTileRows = 4, kTileFeatures = 2;
+#else
+constexpr int kTileRows = 4, kTileFeatures = 2;
+#endif
+
+template <typename T, int kRows, int kFeatures>
+void tile(const LinearParams& p, int64_t row, int64_t feature) {
+  typedef Dot<T> D;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
+  const T* weight = static_cast<const T*>(p.weight) + feature * p.weight_row_stride;
+  Vec sums[kRows][kFeatures] = {};
+  // Long sums are taken in stretches: one chain of additions over all of in_features rounds too
+  // much.
+  constexpr int64_t kStretch = 64 * D::kStep;
+  int64_t k = 0;
+  const int64_t whole = p.in_features / D::kStep * D::kStep;
+  while (k < whole) {
+    const int64_t end = k + kStretch < whole ? k + kStretch : whole;
+    Vec stretch[kRows][kFeatures] = {};
+    for (; k < end; k += D::kStep) {
+      typename D::Operand w[kFeatures];
+      BATON_UNROLL
+      for (int n = 0; n < kFeatures; ++n) w[n] = D::operand(weight + n * p.weight_row_stride + k);
+      BATON_UNROLL
+      for (int m = 0; m < kRows; ++m) {
+        const typename D::Operand v = D::operand(x + m * p.x_row_stride + k);
+        BATON_UNROLL
+        for (int n = 0; n < kFeatures; ++n) stretch[m][n] = D::step(v, w[n], stretch[m][n]);
+      }
+    }
+    BATON_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      BATON_UNROLL
+      for (int n = 0; n < kFeatures; ++n) sums[m][n] = sums[m][n] + stretch[m][n];
+    }
+  }
+  if (const int64_t rest = p.in_features - k; rest > 0) {
+    BATON_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      const typename D::Operand v = D::operand_partial(x + m * p.x_row_stride + k, rest);
+      BATON_UNROLL
+      for (int n = 0; n < kFeatures; ++n) {
+        sums[m][n] =
+            D::step(v, D::operand_partial(weight + n * p.weight_row_stride + k, rest), sums[m][n]);
+      }
+    }
+  }
+  T* y = static_cast<T*>(p.y) + row * p.out_features + feature;
+  const T* bias = p.bias ? static_cast<const T*>(p.bias) + feature : nullptr;
+  BATON_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    if constexpr (kFeatures == 4) {
+      Quad totals = reduce_add4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+      if (bias) {
+        for (int n = 0; n < 4; ++n) totals[n] += to_float(bias[n]);
+      }
+      store_quad(y + m * p.out_features, totals);
+    } else {
+      for (int n = 0; n < kFeatures; ++n) {
+        float total = reduce_add(sums[m][n]);
+        if (bias) total += to_float(bias[n]);
+        store_partial(y + m * p.out_features + n, set1(total), 1);
+      }
+    }
+  }
+}
+
+template <typename T, int kFeatures>
+void tile_column(const LinearParams& p, int64_t row, int64_t row_end, int64_t feature) {
+  for (; row + kTileRows <= row_end; row += kTileRows)
+    tile<T, kTileRows, kFeatures>(p, row, feature);
+  if (row == row_end) return;
+  // The remaining rows share one pass over the weights too.
+  const auto rest = [&]<int kRows>() { tile<T, kRows, kFeatures>(p, row, feature); };
+  if constexpr (kTileRows == 6) {
+    dispatch_int<1, 2, 3, 4, 5>(row_end - row, rest);
+  } else {
+    dispatch_int<1, 2, 3>(row_end - row, rest);
+  }
+}
+
+template <typename T>
+void block(const LinearParams& p, int64_t row, int64_t row_end, int64_t feature,
+           int64_t feature_end) {
+  for (; feature + kTileFeatures <= feature_end; feature += kTileFeatures) {
+    tile_column<T, kTileFeatures>(p, row, row_end, feature);
+  }
+  for (; feature < feature_end; ++feature) tile_column<T, 1>(p, row, row_end, feature);
+}
+
+}  // namespace
+
+void linear(const LinearParams& p, int64_t begin, int64_t end) {
+  const int64_t feature_blocks = linear_feature_blocks(p);
+  dispatch_dtype(p.dtype, [&]<typename T>() {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / feature_blocks * kLinearRowBlock;
+      const int64_t feature = i % feature_blocks * kLinearFeatureBlock;
+      const int64_t row_end =
+          row + kLinearRowBlock < p.num_rows ? row + kLinearRowBlock : p.num_rows;
+      const int64_t feature_end = feature + kLinearFeatureBlock < p.out_features
+                                      ? feature + kLinearFeatureBlock
+                                      : p.out_features;
+      block<T>(p, row, row_end, feature, feature_end);
+    }
+  });
+}
+
+}  // namespace baton::cpu::BATON_ISA

@@ -1,0 +1,284 @@
+// ragged_attention on the CPU: one work item is one (row, KV head, query tile, split). It streams
+// its columns once, in blocks of kBlockKeys, with a running maximum and sum, so that scores exist
+// for one block only. Padding columns are never loaded; hidden ones are skipped where a whole block
+// is hidden.
+#include "cpu/attention_tile.h"
+#include "cpu/attention_tile_bf16.h"
+#include "cpu/copy.h"
+#include "cpu/kernels.h"
+
+namespace baton::cpu::BATON_ISA {
+
+namespace {
+
+constexpr float kNothing = -__builtin_inff();
+
+// The query vectors of one item: tokens [token, token + num_tokens) of the row, heads of one KV
+// head.
+struct Tile {
+  int64_t row, token, num_tokens, first_head, num_heads, count;
+  int64_t query_length, length;
+  int64_t begin, end;  // keys to stream
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Keys that the token at query index j of the row sees.
+Range visible(const RaggedAttentionParams& p, const Tile& t, int64_t j) {
+  const int64_t position = t.length - t.query_length + j;
+  if (position < 0) return {0, 0};
+  const int64_t end = p.causal ? position + 1 : t.length;
+  const int64_t begin = p.window > 0 && position + 1 > p.window ? position + 1 - p.window : 0;
+  return {begin, end};
+}
+
+// Scale, softcap, ALiBi and mask of one query vector's scores; returns their maximum.
+float finish_scores(const RaggedAttentionParams& p, float* scores, float slope, int64_t position,
+                    int64_t first_key, Range range) {
+  const Vec scale = set1(p.scale);
+  Vec top = set1(kNothing);
+  // Relative to the block, so that 32 bits are enough.
+  const int64_t low = range.begin - first_key, high = range.end - first_key;
+  if (low <= 0 && high >= kBlockKeys && p.softcap == 0.0f && !p.alibi_slopes) {
+    BATON_UNROLL
+    for (int k = 0; k < kBlockKeys; k += kLanes) {
+      const Vec s = load(scores + k) * scale;
+      store(scores + k, s);
+      top = max(s, top);
+    }
+    return reduce_max(top);
+  }
+  const int32_t from = low > 0 ? static_cast<int32_t>(low < kBlockKeys ? low : kBlockKeys) : 0;
+  const int32_t to = high > 0 ? static_cast<int32_t>(high < kBlockKeys ? high : kBlockKeys) : 0;
+  const float distance = static_cast<float>(position - first_key);
+  IntVec key;
+  for (int i = 0; i < kLanes; ++i) key[i] = i;
+  for (int k = 0; k < kBlockKeys; k += kLanes) {
+    Vec s = load(scores + k) * scale;
+    if (p.softcap > 0.0f) s = set1(p.softcap) * tanh(s / set1(p.softcap));
+    if (p.alibi_slopes) {
+      s = s - set1(slope) * (set1(distance) - __builtin_convertvector(key, Vec));
+    }
+    s = (key >= from) & (key < to) ? s : set1(kNothing);
+    store(scores + k, s);
+    top = max(s, top);
+    key += kLanes;
+  }
+  return reduce_max(top);
+}
+
+// Turns scores into probabilities relative to the running maximum, rescaling what was summed
+// before.
+void update_softmax(AttentionScratch& scratch, int m, float block_maximum, int64_t dim) {
+  float* scores = scratch.scores[m];
+  const float old = scratch.maximum[m];
+  const float top = block_maximum > old ? block_maximum : old;
+  // Nothing seen yet: subtracting 0 keeps exp(-inf) = 0, and a NaN score stays one.
+  const Vec shift = set1(top == kNothing ? 0.0f : top);
+  Vec total = zero();
+  BATON_UNROLL
+  for (int k = 0; k < kBlockKeys; k += kLanes) {
+    const Vec probability = exp(load(scores + k) - shift);
+    store(scores + k, probability);
+    total = total + probability;
+  }
+  float sum = reduce_add(total);
+  if (old != top && scratch.sum[m] != 0.0f) {
+    const Vec correction = exp(set1(old - top));
+    sum += scratch.sum[m] * correction[0];
+    // To the end of the last 32: the sums may lie in an order of their own until finish().
+    for (int64_t d = 0; d < (dim + 31) / 32 * 32; d += kLanes) {
+      store(&scratch.out[m][d], load(&scratch.out[m][d]) * correction);
+    }
+  } else {
+    sum += scratch.sum[m];
+  }
+  scratch.maximum[m] = top;
+  scratch.sum[m] = sum;
+}
+
+template <typename T>
+const T* query_vector(const RaggedAttentionParams& p, const Tile& t, int64_t m) {
+  const int64_t token = p.cu_seqlens[t.row] + t.token + m / t.num_heads;
+  return static_cast<const T*>(p.query) +
+         offset(p.query_strides, 0, token, t.first_head + m % t.num_heads);
+}
+
+// Streams the tile's keys and values; leaves sums, maxima and totals in scratch.
+template <typename T>
+void stream(const RaggedAttentionParams& p, const Tile& t, int64_t kv_head,
+            AttentionScratch& scratch) {
+  typedef BlockProducts<T> Products;
+  const int64_t dim = p.sizes.head_dim, slot = p.slots[t.row], start = p.starts[t.row];
+  const int count = static_cast<int>(t.count);
+  const T* query[kMaxQueries];
+  Range ranges[kMaxQueries];
+  for (int m = 0; m < count; ++m) {
+    query[m] = query_vector<T>(p, t, m);
+    ranges[m] = visible(p, t, t.token + m / t.num_heads);
+    // Another split sees to what lies behind this one's end.
+    if (ranges[m].end > t.end) ranges[m].end = t.end;
+    scratch.maximum[m] = kNothing;
+    scratch.sum[m] = 0.0f;
+    __builtin_memset(scratch.out[m], 0, sizeof(scratch.out[m]));
+  }
+  Products::load_queries(query, count, dim, scratch);
+  const T* keys =
+      static_cast<const T*>(p.key_cache) + offset(p.key_cache_strides, 0, slot, kv_head, start);
+  const T* values =
+      static_cast<const T*>(p.value_cache) + offset(p.value_cache_strides, 0, slot, kv_head, start);
+  const int64_t key_stride = p.key_cache_strides.column_stride;
+  const int64_t value_stride = p.value_cache_strides.column_stride;
+
+  // Each block asks for the next one; nobody has asked for the first values.
+  for (int64_t k = t.begin; k < t.end && k < t.begin + kBlockKeys; ++k) {
+    const char* row = reinterpret_cast<const char*>(values + k * value_stride);
+    for (int64_t i = 0; i < dim * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
+  for (int64_t first = t.begin; first < t.end; first += kBlockKeys) {
+    const int64_t keys_here = t.end - first < kBlockKeys ? t.end - first : kBlockKeys;
+    Products::score(query, count, {keys + first * key_stride, key_stride, keys_here, dim}, scratch);
+    for (int m = 0; m < count; ++m) {
+      const int64_t head = t.first_head + m % t.num_heads;
+      const int64_t position = t.length - t.query_length + t.token + m / t.num_heads;
+      const float slope = p.alibi_slopes ? p.alibi_slopes[head] : 0.0f;
+      const float top = finish_scores(p, scratch.scores[m], slope, position, first, ranges[m]);
+      update_softmax(scratch, m, top, dim);
+    }
+    Products::weigh(count, {values + first * value_stride, value_stride, keys_here, dim}, scratch);
+  }
+  Products::finish(count, dim, scratch);
+}
+
+// Divides by the softmax denominator, the sink included, and writes the result of one query vector.
+template <typename T>
+void write_result(const RaggedAttentionParams& p, int64_t token, int64_t head, const float* sums,
+                  float maximum, float sum) {
+  const int64_t dim = p.sizes.head_dim, index = token * p.num_heads + head;
+  T* out = static_cast<T*>(p.out) + index * dim;
+  float top = maximum, total = sum, weight = 1.0f;
+  // A sink of -inf is none; it must not meet another -inf in a difference.
+  if (p.sinks && p.sinks[head] != kNothing) {
+    const float sink = p.sinks[head];
+    top = sink > maximum ? sink : maximum;
+    weight = maximum == kNothing ? 0.0f : exp(set1(maximum - top))[0];
+    total = sum * weight + exp(set1(sink - top))[0];
+  }
+  if (p.lse) p.lse[index] = total == 0.0f ? kNothing : top + __builtin_logf(total);
+  if (sum == 0.0f) {
+    __builtin_memset(out, 0, dim * sizeof(T));
+    return;
+  }
+  const Vec factor = set1(weight / total);
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(sums + d) * factor);
+  if (d < dim) store_partial(out + d, load_partial(sums + d, dim - d) * factor, dim - d);
+}
+
+template <typename T>
+void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
+              const AttentionRowPlan& plan, const Tile& tile, AttentionScratch& scratch) {
+  stream<T>(p, tile, item.kv_head, scratch);
+  const int64_t dim = p.sizes.head_dim;
+  for (int64_t m = 0; m < tile.count; ++m) {
+    const int64_t token = tile.token + m / tile.num_heads;
+    const int64_t head = tile.first_head + m % tile.num_heads;
+    if (plan.num_splits == 1) {
+      write_result<T>(p, p.cu_seqlens[item.row] + token, head, scratch.out[m], scratch.maximum[m],
+                      scratch.sum[m]);
+      continue;
+    }
+    float* partial =
+        work.partials + work.partial_offsets[item.row] +
+        ((token * p.num_heads + head) * plan.num_splits + item.split) * attention_partial_size(dim);
+    __builtin_memcpy(partial, scratch.out[m], dim * sizeof(float));
+    partial[dim] = scratch.maximum[m];
+    partial[dim + 1] = scratch.sum[m];
+  }
+}
+
+template <typename T>
+void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
+              AttentionScratch& scratch) {
+  const int64_t group = p.num_heads / p.sizes.num_kv_heads;
+  Tile tile{};
+  tile.row = item.row;
+  tile.query_length = p.cu_seqlens[item.row + 1] - p.cu_seqlens[item.row];
+  tile.length = p.lengths[item.row];
+  const AttentionRowPlan plan = plan_attention_row(tile.query_length, tile.length, group);
+  tile.token = item.tile * plan.tile_tokens;
+  tile.num_tokens = tile.query_length - tile.token < plan.tile_tokens
+                        ? tile.query_length - tile.token
+                        : plan.tile_tokens;
+  // The first token sees the furthest back, the last one the furthest on.
+  const Range first = visible(p, tile, tile.token);
+  const Range last = visible(p, tile, tile.token + tile.num_tokens - 1);
+  tile.begin = item.split * plan.split_columns;
+  tile.end = tile.begin + plan.split_columns;
+  if (tile.begin < first.begin) tile.begin = first.begin;
+  if (tile.end > last.end) tile.end = last.end;
+
+  // Groups wider than a tile are taken in parts; their keys and values are then in the core's
+  // cache.
+  for (int64_t head = 0; head < group; head += kAttentionTileQueries) {
+    tile.first_head = item.kv_head * group + head;
+    tile.num_heads = group - head < kAttentionTileQueries ? group - head : kAttentionTileQueries;
+    tile.count = tile.num_tokens * tile.num_heads;
+    run_tile<T>(p, work, item, plan, tile, scratch);
+  }
+}
+
+// Merges the partial results of one query vector in column order.
+template <typename T>
+void merge_splits(const RaggedAttentionParams& p, const float* partials, int64_t num_splits,
+                  int64_t token, int64_t head) {
+  const int64_t dim = p.sizes.head_dim, size = attention_partial_size(dim);
+  float top = kNothing;
+  bool saw = false;
+  for (int64_t s = 0; s < num_splits; ++s) {
+    const float maximum = partials[s * size + dim];
+    top = maximum > top ? maximum : top;
+    saw = saw || partials[s * size + dim + 1] != 0.0f;
+  }
+  alignas(64) float sums[kMaxHeadDim] = {};
+  float sum = 0.0f;
+  for (int64_t s = 0; s < num_splits && saw; ++s) {
+    const float* partial = partials + s * size;
+    if (partial[dim + 1] == 0.0f) continue;
+    const float weight = exp(set1(partial[dim] - top))[0];
+    sum += partial[dim + 1] * weight;
+    for (int64_t d = 0; d < dim; ++d) sums[d] += partial[d] * weight;
+  }
+  write_result<T>(p, token, head, sums, top, sum);
+}
+
+}  // namespace
+
+void ragged_attention(const RaggedAttentionParams& p, const AttentionWork& work, int64_t begin,
+                      int64_t end) {
+  AttentionScratch scratch;
+  dispatch_dtype(p.dtype, [&]<typename T>() {
+    for (int64_t i = begin; i < end; ++i) run_item<T>(p, work, work.items[i], scratch);
+  });
+}
+
+void ragged_attention_merge(const RaggedAttentionParams& p, const AttentionWork& work,
+                            int64_t begin, int64_t end) {
+  const int64_t group = p.num_heads / p.sizes.num_kv_heads;
+  dispatch_dtype(p.dtype, [&]<typename T>() {
+    for (int64_t row = begin; row < end; ++row) {
+      if (work.partial_offsets[row] < 0) continue;
+      const int64_t first = p.cu_seqlens[row], tokens = p.cu_seqlens[row + 1] - first;
+      const int64_t num_splits = plan_attention_row(tokens, p.lengths[row], group).num_splits;
+      const float* partials = work.partials + work.partial_offsets[row];
+      for (int64_t i = 0; i < tokens * p.num_heads; ++i) {
+        merge_splits<T>(p, partials + i * num_splits * attention_partial_size(p.sizes.head_dim),
+                        num_splits, first + i / p.num_heads, i % p.num_heads);
+      }
+    }
+  });
+}
+
+}  // namespace baton::cpu::BATON_ISA

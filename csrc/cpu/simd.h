@@ -1,0 +1,361 @@
+// One vector type for every instruction set. Kernels of this folder are compiled once per set, with
+// BATON_ISA naming the namespace they live in, and speak of float lanes only; this header is the
+// one place that knows intrinsics.
+//
+// Contract: load and store convert between the storage type and float; *_partial touches exactly n
+// elements and reads the missing lanes as 0; every reduction has one fixed order. Nothing here
+// comes from the C++ standard library: a function it inlines elsewhere could otherwise be linked in
+// with instructions that the running CPU lacks.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if !defined(BATON_ISA)
+#error "compile csrc/cpu with -DBATON_ISA=<name of the instruction set>"
+#endif
+
+#define BATON_INLINE inline __attribute__((always_inline))
+#define BATON_INLINE_LAMBDA __attribute__((always_inline))
+// Loops over a register tile must disappear, or the tile lives in memory.
+#define BATON_UNROLL _Pragma("GCC unroll 16")
+
+namespace baton::cpu::BATON_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef float Quad __attribute__((vector_size(16)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2)));
+
+BATON_INLINE Vec set1(float x) { return x - Vec{}; }
+BATON_INLINE Vec zero() { return Vec{}; }
+BATON_INLINE Vec as_float(UintVec x) { return reinterpret_cast<Vec>(x); }
+BATON_INLINE UintVec as_bits(Vec x) { return reinterpret_cast<UintVec>(x); }
+
+BATON_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// a * b + c. Explicit, because contraction left to the compiler could differ between two inlined
+// copies of a kernel and with it the bits of a row.
+BATON_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// Sum of the lanes: halves are folded onto each other. reduce_add4 does the same for four vectors
+// at once and reduce_add16 for sixteen, in fewer instructions and with the same order of additions.
+BATON_INLINE Quad fold_to_quad(Vec x) {
+#if defined(__AVX512F__)
+  const __m256 half =
+      _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  return (Quad)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  return (Quad)_mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+#else
+  return x;
+#endif
+}
+
+BATON_INLINE float reduce_add(Vec x) {
+  const Quad q = fold_to_quad(x);
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+BATON_INLINE Quad reduce_add4(Vec a, Vec b, Vec c, Vec d) {
+#if defined(__AVX512F__)
+  const auto fold = [](__m512 x, __m512 y) BATON_INLINE_LAMBDA {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  };
+  const __m512 ab = fold((__m512)a, (__m512)b), cd = fold((__m512)c, (__m512)d);
+  __m512 quads =
+      _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  quads = _mm512_add_ps(quads, _mm512_permute_ps(quads, 0x4e));
+  quads = _mm512_add_ps(quads, _mm512_permute_ps(quads, 0xb1));
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  return (Quad)_mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, quads));
+#elif defined(__x86_64__)
+  const __m128 qa = (__m128)fold_to_quad(a), qb = (__m128)fold_to_quad(b);
+  const __m128 qc = (__m128)fold_to_quad(c), qd = (__m128)fold_to_quad(d);
+  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(qa, qb), _mm_unpackhi_ps(qa, qb));
+  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(qc, qd), _mm_unpackhi_ps(qc, qd));
+  return (Quad)_mm_add_ps(_mm_shuffle_ps(ab, cd, 0x44), _mm_shuffle_ps(ab, cd, 0xee));
+#else
+  return Quad{reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)};
+#endif
+}
+
+BATON_INLINE float reduce_max(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float best = x[0];
+  for (int i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+#endif
+}
+
+// Loads.
+BATON_INLINE Vec load(const float* p) {
+  Vec x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+BATON_INLINE Vec from_bfloat16(ShortVec x) {
+  return as_float(__builtin_convertvector(x, UintVec) << 16);
+}
+
+BATON_INLINE Vec load(const BFloat16* p) {
+  ShortVec x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return from_bfloat16(x);
+}
+
+BATON_INLINE Vec from_half(ShortVec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
+  return (Vec)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)x));
+#else
+  // Exponent and mantissa move into place by one multiplication, which also normalises subnormals;
+  // infinities and NaN get the exponent that the multiplication cannot give them.
+  const UintVec bits = __builtin_convertvector(x, UintVec);
+  const UintVec sign = (bits & 0x8000u) << 16;
+  const Vec scaled = as_float((bits & 0x7fffu) << 13) * set1(0x1p112f);
+  const UintVec special = (bits & 0x7c00u) == 0x7c00u;
+  return as_float(as_bits(scaled) | sign | (special & 0x7f800000u));
+#endif
+}
+
+BATON_INLINE Vec load(const Half* p) {
+  ShortVec x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return from_half(x);
+}
+
+template <typename T>
+BATON_INLINE Vec load_partial(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  }
+#endif
+  T buffer[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+
+// Stores, rounding to nearest even.
+BATON_INLINE void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof(x)); }
+
+// By integer arithmetic: the CPU's own conversion flushes subnormal numbers to 0.
+BATON_INLINE ShortVec to_bfloat16(Vec x) {
+  const UintVec bits = as_bits(x);
+  const UintVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UintVec quiet_nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((UintVec)(x == x) & rounded | (UintVec)(x != x) & quiet_nan,
+                                 ShortVec);
+}
+
+BATON_INLINE void store(BFloat16* p, Vec x) {
+  const ShortVec bits = to_bfloat16(x);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+BATON_INLINE ShortVec to_half(Vec x) {
+#if defined(__AVX512F__)
+  return (ShortVec)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (ShortVec)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  return (ShortVec)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x));
+#else
+  const UintVec bits = as_bits(x);
+  const UintVec sign = (bits >> 16) & 0x8000u;
+  const UintVec magnitude = bits & 0x7fffffffu;
+  // Normal results: rebias the exponent, round to nearest even on the 13 bits that go.
+  const UintVec normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: adding 0.5 lets the float adder round at the last half bit.
+  const UintVec subnormal = as_bits(as_float(magnitude) + set1(0.5f)) - 0x3f000000u;
+  const UintVec is_subnormal = (UintVec)(magnitude < 0x38800000u);
+  const UintVec overflows = (UintVec)(magnitude >= 0x477ff000u);
+  const UintVec is_nan = (UintVec)(magnitude > 0x7f800000u);
+  UintVec half = is_subnormal & subnormal | ~is_subnormal & normal;
+  half = overflows & 0x7c00u | ~overflows & half;
+  half = is_nan & (0x7e00u | (magnitude >> 13 & 0x3ffu)) | ~is_nan & half;
+  return __builtin_convertvector(half | sign, ShortVec);
+#endif
+}
+
+BATON_INLINE void store(Half* p, Vec x) {
+  const ShortVec bits = to_half(x);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+template <typename T>
+BATON_INLINE void store_partial(T* p, Vec x, int64_t n) {
+  T buffer[kLanes];
+  store(buffer, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// rows[i][j] <- rows[j][i] for kLanes vectors of 32-bit elements.
+BATON_INLINE void transpose(Vec (&rows)[kLanes]) {
+#if defined(__x86_64__)
+  // 4 x 4 inside every 128-bit part.
+  BATON_UNROLL
+  for (int i = 0; i < kLanes; i += 4) {
+#if defined(__AVX512F__)
+    typedef __m512 V;
+#define BATON_SHUFFLE(name) _mm512_##name
+#elif defined(__AVX2__)
+    typedef __m256 V;
+#define BATON_SHUFFLE(name) _mm256_##name
+#else
+    typedef __m128 V;
+#define BATON_SHUFFLE(name) _mm_##name
+#endif
+    const V a = (V)rows[i], b = (V)rows[i + 1], c = (V)rows[i + 2], d = (V)rows[i + 3];
+    const V ab_low = BATON_SHUFFLE(unpacklo_ps)(a, b), ab_high = BATON_SHUFFLE(unpackhi_ps)(a, b);
+    const V cd_low = BATON_SHUFFLE(unpacklo_ps)(c, d), cd_high = BATON_SHUFFLE(unpackhi_ps)(c, d);
+    rows[i] = (Vec)BATON_SHUFFLE(shuffle_ps)(ab_low, cd_low, 0x44);
+    rows[i + 1] = (Vec)BATON_SHUFFLE(shuffle_ps)(ab_low, cd_low, 0xee);
+    rows[i + 2] = (Vec)BATON_SHUFFLE(shuffle_ps)(ab_high, cd_high, 0x44);
+    rows[i + 3] = (Vec)BATON_SHUFFLE(shuffle_ps)(ab_high, cd_high, 0xee);
+#undef BATON_SHUFFLE
+  }
+  // Then the 128-bit parts among each other.
+#if defined(__AVX512F__)
+  Vec parts[kLanes];
+  BATON_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const __m512 a = (__m512)rows[j], b = (__m512)rows[4 + j];
+    const __m512 c = (__m512)rows[8 + j], d = (__m512)rows[12 + j];
+    const __m512 ab_even = _mm512_shuffle_f32x4(a, b, 0x88),
+                 ab_odd = _mm512_shuffle_f32x4(a, b, 0xdd);
+    const __m512 cd_even = _mm512_shuffle_f32x4(c, d, 0x88),
+                 cd_odd = _mm512_shuffle_f32x4(c, d, 0xdd);
+    parts[j] = (Vec)_mm512_shuffle_f32x4(ab_even, cd_even, 0x88);
+    parts[8 + j] = (Vec)_mm512_shuffle_f32x4(ab_even, cd_even, 0xdd);
+    parts[4 + j] = (Vec)_mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88);
+    parts[12 + j] = (Vec)_mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
+  }
+  BATON_UNROLL
+  for (int i = 0; i < kLanes; ++i) rows[i] = parts[i];
+#elif defined(__AVX2__)
+  BATON_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const __m256 a = (__m256)rows[j], b = (__m256)rows[4 + j];
+    rows[j] = (Vec)_mm256_permute2f128_ps(a, b, 0x20);
+    rows[4 + j] = (Vec)_mm256_permute2f128_ps(a, b, 0x31);
+  }
+#endif
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = x;
+    }
+  }
+#endif
+}
+
+template <typename T>
+BATON_INLINE void store_quad(T* p, Quad x) {
+  Vec wide = zero();
+  __builtin_memcpy(&wide, &x, sizeof(x));
+  T buffer[kLanes];
+  store(buffer, wide);
+  __builtin_memcpy(p, buffer, 4 * sizeof(T));
+}
+
+// The value that x has after a round trip through T.
+template <typename T>
+BATON_INLINE Vec round_to(Vec x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else {
+    T buffer[kLanes];
+    store(buffer, x);
+    return load(buffer);
+  }
+}
+
+template <typename T>
+BATON_INLINE float to_float(T x) {
+  return load_partial(&x, 1)[0];
+}
+BATON_INLINE float to_float(float x) { return x; }
+
+// exp(x) to about one unit in the last place: x log2(e) = n + r, |r| <= 1/2, a polynomial for 2^r.
+// exp(-inf) = 0 and results below the smallest normal float may be 0; NaN stays NaN.
+BATON_INLINE Vec exp(Vec x) {
+  // Beyond these bounds the result is 0 or infinity anyway; written so that NaN passes.
+  const Vec low = set1(-104.0f), high = set1(89.0f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low mantissa bits.
+  const Vec magic = set1(12582912.0f);
+  const Vec shifted = fmadd(x, set1(1.44269502f), magic);
+  const Vec n = shifted - magic;
+  // log2(e) in two parts, so that r loses nothing where n is large.
+  Vec r = fmadd(x, set1(1.44269502f), -n);
+  r = fmadd(x, set1(1.92596299e-8f), r);
+  Vec p = set1(1.54614447e-4f);
+  p = fmadd(p, r, set1(1.34004282e-3f));
+  p = fmadd(p, r, set1(9.61805668e-3f));
+  p = fmadd(p, r, set1(5.55032723e-2f));
+  p = fmadd(p, r, set1(2.40226509e-1f));
+  p = fmadd(p, r, set1(6.93147207e-1f));
+  p = fmadd(p, r, set1(1.0f));
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  // 2^n in two factors: neither n = 128 nor n = -150 is the exponent of a float.
+  const IntVec exponent = (IntVec)as_bits(shifted) - 0x4b400000;
+  const IntVec first = exponent >> 1, second = exponent - first;
+  return p * as_float((UintVec)(first + 127) << 23) * as_float((UintVec)(second + 127) << 23);
+#endif
+}
+
+// tanh(x); near 0 by a polynomial, because 1 - 2 / (exp(2 x) + 1) cancels there.
+BATON_INLINE Vec tanh(Vec x) {
+  const Vec magnitude = as_float(as_bits(x) & 0x7fffffffu);
+  const Vec far = set1(1.0f) - set1(2.0f) / (exp(magnitude + magnitude) + set1(1.0f));
+  const Vec square = x * x;
+  Vec p = set1(-5.70498872745e-3f);
+  p = fmadd(p, square, set1(2.06390887954e-2f));
+  p = fmadd(p, square, set1(-5.37397155531e-2f));
+  p = fmadd(p, square, set1(1.33314422036e-1f));
+  p = fmadd(p, square, set1(-3.33332819422e-1f));
+  const Vec near = fmadd(p * square, x, x);
+  const Vec signed_far = as_float(as_bits(far) | (as_bits(x) & 0x80000000u));
+  return magnitude < set1(0.625f) ? near : signed_far;
+}
+
+}  // namespace baton::cpu::BATON_ISA

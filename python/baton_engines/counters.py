@@ -1,0 +1,182 @@
+"""What a relay measures of itself: idle work as BATON splits it, latencies, who held which slot.
+
+Everything here has a size that does not depend on how many queries are served.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+# Buckets of a histogram are this far apart, so a percentile is within 1 % of the true one.
+_RATIO = 1.02
+_SMALLEST = 1e-7
+_NUM_BUCKETS = 1600
+_MAX_SPANS = 1 << 14
+
+
+class Histogram:
+    """Durations in logarithmic buckets from 0.1 microseconds to months; percentiles within 1 %."""
+
+    def __init__(self):
+        self.count = 0
+        self._buckets = [0] * _NUM_BUCKETS
+        self._low = math.inf
+        self._high = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one duration."""
+        self.count += 1
+        self._low = min(self._low, seconds)
+        self._high = max(self._high, seconds)
+        index = int(math.log(max(seconds, _SMALLEST) / _SMALLEST, _RATIO))
+        self._buckets[min(index, _NUM_BUCKETS - 1)] += 1
+
+    def percentile(self, percent: float) -> float | None:
+        """The duration that `percent` of all do not exceed; None when nothing was counted."""
+        rank = max(1, math.ceil(self.count * percent / 100))
+        for index, count in enumerate(self._buckets):
+            rank -= count
+            if count and rank <= 0:
+                middle = _SMALLEST * _RATIO ** (index + 0.5)
+                return min(max(middle, self._low), self._high)
+        return None
+
+
+@dataclass
+class Counters:
+    """What a relay has done since it was made or `Relay.reset_counters` was called.
+
+    A step is a forward in which the running queries decode, newcomers' prefill in it or not.
+
+    Attributes:
+        submitted, finished, cancelled, failed: queries.
+        steps: steps.
+        prefills: queries whose prompt was computed.
+        preemptions: rows that were copied out of the cache.
+        insertions: parked rows that were copied back in.
+        prompt_tokens, output_tokens: tokens computed, tokens generated.
+        slot_steps, active_slot_steps: slots, and slots in which a query computed, summed over
+            steps.
+        prefill_seconds, decode_seconds: in forwards that only prefill, and in steps.
+        seconds: in `Relay.step`, callbacks included.
+        slot_seconds: slots x seconds.
+        stalled_slot_seconds: slots that waited while a newcomer prefilled apart, times those
+            seconds.
+        joint_tokens, joint_padding_tokens: token slots of forwards shared by prefill and decode,
+            and the padding in them.
+        columns_read, padding_columns_read: cache columns that attention read, and the padding in
+            them.
+        time_to_first_token: from submission to first token.
+        time_per_token: between two tokens of a query, pauses included.
+    """
+
+    submitted: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    steps: int = 0
+    prefills: int = 0
+    preemptions: int = 0
+    insertions: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    slot_steps: int = 0
+    active_slot_steps: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    seconds: float = 0.0
+    slot_seconds: float = 0.0
+    stalled_slot_seconds: float = 0.0
+    joint_tokens: int = 0
+    joint_padding_tokens: int = 0
+    columns_read: int = 0
+    padding_columns_read: int = 0
+    time_to_first_token: Histogram = field(default_factory=Histogram)
+    time_per_token: Histogram = field(default_factory=Histogram)
+
+    @property
+    def slot_idle(self) -> float:
+        """`1 - active / (slots x steps)`."""
+        return 1 - _share(self.active_slot_steps, self.slot_steps, of_nothing=1.0)
+
+    @property
+    def prefill_stall(self) -> float:
+        """Share of slots x time in which a running query waited for a newcomer's prefill."""
+        return _share(self.stalled_slot_seconds, self.slot_seconds)
+
+    @property
+    def joint_padding(self) -> float:
+        """Share of padding in the token slots of forwards shared by prefill and decode."""
+        return _share(self.joint_padding_tokens, self.joint_tokens)
+
+    @property
+    def cache_padding_read(self) -> float:
+        """Share of padding in the cache columns that attention read."""
+        return _share(self.padding_columns_read, self.columns_read)
+
+    def summary(self) -> dict[str, float | int | None]:
+        """Rates, latencies in seconds, idle split and counts; None for what has not happened."""
+        first, each = self.time_to_first_token, self.time_per_token
+        plain = {
+            f.name: value
+            for f in fields(self)
+            if not isinstance(value := getattr(self, f.name), Histogram)
+        }
+        return {
+            "queries": self.finished,
+            "queries_per_second": _share(self.finished, self.seconds),
+            "output_tokens_per_second": _share(self.output_tokens, self.seconds),
+            "ttft_p50": first.percentile(50),
+            "ttft_p99": first.percentile(99),
+            "time_per_token_p50": each.percentile(50),
+            "time_per_token_p99": each.percentile(99),
+            "slot_idle": self.slot_idle,
+            "prefill_stall": self.prefill_stall,
+            "joint_padding": self.joint_padding,
+            "cache_padding_read": self.cache_padding_read,
+            **plain,
+        }
+
+
+def _share(part: float, whole: float, of_nothing: float = 0.0) -> float:
+    return part / whole if whole else of_nothing
+
+
+class Span(NamedTuple):
+    """A stretch of time in which one query computed in one slot; kind "prefill" or "decode"."""
+
+    slot: int
+    query_id: int
+    begin: float
+    end: float
+    kind: str
+
+
+class Timeline:
+    """Spans of the queries, joined while a query goes on computing without a stall.
+
+    The newest 16384 ended spans are kept.
+    """
+
+    def __init__(self):
+        self._ended: deque[Span] = deque(maxlen=_MAX_SPANS)
+        self._open: dict[int, Span] = {}
+
+    def begin(self, query_id: int, slot: int, kind: str, now: float) -> None:
+        """The query computes from now on: its span goes on if kind and slot are the same."""
+        span = self._open.get(query_id)
+        if span is not None and (span.slot, span.kind) == (slot, kind):
+            return
+        self.end(query_id, now)
+        self._open[query_id] = Span(slot, query_id, now, now, kind)
+
+    def end(self, query_id: int, now: float) -> None:
+        """The query's span ends, if it has one."""
+        span = self._open.pop(query_id, None)
+        if span is not None:
+            self._ended.append(span._replace(end=now))
+
+    def spans(self, now: float) -> list[Span]:
+        """All spans in order of their end; those still open end now."""
+        return [*self._ended, *(span._replace(end=now) for span in self._open.values())]

@@ -1,0 +1,380 @@
+"""A Llama forward pass on packed tokens, laid over an unmodified transformers model.
+
+The patched pass computes any mixture of prefilling and decoding queries in one go, without padding.
+Per layer: norm with the residual added in, one projection for q, k and v, rotation and cache write
+in one op, attention over the rows of the cache, and one projection for gate and up. The weights are
+the model's own: what is merged here is what its parameters are views of, so that both ways of
+calling the model read the same memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+import baton_kernels as kernels
+
+from .llama_check import check_model
+from .packed_batch import PackedBatch
+from .rope import RotaryTable
+
+_LOGITS = ("last", "all", "none")
+
+
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Every projection of the patched pass, `x @ weight.T + bias`: here to be replaced in one
+    place.
+
+    Args:
+        x: `[tokens, in_features]`.
+        weight: `[out_features, in_features]`.
+        bias: `[out_features]` or None.
+    """
+    return kernels.linear(x, weight, bias)
+
+
+def patch_llama(model: LlamaForCausalLM) -> PatchedLlama:
+    """Lay the packed forward pass over a model, until `undo`.
+
+    `with patch_llama(model) as llama:` undoes at the end of the block. While patched, `model(...,
+    batch=PackedBatch, cache=KVCache)` computes packed, and a call without `batch` is what it was
+    before, `generate` included.
+
+    Args:
+        model: LlamaForCausalLM in float32, float16 or bfloat16, on one device. Written:
+            `model.forward` becomes an instance attribute, and the weights of q, k, v and of gate,
+            up become views of merged tensors, with the same values. At most one layer's weights
+            exist twice while that is done.
+
+    Raises:
+        TypeError: model is no torch module.
+        ValueError: model is patched already.
+        NotImplementedError: the model, or something in its config, is not supported; the message
+            names what is.
+
+    Undefined: results after a module of the model has been replaced while patched. Moving or
+        converting the model while patched is noticed and refused. Hooks of modules are not called
+        by the packed pass.
+
+    Source: BATON, decoding a batch whose queries come and go; merged projections as engines have
+        them.
+    """
+    # A parameter whose data was made in inference mode could never be trained again.
+    with torch.inference_mode(False), torch.no_grad():
+        check_model(model)
+        if isinstance(model.__dict__.get("forward"), _PatchedForward):
+            raise ValueError(
+                "patch_llama: model must not be patched already, got a patched one; "
+                "use its handle, or undo that first"
+            )
+        return PatchedLlama(model)
+
+
+class PatchedLlama:
+    """The packed forward pass of a model; made by `patch_llama`.
+
+    Args:
+        model: LlamaForCausalLM that `patch_llama` has checked.
+
+    Attributes:
+        model: the model.
+        num_layers, num_heads, num_kv_heads, head_dim, vocab_size: int, its sizes.
+        dtype, device: of its weights.
+    """
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        config = model.config
+        attention = model.model.layers[0].self_attn
+        self.model = model
+        self.num_layers = config.num_hidden_layers
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = attention.head_dim
+        self.vocab_size = model.lm_head.out_features
+        self.dtype = model.lm_head.weight.dtype
+        self.device = model.lm_head.weight.device
+        self._scale = attention.scaling
+        self._head_sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        self._rotary = RotaryTable(model.model.rotary_emb, self.head_dim)
+        self._merged: list[_MergedProjection] = []
+        self._layers: list[_Layer] = []
+        try:
+            for layer in model.model.layers[: self.num_layers]:
+                self._layers.append(self._merge_layer(layer))
+        except BaseException:
+            self._split_layers()
+            raise
+        # An attribute of the instance hides the method of the class; whatever hid it before comes
+        # back on undo.
+        self._hidden_forward = model.__dict__.get("forward")
+        self._forward = _PatchedForward(self, model.forward)
+        model.forward = self._forward
+
+    def new_cache(
+        self,
+        num_slots: int,
+        capacity: int,
+        *,
+        aligned: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> kernels.KVCache:
+        """A cache that fits the model.
+
+        Args:
+            num_slots: int, at least 1; queries it can hold.
+            capacity: int, at least 1; columns of a slot.
+            aligned: bool; whether all rows end in the same column.
+            dtype: of keys and values; None, or the model's own.
+
+        Raises:
+            ValueError: num_slots or capacity is below 1.
+            NotImplementedError: dtype differs from the model's.
+        """
+        if dtype not in (None, self.dtype):
+            raise NotImplementedError(
+                f"PatchedLlama.new_cache: dtype must be the model's ({self.dtype}), got {dtype}"
+            )
+        return kernels.KVCache(
+            self.num_layers,
+            num_slots,
+            self.num_kv_heads,
+            capacity,
+            self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            aligned=aligned,
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        batch: PackedBatch,
+        cache: kernels.KVCache,
+        *,
+        logits: str = "last",
+    ) -> torch.Tensor | None:
+        """Compute the packed tokens: write their keys and values, return logits.
+
+        A row's logits are those of `model(input_ids)` on its query alone, and do not depend on the
+        other rows.
+
+        Args:
+            token_ids: int32 or int64 `[total_tokens]`, on the model's device, each below the
+                vocabulary size.
+            batch: PackedBatch of the cache's shape, whose rows already count these tokens.
+            cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
+            logits: "last" for those of each row's last token, "all" for those of every packed
+                token, "none" for none.
+
+        Returns:
+            float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`, made in inference mode; or
+            None.
+
+        Raises:
+            ValueError: token_ids does not fit the batch, the cache does not fit the model, or
+                logits is another word.
+            RuntimeError: the patch was undone, or the model was moved or converted while patched.
+
+        Undefined: the result when columns of a row have never been written.
+        """
+        self._check_call(token_ids, batch, cache, logits)
+        cos, sin = self._rotary(batch)
+        total_tokens = len(token_ids)
+        rows = (batch.cu_seqlens_q, batch.slots, batch.starts, batch.lengths)
+        bounds = {"max_query_length": batch.max_query_length, "max_length": batch.max_length}
+
+        body = self.model.model
+        hidden = nn.functional.embedding(token_ids, body.embed_tokens.weight)
+        residual = None
+        caches = zip(cache.keys.unbind(0), cache.values.unbind(0), strict=True)
+        for layer, (key_cache, value_cache) in zip(self._layers, caches, strict=True):
+            if residual is None:
+                hidden, residual = kernels.rms_norm(hidden, *layer.attention_norm), hidden
+            else:
+                hidden, residual = kernels.rms_norm(
+                    hidden, *layer.attention_norm, residual=residual
+                )
+            qkv = project(hidden, *layer.qkv).view(total_tokens, -1, self.head_dim)
+            query, key, value = qkv.split_with_sizes(self._head_sizes, 1)
+            query = kernels.append_kv(
+                key,
+                value,
+                key_cache,
+                value_cache,
+                batch.token_slots,
+                batch.token_columns,
+                query=query,
+                cos=cos,
+                sin=sin,
+            )
+            hidden = kernels.ragged_attention(
+                query, key_cache, value_cache, *rows, scale=self._scale, **bounds
+            )
+            hidden = project(hidden.view(total_tokens, -1), *layer.output)
+            hidden, residual = kernels.rms_norm(hidden, *layer.mlp_norm, residual=residual)
+            hidden = project(kernels.silu_and_mul(project(hidden, *layer.gate_up)), *layer.down)
+
+        if logits == "none":
+            return None
+        if logits == "last" and batch.max_query_length > 1:
+            hidden = hidden.index_select(0, batch.last_tokens)
+            residual = residual.index_select(0, batch.last_tokens)
+        hidden, _ = kernels.rms_norm(hidden, *_norm(body.norm), residual=residual)
+        head = self.model.lm_head
+        return project(hidden, head.weight, head.bias).float()
+
+    def undo(self) -> None:
+        """Make the model what it was before: its forward method, and its parameters, the same
+        objects with the same bits, each with memory of its own again. Undoing twice does
+        nothing."""
+        if self._forward is None:
+            return
+        # Someone may have hidden our forward in turn; then theirs stays and ours just passes calls
+        # on.
+        if self.model.__dict__.get("forward") is self._forward:
+            if self._hidden_forward is None:
+                del self.model.forward
+            else:
+                self.model.forward = self._hidden_forward
+        self._forward.handle = None
+        self._forward = None
+        with torch.inference_mode(False), torch.no_grad():
+            self._split_layers()
+
+    def __enter__(self) -> PatchedLlama:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+    def _merge_layer(self, layer: LlamaDecoderLayer) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = _MergedProjection((attention.q_proj, attention.k_proj, attention.v_proj))
+        self._merged.append(qkv)
+        gate_up = _MergedProjection((mlp.gate_proj, mlp.up_proj))
+        self._merged.append(gate_up)
+        return _Layer(
+            attention_norm=_norm(layer.input_layernorm),
+            qkv=(qkv.weight, qkv.bias),
+            output=(attention.o_proj.weight, attention.o_proj.bias),
+            mlp_norm=_norm(layer.post_attention_layernorm),
+            gate_up=(gate_up.weight, gate_up.bias),
+            down=(mlp.down_proj.weight, mlp.down_proj.bias),
+        )
+
+    def _split_layers(self) -> None:
+        # The last references to a merged tensor go before the next one is split.
+        self._layers.clear()
+        while self._merged:
+            self._merged.pop().split()
+
+    def _check_call(
+        self, token_ids: torch.Tensor, batch: PackedBatch, cache: kernels.KVCache, logits: str
+    ) -> None:
+        where = "PatchedLlama.forward"
+        if self._forward is None:
+            raise RuntimeError(f"{where}: the patch was undone; call patch_llama again")
+        if not self._merged[0].is_shared():
+            raise RuntimeError(
+                f"{where}: the model's weights were moved, converted or replaced while patched; "
+                "undo, change the model, and patch again"
+            )
+        if logits not in _LOGITS:
+            raise ValueError(f"{where}: logits must be one of {', '.join(_LOGITS)}, got {logits!r}")
+        if token_ids.shape != batch.positions.shape:
+            raise ValueError(
+                f"{where}: token_ids must be [{batch.total_tokens}], got {list(token_ids.shape)}"
+            )
+        expected = (self.num_layers, self.num_kv_heads, self.head_dim)
+        sizes = cache.keys.shape
+        if (sizes[0], sizes[2], sizes[4]) != expected:
+            raise ValueError(
+                f"{where}: cache must have (num_layers, num_kv_heads, head_dim) = {expected}, "
+                f"got {(sizes[0], sizes[2], sizes[4])}"
+            )
+
+
+class _Layer(NamedTuple):
+    """The arguments of a layer's norms (weight, eps) and projections (weight, bias)."""
+
+    attention_norm: tuple[torch.Tensor, float]
+    qkv: tuple[torch.Tensor, torch.Tensor | None]
+    output: tuple[torch.Tensor, torch.Tensor | None]
+    mlp_norm: tuple[torch.Tensor, float]
+    gate_up: tuple[torch.Tensor, torch.Tensor | None]
+    down: tuple[torch.Tensor, torch.Tensor | None]
+
+
+class _MergedProjection:
+    """Several linear modules on the same input as one weight and one bias, which their parameters
+    are views of."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self._weights = [linear.weight for linear in linears]
+        self._biases = [linear.bias for linear in linears if linear.bias is not None]
+        self.weight = _merge(self._weights)
+        self.bias = _merge(self._biases) if self._biases else None
+
+    def is_shared(self) -> bool:
+        """Whether the first parameter still is a view of the merged weight."""
+        return self._weights[0].data_ptr() == self.weight.data_ptr()
+
+    def split(self) -> None:
+        """Give each parameter memory of its own."""
+        for parameter in (*self._weights, *self._biases):
+            parameter.data = parameter.data.clone()
+
+
+class _PatchedForward:
+    """`model.forward` while patched: packed when `batch` is given, else what it was.
+
+    An object and not a closure, so that a deep copy of a patched model calls the copy. Its
+    signature is that of the original, which `generate` looks at.
+    """
+
+    def __init__(self, handle: PatchedLlama, original: Callable[..., Any]) -> None:
+        self.handle: PatchedLlama | None = handle
+        self.original = original
+        functools.update_wrapper(self, original)
+
+    def __call__(
+        self,
+        *args: Any,
+        batch: PackedBatch | None = None,
+        cache: kernels.KVCache | None = None,
+        logits: str = "last",
+        **kwargs: Any,
+    ) -> Any:
+        if batch is None and cache is None:
+            return self.original(*args, **kwargs)
+        token_ids = args[0] if args else kwargs.pop("input_ids", None)
+        if batch is None or cache is None or token_ids is None or kwargs or len(args) > 1:
+            raise ValueError(
+                "model.forward: a packed call must be (input_ids, batch=..., cache=..., "
+                f"logits=...), got {len(args)} positional arguments, batch {type(batch).__name__}, "
+                f"cache {type(cache).__name__} and {sorted(kwargs) or 'nothing'} besides"
+            )
+        if self.handle is None:
+            raise RuntimeError("model.forward: the patch was undone; call patch_llama again")
+        computed = self.handle.forward(token_ids.reshape(-1), batch, cache, logits=logits)
+        return CausalLMOutputWithPast(logits=computed)
+
+
+def _merge(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    merged = torch.cat([parameter.data for parameter in parameters])
+    parts = merged.split([len(parameter) for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part
+    return merged
+
+
+def _norm(module: LlamaRMSNorm) -> tuple[torch.Tensor, float]:
+    return module.weight, module.variance_epsilon

@@ -1,0 +1,114 @@
+"""One request on its way through the relay: its prompt, its tokens, and what became of it.
+
+A query is "waiting" until a policy admits it, "running" while it has a row of the batch, "parked"
+after `Relay.preempt`, and ends as "finished", "cancelled" or "failed". Only the relay changes a
+query; everybody else reads it.
+"""
+
+from array import array
+from collections.abc import Callable
+
+ENDED = ("finished", "cancelled", "failed")
+
+
+class Query:
+    """One request; made by `Relay.submit`.
+
+    Attributes:
+        id: number in order of submission, starting at 0 for each relay.
+        name: whatever was given to `submit`, or None.
+        prompt: the prompt's token ids.
+        max_new_tokens: the most tokens that are generated.
+        tokens: the generated token ids so far, the end-of-sequence token and stop sequences
+            included.
+        status: "waiting", "running", "parked", "finished", "cancelled" or "failed".
+        finish_reason: "eos", "length", "stop", "cancelled" or "error"; None before the end.
+        error: the exception of a failed query, else None.
+        submitted, first_token, finished: clock seconds; None while they have not happened.
+        token_times: clock seconds of every generated token.
+        slot: the row of the cache that holds the query, None outside of one.
+        cached: how many tokens have keys and values, in the slot or parked.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        submitted: float,
+        *,
+        name: object = None,
+        on_token: Callable[["Query", int], object] | None = None,
+        tokenizer=None,
+    ):
+        self.id = id
+        self.name = name
+        self.prompt: list[int] = []
+        self.max_new_tokens = 0
+        self.tokens: list[int] = []
+        self.status = "waiting"
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.submitted = submitted
+        self.first_token: float | None = None
+        self.finished: float | None = None
+        self.token_times = array("d")
+        self.slot: int | None = None
+        self.cached = 0
+        # What the relay needs while the query lives; dropped at its end, so that an ended query is
+        # tokens and times only.
+        self._on_token = on_token
+        self._sampler = None
+        self._stopper = None
+        self._parked_kv = None
+        self._tokenizer = tokenizer
+        self._final_text: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the query has finished, failed or been cancelled."""
+        return self.status in ENDED
+
+    @property
+    def prompt_left(self) -> int:
+        """Prompt tokens whose keys and values are still to be computed."""
+        return max(0, len(self.prompt) - self.cached)
+
+    @property
+    def text(self) -> str | None:
+        """The generated text, cut before what stopped it; None when the relay has no tokenizer."""
+        if self._final_text is not None or self._tokenizer is None:
+            return self._final_text
+        return decode_text(self._tokenizer, self.tokens)
+
+    def result(self) -> list[int]:
+        """The generated tokens of a query that has ended, those before the end if it was cancelled.
+
+        Raises:
+            RuntimeError: the query has not ended; `Relay.run` or `Relay.stream` take it there.
+            Exception: the query's own `error` when it failed.
+        """
+        if self.error is not None:
+            raise self.error.with_traceback(None)
+        if not self.ended:
+            raise RuntimeError(
+                f"result: query {self.id} must have ended, got status {self.status!r}"
+            )
+        return self.tokens
+
+    def pending_tokens(self, count: int) -> list[int]:
+        """The next `count` ids, of the prompt or of `tokens`, whose keys are not cached."""
+        if self.cached < len(self.prompt):
+            return self.prompt[self.cached : self.cached + count]
+        first = self.cached - len(self.prompt)
+        return self.tokens[first : first + count]
+
+    def __repr__(self) -> str:
+        label = "" if self.name is None else f" {self.name!r}"
+        tokens = f"{len(self.prompt)} prompt + {len(self.tokens)} tokens"
+        return f"<Query {self.id}{label} {self.status}, {tokens}>"
+
+
+def decode_text(tokenizer, tokens: list[int]) -> str:
+    """The text of `tokens`, special tokens left out: the one way in which a tokenizer is called."""
+    # Cleaning up spaces would let a later token change earlier text, and text cut at a stop string
+    # could not be trusted.
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,116 @@
+"""From the arguments of `Relay.submit` to a query that can run, or an error that says why not."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from .query import Query
+from .sampling import Sampler
+from .stopping import make_stopper
+
+# Stands for the model's own end-of-sequence ids, which None could not: None is to have none.
+MODEL_EOS = "model"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model and a cache demand of a query.
+
+    Attributes:
+        capacity: the most tokens of a query.
+        vocab_size: token ids are below this.
+        eos: the model's end-of-sequence ids.
+    """
+
+    capacity: int
+    vocab_size: int
+    eos: tuple[int, ...]
+
+    @classmethod
+    def of_model(cls, handle, capacity: int | None) -> Limits:
+        """The limits of a `PatchedLlama` and a capacity, by default the model's longest input."""
+        config = handle.model.config
+        if capacity is None:
+            capacity = config.max_position_embeddings
+        generation = getattr(handle.model, "generation_config", None)
+        eos = getattr(generation, "eos_token_id", None)
+        if eos is None:
+            eos = config.eos_token_id
+        if eos is None:
+            eos = ()
+        return cls(capacity, handle.vocab_size, (eos,) if isinstance(eos, int) else tuple(eos))
+
+
+def fill_query(
+    query: Query,
+    limits: Limits,
+    *,
+    token_ids,
+    max_new_tokens: int,
+    eos,
+    stop,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+) -> None:
+    """Check everything and set the query up.
+
+    Raises:
+        ValueError, TypeError: what is wrong with the query.
+    """
+    query.prompt = _prompt(token_ids, limits.vocab_size)
+    query.max_new_tokens = _count(max_new_tokens)
+    total = len(query.prompt) + query.max_new_tokens
+    if total > limits.capacity:
+        raise ValueError(
+            f"submit: prompt + max_new_tokens must be at most the capacity {limits.capacity}, "
+            f"got {len(query.prompt)} + {query.max_new_tokens} = {total}"
+        )
+    if query._on_token is not None and not callable(query._on_token):
+        raise TypeError(f"submit: on_token must be callable, got {query._on_token!r}")
+    eos = limits.eos if isinstance(eos, str) and eos == MODEL_EOS else eos
+    query._stopper = make_stopper(eos, stop, query._tokenizer)
+    query._sampler = Sampler(temperature, top_k, top_p, query.id if seed is None else seed)
+
+
+def _prompt(token_ids, vocab_size: int) -> list[int]:
+    if isinstance(token_ids, str):
+        raise TypeError(
+            f"submit: token_ids must be integers, got text {token_ids[:40]!r}; tokenize it first"
+        )
+    try:
+        # Tensors and arrays give Python numbers at once, which is much faster than one by one.
+        items = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        prompt = [operator.index(token) for token in items]
+    except TypeError:
+        raise TypeError(
+            f"submit: token_ids must be a sequence of integers, got {_shorten(token_ids)}"
+        ) from None
+    if not prompt:
+        raise ValueError("submit: token_ids must hold at least one token, got an empty prompt")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        index = next(i for i, token in enumerate(prompt) if not 0 <= token < vocab_size)
+        raise ValueError(
+            f"submit: token_ids must be in the vocabulary [0, {vocab_size}), "
+            f"got {prompt[index]} at index {index}"
+        )
+    return prompt
+
+
+def _count(max_new_tokens: int) -> int:
+    try:
+        count = operator.index(max_new_tokens)
+    except TypeError:
+        raise TypeError(
+            f"submit: max_new_tokens must be an integer, got {max_new_tokens!r}"
+        ) from None
+    if count < 1:
+        raise ValueError(f"submit: max_new_tokens must be >= 1, got {count}")
+    return count
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

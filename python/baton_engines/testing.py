@@ -1,0 +1,93 @@
+"""A model without weights, for tests of what stands above a forward pass: the relay and policies.
+
+It keeps token ids in a real `KVCache` and computes logits from what the cache says the query is. So
+a key in a wrong row, column or order, a token computed twice or left out all change the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import torch
+
+from baton_kernels import KVCache
+
+from .packed_batch import PackedBatch
+
+_NUM_LAYERS = 2
+_HEAD_DIM = 16
+
+
+class FakeLlama:
+    """Stands in for a `PatchedLlama`.
+
+    Args:
+        vocab_size: of the logits.
+        eos: the model's end-of-sequence id.
+        max_positions: the longest query.
+
+    Attributes:
+        fault: called with the tokens of every row of a forward, newest last, after the cache was
+            written; what it raises, the forward raises.
+        bad_row: called with the tokens of a row; its logits become NaN if it returns True.
+        forwards: the numbers of tokens computed per row, of every forward that was tried.
+    """
+
+    def __init__(self, vocab_size: int = 50, eos: int | None = None, max_positions: int = 256):
+        self.vocab_size = vocab_size
+        self.model = SimpleNamespace(
+            config=SimpleNamespace(max_position_embeddings=max_positions, eos_token_id=eos)
+        )
+        self.fault: Callable[[list[list[int]]], object] = lambda rows: None
+        self.bad_row: Callable[[list[int]], bool] = lambda tokens: False
+        self.forwards: list[tuple[int, ...]] = []
+
+    def new_cache(self, num_slots: int, capacity: int, *, aligned: bool = False) -> KVCache:
+        """As `PatchedLlama.new_cache`."""
+        return KVCache(_NUM_LAYERS, num_slots, 1, capacity, _HEAD_DIM, aligned=aligned)
+
+    def forward(
+        self, token_ids: torch.Tensor, batch: PackedBatch, cache: KVCache, *, logits: str = "last"
+    ) -> torch.Tensor:
+        """As `PatchedLlama.forward` with `logits="last"`."""
+        self.forwards.append(batch.query_lengths)
+        slots, columns = batch.token_slots.long(), batch.token_columns.long()
+        tokens = token_ids.float()[None, :, None]
+        positions = batch.positions.float()[None, :, None]
+        cache.keys[:, slots, 0, columns] = tokens.expand(_NUM_LAYERS, -1, _HEAD_DIM)
+        cache.values[:, slots, 0, columns] = positions.expand(_NUM_LAYERS, -1, _HEAD_DIM)
+        rows = [
+            self._read(cache, slot, start, length)
+            for slot, start, length in zip(
+                batch.slots.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True
+            )
+        ]
+        self.fault(rows)
+        return torch.stack([self.logits_of(tokens) for tokens in rows])
+
+    def logits_of(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The logits after `tokens`, float32 [vocab]."""
+        if self.bad_row(list(tokens)):
+            return torch.full((self.vocab_size,), torch.nan)
+        # hash() of integers is the same in every process.
+        generator = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**63)
+        return torch.randn(self.vocab_size, generator=generator)
+
+    def decode_alone(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The greedy answer of `count` tokens, without any cache."""
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self.logits_of(tokens).argmax()))
+        return tokens[len(prompt) :]
+
+    @staticmethod
+    def _read(cache: KVCache, slot: int, start: int, length: int) -> list[int]:
+        keys = cache.keys[:, slot, 0, start : start + length]
+        values = cache.values[:, slot, 0, start : start + length]
+        expected = torch.arange(length, dtype=values.dtype)[None, :, None]
+        if not (
+            torch.equal(keys, keys[:1, :, :1].expand_as(keys)) and torch.all(values == expected)
+        ):
+            raise AssertionError(f"slot {slot} does not hold one query in order: {values[0, :, 0]}")
+        return keys[0, :, 0].int().tolist()

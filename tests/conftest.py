@@ -1,0 +1,58 @@
+"""Fixtures of all tests: the backends that an op's tests run on."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import baton_kernels
+from baton_kernels.testing import available_cpu_isas, cpu_isa
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A namespace with every op as an attribute, and what has to be entered while it is used."""
+
+    name: str
+    ops: object
+    enter: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+BACKENDS = [
+    Backend(f"cpu-{isa}", baton_kernels, lambda isa=isa: cpu_isa(isa))
+    for isa in available_cpu_isas()
+]
+# Decided before triton is imported, for the whole process: tests/test_triton_interpreter.py starts
+# one with it.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS = [Backend("triton", baton_kernels.triton)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs the tests of ``test_<op>.py`` on every backend that has the op."""
+    if "ops" in metafunc.fixturenames:
+        metafunc.parametrize("ops", BACKENDS, ids=lambda backend: backend.name, indirect=True)
+
+
+@pytest.fixture
+def ops(request: pytest.FixtureRequest) -> Iterator[object]:
+    """The ops of one backend: ``ops.insert_kv(...)``."""
+    with request.param.enter():
+        yield request.param.ops
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """A test that is about threads asks for them; the others leave the cores to each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """For tests that compile: nothing compiled before or after them counts."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

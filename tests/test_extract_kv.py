@@ -1,0 +1,236 @@
+import pytest
+import torch
+
+import baton_kernels
+from baton_kernels import reference
+from baton_kernels.testing import (
+    DTYPES,
+    Refusal,
+    assert_same_bits,
+    cumulative,
+    embed,
+    int32,
+    nan_in_empty,
+    poison_,
+    storage,
+    twin,
+)
+
+
+def problem(
+    lengths,
+    *,
+    layers=(),
+    num_slots=5,
+    num_kv_heads=2,
+    capacity=None,
+    head_dim=16,
+    dtype=torch.float32,
+    columns_first=False,
+    margin=8,
+):
+    """Poisoned caches with numbers in random places: arguments by name."""
+    torch.manual_seed(sum(lengths))
+    capacity = max(lengths, default=0) + 7 if capacity is None else capacity
+    slots = [i % num_slots for i in torch.randperm(max(num_slots, len(lengths))).tolist()]
+    starts = [int(torch.randint(capacity - n + 1, ())) for n in lengths]
+    caches = {}
+    for name in ("key_cache", "value_cache"):
+        shape = (*layers, num_slots, num_kv_heads, capacity, head_dim)
+        if columns_first:
+            shape = (*layers, num_slots, capacity, num_kv_heads, head_dim)
+        cache = poison_(torch.empty(shape, dtype=dtype))
+        cache = embed(cache, [1] * (len(shape) - 1) + [margin])
+        cache = cache.transpose(-3, -2) if columns_first else cache
+        for slot, start, length in zip(slots, starts, lengths, strict=False):
+            columns = cache[..., slot, :, start : start + length, :]
+            columns.copy_(torch.randn(columns.shape))
+        caches[name] = cache
+    return caches | {
+        "cu_seqlens": cumulative(lengths),
+        "slots": int32(slots[: len(lengths)]),
+        "starts": int32(starts),
+        "total_tokens": sum(lengths),
+    }
+
+
+def check(ops, arguments):
+    before = {n: twin(x) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+    with nan_in_empty():
+        actual = ops.extract_kv(**arguments)
+    expected = reference.extract_kv(**before)
+    assert isinstance(actual, tuple) and len(actual) == 2
+    for name, got, want in zip(("key", "value"), actual, expected, strict=True):
+        assert_same_bits(got, want, name)
+        assert got.is_contiguous()
+    for name, x in arguments.items():
+        if isinstance(x, torch.Tensor):
+            assert_same_bits(storage(x), storage(before[name]), name)
+    return actual
+
+
+# 1. The reference.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 63, 128, 1000])
+def test_matches_reference(ops, dtype, size):
+    check(ops, problem([2, size, 0, 5], dtype=dtype))
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 128, 256])
+def test_head_dims(ops, head_dim):
+    check(ops, problem([9, 4], head_dim=head_dim, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("columns_first", [False, True])
+@pytest.mark.parametrize("layers", [(), (1,), (3,)])
+def test_layouts(ops, layers, columns_first):
+    check(ops, problem([6, 70, 1], layers=layers, columns_first=columns_first))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_aligned_to_nothing(ops, dtype):
+    check(ops, problem([6, 33], dtype=dtype, margin=3))
+
+
+def test_contiguous_caches(ops):
+    arguments = problem([6, 33])
+    arguments |= {name: arguments[name].contiguous() for name in ("key_cache", "value_cache")}
+    check(ops, arguments)
+
+
+@pytest.mark.parametrize("layers", [(), (2,)])
+def test_is_the_inverse_of_insert(ops, layers):
+    arguments = problem([6, 33, 1], layers=layers, dtype=torch.float16)
+    key, value = check(ops, arguments)
+    del arguments["total_tokens"]
+    expected = {name: twin(arguments[name]) for name in ("key_cache", "value_cache")}
+    ops.insert_kv(key, value, **arguments)
+    for name, cache in expected.items():
+        assert_same_bits(storage(arguments[name]), storage(cache), name)
+
+
+# 2. Edges.
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
+def test_nothing_to_extract(ops, lengths):
+    check(ops, problem(lengths))
+
+
+def test_whole_capacity(ops):
+    check(ops, problem([12, 12, 12, 12, 12], capacity=12))
+
+
+def test_queries_share_slots_and_columns(ops):
+    arguments = problem([4, 3, 3], capacity=10)
+    arguments |= {"slots": int32([2, 2, 2]), "starts": int32([5, 2, 6])}
+    check(ops, arguments)
+
+
+# 3. Poison.
+
+
+def test_padding_is_not_read(ops):
+    arguments = problem([4, 63], dtype=torch.bfloat16)
+    for out in check(ops, arguments):
+        assert out.isfinite().all()
+
+
+# 4. Bad arguments.
+
+
+def arguments_to_spoil():
+    arguments = problem([3, 2], num_slots=4, capacity=8)
+    return arguments | {"slots": int32([1, 3]), "starts": int32([0, 6])}
+
+
+CACHES = ("key_cache", "value_cache")
+BAD = {
+    "key_cache of three dimensions": Refusal("key_cache", ValueError, key_cache=lambda x: x[0]),
+    "value_cache with layers, key_cache without": Refusal(
+        "value_cache", ValueError, value_cache=lambda x: x[None]
+    ),
+    "value_cache of other capacity": Refusal(
+        "value_cache", ValueError, value_cache=lambda x: x[:, :, :7]
+    ),
+    "value_cache of other dtype": Refusal("value_cache", TypeError, value_cache=torch.Tensor.half),
+    "double": Refusal("key_cache", TypeError, **dict.fromkeys(CACHES, torch.Tensor.double)),
+    "key_cache strided in head_dim": Refusal(
+        "key_cache", ValueError, key_cache=lambda x: x.repeat_interleave(2, -1)[..., ::2]
+    ),
+    "head_dim 20": Refusal(
+        "head_dim|key_cache",
+        NotImplementedError,
+        **dict.fromkeys(CACHES, lambda x: torch.cat((x, x[..., :4]), -1)),
+    ),
+    "cu_seqlens int64": Refusal("cu_seqlens", TypeError, cu_seqlens=torch.Tensor.long),
+    "slots int64": Refusal("slots", TypeError, slots=torch.Tensor.long),
+    "starts of two dimensions": Refusal("starts", ValueError, starts=lambda x: x[None]),
+    "a slot too few": Refusal("slots|starts|cu_seqlens", ValueError, slots=lambda x: x[:1]),
+    "a start too few": Refusal("starts", ValueError, starts=lambda x: x[:1]),
+    "total_tokens below zero": Refusal("total_tokens", ValueError, total_tokens=-1),
+    "total_tokens too many": Refusal(
+        "(total_tokens|cu_seqlens).*", ValueError, values=True, total_tokens=6
+    ),
+    "total_tokens too few": Refusal(
+        "(total_tokens|cu_seqlens).*", ValueError, values=True, total_tokens=4
+    ),
+    "cu_seqlens from 1": Refusal(
+        "cu_seqlens.*", ValueError, values=True, cu_seqlens=int32([1, 3, 5])
+    ),
+    "cu_seqlens falling": Refusal(
+        "cu_seqlens.*", ValueError, values=True, cu_seqlens=int32([0, 6, 5])
+    ),
+    "slot past the end": Refusal("slots.*", ValueError, values=True, slots=int32([1, 4])),
+    "slot below zero": Refusal("slots.*", ValueError, values=True, slots=int32([-1, 3])),
+    "start below zero": Refusal("starts.*", ValueError, values=True, starts=int32([-1, 0])),
+    "end past capacity": Refusal("starts.*", ValueError, values=True, starts=int32([0, 7])),
+    "end past 2**31": Refusal("starts.*", ValueError, values=True, starts=int32([0, 2**31 - 1])),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "route"), [(name, route) for name, bad in BAD.items() for route in bad.routes]
+)
+def test_bad_arguments(name, route):
+    BAD[name].check("extract_kv", arguments_to_spoil(), route)
+
+
+# 5. torch.compile.
+
+
+@pytest.mark.parametrize("layers", [(), (2,)])
+def test_opcheck(layers):
+    arguments = problem([3, 2], layers=layers)
+    total_tokens = arguments.pop("total_tokens")
+    torch.library.opcheck(
+        torch.ops.baton_kernels.extract_kv.default,
+        tuple(arguments.values()),
+        {"total_tokens": total_tokens},
+    )
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile():
+    class Compiled:
+        extract_kv = staticmethod(
+            torch.compile(baton_kernels.extract_kv, fullgraph=True, backend="aot_eager")
+        )
+
+    check(Compiled, problem([3, 2]))
+    check(Compiled, problem([4, 5]))
+
+
+# 6. By hand.
+
+
+def test_by_hand(ops):
+    key_cache = torch.arange(8.0).view(2, 1, 4, 1).repeat(1, 1, 1, 16)
+    key, value = ops.extract_kv(
+        key_cache, -key_cache, int32([0, 2, 3]), int32([1, 0]), int32([1, 3]), total_tokens=3
+    )
+    assert key.shape == (3, 1, 16)
+    assert key[:, 0, 7].tolist() == [5, 6, 3]
+    assert value[:, 0, 15].tolist() == [-5, -6, -3]

@@ -1,0 +1,264 @@
+"""What the Triton kernels compile to, for GPUs that this machine does not have.
+
+Launches are recorded as the ops make them, on tensors without memory, and compiled as Triton would:
+same types, same constants, same knowledge of alignment. `pytest -s` prints a line per kernel.
+"""
+
+import pathlib
+import re
+import subprocess
+
+import pytest
+import torch
+
+import baton_kernels
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from baton_kernels.triton import common  # noqa: E402
+
+KIB = 1024
+# Shared memory that one block may have.
+NVIDIA = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+AMD = {"gfx90a": (64, 64), "gfx942": (64, 64), "gfx1100": (64, 32)}  # KiB, threads of a warp
+TARGETS = {
+    **{f"sm_{cc}": (GPUTarget("cuda", cc, 32), limit) for cc, limit in NVIDIA.items()},
+    **{arch: (GPUTarget("hip", arch, warp), limit) for arch, (limit, warp) in AMD.items()},
+}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.uint8: "u8",
+}
+# What must be there: 16-byte (l)oads and (s)tores, (m)atrix instructions for 16-bit numbers.
+MEANT = {
+    "append_kv_kernel": "ls",
+    "attend_few_kernel": "lm",
+    "attend_many_kernel": "lm",
+    "attention_mask_kernel": "s",
+    "clear_padding_kernel": "s",
+    "extract_kv_kernel": "ls",
+    "insert_kv_kernel": "ls",
+    "linear_kernel": "lm",
+    "masked_softmax_kernel": "ls",
+    "merge_attention_kernel": "ls",
+    "merge_splits_kernel": "l",
+    "move_kv_kernel": "ls",
+    "rms_norm_kernel": "ls",
+    "silu_and_mul_kernel": "ls",
+}
+TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def on_no_device(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def index(size):
+    return on_no_device(size, dtype=torch.int32)
+
+
+def attend(dtype, head_dim, *, heads=32, **options):
+    cache = on_no_device(16, 8, 4096, head_dim, dtype=dtype)
+    baton_kernels.triton.ragged_attention(
+        on_no_device(512, heads, head_dim, dtype=dtype), cache, cache, index(9), *[index(8)] * 3,
+        **options,
+    )  # fmt: skip
+
+
+def everything(dtype, head_dim):
+    heads = on_no_device(32, dtype=torch.float32)
+    options = {"window": 100, "softcap": 30.0, "return_lse": True}
+    attend(dtype, head_dim, alibi_slopes=heads, sinks=heads, **options)
+
+
+def move_tokens(dtype, head_dim):
+    """insert_kv, extract_kv, move_kv and append_kv."""
+    ops = baton_kernels.triton
+    tokens = on_no_device(2, 512, 8, head_dim, dtype=dtype)
+    cache = on_no_device(2, 16, 8, 4096, head_dim, dtype=dtype)
+    ops.insert_kv(
+        tokens, tokens, cache, cache, index(9), index(8), index(8), zero_padding=True
+    )  # fmt: skip
+    ops.extract_kv(cache, cache, index(9), index(8), index(8), total_tokens=512)
+    ops.move_kv(cache, cache, *[index(8)] * 5)
+    key = on_no_device(8, 8, head_dim, dtype=dtype)
+    angle = on_no_device(8, head_dim // 2, dtype=torch.float32)
+    query = on_no_device(8, 32, head_dim, dtype=dtype)
+    ops.append_kv(
+        key, key, cache[0], cache[0], index(8), index(8), query=query, cos=angle, sin=angle
+    )  # fmt: skip
+
+
+def the_rest(dtype, head_dim):
+    """The ops without a cache."""
+    ops = baton_kernels.triton
+    out = on_no_device(512, 32, head_dim, dtype=dtype)
+    lse = on_no_device(512, 32, dtype=torch.float32)
+    ops.merge_attention(out, lse, out, lse)
+    ops.attention_mask(index(8), index(8), 16, 4096, dtype=dtype)
+    ops.attention_mask(index(8), index(8), 1, 4096)
+    ops.masked_softmax(on_no_device(8, 32, 16, 4096, dtype=dtype), index(8), index(8))
+    x = on_no_device(64, 4096, dtype=dtype)
+    ops.rms_norm(x, x[0], residual=x)
+    ops.silu_and_mul(on_no_device(64, 22016, dtype=dtype))
+    ops.linear(x, on_no_device(4096, 4096, dtype=dtype))
+
+
+def source(launch):
+    """A recorded launch as the compiler takes it; arguments are specialized as a real launch's."""
+    kernel = launch.kernel
+    given = dict(launch.constants)
+    given.update(zip([n for n in kernel.arg_names if n not in given], launch.args, strict=True))
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value, specialized = given[parameter.name], not parameter.do_not_specialize
+        kind = "constexpr"
+        if isinstance(value, torch.Tensor) and not parameter.is_constexpr:
+            kind = "*" + TYPES[value.dtype]
+        elif isinstance(value, float) and not parameter.is_constexpr:
+            kind = "fp32"
+        elif value is not None and not parameter.is_constexpr and (value != 1 or not specialized):
+            kind = "i32" if value < 2**31 else "i64"
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = value
+        elif kind[0] == "*" or (kind[0] == "i" and specialized and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def run_tool(name, *arguments):
+    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def nvidia_code(compiled, folder):
+    """Registers, bytes spilled, 16-byte loads and stores, matrix instructions."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = run_tool("cuobjdump", "-res-usage", cubin)
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage, re.DOTALL).groups()
+    )
+    code = run_tool("nvdisasm", "-c", cubin)
+    spills = len(re.findall(r"\b(LDL|STL)\b", code))
+    return {
+        "registers": registers,
+        "spilled": stack + local + spills,
+        "l": len(re.findall(r"\bLDG(?:STS)?\.\S*128", code)),
+        "s": len(re.findall(r"\bSTG\.\S*128", code)),
+        "m": len(re.findall(r"\b\w*[HO]G?MMA\b", code)),
+    }
+
+
+def amd_code(compiled, folder):
+    """As `nvidia_code`."""
+    code = compiled.asm["amdgcn"]
+
+    def figure(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+
+    return {
+        "registers": figure("vgpr_count"),
+        "spilled": figure("vgpr_spill_count") + figure("private_segment_fixed_size"),
+        "l": len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", code)),
+        "s": len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", code)),
+        "m": len(re.findall(r"v_(?:mfma|wmma)", code)),
+    }
+
+
+def check(make_launches, target, dtype, head_dim, folder):
+    gpu, shared_limit = TARGETS[target]
+    units = {"sm_75": "none", "gfx1100": "rdna"}.get(target, "matrix")
+    with common.recording(units=units) as launches:
+        make_launches(dtype, head_dim)
+    assert launches
+    for launch in launches:
+        name = launch.kernel.__name__
+        compiled = triton.compile(source(launch), target=gpu, options=launch.options)
+        read = nvidia_code if gpu.backend == "cuda" else amd_code
+        found = {**read(compiled, folder), "shared": compiled.metadata.shared}
+        what = f"{target} {TYPES[dtype]} {head_dim} {name}: {found}"
+        print(what)
+        assert found["spilled"] == 0, what
+        assert found["shared"] <= shared_limit * KIB, what
+        wanted = MEANT[name]
+        if dtype == torch.float32 or units == "none":
+            wanted = wanted.replace("m", "")
+        assert all(found[kind] >= 1 for kind in wanted), what
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("launches", [attend, move_tokens, the_rest], ids=lambda f: f.__name__)
+def test_compiled_code(target, launches, tmp_path):
+    check(launches, target, torch.float16, 128, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "gfx942", "gfx1100"])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.bfloat16, 64), (torch.float16, 256), (torch.float32, 128), (torch.float32, 256)],
+)
+def test_attention_of_other_heads(target, dtype, head_dim, tmp_path):
+    if target == "sm_75" and dtype == torch.bfloat16:
+        pytest.skip("sm_75 has no bfloat16")
+    if target == "gfx1100" and (dtype, head_dim) == (torch.float32, 256):
+        pytest.skip("float32 heads of 256 spill on gfx1100, which has no unit for their products")
+    check(attend, target, dtype, head_dim, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_attention_with_every_option(target, tmp_path):
+    check(everything, target, torch.bfloat16, 128, tmp_path)
+
+
+def test_every_kernel_is_compiled():
+    with common.recording() as launches:
+        for make in (attend, move_tokens, the_rest):
+            make(torch.float16, 128)
+    assert {launch.kernel.__name__ for launch in launches} == set(MEANT)
+
+
+def ones(dtype, head_dim):
+    """Sizes of 1, which a launch hands to the compiler as constants."""
+    ops = baton_kernels.triton
+    cache = on_no_device(1, 1, 1, head_dim, dtype=dtype)
+    token = on_no_device(1, 1, head_dim, dtype=dtype)
+    rows = (index(2), index(1), index(1))
+    angle = on_no_device(1, head_dim // 2, dtype=torch.float32)
+    ops.ragged_attention(token, cache, cache, *rows, index(1))
+    ops.ragged_attention(token.expand(17, 1, head_dim), cache, cache, *rows, index(1))
+    ops.insert_kv(token, token, cache, cache, *rows, zero_padding=True)
+    ops.extract_kv(cache, cache, *rows, total_tokens=1)
+    ops.move_kv(cache, cache, *[index(1)] * 5)
+    for query in (None, token):
+        ops.append_kv(
+            token, token, cache, cache, index(1), index(1), query=query, cos=angle, sin=angle
+        )
+        ops.append_kv(token, token, cache, cache, index(1), index(1), query=query)
+    lse = on_no_device(1, 1, dtype=torch.float32)
+    ops.merge_attention(token, lse, token, lse)
+    one = on_no_device(1, 1, dtype=dtype)
+    ops.attention_mask(index(1), index(1), 1, 1, window=1)
+    ops.masked_softmax(one[None, None], index(1), index(1), window=1)
+    ops.rms_norm(one, one[0], residual=one)
+    ops.silu_and_mul(on_no_device(1, 2, dtype=dtype))
+    ops.linear(one, one, one[0])
+
+
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_sizes_of_one_compile(head_dim):
+    with common.recording() as launches:
+        ones(torch.bfloat16, head_dim)
+    assert {launch.kernel.__name__ for launch in launches} == set(MEANT) - {"merge_splits_kernel"}
+    for launch in launches:
+        triton.compile(source(launch), target=TARGETS["sm_80"][0], options=launch.options)
