@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp)
+FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/emulation/*.h tests/emulation/*.cpp \
+  tests/emulation/*.cu tests/emulation/*/*.h tests/emulation/*/*.cu)
 
 .PHONY: setup demo test lint format wheel test-wheel bench clean
 
@@ -16,6 +18,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(SOURCES
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools cmake ninja torch
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[engines,dev]'
+	@# The CUDA kernels are compiled in tests: by the machine's nvcc, else by PyPI's.
+	command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || \
+	  $(PIP) install nvidia-cuda-nvcc==13.0.* nvidia-cuda-crt==13.0.* nvidia-nvvm==13.0.* \
+	    nvidia-cuda-runtime==13.0.* nvidia-cuda-cccl==13.0.*
 	touch $@
 
 demo: setup
@@ -24,12 +30,12 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 test: lint
 	$(BIN)/python -m pytest --durations=10

@@ -13,7 +13,7 @@ from baton_kernels import triton
 from baton_kernels._library import ops
 
 # Why an implementation is missing; "yes" where it is there.
-_CUDA = "no: the CUDA kernels are not written yet"
+_CUDA = "no: the CUDA kernels are not part of the package yet"
 
 
 def _version() -> str:

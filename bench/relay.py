@@ -194,6 +194,8 @@ def vs_generate(arguments: argparse.Namespace) -> int:
     if arguments.dtype == "float32" and result.equal_queries < result.num_queries:
         print("float32 answers must be equal: no figure is given")
         return 1
+    if result.equal_queries < result.num_queries:
+        print("(each side rounds in its own order; one near tie and two greedy answers part)")
     print(f"relay    output tokens/s, median (p10-p90): {spread(result.relay_rates, '{:.1f}')}")
     print(f"generate output tokens/s, median (p10-p90): {spread(result.generate_rates, '{:.1f}')}")
     print(f"ratio relay / generate,   median (p10-p90): {spread(result.ratios)}")
