@@ -3,13 +3,19 @@
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import baton_kernels
 from baton_kernels.testing import available_cpu_isas, cpu_isa
+
+# Tests share helpers of this folder: emulation, cuda_tools.
+sys.path.append(str(Path(__file__).parent))
+from emulation.backends import EMULATED, EmulatedOps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +26,15 @@ class Backend:
     ops: object
     enter: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
+    def has(self, op: str) -> bool:
+        """Whether it can run the tests of this op: emulated CUDA has the ops that CUDA has."""
+        return not isinstance(self.ops, EmulatedOps) or hasattr(self.ops, op)
+
 
 BACKENDS = [
     Backend(f"cpu-{isa}", baton_kernels, lambda isa=isa: cpu_isa(isa))
     for isa in available_cpu_isas()
-]
+] + [Backend(name, ops, ops.entered) for name, ops in EMULATED.items()]
 # Decided before triton is imported, for the whole process: tests/test_triton_interpreter.py starts
 # one with it.
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -34,7 +44,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs the tests of ``test_<op>.py`` on every backend that has the op."""
     if "ops" in metafunc.fixturenames:
-        metafunc.parametrize("ops", BACKENDS, ids=lambda backend: backend.name, indirect=True)
+        op = metafunc.module.__name__.split(".")[-1].removeprefix("test_")
+        backends = [backend for backend in BACKENDS if backend.has(op)]
+        metafunc.parametrize("ops", backends, ids=lambda backend: backend.name, indirect=True)
 
 
 @pytest.fixture

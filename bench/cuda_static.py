@@ -1,0 +1,77 @@
+"""What can be said about the CUDA kernels without a GPU: `python -m bench.cuda_static`.
+
+Instructions and sectors are those of nvcc's own PTX, executed thread by thread
+(tests/ptx_machine.py); registers, shared memory and loads in flight are those of the machine code
+for each architecture. No figure here is a speed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from bench import describe_run
+
+# The helpers that the tests use.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+
+import cuda_counts
+import cuda_static
+
+PEERS = """\
+peers on a decode step (32 query / 8 KV heads x 128, bf16, 512 keys), their PTX from nvcc 13
+executed likewise, per 128 bytes of keys and values; quoted for reference, not measured here:
+                                 instr.         mma   wavefronts  sectors  per KV head   flight/SM
+FlashInfer 0.7.2, CUDA cores     28.9 to 30.5   0     5.0 to 5.5  1.00     788-996       48-72 KB
+FlashInfer 0.7.2, tensor cores   5.4            0.52  2.25        1.016    4,207         64-128 KB
+flash-attention 2, split-KV      7.6 to 8.5     2.0   5.3         1.00     2,069-6,367   0-64 KB
+KV append: FlashInfer            3.4 to 4.3                       1.08
+KV append: vLLM style            19                               1.06"""
+
+# Threads of a block by the beginning of the kernel's name; the copies fill 128.
+THREADS = {"": 128}
+
+
+def copies() -> None:
+    """Instructions and sectors of the copy kernels."""
+    print("copy kernels, 8 KV heads x 128, bf16; counts of executed PTX, per 128 bytes of payload")
+    print(f"{'op':16} {'work':32} {'launches':>8} {'instructions':>12} {'sectors/useful':>14}")
+    for case in cuda_counts.benchmark_cases():
+        counts = cuda_counts.count(case)
+        print(
+            f"{case.op:16} {case.what:32} {counts.launches:>8} {counts.instructions:>12.2f} "
+            f"{counts.sectors:>14.3f}"
+        )
+
+
+def compiled() -> None:
+    """Registers, occupancy and bytes in flight of every kernel that moves 16 bytes at a time."""
+    print("compiled kernels; in flight: resident threads x loads before the first store, against")
+    print("bandwidth x latency / SMs of a card (Little's law; latencies are assumptions):")
+    for card in cuda_static.CARDS:
+        print(
+            f"  {card.name}: {card.gigabytes_per_second:.0f} GB/s, {card.latency_ns:.0f} ns, "
+            f"{card.multiprocessors} SMs: {card.needed_bytes / 1024:.1f} KB per SM"
+        )
+    kernels = [
+        kernel
+        for source in cuda_static.SOURCES
+        for kernel in cuda_static.compile_kernels(source)
+        if kernel.count(r"LDG\..*128")
+    ]
+    spilled = sum(kernel.spills + kernel.stack for kernel in kernels)
+    print(f"{len(kernels)} kernels with 16-byte loads, {spilled} bytes spilled or in local memory")
+    print("\n".join(cuda_static.occupancy_table(kernels, THREADS)))
+
+
+def main() -> None:
+    print(describe_run())
+    for part in (copies, compiled):
+        print()
+        part()
+    print()
+    print(PEERS)
+
+
+if __name__ == "__main__":
+    main()

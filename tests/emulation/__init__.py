@@ -1,0 +1,1 @@
+"""CUDA kernels run by the host compiler: see README.md."""

@@ -1,0 +1,161 @@
+"""The CUDA kernels compiled for every architecture, and nvcc's own PTX executed."""
+
+import re
+import subprocess
+
+import cuda_counts
+import cuda_static
+import pytest
+import torch
+from cuda_counts import append_case, extract_case, insert_case, merge_case, move_case
+from cuda_static import ARCHITECTURES, CARDS, Kernel, compile_kernels
+from cuda_tools import tool
+from emulation import build
+from emulation.ops import EmulatedOps
+
+from baton_kernels.testing import assert_same_bits
+
+# Threads of a block, by the beginning of the kernel's name.
+THREADS = {"append_kv": 128, "extract_kv": 128, "insert_kv": 128, "merge": 128, "move_kv": 128}
+COPIES = [source for source in cuda_static.SOURCES if "attention" not in source.stem]
+COPIES += [source for source in cuda_static.SOURCES if source.stem == "merge_attention"]
+
+
+def is_wide(kernel: Kernel) -> bool:
+    """Whether its chunks have 16 bytes: 16, eight 16-bit elements or four floats."""
+    name = kernel.name
+    return bool(re.search(r"kernel<16>|(half|bfloat16), 8\b|float, 4\b", name))
+
+
+@pytest.mark.parametrize("source", cuda_static.SOURCES, ids=lambda source: source.stem)
+def test_compiles_without_spills_or_local_memory(source):
+    kernels = compile_kernels(source)
+    assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
+    for kernel in kernels:
+        assert kernel.spills == 0 and kernel.stack == 0, kernel
+        assert kernel.opcodes and kernel.count(r"LDL|STL") == 0, kernel.name
+
+
+@pytest.mark.parametrize("source", COPIES, ids=lambda source: source.stem)
+def test_copies_move_16_bytes_at_a_time(source):
+    wide = [kernel for kernel in compile_kernels(source) if is_wide(kernel)]
+    assert {kernel.architecture for kernel in wide} == set(ARCHITECTURES)
+    for kernel in wide:
+        assert kernel.count(r"LDG\..*128") >= 1 and kernel.count(r"STG\..*128") >= 1, kernel.name
+
+
+@pytest.mark.parametrize("source", COPIES, ids=lambda source: source.stem)
+def test_enough_bytes_in_flight(source):
+    """Little's law for each card, with all of an SM's resident threads loading."""
+    for kernel in compile_kernels(source):
+        assert kernel.blocks_per_sm(128) >= 2, kernel
+        for card in CARDS:
+            # A merge is launched on what a decode step has just left in the L2 cache.
+            if is_wide(kernel) and card.architecture == kernel.architecture and (
+                source.stem != "merge_attention"
+            ):  # fmt: skip
+                in_flight = kernel.blocks_per_sm(128) * 128 * kernel.loads_in_flight()
+                assert in_flight >= card.needed_bytes, (kernel.name, card.name, in_flight)
+
+
+CASES = [
+    insert_case(60, 2, 3), extract_case(60, 2, 3), move_case(2, 2, 50, 7), append_case(20),
+    append_case(20, 16), merge_case(9, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.what}")
+def test_ptx_computes_the_same(case):
+    """nvcc's code on an interpreter against the host compiler's on the emulator."""
+    expected, actual, _, launches = cuda_counts.run_on_ptx(case)
+    assert launches == 1
+    for x, y in zip(expected, actual, strict=True):
+        if "rotary" in case.what or case.op == "merge_attention":
+            # nvcc contracts to fused multiply-adds, and its exp is its own.
+            torch.testing.assert_close(y.float(), x.float(), rtol=2**-7, atol=2**-7)
+        else:
+            assert_same_bits(y, x)
+
+
+@pytest.mark.parametrize(
+    "case", [insert_case(512, 32, 1), append_case(64)], ids=lambda case: f"{case.op}-{case.what}"
+)
+def test_insert_and_append_meet_their_targets(case):
+    counts = cuda_counts.count(case)
+    assert counts.launches == 1
+    assert counts.instructions <= 2
+    assert counts.sectors <= 1.02
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.what}")
+def test_judge_and_ptx_machine_count_the_same_sectors(case):
+    """Of keys, values and outputs: two counts of two compilers' code."""
+    ops = EmulatedOps(build.JUDGED)
+    ops.traffic()
+    with ops.entered():
+        getattr(ops, case.op)(**case.arguments)
+    judged = sum(entry["sectors"] for side in ops.traffic() for entry in side.values())
+    _, _, machine, _ = cuda_counts.run_on_ptx(case)
+    # Narrow loads of angles, slots and starts may be merged or repeated by either compiler.
+    assert machine.sectors == pytest.approx(judged, rel=0.1)
+
+
+# The judge itself.
+
+
+def compile_text(tmp_path, text: str) -> Kernel:
+    source = tmp_path / "kernel.cu"
+    source.write_text(text)
+    done = subprocess.run(
+        [tool("nvcc"), "-arch=sm_80", "-Xptxas", "-v", "-cubin", source, "-o", tmp_path / "cubin"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    sass = subprocess.run(
+        [tool("cuobjdump"), "-sass", tmp_path / "cubin"], capture_output=True, text=True, check=True
+    )
+    return cuda_static.parse(done.stderr, sass.stdout)[0]
+
+
+def test_local_memory_is_seen(tmp_path):
+    kernel = compile_text(tmp_path, """
+        __global__ void f(float* x, const int* places) {
+          float values[64];
+          for (int i = 0; i < 64; ++i) values[places[i]] = x[i];
+          for (int i = 0; i < 64; ++i) x[i] = values[places[63 - i]];
+        }""")  # fmt: skip
+    assert kernel.stack > 0 and kernel.count(r"LDL|STL") > 0
+
+
+def test_spills_are_seen(tmp_path):
+    kernel = compile_text(tmp_path, """
+        __global__ void __launch_bounds__(1024, 2) f(float* x) {
+          float values[80];
+          for (int i = 0; i < 80; ++i) values[i] = x[i * 1024 + threadIdx.x];
+          __syncthreads();
+          for (int i = 0; i < 80; ++i) x[i * 1024 + threadIdx.x] = values[i] * values[(i + 7) % 80];
+        }""")  # fmt: skip
+    assert kernel.spills > 0
+
+
+def test_narrow_accesses_are_seen(tmp_path):
+    kernel = compile_text(tmp_path, "__global__ void f(float* x) { x[threadIdx.x] += 1; }")
+    assert kernel.count(r"LDG") == 1 and kernel.count(r"LDG\..*128") == 0
+
+
+def test_occupancy_is_that_of_the_cuda_calculator():
+    """Figures of NVIDIA's occupancy calculator."""
+    assert Kernel("", 80, registers=64).blocks_per_sm(256) == 4
+    assert Kernel("", 80, registers=32).blocks_per_sm(128) == 16
+    assert Kernel("", 86, registers=40).blocks_per_sm(256) == 6
+    assert Kernel("", 90, registers=32).blocks_per_sm(256, dynamic_shared=100 * 1024) == 2
+    assert Kernel("", 75, registers=255).blocks_per_sm(256) == 1
+
+
+def test_ptx_machine_sees_a_wrong_instruction(monkeypatch):
+    """Without the addition of its fused multiply-adds, a merge is wrong."""
+    ptx = cuda_counts.machine_code("merge_attention")
+    wrong = ptx.replace("fma.rn.f32", "mul.f32")
+    assert wrong != ptx
+    monkeypatch.setattr(cuda_counts, "machine_code", lambda *_: wrong)
+    expected, actual, _, _ = cuda_counts.run_on_ptx(merge_case(9, 8))
+    assert not torch.allclose(actual[0].float(), expected[0].float(), rtol=2**-7, atol=2**-7)
