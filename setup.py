@@ -71,16 +71,92 @@ def find_tool(name: str) -> str:
     return tool
 
 
+def find_nvcc() -> str | None:
+    """nvcc: the one that CUDACXX names, on the PATH, of the CUDA folder, or of PyPI's package."""
+    if os.environ.get("CUDACXX"):
+        return os.environ["CUDACXX"]
+    cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    sites = (sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path)
+    folders = [Path(cuda), *(Path(site or ".") / "nvidia" / "cu13" for site in sites)]
+    return shutil.which("nvcc") or shutil.which(
+        "nvcc", path=os.pathsep.join(str(folder / "bin") for folder in folders)
+    )
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch is a CUDA build; False without torch, which the build reports."""
+    try:
+        return (find_torch() / "lib" / "libtorch_cuda.so").is_file()
+    except SystemExit:
+        return False
+
+
+def builds_cuda() -> bool:
+    """BATON_CUDA=1 or 0, or by default: where nvcc and a CUDA torch are, GPU or not."""
+    wanted = os.environ.get("BATON_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"baton_kernels: BATON_CUDA must be 0, 1 or unset, got {wanted!r}")
+    return wanted == "1" or (wanted == "" and find_nvcc() is not None and torch_has_cuda())
+
+
+def cuda_options() -> list[str]:
+    """CMake's options for the CUDA kernels."""
+    nvcc = find_nvcc()
+    if not nvcc:
+        raise SystemExit(
+            "baton_kernels: BATON_CUDA=1 needs nvcc 13, and none was found: install the CUDA "
+            "toolkit or point CUDACXX at its nvcc"
+        )
+    if not torch_has_cuda():
+        raise SystemExit(
+            "baton_kernels: BATON_CUDA=1 needs a CUDA build of torch, and the one in "
+            f"{find_torch()} has no CUDA"
+        )
+    options = ["-DBATON_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    # PyPI's nvcc looks for its runtime in lib64, which its packages call lib.
+    lib = Path(shutil.which(nvcc) or nvcc).resolve().parent.parent / "lib"
+    if (lib / "libcudart_static.a").is_file():
+        options.append(f"-DCMAKE_CUDA_FLAGS=-L{lib}")
+    architectures = os.environ.get("BATON_CUDA_ARCHITECTURES", "")
+    if not re.fullmatch(r"(\d+(;\d+)*)?", architectures):
+        raise SystemExit(
+            'baton_kernels: BATON_CUDA_ARCHITECTURES must be like "80;90;120", got '
+            f"{architectures!r}"
+        )
+    if architectures:
+        options.append(f"-DBATON_CUDA_ARCHITECTURES={architectures}")
+    else:
+        options.append("-UBATON_CUDA_ARCHITECTURES")  # not those of the last build
+    return options
+
+
 class CMakeBuild(build_ext):
-    """Compiles the extension with CMake and ninja into the place setuptools expects."""
+    """Compiles the extensions with CMake and ninja into the place setuptools expects."""
+
+    def finalize_options(self):
+        self.cuda = builds_cuda()
+        if self.cuda:
+            self.distribution.ext_modules.append(extension("_C_cuda"))
+        super().finalize_options()
+
+    def run(self):
+        # An older build with CUDA may have left its library where this one is put together.
+        if not self.cuda:
+            folders = [Path(self.build_lib) / "baton_kernels"]
+            if self.editable_mode:
+                folders.append(ROOT / "baton_kernels")
+            for folder in folders:
+                (folder / "_C_cuda.abi3.so").unlink(missing_ok=True)
+        super().run()
 
     def build_extension(self, ext):
         torch, compiler = find_torch(), find_compiler()
+        cuda = cuda_options() if self.cuda else ["-DBATON_CUDA=OFF"]
         # Beside the sources, so that a second build compiles only what changed.
-        build = ROOT / "build" / "cmake"
+        build = ROOT / "build" / ("cmake-cuda" if self.cuda else "cmake")
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        cmake = find_tool("cmake")
+        cmake, name = find_tool("cmake"), ext.name.rpartition(".")[2]
         configure = [
             cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
             "-DCMAKE_BUILD_TYPE=Release",
@@ -88,13 +164,14 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DBATON_TORCH_DIR={torch}",
             f"-DBATON_PYTHON_INCLUDE={sysconfig.get_path('include')}",
+            *cuda,
         ]  # fmt: skip
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)
+        subprocess.run([cmake, "--build", str(build), "--target", name], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Never written over: a process may have the old one mapped.
         target.unlink(missing_ok=True)
-        shutil.copyfile(build / "_C.abi3.so", target)
+        shutil.copyfile(build / f"{name}.abi3.so", target)
 
 
 class AbiWheel(bdist_wheel):
@@ -105,7 +182,12 @@ class AbiWheel(bdist_wheel):
         return "cp310", "abi3", platform
 
 
+def extension(name: str) -> Extension:
+    """A library of the package; CMake knows its sources."""
+    return Extension(f"baton_kernels.{name}", sources=[], py_limited_api=True)
+
+
 setup(
-    ext_modules=[Extension("baton_kernels._C", sources=[], py_limited_api=True)],
+    ext_modules=[extension("_C")],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AbiWheel},
 )

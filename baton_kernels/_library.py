@@ -1,4 +1,9 @@
-"""Loads the compiled library, which registers the ops with torch."""
+"""Loads the compiled libraries, which register the ops with torch."""
+
+import importlib
+import importlib.util
+import types
+import warnings
 
 import torch
 
@@ -24,5 +29,23 @@ except ImportError as error:
         "it with `pip install -e .`; from a wheel, install it again with "
         "`pip install --force-reinstall --no-deps baton_kernels`"
     ) from error
+
+
+def _load_cuda() -> tuple[types.ModuleType | None, str | None]:
+    """The CUDA library, or why it is not there. Without it the Triton kernels run on GPUs."""
+    if torch.version.cuda is None:
+        return None, "this torch has no CUDA"
+    if importlib.util.find_spec("baton_kernels._C_cuda") is None:
+        return None, "built without the CUDA kernels (BATON_CUDA=1 builds them)"
+    try:
+        return importlib.import_module("baton_kernels._C_cuda"), None
+    except ImportError as error:
+        reason = f"the CUDA library does not load ({error})"
+        warnings.warn(f"baton_kernels: {reason}; the Triton kernels take over", stacklevel=2)
+        return None, reason
+
+
+# The module, which says what it was compiled for, and why there is none: one of the two is None.
+cuda, why_no_cuda = _load_cuda()
 
 ops = torch.ops.baton_kernels

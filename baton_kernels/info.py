@@ -10,10 +10,7 @@ import torch
 
 from baton_kernels import ops as op_functions
 from baton_kernels import triton
-from baton_kernels._library import ops
-
-# Why an implementation is missing; "yes" where it is there.
-_CUDA = "no: the CUDA kernels are not part of the package yet"
+from baton_kernels._library import cuda, ops, why_no_cuda
 
 
 def _version() -> str:
@@ -31,13 +28,36 @@ def _triton(op: str) -> str:
     return f"yes (used on {', '.join(devices)})" if devices else "yes (when chosen by name)"
 
 
+def has_native_cuda(op: str) -> bool:
+    """Whether torch.ops.baton_kernels.<op> runs a kernel of csrc/cuda on NVIDIA GPUs."""
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"baton_kernels::{op}", "CUDA")
+    return registered and "cuda" not in triton.registered_devices(op)
+
+
+def _cuda(op: str) -> str:
+    if why_no_cuda is not None:
+        return f"no: {why_no_cuda}"
+    return "yes" if has_native_cuda(op) else "no: Triton is this op's implementation for GPUs"
+
+
+def _cuda_build() -> dict[str, Any]:
+    if cuda is None:
+        return {"architectures": [], "toolkit": "", "why_not": why_no_cuda}
+    # The last one is there as PTX too, for all that follow.
+    architectures = [f"sm_{number}" for number in cuda.architectures.split()]
+    toolkit = f"{cuda.toolkit // 1000}.{cuda.toolkit % 1000 // 10}"
+    return {"architectures": architectures, "toolkit": toolkit, "why_not": None}
+
+
 def build_info() -> dict[str, Any]:
     """Versions, the CPU's instruction sets, and which op runs where.
 
     Returns:
         `version`, `python`, `torch`, `threads`; `cpu` with `isa_compiled`, `isa_found` (both from
-        the plainest to the best) and `isa_used`; `ops`: for each op, `cpu`, `cuda` and `triton`,
-        each "yes" or "no: <why>".
+        the plainest to the best) and `isa_used`; `cuda` with `architectures` (compiled; of the last
+        one also PTX, which serves all newer GPUs), `toolkit` and `why_not` (None where the CUDA
+        library is loaded); `ops`: for each op, `cpu`, `cuda` and `triton`, each "yes" or
+        "no: <why>".
     """
     compiled, found, used = [], [], ""
     for line in ops.cpu_isas().splitlines():
@@ -59,8 +79,9 @@ def build_info() -> dict[str, Any]:
             "isa_found": found,
             "isa_used": used,
         },
+        "cuda": _cuda_build(),
         "ops": {
-            name: {"cpu": f"yes ({used})", "cuda": _CUDA, "triton": _triton(name)}
+            name: {"cpu": f"yes ({used})", "cuda": _cuda(name), "triton": _triton(name)}
             for name in op_functions.__all__
         },
     }

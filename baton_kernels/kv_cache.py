@@ -89,6 +89,7 @@ class KVCache:
         self._device = self.keys.device
         # Per slot, the columns [low, high) that may have been written.
         self._touched = [(0, 0)] * self._shape.num_slots
+        self._bytes_moved = 0
 
     @property
     def keys(self) -> torch.Tensor:
@@ -265,6 +266,7 @@ class KVCache:
             for slot in planned.used:
                 columns = slice(planned.start(slot), planned.end(slot))
                 new.tensor[:, slot, :, columns].copy_(old[:, slot, :, columns])
+        self._bytes_moved += self.bytes_in_use
         self._key_memory, self._value_memory = memories
         self._touched = [(0, 0)] * planned.num_slots
         self._commit(planned)
@@ -295,6 +297,12 @@ class KVCache:
     def bytes_in_use(self) -> int:
         """Bytes of the valid columns."""
         return self.bytes_per_token * sum(self._shape.length(slot) for slot in self._shape.used)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of keys and values copied from one place in the cache to another so far: what it
+        costs to keep rows aligned, and to change the number of slots."""
+        return self._bytes_moved
 
     @property
     def bytes_committed(self) -> int:
@@ -334,6 +342,7 @@ class KVCache:
             )
             # One tensor and views of its rows: one copy to a device instead of five.
             move_kv(self.keys, self.values, *self._index(index))
+            self._bytes_moved += self.bytes_per_token * sum(moves.lengths)
 
     def _commit(self, planned: BatchShape) -> None:
         self._shape.assign(planned)

@@ -44,6 +44,35 @@ def copies() -> None:
         )
 
 
+def decode() -> None:
+    """A decode step beside its peers."""
+    print(PEERS)
+    for length in (512, 2048):
+        c = cuda_counts.count_decode(length)
+        print(
+            f"{f'ours, {length} keys':32} {c.instructions:<8.2f} {c.products:<6.2f}"
+            f"{c.wavefronts:<11.2f} {c.loop_sectors:<8.3f} {c.fixed:<12,.0f} {flight()}"
+        )
+        print(
+            f"  with queries, results, splits and merge: {c.sectors:.3f} sectors / useful; "
+            f"{c.all_wavefronts} shared wavefronts, {c.all_wavefronts / c.ideal_wavefronts:.3f} of "
+            f"ideal; merge {c.merge:,.0f} instructions per KV head"
+        )
+
+
+def flight() -> str:
+    """Least and most bytes on their way per multiprocessor in the decode loop, sm_90."""
+    source = cuda_static.ROOT / "csrc" / "cuda" / "ragged_attention_bfloat16.cu"
+    kernel = next(
+        kernel
+        for kernel in cuda_static.compile_kernels(source)
+        if kernel.architecture == 90 and "decode_kernel<__nv_bfloat16, 128, 1>" in kernel.name
+    )
+    threads = 128 * kernel.blocks_per_sm(128)
+    least, most = kernel.loop_flight()
+    return f"{threads * least // 1024}-{threads * most // 1024} KB"
+
+
 def compiled() -> None:
     """Registers, occupancy and bytes in flight of every kernel that moves 16 bytes at a time."""
     print("compiled kernels; in flight: resident threads x loads before the first store, against")
@@ -66,11 +95,9 @@ def compiled() -> None:
 
 def main() -> None:
     print(describe_run())
-    for part in (copies, compiled):
+    for part in (decode, copies, compiled):
         print()
         part()
-    print()
-    print(PEERS)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ import torch
 import baton_kernels
 from baton_kernels.testing import available_cpu_isas, cpu_isa
 
-# Tests share helpers of this folder: emulation, cuda_tools.
+# Tests share helpers of this folder: emulation, cuda_tools, device_ops.
 sys.path.append(str(Path(__file__).parent))
+from device_ops import DeviceOps
+from emulation import build
 from emulation.backends import EMULATED, EmulatedOps
 
 
@@ -34,11 +36,37 @@ class Backend:
 BACKENDS = [
     Backend(f"cpu-{isa}", baton_kernels, lambda isa=isa: cpu_isa(isa))
     for isa in available_cpu_isas()
-] + [Backend(name, ops, ops.entered) for name, ops in EMULATED.items()]
+]
+# Beside an installed wheel there are no sources to emulate.
+if build.KERNELS:
+    BACKENDS += [Backend(name, ops, ops.entered) for name, ops in EMULATED.items()]
+if torch.cuda.is_available():
+    BACKENDS.append(Backend("cuda", DeviceOps("cuda")))
 # Decided before triton is imported, for the whole process: tests/test_triton_interpreter.py starts
 # one with it.
 if os.environ.get("TRITON_INTERPRET") == "1":
     BACKENDS = [Backend("triton", baton_kernels.triton)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", help="run the tests of ops on this backend alone (cuda: a GPU's)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --backend, tests of ops that do not run on it are left out."""
+    name = config.getoption("backend")
+    if name is None:
+        return
+    if name not in (backend.name for backend in BACKENDS):
+        known = ", ".join(backend.name for backend in BACKENDS)
+        raise pytest.UsageError(f"--backend: must be one of {known}, got {name}")
+
+    def is_kept(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return "ops" in parameters and parameters["ops"].name == name
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_kept(item)])
+    items[:] = [item for item in items if is_kept(item)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

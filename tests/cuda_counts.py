@@ -1,34 +1,28 @@
-"""What a launch of each copy kernel executes and moves, counted on the PTX machine.
+"""What a call of each op executes and moves, counted on the PTX machine.
 
 The shapes are those of a decode step and of a newcomer's prefill (8 KV heads x 128, bf16)."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
-from emulation import build
-from emulation.ops import EmulatedOps
-from ptx_machine import Machine, compile_ptx
+from ptx_machine import Machine
+from ptx_ops import PtxOps
 
 from baton_kernels.testing import cumulative, int32
 
-NUM_KV_HEADS, HEAD_DIM, DTYPE = 8, 128, torch.bfloat16
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, torch.bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of an op, and the kernel that it launches (a part of the mangled name)."""
+    """One call of an op."""
 
     op: str
     what: str
-    kernel: str
     arguments: dict[str, object]
     payload: int  # bytes of keys, values (and queries) that are moved
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [x for x in self.arguments.values() if isinstance(x, torch.Tensor)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +47,14 @@ def insert_case(tokens: int, layers: int, queries: int) -> Case:
     }  # fmt: skip
     payload = 2 * 2 * layers * tokens * NUM_KV_HEADS * HEAD_DIM
     what = f"{layers} layers, {queries} x {tokens // queries} tokens"
-    return Case("insert_kv", what, "insert_kv_kernelILi16E", arguments, payload)
+    return Case("insert_kv", what, arguments, payload)
 
 
 def extract_case(tokens: int, layers: int, queries: int) -> Case:
     inserted = insert_case(tokens, layers, queries)
     names = ("key_cache", "value_cache", "cu_seqlens", "slots", "starts")
     arguments = {name: inserted.arguments[name] for name in names} | {"total_tokens": tokens}
-    return Case("extract_kv", inserted.what, "extract_kv_kernelILi16E", arguments, inserted.payload)
+    return Case("extract_kv", inserted.what, arguments, inserted.payload)
 
 
 def move_case(layers: int, rows: int, length: int, shift: int) -> Case:
@@ -73,7 +67,7 @@ def move_case(layers: int, rows: int, length: int, shift: int) -> Case:
     }  # fmt: skip
     payload = 2 * 2 * layers * rows * length * NUM_KV_HEADS * HEAD_DIM
     what = f"{layers} layers, {rows} x {length} columns by {shift}"
-    return Case("move_kv", what, "move_kv_kernelILi16E", arguments, payload)
+    return Case("move_kv", what, arguments, payload)
 
 
 def append_case(rows: int, num_heads: int = 0) -> Case:
@@ -84,14 +78,14 @@ def append_case(rows: int, num_heads: int = 0) -> Case:
         "key_cache": numbers(*slot), "value_cache": numbers(*slot),
         "slots": int32(range(rows)), "columns": int32([1] * rows),
     }  # fmt: skip
-    kernel, what = "append_kv_kernelI13__nv_bfloat16S3_Li8ELb0E", f"{rows} rows"
+    what = f"{rows} rows"
     if num_heads:
         angle = numbers(rows, HEAD_DIM // 2).float()
         arguments |= {"query": numbers(rows, num_heads, HEAD_DIM)}
         arguments |= {"cos": angle.cos(), "sin": angle.sin()}
-        kernel, what = "append_kv_kernelI13__nv_bfloat16fLi8ELb1E", f"{rows} rows, rotary, query"
+        what = f"{rows} rows, rotary, query"
     payload = 2 * rows * (2 * NUM_KV_HEADS + num_heads) * HEAD_DIM
-    return Case("append_kv", what, kernel, arguments, payload)
+    return Case("append_kv", what, arguments, payload)
 
 
 def merge_case(tokens: int, num_heads: int) -> Case:
@@ -100,54 +94,79 @@ def merge_case(tokens: int, num_heads: int) -> Case:
         "out_b": -numbers(tokens, num_heads, HEAD_DIM), "lse_b": numbers(tokens, num_heads).float(),
     }  # fmt: skip
     what = f"{tokens} x {num_heads} heads"
-    kernel = "merge_attention_kernelI13__nv_bfloat16Li8E"
-    return Case("merge_attention", what, kernel, arguments, 2 * tokens * num_heads * HEAD_DIM)
+    return Case("merge_attention", what, arguments, 2 * tokens * num_heads * HEAD_DIM)
 
 
-@functools.cache
-def machine_code(op: str, architecture: int = 80) -> str:
-    return compile_ptx(build.ROOT / "csrc" / "cuda" / f"{op}.cu", architecture)
-
-
-def written(result: object, case: Case) -> list[torch.Tensor]:
-    """Everything that a call writes: what it returned, and the caches."""
-    outputs = [] if result is None else list(result) if isinstance(result, tuple) else [result]
-    return outputs + [
-        case.arguments[n] for n in ("key_cache", "value_cache") if n in case.arguments
-    ]
-
-
-def run_on_ptx(case: Case, architecture: int = 80) -> tuple[list, list, Machine, int]:
-    """What the emulator and the PTX machine write in one call, the machine, and the launches.
-
-    The launch (grid, block, argument bytes) is recorded from the host code; both then work on the
-    same memory, one after the other.
-    """
-    ops = EmulatedOps(build.FAST)
-    before = {name: x.clone() for name, x in case.arguments.items() if isinstance(x, torch.Tensor)}
-    results = []
-    launches = ops.module.record(lambda: results.append(getattr(ops, case.op)(**case.arguments)))
-    outputs = written(results[0], case)
-    expected = [x.clone() for x in outputs]
-    for x in outputs:
-        x.fill_(float("nan"))
-    for name, x in before.items():
-        case.arguments[name].copy_(x)
-    machine = Machine(machine_code(case.op, architecture), case.kernel)
-    grid, block, _, arguments = launches[0]
-    machine.launch(grid, block, arguments, case.tensors() + outputs)
-    return expected, outputs, machine, len(launches)
+def run_on_ptx(case: Case, architecture: int = 80) -> PtxOps:
+    """The call executed from PTX; the backend knows what that took and what the emulator wrote."""
+    ops = PtxOps(architecture)
+    with ops.entered():
+        getattr(ops, case.op)(**case.arguments)
+    return ops
 
 
 def count(case: Case) -> Counts:
     """Counts of one call."""
-    _, _, machine, launches = run_on_ptx(case)
+    machines = [machine for _, machine in run_on_ptx(case).machines]
     # The payload is loaded and stored once; a merge loads two bytes for each that it stores.
     times = 3 if case.op == "merge_attention" else 2
     return Counts(
-        launches,
-        machine.instructions() / (case.payload / 128),
-        machine.sectors * 32 / (times * case.payload),
+        len(machines),
+        sum(machine.instructions() for machine in machines) / (case.payload / 128),
+        sum(machine.sectors for machine in machines) * 32 / (times * case.payload),
+    )
+
+
+def decode_case(length: int) -> Case:
+    """One decode step of one row; the payload is what its keys and values take."""
+    cache = (1, NUM_KV_HEADS, length, HEAD_DIM)
+    arguments = {
+        "query": numbers(1, NUM_HEADS, HEAD_DIM),
+        "key_cache": numbers(*cache), "value_cache": -numbers(*cache),
+        "cu_seqlens_q": cumulative([1]), "slots": int32([0]), "starts": int32([0]),
+        "lengths": int32([length]), "max_query_length": 1, "max_length": length,
+    }  # fmt: skip
+    payload = 2 * 2 * NUM_KV_HEADS * length * HEAD_DIM
+    return Case("ragged_attention", f"decode, {length} keys", arguments, payload)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCounts:
+    """Of a decode step, per 128 bytes of keys and values if not said otherwise."""
+
+    instructions: float  # of warps, in the loop
+    products: float  # mma.sync m16n8k16, likewise
+    wavefronts: float  # of shared memory, likewise
+    loop_sectors: float  # sectors over useful ones, likewise
+    sectors: float  # with queries, results, partial results of splits and their merge
+    fixed: float  # instructions per KV head that do not grow with the keys: all warps
+    merge: float  # instructions per KV head of the second launch
+    all_wavefronts: int  # of the whole step
+    ideal_wavefronts: int
+
+
+def count_decode(length: int = 512) -> DecodeCounts:
+    """The loop is what twice the keys of an unsplit row add."""
+    ((_, short),) = run_on_ptx(decode_case(256)).machines
+    ((_, long),) = run_on_ptx(decode_case(512)).machines
+    case = decode_case(length)
+    machines = [machine for _, machine in run_on_ptx(case).machines]
+    lines = decode_case(256).payload / 128
+
+    def loop(figure) -> float:
+        return (figure(long) - figure(short)) / lines
+
+    instructions = loop(Machine.instructions)
+    return DecodeCounts(
+        instructions,
+        loop(lambda machine: machine.instructions("mma")),
+        loop(lambda machine: machine.wavefronts),
+        loop(lambda machine: machine.sectors) / 4,
+        sum(machine.sectors for machine in machines) * 32 / case.payload,
+        (long.instructions() - 2 * lines * instructions) / NUM_KV_HEADS,
+        sum(machine.instructions() for machine in machines[1:]) / NUM_KV_HEADS,
+        sum(machine.wavefronts for machine in machines),
+        sum(machine.ideal_wavefronts for machine in machines),
     )
 
 

@@ -78,6 +78,8 @@ class Kernel:
     spills: int = 0
     shared: int = 0
     opcodes: list[str] = dataclasses.field(default_factory=list)
+    # (address, opcode, operands) of the same instructions.
+    lines: list[tuple[int, str, str]] = dataclasses.field(default_factory=list, repr=False)
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches from its beginning, as `LDG.*128`."""
@@ -93,6 +95,44 @@ class Kernel:
                 run = 0
             best = max(best, run)
         return 16 * best
+
+    def has_products(self) -> bool:
+        return self.count("HMMA") > 0
+
+    def loop_flight(self) -> tuple[int, int]:
+        """Least and most bytes per thread on their way at any point of the longest loop with
+        tensor core products: loads of 8 or 16 bytes, from their issue to the first use."""
+        place = {address: i for i, (address, _, _) in enumerate(self.lines)}
+        loops = []
+        for i, (address, opcode, operands) in enumerate(self.lines):
+            target = re.search(r"0x([0-9a-f]+)$", operands)
+            if opcode.startswith("BRA") and target and int(target[1], 16) < address:
+                body = self.lines[place[int(target[1], 16)] : i + 1]
+                if any(name.startswith("HMMA") for _, name, _ in body):
+                    loops.append(body)
+        body = max(loops, key=len)
+        flying: dict[int, tuple[int, int]] = {}  # register -> first register and bytes of its load
+        levels = []
+        for turn in range(2):  # the first finds out what is on its way when the loop begins again
+            for _, opcode, operands in body:
+                used = set()
+                for register, wide in re.findall(r"\bR(\d+)(\.64)?", operands):
+                    used |= {int(register), int(register) + bool(wide)}
+                if opcode.startswith(("HMMA", "STG", "STS")):
+                    # A, or what is stored, takes registers that follow the one named.
+                    used |= {r + k for r in set(used) for k in (1, 2, 3)}
+                if opcode.startswith("LDG"):
+                    size = 16 if ".128" in opcode else 8 if ".64" in opcode else 4
+                    first = int(re.match(r"R(\d+)", operands)[1])
+                    # Addresses are read, the target is not.
+                    used = {int(r) + k for r in re.findall(r"\[R(\d+)", operands) for k in (0, 1)}
+                for base in {flying[r] for r in used & flying.keys()}:
+                    flying = {r: b for r, b in flying.items() if b != base}
+                if opcode.startswith("LDG"):
+                    flying |= {first + k: (first, size) for k in range(size // 4)}
+                if turn:
+                    levels.append(sum(size for _, size in set(flying.values())))
+        return min(levels), max(levels)
 
     def blocks_per_sm(self, threads: int, dynamic_shared: int = 0) -> int:
         """Resident blocks: registers go in units of 256 per warp, shared memory in 128 bytes."""
@@ -189,30 +229,55 @@ def parse(report: str, listing: str) -> list[Kernel]:
             architecture = int(found[1])
         elif found := re.search(r"Function : (\w+)", line):
             kernel = kernels[found[1], architecture]
-        elif found := re.search(r"\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", line):
-            kernel.opcodes.append(found[1])
+        elif found := re.search(
+            r"/\*([0-9a-f]+)\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *(.*?) *;", line
+        ):
+            kernel.opcodes.append(found[2])
+            kernel.lines.append((int(found[1], 16), found[2], found[3]))
     names = _demangle(sorted({name for name, _ in kernels}))
     for found in kernels.values():
         found.name = names[found.name]
     return sorted(kernels.values(), key=lambda kernel: (kernel.name, kernel.architecture))
 
 
+def dynamic_shared(name: str) -> int:
+    """Bytes that a block asks for at its launch, by the kernel's name: see csrc/cuda."""
+    found = re.search(r"(decode|prefill)_kernel<\w+, (\d+)(?:, (\d+))?>", name)
+    if not found:
+        return 0
+    head_dim = int(found[2])
+    if found[1] == "decode":
+        # Sums of all warps in fours, maxima and sums, and the queries of 256 dims.
+        tiles, quads = int(found[3]), math.ceil(head_dim / 32)
+        queries = 16 * head_dim if head_dim > 128 else 16
+        return 4 * tiles * (quads * 2 * 32 * 16 + 8 * 8) + queries
+    # Two stages of keys and values, and three quarters of the queries of 256 dims.
+    keys = 64 if head_dim <= 64 else 32 if head_dim <= 128 else 16
+    queries = 64 * (192 + 8) if head_dim > 128 else 0
+    return 2 * (2 * 2 * keys * (head_dim + 8) + queries)
+
+
 def occupancy_table(kernels: list[Kernel], threads: dict[str, int]) -> list[str]:
     """Registers, shared memory and residency of each kernel and architecture, as lines of text."""
-    lines = [f"{'kernel':44} {'sm':>4} {'regs':>4} {'shared':>6} {'blocks/SM':>9} {'warps/SM':>8} "
+    lines = [f"{'kernel':56} {'sm':>4} {'regs':>4} {'shared':>6} {'blocks/SM':>9} {'warps/SM':>8} "
              f"{'in flight/SM':>12}  needed (card)"]  # fmt: skip
     cards = collections.defaultdict(list)
     for card in CARDS:
         cards[card.architecture].append(card)
     for kernel in kernels:
         size = next(n for prefix, n in threads.items() if kernel.name.startswith(prefix))
-        blocks = kernel.blocks_per_sm(size)
-        in_flight = blocks * size * kernel.loads_in_flight()
+        dynamic = dynamic_shared(kernel.name)
+        blocks = kernel.blocks_per_sm(size, dynamic)
+        # In a loop the least counts as well: memory must be busy all the time.
+        loop = "decode" in kernel.name and kernel.has_products()
+        levels = kernel.loop_flight() if loop else (kernel.loads_in_flight(),)
+        in_flight = "-".join(f"{blocks * size * level / 1024:.0f}" for level in levels)
         needed = ", ".join(
             f"{c.needed_bytes / 1024:.0f} KB ({c.name})" for c in cards[kernel.architecture]
         )
         lines.append(
-            f"{kernel.name:44} {kernel.architecture:>4} {kernel.registers:>4} {kernel.shared:>6} "
-            f"{blocks:>9} {blocks * math.ceil(size / 32):>8} {in_flight / 1024:>9.0f} KB  {needed}"
+            f"{kernel.name:56} {kernel.architecture:>4} {kernel.registers:>4} "
+            f"{kernel.shared + dynamic:>6} {blocks:>9} {blocks * math.ceil(size / 32):>8} "
+            f"{in_flight:>9} KB  {needed}"
         )
     return lines

@@ -63,7 +63,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
 def program(variant: str, name: str) -> Path:
     if name == "defects":
         return build.build_program(name, [build.DEFECTS], VARIANTS[variant])
-    sources = [*build.KERNELS, build.EMULATION / "dispatch.cpp", build.EMULATION / "kernel_set.cu"]
+    sources = [*build.KERNELS, build.DISPATCH, build.EMULATION / "kernel_set.cu"]
     return build.build_program(name, sources, VARIANTS[variant])
 
 
@@ -156,6 +156,57 @@ def test_other_ops_skip_values_out_of_range(name):
                 int32([2, 0, 0, 0]), int32([3, 1, 1, 1]),
             )  # fmt: skip
     assert all(not x.any() for x in caches)
+
+
+BIG = 2**31 - 1
+
+
+@functools.cache
+def attention_case(dtype, query_length):
+    """Arguments by name, and what they give; the first row is split."""
+    arguments = {
+        "query": torch.randn(3 * query_length, 4, 64).to(dtype),
+        "key_cache": torch.randn(3, 2, 700, 64).to(dtype),
+        "value_cache": torch.randn(3, 2, 700, 64).to(dtype),
+        "cu_seqlens_q": cumulative([query_length] * 3), "slots": int32([0, 1, 2]),
+        "starts": int32([0, 1, 2]), "lengths": int32([600, 90, 40]),
+    }  # fmt: skip
+    return arguments, EMULATED["cuda-judged"].ragged_attention(**arguments, return_lse=True)
+
+
+# The decode, the prefill and the generic kernel.
+@pytest.mark.parametrize(
+    ("dtype", "query_length"), [(torch.bfloat16, 1), (torch.bfloat16, 20), (torch.float32, 2)]
+)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"slots": [0, -1, 9]}, {"slots": [BIG, 1, -BIG]}, {"starts": [-1, 1, BIG]},
+        {"starts": [101, 1, 2]}, {"lengths": [-5, 90, 701]}, {"lengths": [600, 700, 699]},
+        {"starts": [BIG, 1, 1], "lengths": [BIG, 90, BIG]},
+        {"cu_seqlens_q": [0, BIG, -BIG, 3]}, {"cu_seqlens_q": [-4, 0, 2, 90000]},
+        {"cu_seqlens_q": [0, 3, 0, 3]}, {"cu_seqlens_q": [3, 2, 1, 0]},
+    ],
+)  # fmt: skip
+def test_attention_over_values_out_of_range_stays_inside(dtype, query_length, bad):
+    """Rows with such values are skipped, the others are right, and the judge finds no access
+    outside of the tensors."""
+    ops = EMULATED["cuda-judged"]
+    with ops.entered():
+        arguments, expected = attention_case(dtype, query_length)
+        spoilt = arguments | {name: int32(values) for name, values in bad.items()}
+        actual = ops.ragged_attention(**spoilt, return_lse=True)
+    if "cu_seqlens_q" in bad:
+        return
+    right = [
+        i for i in range(3)
+        if all(spoilt[name][i] == arguments[name][i] for name in ("slots", "starts", "lengths"))
+    ]  # fmt: skip
+    assert len(right) < 3
+    for i in right:
+        row = slice(i * query_length, (i + 1) * query_length)
+        for got, want in zip(actual, expected, strict=True):
+            assert_same_bits(got[row], want[row])
 
 
 def test_reports_become_errors():

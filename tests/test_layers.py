@@ -90,6 +90,17 @@ def test_op_is_in_every_layer(op):
         assert (ROOT / path).is_file(), path
 
 
+def test_cuda_kernels_are_bound():
+    """An op with a CUDA kernel has a binding of it, which shares the checks of the CPU's."""
+
+    def names(folder, suffix):
+        return {path.stem for path in (ROOT / "csrc" / folder).glob(f"*{suffix}")} & set(OPS)
+
+    assert (
+        names("cuda", ".cu") == names("bindings/cuda", ".cpp") == names("bindings", ".h") != set()
+    )
+
+
 def test_every_layer_has_these_ops_alone():
     found = {path.stem for path in (PACKAGE / "ops").glob("*.py") if not path.stem.startswith("_")}
     assert found - set(OPS) <= {"checks"}, found - set(OPS)

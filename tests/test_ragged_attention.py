@@ -305,6 +305,8 @@ BAD = {
     "softcap below zero": Refusal("softcap", ValueError, softcap=-1.0),
     "scale infinite": Refusal("scale", ValueError, scale=math.inf),
     "softcap infinite": Refusal("softcap", ValueError, softcap=math.inf),
+    "max_query_length below zero": Refusal("max_query_length", ValueError, max_query_length=-1),
+    "max_length below zero": Refusal("max_length", ValueError, max_length=-1),
     "slots elsewhere": Refusal("slots", ValueError, slots=lambda x: x.to("meta")),
     "sinks elsewhere": Refusal("sinks", ValueError, sinks=torch.ones(4, device="meta")),
     "alibi_slopes half": Refusal("alibi_slopes", TypeError, alibi_slopes=torch.ones(4).half()),

@@ -1,35 +1,20 @@
 """The Triton kernels as a part of the package: names, errors, registration, life without triton."""
 
-import importlib.util
+import importlib
 import inspect
-import pathlib
 import subprocess
 import sys
 
 import pytest
 import torch
+from op_tables import table
 
 import baton_kernels
 
 pytest.importorskip("triton")
 
-FOLDER = pathlib.Path(__file__).resolve().parent
 OPS = baton_kernels.triton.OPS
 GPU_KEYS = ("CUDA", "XPU")
-
-
-def table(op):
-    """The bad arguments of an op's tests, and valid ones to spoil."""
-    spec = importlib.util.spec_from_file_location(f"table_{op}", FOLDER / f"test_{op}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    special = {
-        "linear": lambda: module.problem(3, 8, 4, bias=True),
-        "merge_attention": lambda: module.problem(3),
-        "rms_norm": lambda: module.problem(3, 8, residual=True),
-        "silu_and_mul": lambda: {"x": module.problem(3, 4)},
-    }
-    return module.BAD, special.get(op) or module.arguments_to_spoil
 
 
 @pytest.mark.parametrize("op", OPS)

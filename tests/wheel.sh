@@ -14,7 +14,8 @@ for torch in "$@"; do
   "$work/venv/bin/python" -m pip --disable-pip-version-check --quiet install \
     "torch==$torch" numpy pytest hypothesis psutil "$wheel"
   mkdir "$work/run"
-  cp "$tests"/conftest.py "$tests"/test_*_kv.py "$tests"/test_ragged_attention.py \
+  cp -r "$tests"/conftest.py "$tests"/device_ops.py "$tests"/cuda_tools.py "$tests"/emulation \
+    "$tests"/test_*_kv.py "$tests"/test_ragged_attention.py \
     "$tests"/test_merge_attention.py "$tests"/test_attention_mask.py "$tests"/test_rms_norm.py \
     "$tests"/test_silu_and_mul.py "$tests"/test_linear.py "$tests"/test_batch_shape.py \
     "$tests"/test_kv_cache.py "$work/run"

@@ -59,7 +59,7 @@ def append_kv(
     Source: Llama's rotary embedding as in Hugging Face transformers; BATON's decode step.
     """
     rotated = call(
-        "append_kv", ops.append_kv, _check,
+        "append_kv", ops.append_kv.default, _check,
         key, value, key_cache, value_cache, slots, columns, query=query, cos=cos, sin=sin,
     )  # fmt: skip
     return None if query is None else rotated

@@ -46,7 +46,7 @@ def attention_mask(
     transformers.
     """
     return call(
-        "attention_mask", ops.attention_mask, _check,
+        "attention_mask", ops.attention_mask.default, _check,
         starts, lengths, query_length, key_length, dtype=dtype, window=window,
     )  # fmt: skip
 

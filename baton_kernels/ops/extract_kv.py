@@ -47,7 +47,7 @@ def extract_kv(
     Source: BATON (arXiv 2410.18701), preemption: a parked query keeps its keys and values.
     """
     return call(
-        "extract_kv", ops.extract_kv, _check,
+        "extract_kv", ops.extract_kv.default, _check,
         key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens,
     )  # fmt: skip
 

@@ -56,7 +56,7 @@ def insert_kv(
     Source: BATON (arXiv 2410.18701), embedding of prefilled keys and values in the running batch.
     """
     call(
-        "insert_kv", ops.insert_kv, _check,
+        "insert_kv", ops.insert_kv.default, _check,
         key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=zero_padding,
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Source: torch.nn.functional.linear.
     """
-    return call("linear", ops.linear, _check, x, weight, bias)
+    return call("linear", ops.linear.default, _check, x, weight, bias)
 
 
 def _check(x, weight, bias=None) -> None:

@@ -55,7 +55,7 @@ def masked_softmax(
     Megatron-LM.
     """
     return call(
-        "masked_softmax", ops.masked_softmax, _check,
+        "masked_softmax", ops.masked_softmax.default, _check,
         scores, starts, lengths, scale=scale, window=window,
     )  # fmt: skip
 

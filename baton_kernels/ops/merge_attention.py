@@ -37,7 +37,7 @@ def merge_attention(
     Source: the merge of Flash-Decoding and of cascade attention in FlashInfer.
     """
     return call(
-        "merge_attention", ops.merge_attention, _check, out_a, lse_a, out_b, lse_b
+        "merge_attention", ops.merge_attention.default, _check, out_a, lse_a, out_b, lse_b
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def move_kv(
     Source: BATON (arXiv 2410.18701), shaping of the running batch and removal of finished rows.
     """
     call(
-        "move_kv", ops.move_kv, _check,
+        "move_kv", ops.move_kv.default, _check,
         key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths,
     )  # fmt: skip
 

@@ -82,17 +82,26 @@ def ragged_attention(
         TypeError: A dtype is not supported, or differs between query and caches.
         NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
 
-    On a GPU index values are not checked; rows out of range are undefined. There is no backward.
+    On a GPU index values are not checked: a row out of range is skipped, its part of the results is
+    undefined. There is no backward.
 
     Source: BATON (arXiv 2410.18701), the mask of a shaped batch; online softmax and split keys as
     in FlashAttention-2 and Flash-Decoding; sinks as in gpt-oss.
     """
+    # Options that are left out cost nothing: converting nine of them takes longer than the checks.
+    options = {
+        name: value
+        for name, value, default in (
+            ("scale", scale, None), ("causal", causal, True), ("window", window, None),
+            ("softcap", softcap, 0.0), ("alibi_slopes", alibi_slopes, None), ("sinks", sinks, None),
+            ("return_lse", return_lse, False), ("max_query_length", max_query_length, None),
+            ("max_length", max_length, None),
+        )
+        if value is not default
+    }  # fmt: skip
     out, lse = call(
-        "ragged_attention", ops.ragged_attention, _check,
-        query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
-        scale=scale, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
-        sinks=sinks, return_lse=return_lse, max_query_length=max_query_length,
-        max_length=max_length,
+        "ragged_attention", ops.ragged_attention.default, _check,
+        query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, **options,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -119,6 +128,9 @@ def _check(
         check.fail("softcap", "0 (none) or positive", softcap)
     if window is not None and window < 1:
         check.fail("window", "at least 1", window)
+    for name, bound in (("max_query_length", max_query_length), ("max_length", max_length)):
+        if bound is not None and bound < 0:
+            check.fail(name, "at least 0", bound)
     for name, tensor in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if tensor is not None:
             check.float32(name, tensor, query.device)

@@ -41,10 +41,14 @@ def rms_norm(
     if residual is not None and x.dim() > 0 and residual.shape != x.shape:
         Checker("rms_norm").fail("residual", f"of shape {list(x.shape)}", list(residual.shape))
     y, total = call(
-        "rms_norm", ops.rms_norm, _check, as_rows(x), weight, eps,
+        "rms_norm", ops.rms_norm.default, _check, as_rows(x), weight, eps,
         residual=None if residual is None else as_rows(residual),
     )  # fmt: skip
-    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+    # A view costs as much as a small row's arithmetic: none where the shape is right already.
+    if x.dim() != 2:
+        y = y.view(x.shape)
+        total = total if residual is None else total.view(x.shape)
+    return y if residual is None else (y, total)
 
 
 def _check(x, weight, eps, *, residual=None) -> None:

@@ -28,7 +28,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
     Source: LlamaMLP of Hugging Face transformers with merged gate and up projections.
     """
-    y = call("silu_and_mul", ops.silu_and_mul, _check, as_rows(x))
+    y = call("silu_and_mul", ops.silu_and_mul.default, _check, as_rows(x))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -47,12 +47,17 @@ const char* name_of(ScalarType type) {
   }
 }
 
-void Checker::on_cpu(const char* name, const Tensor& tensor) const {
-  if (!tensor.is_cpu()) fail(name, "on the cpu, where the other tensors are", "another device");
+void Checker::on_device(const char* name, const Tensor& tensor) const {
+  if (type_ == DeviceType::CPU) {
+    if (!tensor.is_cpu()) fail(name, "on the cpu, where the other tensors are", "another device");
+  } else if (!tensor.is_cuda() || tensor.get_device_index() != index_) {
+    fail(name, "on the cuda device of the other tensors",
+         tensor.is_cpu() ? "the cpu" : "another device");
+  }
 }
 
 Dtype Checker::floating(const char* name, const Tensor& tensor) const {
-  on_cpu(name, tensor);
+  on_device(name, tensor);
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return Dtype::kFloat32;
@@ -67,7 +72,7 @@ Dtype Checker::floating(const char* name, const Tensor& tensor) const {
 
 void Checker::dtype_as(const char* name, const Tensor& tensor, const char* other_name,
                        const Tensor& other) const {
-  on_cpu(name, tensor);
+  on_device(name, tensor);
   if (tensor.scalar_type() != other.scalar_type()) {
     fail(name, format(name_of(other.scalar_type()), " as ", other_name),
          name_of(tensor.scalar_type()));
@@ -75,7 +80,7 @@ void Checker::dtype_as(const char* name, const Tensor& tensor, const char* other
 }
 
 void Checker::float32(const char* name, const Tensor& tensor) const {
-  on_cpu(name, tensor);
+  on_device(name, tensor);
   if (tensor.scalar_type() != ScalarType::Float) {
     fail(name, "float32", name_of(tensor.scalar_type()));
   }
@@ -123,12 +128,13 @@ void Checker::not_expanded(const char* name, const Tensor& tensor) const {
 }
 
 const int32_t* Checker::index(const char* name, const Tensor& tensor, int64_t size) const {
-  on_cpu(name, tensor);
+  on_device(name, tensor);
   if (tensor.scalar_type() != ScalarType::Int) {
     fail(name, "int32", name_of(tensor.scalar_type()));
   }
   dims(name, tensor, 1);
   if (size >= 0) shape(name, tensor, {size});
+  fits_int32(name, tensor.numel());
   contiguous(name, tensor);
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
@@ -159,7 +165,8 @@ CacheSizes Checker::caches(const Tensor& key_cache, const Tensor& value_cache, b
     fail("head_dim", "a multiple of 8 from 16 to 256", format(result.head_dim));
   }
   if (result.num_kv_heads < 1) fail("num_kv_heads", "at least 1", format(result.num_kv_heads));
-  if (result.capacity > INT32_MAX) fail("capacity", "below 2^31", format(result.capacity));
+  fits_int32("capacity", result.capacity);
+  fits_int32("num_slots", result.num_slots);
   if (written) {
     not_expanded("key_cache", key_cache);
     not_expanded("value_cache", value_cache);

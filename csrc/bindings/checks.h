@@ -1,6 +1,8 @@
-// Checks of an op's arguments. Everything that memory safety needs stands here, so that a call
-// through torch.ops is as safe as one through the Python functions; nothing is written before all
-// checks have passed. The message is `<op>: <argument> must be <expected>, got <actual>`.
+// Checks of an op's arguments, the same for every device. Everything that memory safety needs
+// stands here, so that a call through torch.ops is as safe as one through the Python functions;
+// nothing is written before all checks have passed. The message is `<op>: <argument> must be
+// <expected>, got <actual>`. Index values are looked at on the CPU alone: reading them on a GPU
+// would make the host wait, so the CUDA kernels skip what is out of range (cuda/kernels.h).
 //
 // Every failure is std::invalid_argument, which Python sees as ValueError: the stable ABI has no
 // way to name TypeError. The Python functions raise the documented classes
@@ -21,6 +23,7 @@
 
 namespace baton::bindings {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -36,7 +39,13 @@ const char* name_of(ScalarType type);
 
 class Checker {
  public:
+  // Tensors must be on the CPU.
   explicit Checker(const char* op) : op_(op) {}
+  // Tensors must be on a device of this type, the one that `first` is on.
+  Checker(const char* op, DeviceType type, const Tensor& first)
+      : op_(op), type_(type), index_(first.get_device_index()) {}
+
+  const char* op() const { return op_; }
 
   [[noreturn]] void fail(const std::string& argument, const std::string& expected,
                          const std::string& actual) const {
@@ -44,12 +53,12 @@ class Checker {
         format(op_, ": ", argument, " must be ", expected, ", got ", actual));
   }
 
-  // A float32, float16 or bfloat16 tensor on the CPU.
+  // A float32, float16 or bfloat16 tensor.
   Dtype floating(const char* name, const Tensor& tensor) const;
   void dtype_as(const char* name, const Tensor& tensor, const char* other_name,
                 const Tensor& other) const;
   void float32(const char* name, const Tensor& tensor) const;
-  void on_cpu(const char* name, const Tensor& tensor) const;
+  void on_device(const char* name, const Tensor& tensor) const;
   void dims(const char* name, const Tensor& tensor, int64_t expected) const;
   void shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) const;
   void last_contiguous(const char* name, const Tensor& tensor) const;
@@ -64,6 +73,11 @@ class Checker {
   CacheSizes caches(const Tensor& key_cache, const Tensor& value_cache, bool with_layers,
                     bool written) const;
 
+  // Kernels count in int32.
+  void fits_int32(const char* name, int64_t value) const {
+    if (value > INT32_MAX) fail(name, "below 2^31", format(value));
+  }
+
   void in_range(const char* name, int64_t i, int64_t value, int64_t low, int64_t high) const {
     if (value < low || value > high) {
       fail(format(name, "[", i, "]"), format("in [", low, ", ", high, "]"), format(value));
@@ -76,6 +90,8 @@ class Checker {
 
  private:
   const char* op_;
+  DeviceType type_ = DeviceType::CPU;
+  int32_t index_ = -1;
 };
 
 // Columns [begin, end) of a slot, and which entry of the call they belong to.

@@ -1,11 +1,10 @@
-// move_kv: checks and the CPU call.
-#include "common/move_kv.h"
+// move_kv: index values and the CPU call.
+#include "bindings/move_kv.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 
-#include "bindings/checks.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
@@ -44,43 +43,33 @@ void check_overlaps(const Checker& check, const MoveKvParams& p) {
   }
 }
 
+struct Cpu : CpuDevice {
+  using CpuDevice::CpuDevice;
+
+  static void check_values(const Checker& check, const MoveKvParams& p) {
+    for (int64_t i = 0; i < p.num_moves; ++i) {
+      check.in_range("lengths", i, p.lengths[i], 0, p.sizes.capacity);
+      check.in_range("source_slots", i, p.source_slots[i], 0, p.sizes.num_slots - 1);
+      check.in_range("target_slots", i, p.target_slots[i], 0, p.sizes.num_slots - 1);
+      check.in_range("source_starts", i, p.source_starts[i], 0, p.sizes.capacity - p.lengths[i]);
+      check.in_range("target_starts", i, p.target_starts[i], 0, p.sizes.capacity - p.lengths[i]);
+    }
+    check_overlaps(check, p);
+  }
+
+  void run(const MoveKvParams& p, const Tensor&) const {
+    int64_t columns = 0;
+    for (int64_t i = 0; i < p.num_moves; ++i) columns += p.lengths[i];
+    const auto& kernel = cpu::kernels().move_kv;
+    for_each_item(move_kv_work(p), columns * bytes_per_token(p.sizes, p.dtype),
+                  [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  }
+};
+
 }  // namespace
 
-void move_kv(Tensor key_cache, Tensor value_cache, Tensor source_slots, Tensor source_starts,
-             Tensor target_slots, Tensor target_starts, Tensor lengths) {
-  const Checker check("move_kv");
-  MoveKvParams p{};
-  p.sizes = check.caches(key_cache, value_cache, true, true);
-  p.dtype = check.floating("key_cache", key_cache);
-  p.source_slots = check.index("source_slots", source_slots, -1);
-  p.num_moves = source_slots.numel();
-  p.source_starts = check.index("source_starts", source_starts, p.num_moves);
-  p.target_slots = check.index("target_slots", target_slots, p.num_moves);
-  p.target_starts = check.index("target_starts", target_starts, p.num_moves);
-  p.lengths = check.index("lengths", lengths, p.num_moves);
-  int64_t columns = 0;
-  for (int64_t i = 0; i < p.num_moves; ++i) {
-    check.in_range("lengths", i, p.lengths[i], 0, p.sizes.capacity);
-    check.in_range("source_slots", i, p.source_slots[i], 0, p.sizes.num_slots - 1);
-    check.in_range("target_slots", i, p.target_slots[i], 0, p.sizes.num_slots - 1);
-    check.in_range("source_starts", i, p.source_starts[i], 0, p.sizes.capacity - p.lengths[i]);
-    check.in_range("target_starts", i, p.target_starts[i], 0, p.sizes.capacity - p.lengths[i]);
-    columns += p.lengths[i];
-  }
-  check_overlaps(check, p);
-
-  p.key_cache = key_cache.mutable_data_ptr();
-  p.value_cache = value_cache.mutable_data_ptr();
-  p.key_cache_strides = cache_strides(key_cache);
-  p.value_cache_strides = cache_strides(value_cache);
-  const int64_t bytes =
-      columns * p.sizes.num_layers * p.sizes.num_kv_heads * p.sizes.head_dim * size_of(p.dtype) * 2;
-  const auto& kernel = cpu::kernels().move_kv;
-  for_each_item(move_kv_work(p), bytes, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-}
-
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("move_kv", TORCH_BOX(&move_kv));
+  library.impl("move_kv", TORCH_BOX(&move_kv<Cpu>));
 }
 
 }  // namespace baton::bindings

@@ -1,4 +1,4 @@
-// Runs a kernel's work items on torch's threads.
+// The CPU, as the bindings of an op see it: a kernel's work items run on torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -6,10 +6,24 @@
 #include <atomic>
 #include <cstdint>
 
+#include "bindings/checks.h"
+#include "common/cache.h"
+#include "common/dtype.h"
+
 namespace baton::bindings {
 
 // Work below this many bytes costs less than waking a second thread.
 constexpr int64_t kSerialBytes = 32 * 1024;
+
+struct CpuDevice {
+  static constexpr DeviceType kType = DeviceType::CPU;
+  CpuDevice(const Checker&, const Tensor&) {}
+};
+
+// Keys and values of one token, of all layers.
+inline int64_t bytes_per_token(const CacheSizes& sizes, Dtype dtype) {
+  return sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * size_of(dtype) * 2;
+}
 
 // Calls run(begin, end) over [0, num_items). Threads take `chunk` items at a time from a common
 // counter: items may differ in cost, and each writes only its own results, so order is free.

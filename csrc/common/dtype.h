@@ -18,7 +18,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Ends the process of choosing when nothing fits; defined once, outside the per-ISA code.
+// Ends the process of choosing when nothing fits; defined once per library (dispatch.cpp).
 [[noreturn]] void dispatch_failed(const char* what, int64_t value);
 
 template <typename Fn>

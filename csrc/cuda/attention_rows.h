@@ -29,10 +29,13 @@ struct AttentionArgs {
   int32_t group;            // query heads per KV head
   int32_t group_magic;      // (x * group_magic) >> 16 is x / group for x < 64
   int32_t decode_vectors;   // rows up to here belong to the decode kernel
+  int32_t decode_shift;     // 2^decode_shift is at least any such row's vectors
   int32_t max_splits;       // bound of all rows
   int32_t max_split_vectors;
   int32_t key_column_bytes, value_column_bytes;  // tensor core kernels: 32 bits are enough
-  bool plain_scores;                             // neither softcap nor ALiBi
+  // What p says in 64 bits, for rows: at most INT32_MAX. No window is one of INT32_MAX.
+  int32_t num_slots, capacity, total_queries, max_query_length, max_length, window;
+  bool plain_scores;             // neither softcap nor ALiBi
   bool partials_by_token;        // how partial results are numbered, see partial_index()
   float* partial_sums;           // [vectors, num_kv_heads, max_splits, head_dim]
   float* partial_stats;          // [vectors, num_kv_heads, max_splits, 2]: maximum, sum
@@ -48,10 +51,11 @@ __host__ __device__ inline int32_t split_columns(int32_t length, int32_t num_spl
 }
 
 // Splits of a row with so many vectors per KV head, some of which may be empty.
-__host__ __device__ inline int32_t num_splits(int64_t vectors, int64_t length) {
-  if (vectors > kSplitVectors || length <= kAttentionSplitColumns) return 1;
-  const int64_t splits = (length + kAttentionSplitColumns - 1) / kAttentionSplitColumns;
-  return static_cast<int32_t>(splits < kAttentionMaxSplits ? splits : kAttentionMaxSplits);
+__host__ __device__ inline int32_t num_splits(int32_t vectors, int32_t length) {
+  constexpr int32_t kColumns = kAttentionSplitColumns, kMost = kAttentionMaxSplits;
+  if (vectors > kSplitVectors || length <= kColumns) return 1;
+  const int32_t splits = (length - 1) / kColumns + 1;
+  return splits < kMost ? splits : kMost;
 }
 
 struct KeyRange {
@@ -66,28 +70,30 @@ struct AttentionRow {
   __device__ __forceinline__ bool load(const AttentionArgs& a, int32_t row) {
     const RaggedAttentionParams& p = a.p;
     index = row;
-    first_token = p.cu_seqlens[row];
-    const int32_t next = p.cu_seqlens[row + 1];
-    slot = p.slots[row];
-    start = p.starts[row];
-    length = p.lengths[row];
-    query_length = next - first_token;
-    vectors = query_length * a.group;
-    return (first_token >= 0) & (next > first_token) & (next <= p.total_queries) & (slot >= 0) &
-           (slot < p.sizes.num_slots) & (start >= 0) & (length >= 0) &
-           (length <= p.sizes.capacity - start) & (length <= p.max_length) &
-           (query_length <= p.max_query_length);
+    const auto at = [&](const int32_t* of_rows) {
+      return static_cast<int32_t>(load_4(of_rows + row));
+    };
+    first_token = at(p.cu_seqlens);
+    slot = at(p.slots);
+    start = at(p.starts);
+    length = at(p.lengths);
+    query_length = static_cast<int32_t>(unsigned(at(p.cu_seqlens + 1)) - unsigned(first_token));
+    vectors = static_cast<int32_t>(unsigned(query_length) * unsigned(a.group));
+    // As unsigned numbers, negative ones are too large. The differences are not negative: the host
+    // bounds query_length by total_queries and length by capacity.
+    return (unsigned(query_length) - 1 < unsigned(a.max_query_length)) &&
+           (unsigned(first_token) <= unsigned(a.total_queries) - unsigned(query_length)) &&
+           (unsigned(slot) < unsigned(a.num_slots)) &&
+           (unsigned(length) <= unsigned(a.max_length)) &&
+           (unsigned(start) <= unsigned(a.capacity) - unsigned(length));
   }
   // Of a query token of the row.
   __device__ __forceinline__ int32_t position(int32_t token) const {
     return length - query_length + token;
   }
   __device__ __forceinline__ KeyRange visible(const AttentionArgs& a, int32_t token) const {
-    const int32_t at = position(token);
-    if (at < 0) return {0, 0};
-    const int32_t begin =
-        a.p.window > 0 && at >= a.p.window ? at + 1 - static_cast<int32_t>(a.p.window) : 0;
-    return {begin, a.p.causal ? at + 1 : length};
+    const int32_t seen = max(position(token) + 1, 0);  // keys up to its own
+    return {max(seen - a.window, 0), a.p.causal || seen == 0 ? seen : length};
   }
 };
 
@@ -107,8 +113,8 @@ struct TileKeys {
     if (splits > 1) {
       const int32_t columns = split_columns(row.length, splits);
       begin = max(begin, split * columns);
-      // The last splits may be empty; 64 of them times their columns stay far below 2^31 + 2^12.
-      end = static_cast<int32_t>(min(int64_t{end}, (int64_t{split} + 1) * columns));
+      // The last splits may be empty; the end of 64 of them stays below 2^31 + 2^12.
+      end = static_cast<int32_t>(min(unsigned(end), unsigned(split + 1) * unsigned(columns)));
     }
     full_end = min(full_end, end);
   }
@@ -168,7 +174,8 @@ __device__ __forceinline__ int64_t partial_index(const AttentionArgs& a, const A
 // Number of a vector in out and lse.
 __device__ __forceinline__ int64_t result_index(const AttentionArgs& a, const AttentionRow& row,
                                                 int32_t token, int32_t head) {
-  return (int64_t{row.first_token} + token) * a.p.num_heads + head;
+  // A result has fewer than 2^31 tokens and heads each.
+  return int64_t{row.first_token + token} * static_cast<int32_t>(a.p.num_heads) + head;
 }
 
 // Base 2 score of a vector and a key, from their product. Fast: the error of tanh is small beside
@@ -290,6 +297,17 @@ class VectorWriter {
       store_16(sums_ + dim, as_bits(a, b, c, d));
     } else {
       store_4(out_ + dim, a * factor_, b * factor_, c * factor_, d * factor_);
+    }
+  }
+  // Eight consecutive dims of 16-bit elements.
+  __device__ __forceinline__ void put_8(int32_t dim, float4 x, float4 y) const {
+    if (sums_) {
+      store_16(sums_ + dim, x);
+      store_16(sums_ + dim + 4, y);
+    } else {
+      const float f = factor_;
+      store_16(out_ + dim, uint4{pack<T>(x.x * f, x.y * f), pack<T>(x.z * f, x.w * f),
+                                 pack<T>(y.x * f, y.y * f), pack<T>(y.z * f, y.w * f)});
     }
   }
   // Two consecutive dims of 16-bit elements.

@@ -19,12 +19,14 @@ namespace baton::cuda {
 __device__ __forceinline__ uint4 load_16(const void* address) {
   return *static_cast<const uint4*>(address);
 }
-// For what nobody reads a second time: keeps the L1 cache for others.
+// For what nobody reads a second time: keeps the L1 cache for others. The offset is part of the
+// instruction.
+template <int kOffset = 0>
 __device__ __forceinline__ uint4 load_16_once(const void* address) {
   uint4 value;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4+%5];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address)
+               : "l"(address), "n"(kOffset)
                : "memory");
   return value;
 }
@@ -41,11 +43,19 @@ __device__ __forceinline__ uint32_t load_4_once(const void* address) {
   asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
 }
+__device__ __forceinline__ uint32_t load_4(const void* global) {
+  uint32_t value;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(global) : "memory");
+  return value;
+}
 __device__ __forceinline__ uint2 load_8(const void* address) {
   return *static_cast<const uint2*>(address);
 }
 __device__ __forceinline__ void store_16(void* address, uint4 value) {
   *static_cast<uint4*>(address) = value;
+}
+__device__ __forceinline__ void store_16(void* address, float4 value) {
+  *static_cast<float4*>(address) = value;
 }
 __device__ __forceinline__ void store_8(void* address, uint2 value) {
   *static_cast<uint2*>(address) = value;
@@ -159,6 +169,20 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[kDepth / 
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+}
+
+// The value of the lane whose number differs in these bits; all lanes take part. Float registers
+// stay float registers, which spares moves where the compiler does not see through a cast.
+template <int kBits>
+__device__ __forceinline__ float shuffle_xor(float x) {
+  float y;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, -1;" : "=f"(y) : "f"(x), "n"(kBits));
+  return y;
+}
+
+// Zeros for a pair of registers, which stay where they are.
+__device__ __forceinline__ void clear(float& x, float& y) {
+  asm volatile("mov.b64 {%0, %1}, 0;" : "=f"(x), "=f"(y));
 }
 
 // 2^x and the reciprocal, as the special function unit gives them.

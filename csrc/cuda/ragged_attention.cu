@@ -31,7 +31,7 @@ struct Bounds {
     length = smaller(p.max_length, p.sizes.capacity);
     vectors = smaller(p.total_queries, p.num_rows * query_length) * group;
     // The shortest row that is split has the fewest vectors.
-    splits = num_splits(1, length);
+    splits = num_splits(1, static_cast<int32_t>(smaller(length, INT32_MAX)));
     split_vectors = smaller(query_length * group, kSplitVectors);
     partials_by_token = p.total_queries * group <= p.num_rows * split_vectors;
     partial_vectors =
@@ -75,6 +75,8 @@ cudaError_t launch_tensor_core(AttentionArgs& args, const Bounds& bounds, cudaSt
       static_cast<int32_t>(in_bytes(p.value_cache_strides, p.dtype).column_stride);
   args.decode_vectors = decode_vectors(p.sizes.head_dim, bounds.group);
   if (args.decode_vectors > 0) {
+    const int64_t vectors = smaller(bounds.query_length * bounds.group, args.decode_vectors);
+    while (int64_t{1} << args.decode_shift < vectors) ++args.decode_shift;
     const dim3 grid(static_cast<unsigned>(p.num_rows), kv_heads,
                     static_cast<unsigned>(bounds.splits));
     const cudaError_t error = launch_decode<T>(args, grid, stream);
@@ -98,8 +100,13 @@ AttentionArgs make_args(const RaggedAttentionParams& p, const Bounds& bounds) {
   args.partial_sums = p.workspace;
   const int64_t partials = bounds.partial_vectors * p.sizes.num_kv_heads * bounds.splits;
   args.partial_stats = p.workspace + partials * p.sizes.head_dim;
-  args.p.max_query_length = bounds.query_length;
-  args.p.max_length = bounds.length;
+  const auto narrow = [](int64_t x) { return static_cast<int32_t>(smaller(x, INT32_MAX)); };
+  args.num_slots = narrow(p.sizes.num_slots);
+  args.capacity = narrow(p.sizes.capacity);
+  args.total_queries = narrow(p.total_queries);
+  args.max_query_length = narrow(bounds.query_length);
+  args.max_length = narrow(bounds.length);
+  args.window = p.window > 0 ? narrow(p.window) : INT32_MAX;
   args.score_scale = static_cast<float>(p.scale / kLn2);
   args.log_unit = args.score_scale == 0.0f ? kLn2 : double{p.scale} / args.score_scale;
   args.plain_scores = p.softcap == 0.0f && !p.alibi_slopes;

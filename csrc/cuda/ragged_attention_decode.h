@@ -37,21 +37,29 @@ constexpr int decode_blocks(int head_dim, int tiles) {
   return 2;  // 48 to 128 KB; no thread has more than 255, which is why 256 dims keep no queries
 }
 
-// Shared memory: sums of all warps as they lie in the registers [warp][tile][product][lane], then
-// maxima and sums [warp][tile][t], then queries.
+// Where the sums of all warps meet.
 template <int kHeadDim, int kTiles>
 struct DecodeShared {
-  static constexpr int kProducts = kHeadDim / 16;
-  uint4 out[kAttentionWarps][kTiles][kProducts][32];
-  uint4 stats[kAttentionWarps][kTiles][4];
+  // A lane has kHeadDim / 8 dims of a vector, eight by eight side by side.
+  static constexpr int kQuads = (kHeadDim / 8 + 3) / 4;
+  float4 out[kAttentionWarps][kTiles][kQuads][2][32];  // four dims of vector 2 t or 2 t + 1
+  float2 stats[kAttentionWarps][8 * kTiles];           // maximum and sum
   uint4 queries[decode_queries_in_shared(kHeadDim) ? kHeadDim : 1];
+
+  // Place of a lane's four dims of vector 2 t + c. Warps write all lanes with one c, and read
+  // neighboring vectors, then neighboring g, of those that exist: the eight that one wavefront
+  // serves are in different banks both ways, whether there are 1, 2, 4 or 8 vectors.
+  static __device__ __forceinline__ unsigned place(unsigned lane, unsigned c) {
+    return lane ^ lane >> 3 ^ 6 * c;
+  }
 };
 
 template <typename T, int kHeadDim, int kTiles>
 __global__ void __launch_bounds__(kAttentionThreads, decode_blocks(kHeadDim, kTiles))
     ragged_attention_decode_kernel(const __grid_constant__ AttentionArgs a) {
   BATON_DYNAMIC_SHARED(memory);
-  auto& shared = *reinterpret_cast<DecodeShared<kHeadDim, kTiles>*>(memory);
+  using Shared = DecodeShared<kHeadDim, kTiles>;
+  auto& shared = *reinterpret_cast<Shared*>(memory);
   using Warp = DecodeWarp<T, kHeadDim, kTiles>;
   constexpr int kProducts = kHeadDim / 16;
   AttentionRow row;
@@ -61,84 +69,83 @@ __global__ void __launch_bounds__(kAttentionThreads, decode_blocks(kHeadDim, kTi
   const TileKeys keys(a, row, 0, row.query_length - 1, split, splits);
   Warp x(a, row, keys);
   x.load_queries(shared.queries);
-  x.run();
 
-  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const auto publish = [&](int n, int c, int quad, float4 dims) {
+    store_16(&shared.out[warp][n][quad][c][Shared::place(lane, c)], dims);
+  };
+  const int32_t first = keys.begin + static_cast<int32_t>(warp) * kStepKeys;
+  if (first < keys.end) {
+    x.run(first);
+    x.add_up();
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
+      if (lane < 4) {
+        store_16(&shared.stats[warp][8 * n + 2 * lane],
+                 float4{x.maximum[n][0], x.sum[n][0], x.maximum[n][1], x.sum[n][1]});
+      }
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
+      for (int c = 0; c < 2; ++c) {
 #pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) {
-        x.sum[n][c] += __shfl_xor_sync(~0u, x.sum[n][c], offset);
+        for (int q = 0; q < Shared::kQuads; ++q) {
+          // Rows g and g + 8 of a product are two dims; 80 dims end with half a quad.
+          const float (&low)[4] = x.out[n][2 * q];
+          const float (&high)[4] = x.out[n][2 * q + 1 < kProducts ? 2 * q + 1 : 2 * q];
+          publish(n, c, q, float4{low[c], low[c + 2], high[c], high[c + 2]});
+        }
       }
     }
-    if (g == 0) {
-      store_16(&shared.stats[warp][n][t],
-               as_bits(x.maximum[n][0], x.sum[n][0], x.maximum[n][1], x.sum[n][1]));
+  } else {
+    // Apart from the other, so that its registers need no zeros for this.
+    if (lane < 4 * kTiles) {
+      store_16(&shared.stats[warp][2 * lane], float4{kNoScore, 0.0f, kNoScore, 0.0f});
     }
 #pragma unroll
-    for (int r = 0; r < kProducts; ++r) {
-      const float (&o)[4] = x.out[n][r];
-      store_16(&shared.out[warp][n][r][lane], as_bits(o[0], o[1], o[2], o[3]));
+    for (int q = 0; q < 2 * kTiles * Shared::kQuads; ++q) {
+      publish(q / 2 / Shared::kQuads, q % 2, q / 2 % Shared::kQuads, float4{});
     }
   }
   __syncthreads();
 
-  // Every warp sums some of the products over all warps, in order.
-  constexpr int kShare = (kProducts + kAttentionWarps - 1) / kAttentionWarps;
+  // A thread sums its g's dims of one vector over all warps, in order. Vectors come first, as many
+  // as a power of two; a group of four takes one warp.
+  constexpr int kWhole = kHeadDim / 64, kRest = kHeadDim % 64;
+  static_assert(kRest == 0 || kRest == 16 || kRest == 32);
+  const unsigned g = threadIdx.x >> a.decode_shift, vector = threadIdx.x - (g << a.decode_shift);
+  if (g >= 8 || vector >= unsigned(row.vectors)) return;
+  float2 stats[kAttentionWarps];
+  float top = kNoScore, sum = 0.0f;
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, weight[kAttentionWarps][2];
-    float4 stats[kAttentionWarps];
+  for (int w = 0; w < kAttentionWarps; ++w) {
+    const uint2 bits = load_8(&shared.stats[w][vector]);
+    stats[w] = {__uint_as_float(bits.x), __uint_as_float(bits.y)};
+    top = fmaxf(top, stats[w].x);
+  }
+  float4 out[Shared::kQuads] = {};
+  const unsigned place = Shared::place(4 * g + vector / 2 % 4, vector % 2);
 #pragma unroll
-    for (int w = 0; w < kAttentionWarps; ++w) {
-      stats[w] = as_floats(load_16(&shared.stats[w][n][t]));
-      top[0] = fmaxf(top[0], stats[w].x);
-      top[1] = fmaxf(top[1], stats[w].z);
+  for (int w = 0; w < kAttentionWarps; ++w) {
+    // Of a warp without keys: 0, or 1 of nothing.
+    const float weight = exp2_fast(stats[w].x - top);
+    sum = fmaf(stats[w].y, weight, sum);
+#pragma unroll
+    for (int q = 0; q < Shared::kQuads; ++q) {
+      const float4 x = as_floats(load_16(&shared.out[w][vector / 8][q][vector % 2][place]));
+      out[q].x = fmaf(x.x, weight, out[q].x);
+      out[q].y = fmaf(x.y, weight, out[q].y);
+      out[q].z = fmaf(x.z, weight, out[q].z);
+      out[q].w = fmaf(x.w, weight, out[q].w);
     }
+  }
+  VectorWriter<T> writer(a, row, vector, x.token_of(vector), x.head_of(vector), blockIdx.y, split,
+                         splits, top, sum, g == 0);
 #pragma unroll
-    for (int w = 0; w < kAttentionWarps; ++w) {
-      weight[w][0] = weight_of(stats[w].x, top[0]);
-      weight[w][1] = weight_of(stats[w].z, top[1]);
-      sum[0] = fmaf(stats[w].y, weight[w][0], sum[0]);
-      sum[1] = fmaf(stats[w].w, weight[w][1], sum[1]);
-    }
-    float out[kShare][4] = {};
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      const int32_t r = warp * kShare + i;
-      if (r >= kProducts) break;
-#pragma unroll
-      for (int w = 0; w < kAttentionWarps; ++w) {
-        const float4 o = as_floats(load_16(&shared.out[w][n][r][lane]));
-        out[i][0] = fmaf(o.x, weight[w][0], out[i][0]);
-        out[i][1] = fmaf(o.y, weight[w][1], out[i][1]);
-        out[i][2] = fmaf(o.z, weight[w][0], out[i][2]);
-        out[i][3] = fmaf(o.w, weight[w][1], out[i][3]);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int32_t vector = 8 * n + 2 * t + c;
-      if (vector >= row.vectors) continue;
-      VectorWriter<T> writer(a, row, vector, x.token_of(vector), x.head_of(vector), blockIdx.y,
-                             split, splits, top[c], sum[c], warp == 0 && g == 0);
-      // Two products of one lane are four consecutive dims where both come in pairs.
-      constexpr int kStep = kShare % 2 == 0 && kProducts % 2 == 0 ? 2 : 1;
-#pragma unroll
-      for (int i = 0; i < kShare; i += kStep) {
-        const int32_t r = warp * kShare + i;
-        if (r >= kProducts) break;
-        const float* x = &out[i][c];
-        const float* y = &out[i + kStep - 1][c];
-        if constexpr (kStep == 2) {
-          writer.put_4(Warp::dim_of(r, g), x[0], x[2], y[0], y[2]);
-        } else {
-          writer.put_2(Warp::dim_of(r, g), x[0], x[2]);
-        }
-      }
-    }
+  for (int i = 0; i < kWhole; ++i) writer.put_8(64 * i + 8 * g, out[2 * i], out[2 * i + 1]);
+  const float4& last = out[Shared::kQuads - 1];
+  if constexpr (kRest == 32) {
+    writer.put_4(64 * kWhole + 4 * g, last.x, last.y, last.z, last.w);
+  } else if constexpr (kRest == 16) {
+    writer.put_2(64 * kWhole + 2 * g, last.x, last.y);
   }
 }
 

@@ -8,10 +8,21 @@
 namespace baton::cuda {
 
 constexpr int kStepKeys = 16;  // of a warp; the depth of the second product
+// How far, in base 2, a score may be above what probabilities are relative to.
+constexpr float kSlack = 8.0f;
 
 // A row of 256 dims leaves no registers for the queries: they are read from shared memory, 16 bytes
 // per lane and two products.
 constexpr bool decode_queries_in_shared(int head_dim) { return head_dim > 128; }
+
+// fn.operator()<0>() to fn.operator()<kCount - 1>(): a loop whose counter is a constant.
+template <int kCount, int kFirst = 0, typename Fn>
+__device__ __forceinline__ void unroll(Fn&& fn) {
+  if constexpr (kFirst < kCount) {
+    fn.template operator()<kFirst>();
+    unroll<kCount, kFirst + 1>(fn);
+  }
+}
 
 template <typename T, int kHeadDim, int kTiles>
 class DecodeWarp {
@@ -30,9 +41,10 @@ class DecodeWarp {
   const uint4* shared_queries_ = nullptr;
 
  public:
-  float maximum[kTiles][2];   // of vectors 2 t and 2 t + 1
+  // What the probabilities of vectors 2 t and 2 t + 1 are relative to: close to the maximum.
+  float maximum[kTiles][2];
   float sum[kTiles][2] = {};  // of this lane's keys
-  float out[kTiles][kProducts][4] = {};
+  float out[kTiles][kProducts][4];
 
   __device__ __forceinline__ DecodeWarp(const AttentionArgs& a, const AttentionRow& row,
                                         const TileKeys& keys)
@@ -56,8 +68,7 @@ class DecodeWarp {
   // Rows of K and Q alike: 16 bytes of every 64, then 8 of the last 32.
   static __device__ __forceinline__ void load_row(uint32_t (&x)[kHeadDim / 8], const T* row,
                                                   int32_t t) {
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 32; ++j) put(x, 4 * j, load_16_once(row + 32 * j));
+    unroll<kHeadDim / 32>([&]<int j>() { put(x, 4 * j, load_16_once<64 * j>(row)); });
     if constexpr (kHeadDim % 32 == 16)
       put(x, kHeadDim / 8 - 2, load_8_once(row + kHeadDim - 16 - 4 * t));
   }
@@ -76,20 +87,12 @@ class DecodeWarp {
     for (int i = 0; i < 4; ++i) {
       const int32_t k = min(first + 2 * t_ + i % 2 + i / 2 * 8, keys_.end - 1);
       const T* row = at(value_base_, k, a_.value_column_bytes);
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 64; ++j) put(value_[i], 4 * j, load_16_once(row + 64 * j));
+      unroll<kHeadDim / 64>([&]<int j>() { put(value_[i], 4 * j, load_16_once<128 * j>(row)); });
       constexpr int kRest = kHeadDim % 64, kDone = kHeadDim - kRest;
       static_assert(kRest == 0 || kRest == 16 || kRest == 32);
       if constexpr (kRest == 32) put(value_[i], kDone / 16, load_8_once(row + kDone - 4 * g_));
       if constexpr (kRest == 16) value_[i][kDone / 16] = load_4_once(row + kDone - 6 * g_);
     }
-  }
-
-  // First of the two dims of this lane in product r: rows g and g + 8 of O^T.
-  static __device__ __forceinline__ int32_t dim_of(int r, int32_t g) {
-    constexpr int kRest = kHeadDim % 64, kWhole = (kHeadDim - kRest) / 16;
-    return r < kWhole ? r / 4 * 64 + 8 * g + r % 4 * 2
-                      : kWhole * 16 + kRest / 8 * g + (r - kWhole) * 2;
   }
 
   __device__ __forceinline__ int32_t token_of(int32_t vector) const {
@@ -99,52 +102,77 @@ class DecodeWarp {
     return kv_head_ * a_.group + vector - token_of(vector) * a_.group;
   }
 
+  // Columns without a vector repeat the last one; nobody asks for their sums.
+  __device__ __forceinline__ int32_t existing(int32_t vector) const {
+    return min(vector, row_.vectors - 1);
+  }
+
   __device__ __forceinline__ void load_queries(uint4* shared) {
     const auto address = [&](int32_t vector) {
       const TokenStrides& s = a_.p.query_strides;
+      const int32_t token = token_of(vector),
+                    head = kv_head_ * a_.group + vector - token * a_.group;
       return static_cast<const T*>(a_.p.query) +
-             (int64_t{row_.first_token} + token_of(vector)) * s.token_stride +
-             head_of(vector) * s.head_stride + 8 * t_;
+             int64_t{row_.first_token + token} * s.token_stride + head * s.head_stride + 8 * t_;
     };
     if constexpr (kQueriesInShared) {
       // [16 bytes of every lane's row][lane], the same for all warps, which load a part each.
       static_assert(kTiles == 1);
       for (int j = threadIdx.x / 32; j < kHeadDim / 32; j += kAttentionWarps) {
-        uint4 part{0, 0, 0, 0};
-        if (g_ < row_.vectors) part = load_16(address(g_) + 32 * j);
-        store_16(shared + 32 * j + lane_, part);
+        store_16(shared + 32 * j + lane_, load_16(address(existing(g_)) + 32 * j));
       }
       shared_queries_ = shared + lane_;
       __syncthreads();
     } else {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 8; ++i) query_[n][i] = 0;
-        if (g_ + 8 * n < row_.vectors) load_row(query_[n], address(g_ + 8 * n), t_);
+        load_row(query_[n], address(existing(g_ + 8 * n)), t_);
       }
     }
   }
 
-  // Streams the keys of this warp.
-  __device__ __forceinline__ void run() {
-    int32_t first = keys_.begin + threadIdx.x / 32 * kStepKeys;
-    if (first >= keys_.end) return;
+  // Streams the keys of this warp, of which there are some.
+  __device__ __forceinline__ void run(int32_t begin) {
+    int32_t first = begin;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int r = 0; r < kProducts; ++r) {
+        clear(out[n][r][0], out[n][r][1]);
+        clear(out[n][r][2], out[n][r][3]);
+      }
+    }
     load_keys(first);
     while (true) {
       // The keys were asked for in the middle of the turn before; the values' registers are free
-      // now.
+      // now. Left alone, ptxas waits for the keys first and asks for both afterwards: it moves no
+      // load over a __syncwarp.
       load_values(first);
+      __syncwarp();
       const int32_t next = first + kAttentionWarps * kStepKeys;
       float scores[kTiles][4] = {};
       score(scores);
+      __syncwarp();
       if (next < keys_.end) load_keys(next);
       finish_scores(first, scores);
       uint32_t probabilities[kTiles][2];
-      update(scores, probabilities);
+      update(first == begin, scores, probabilities);
       weigh(probabilities);
       if (next >= keys_.end) break;
       first = next;
+    }
+  }
+
+  // The sums of all lanes' keys.
+  __device__ __forceinline__ void add_up() {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        sum[n][c] += shuffle_xor<4>(sum[n][c]);
+        sum[n][c] += shuffle_xor<8>(sum[n][c]);
+        sum[n][c] += shuffle_xor<16>(sum[n][c]);
+      }
     }
   }
 
@@ -206,7 +234,7 @@ class DecodeWarp {
   }
 
   // Scores to the second product's operand.
-  __device__ __forceinline__ void update(float (&scores)[kTiles][4],
+  __device__ __forceinline__ void update(bool at_first, float (&scores)[kTiles][4],
                                          uint32_t (&probabilities)[kTiles][2]) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -214,13 +242,13 @@ class DecodeWarp {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         next[c] = fmaxf(scores[n][c], scores[n][c + 2]);
-#pragma unroll
-        for (int offset = 4; offset < 32; offset *= 2) {
-          next[c] = fmaxf(next[c], __shfl_xor_sync(~0u, next[c], offset));
-        }
+        next[c] = fmaxf(next[c], shuffle_xor<4>(next[c]));
+        next[c] = fmaxf(next[c], shuffle_xor<8>(next[c]));
+        next[c] = fmaxf(next[c], shuffle_xor<16>(next[c]));
       }
-      // Rare after the first steps.
-      if (__any_sync(~0u, next[0] > maximum[n][0] || next[1] > maximum[n][1])) {
+      // After the first step, only what has grown by more than 2^8 is worth the multiplications:
+      // until then, probabilities exceed one, which costs neither range nor precision.
+      if (__any_sync(~0u, next[0] > maximum[n][0] + kSlack || next[1] > maximum[n][1] + kSlack)) {
         float factor[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -230,10 +258,12 @@ class DecodeWarp {
         }
 #pragma unroll
         for (int c = 0; c < 2; ++c) sum[n][c] *= factor[c];
+        if (!at_first) {
 #pragma unroll
-        for (int r = 0; r < kProducts; ++r) {
+          for (int r = 0; r < kProducts; ++r) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) out[n][r][i] *= factor[i % 2];
+            for (int i = 0; i < 4; ++i) out[n][r][i] *= factor[i % 2];
+          }
         }
       }
 #pragma unroll

@@ -22,6 +22,7 @@ from cuda_tools import cuda_include, with_includes
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "emulation"
 BUILD = ROOT / "build" / "emulation"
+DISPATCH = ROOT / "csrc" / "common" / "dispatch.cpp"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 RUNTIME = [EMULATION / f"{name}.cpp" for name in ("fiber", "runtime", "accesses", "counters")]
 JUDGE = [EMULATION / name for name in ("judge.cpp",)]
@@ -120,7 +121,7 @@ def build_module(variant: Variant) -> ModuleType:
         f"-DBATON_MODULE={name}",
         "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"),
     ]  # fmt: skip
-    sources = [*KERNELS, EMULATION / "dispatch.cpp", *variant.runtime]
+    sources = [*KERNELS, DISPATCH, *variant.runtime]
     objects = [compile_object(source, variant) for source in sources]
     objects.append(compile_object(EMULATION / "module.cpp", variant, *python))
     command = [COMPILER, "-shared", *map(str, objects)]

@@ -1,4 +1,5 @@
 // The Python module of the emulated kernels: each op takes its Params struct, filled in by ops.py.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -29,6 +30,20 @@ void assign(T& target, const py::object& value) {
   }
 }
 
+// The launches of one call, captured as a CUDA graph does it: nothing has run, and every run is of
+// the launches alone, without the host code that made them.
+struct Graph {
+  std::vector<emulation::Recording> launches;
+
+  std::pair<int, std::vector<std::string>> run() const {
+    for (const auto& launch : launches) {
+      const cudaError_t error = launch.again();
+      if (error != cudaSuccess) return {static_cast<int>(error), emulation::take_reports()};
+    }
+    return {0, emulation::take_reports()};
+  }
+};
+
 // Params of one op as a Python class whose fields can be set.
 template <typename Params>
 struct Binding {
@@ -40,6 +55,15 @@ struct Binding {
     python.def("run", [kernel](const Params& p) {
       const cudaError_t error = kernel(p, nullptr);
       return std::pair(static_cast<int>(error), emulation::take_reports());
+    });
+    python.def("capture", [kernel](const Params& p) {
+      Graph graph;
+      emulation::recordings = &graph.launches;
+      emulation::capturing = true;
+      const cudaError_t error = kernel(p, nullptr);
+      emulation::capturing = false;
+      emulation::recordings = nullptr;
+      return std::pair(static_cast<int>(error), graph);
     });
   }
   template <typename T>
@@ -71,6 +95,7 @@ py::dict as_dict(const std::map<std::string, emulation::counting::Traffic>& traf
 
 PYBIND11_MODULE(BATON_MODULE, m) {
   using namespace baton;
+  py::class_<Graph>(m, "Graph", py::module_local()).def("run", &Graph::run);
   {
     using P = InsertKvParams;
     Binding<P>(m, "insert_kv", cuda::insert_kv) FIELD(key) FIELD(value) FIELD(key_cache)
@@ -144,8 +169,13 @@ PYBIND11_MODULE(BATON_MODULE, m) {
     for (const auto& launch : launches) {
       py::list arguments;
       for (const auto& bytes : launch.arguments) arguments.append(py::bytes(bytes));
-      result.append(
-          py::make_tuple(sizes(launch.grid), sizes(launch.block), launch.shared_bytes, arguments));
+      // Where in this file the kernel is: `nm` has its name.
+      Dl_info info{};
+      dladdr(launch.kernel, &info);
+      const auto offset =
+          reinterpret_cast<uintptr_t>(launch.kernel) - reinterpret_cast<uintptr_t>(info.dli_fbase);
+      result.append(py::make_tuple(offset, sizes(launch.grid), sizes(launch.block),
+                                   launch.shared_bytes, arguments));
     }
     return result;
   });

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -65,6 +65,7 @@ class EmulatedOps:
         self.variant = variant
         self.judged = variant is build.JUDGED
         self.schedule = (threads, warps, blocks, late_copies, seed)
+        self.captured: list[Callable[[], None]] | None = None
 
     @property
     def module(self) -> ModuleType:
@@ -80,6 +81,26 @@ class EmulatedOps:
         """Loads and stores by tensor since the last call (judged builds count them)."""
         return self.module.take_counters()
 
+    def capture(self, function: Callable[[], object]) -> tuple[object, Callable[[], None]]:
+        """What a CUDA graph does with the calls of a function.
+
+        Returns:
+            What the function gave, not yet written, and the graph: every call of it runs the
+            captured launches on what the same tensors hold then.
+        """
+        self.captured = []
+        try:
+            result = function()
+            launches = list(self.captured)
+        finally:
+            self.captured = None
+
+        def replay() -> None:
+            for launch in launches:
+                launch()
+
+        return result, replay
+
     def run(self, op: str, inputs: dict, outputs: dict, **fields) -> None:
         """Calls a kernel: tensors by the name of their pointer in Params, other fields by name."""
         params = getattr(self.module, op)()
@@ -88,6 +109,17 @@ class EmulatedOps:
             setattr(params, name, pointer(x))
         for name, value in fields.items():
             setattr(params, name, value)
+        if self.captured is None:
+            self.judge(op, params.run, tensors, outputs)
+            return
+        error, graph = params.capture()
+        if error:
+            raise EmulationError(f"{op}: CUDA error {error}")
+        # Holds the tensors, whose addresses are in the graph.
+        self.captured.append(lambda: self.judge(op, graph.run, tensors, outputs))
+
+    def judge(self, op: str, run: Callable[[], tuple], tensors: dict, outputs: dict) -> None:
+        """Runs launches; the tensors are what they may touch."""
         for name, x in tensors.items() if self.judged else ():
             if x is not None and x.numel():
                 last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
@@ -95,7 +127,7 @@ class EmulatedOps:
                     name, x.data_ptr(), (last + 1) * x.element_size(), name in outputs
                 )
         try:
-            error, reports = params.run()
+            error, reports = run()
         finally:
             self.module.clear_regions()
         if error or reports:

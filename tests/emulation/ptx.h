@@ -15,9 +15,10 @@ namespace baton::cuda {
   emulation::load(&value, address, 16, EMULATION_SITE);
   return value;
 }
-[[gnu::noinline]] EMULATION_UNTRACKED inline uint4 load_16_once(const void* address) {
+template <int kOffset = 0>
+[[gnu::noinline]] EMULATION_UNTRACKED uint4 load_16_once(const void* address) {
   uint4 value;
-  emulation::load(&value, address, 16, EMULATION_SITE);
+  emulation::load(&value, static_cast<const char*>(address) + kOffset, 16, EMULATION_SITE);
   return value;
 }
 [[gnu::noinline]] EMULATION_UNTRACKED inline uint2 load_8_once(const void* address) {
@@ -30,12 +31,20 @@ namespace baton::cuda {
   emulation::load(&value, address, 4, EMULATION_SITE);
   return value;
 }
+[[gnu::noinline]] EMULATION_UNTRACKED inline uint32_t load_4(const void* global) {
+  uint32_t value;
+  emulation::load(&value, global, 4, EMULATION_SITE);
+  return value;
+}
 [[gnu::noinline]] EMULATION_UNTRACKED inline uint2 load_8(const void* address) {
   uint2 value;
   emulation::load(&value, address, 8, EMULATION_SITE);
   return value;
 }
 [[gnu::noinline]] EMULATION_UNTRACKED inline void store_16(void* address, uint4 value) {
+  emulation::store(address, &value, 16, EMULATION_SITE);
+}
+[[gnu::noinline]] EMULATION_UNTRACKED inline void store_16(void* address, float4 value) {
   emulation::store(address, &value, 16, EMULATION_SITE);
 }
 [[gnu::noinline]] EMULATION_UNTRACKED inline void store_8(void* address, uint2 value) {
@@ -187,6 +196,12 @@ EMULATION_UNTRACKED void mma(float (&sums)[4], const uint32_t (&a)[kDepth / 4],
           ~0u, operands, "mma", where);
   std::memcpy(sums, result.sums, sizeof(sums));
 }
+
+template <int kBits>
+EMULATION_UNTRACKED float shuffle_xor(float x, EMULATION_WHERE) {
+  return __shfl_xor_sync(~0u, x, kBits, 32, where);
+}
+inline void clear(float& x, float& y) { x = y = 0.0f; }
 
 // 2^x and the reciprocal, as the special function unit gives them.
 inline float exp2_fast(float x) { return exp2f(x); }

@@ -26,6 +26,7 @@ namespace emulation {
 Place place;
 unsigned char* dynamic_shared = nullptr;
 std::vector<Recording>* recordings = nullptr;
+bool capturing = false;
 
 namespace {
 

@@ -3,24 +3,12 @@
 #include "cpu/host/isa.h"
 
 #include <atomic>
-#include <cstdio>
-#include <cstdlib>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
-namespace baton {
-
-void dispatch_failed(const char* what, int64_t value) {
-  // Unreachable: bindings reject what no kernel handles. A wrong number of instantiations must not
-  // become silence.
-  std::fprintf(stderr, "baton_kernels: no kernel for %s %lld\n", what,
-               static_cast<long long>(value));
-  std::abort();
-}
-
-namespace cpu {
+namespace baton::cpu {
 
 namespace baseline {
 extern const KernelTable kKernelTable;
@@ -158,5 +146,4 @@ bool set_isa(const std::string& name) {
   return false;
 }
 
-}  // namespace cpu
-}  // namespace baton
+}  // namespace baton::cpu

@@ -1,0 +1,93 @@
+// append_kv as torch calls it: checks, parameters, and the call of a device's kernel.
+#pragma once
+
+#include "bindings/checks.h"
+#include "common/append_kv.h"
+
+namespace baton::bindings {
+
+inline void check_rotary(const Checker& check, const char* name, const Tensor& tensor,
+                         const Tensor& key, int64_t num_rows, int64_t head_dim) {
+  check.on_device(name, tensor);
+  if (tensor.scalar_type() != ScalarType::Float && tensor.scalar_type() != key.scalar_type()) {
+    check.fail(name, format("float32 or ", name_of(key.scalar_type()), " as key"),
+               name_of(tensor.scalar_type()));
+  }
+  if (tensor.dim() != 2 || tensor.size(0) != num_rows ||
+      (tensor.size(1) != head_dim / 2 && tensor.size(1) != head_dim)) {
+    check.fail(
+        name,
+        format("of shape [", num_rows, ", ", head_dim / 2, "] or [", num_rows, ", ", head_dim, "]"),
+        shape_of(tensor));
+  }
+  check.last_contiguous(name, tensor);
+}
+
+template <typename Device>
+Tensor append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots,
+                 Tensor columns, std::optional<Tensor> query, std::optional<Tensor> cos,
+                 std::optional<Tensor> sin) {
+  const Checker check("append_kv", Device::kType, key_cache);
+  AppendKvParams p{};
+  p.sizes = check.caches(key_cache, value_cache, false, true);
+  p.dtype = check.floating("key", key);
+  check.dtype_as("key", key, "key_cache", key_cache);
+  check.dtype_as("value", value, "key_cache", key_cache);
+  check.dims("key", key, 3);
+  p.num_rows = key.size(0);
+  check.shape("key", key, {p.num_rows, p.sizes.num_kv_heads, p.sizes.head_dim});
+  check.shape("value", value, {p.num_rows, p.sizes.num_kv_heads, p.sizes.head_dim});
+  check.last_contiguous("key", key);
+  check.last_contiguous("value", value);
+  if (query) {
+    check.dtype_as("query", *query, "key_cache", key_cache);
+    check.dims("query", *query, 3);
+    p.num_heads = query->size(1);
+    check.shape("query", *query, {p.num_rows, p.num_heads, p.sizes.head_dim});
+    check.last_contiguous("query", *query);
+    check.fits_int32("num_heads", p.num_heads);
+  }
+  if (cos.has_value() != sin.has_value()) {
+    check.fail("cos and sin", "given together", cos ? "only cos" : "only sin");
+  }
+  if (cos) {
+    check_rotary(check, "cos", *cos, key, p.num_rows, p.sizes.head_dim);
+    check_rotary(check, "sin", *sin, key, p.num_rows, p.sizes.head_dim);
+    check.dtype_as("sin", *sin, "cos", *cos);
+    check.shape("sin", *sin, {p.num_rows, cos->size(1)});
+  }
+  p.slots = check.index("slots", slots, p.num_rows);
+  p.columns = check.index("columns", columns, p.num_rows);
+  Device::check_values(check, p);
+
+  const Device device(check, key_cache);
+  Tensor rotated =
+      query ? torch::stable::new_empty(*query, {p.num_rows, p.num_heads, p.sizes.head_dim})
+            : torch::stable::new_empty(key, {0});
+  p.key = key.const_data_ptr();
+  p.value = value.const_data_ptr();
+  p.key_strides = token_strides(key);
+  p.value_strides = token_strides(value);
+  if (query) {
+    p.query = query->const_data_ptr();
+    p.query_strides = token_strides(*query);
+    p.rotated_query = rotated.mutable_data_ptr();
+  }
+  p.rotary_dtype = p.dtype;
+  if (cos) {
+    p.cos = cos->const_data_ptr();
+    p.sin = sin->const_data_ptr();
+    p.rotary_dim = cos->size(1);
+    p.cos_row_stride = cos->stride(0);
+    p.sin_row_stride = sin->stride(0);
+    p.rotary_dtype = check.floating("cos", *cos);
+  }
+  p.key_cache = key_cache.mutable_data_ptr();
+  p.value_cache = value_cache.mutable_data_ptr();
+  p.key_cache_strides = cache_strides(key_cache);
+  p.value_cache_strides = cache_strides(value_cache);
+  device.run(p, key_cache);
+  return rotated;
+}
+
+}  // namespace baton::bindings

@@ -1,0 +1,31 @@
+// ragged_attention: the workspace of its split rows and the CUDA call.
+#include "bindings/ragged_attention.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "bindings/cuda/cuda_device.h"
+
+namespace baton::bindings {
+
+namespace {
+
+struct Cuda : CudaDevice<cuda::ragged_attention> {
+  using CudaDevice::CudaDevice;
+
+  void run(RaggedAttentionParams& p, const Tensor& query) const {
+    // Of torch's allocator, which serves a CUDA graph's capture too and gives the memory to nobody
+    // on another stream before these kernels are done with it.
+    Tensor workspace =
+        torch::stable::new_empty(query, {cuda::ragged_attention_workspace(p)}, ScalarType::Float);
+    p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+    CudaDevice::run(p, query);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CUDA, library) {
+  library.impl("ragged_attention", TORCH_BOX(&ragged_attention<Cuda>));
+}
+
+}  // namespace baton::bindings

@@ -1,0 +1,43 @@
+// merge_attention as torch calls it: checks, parameters, and the call of a device's kernel.
+#pragma once
+
+#include "bindings/checks.h"
+#include "common/merge_attention.h"
+
+namespace baton::bindings {
+
+template <typename Device>
+std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
+  const Checker check("merge_attention", Device::kType, out_a);
+  MergeAttentionParams p{};
+  p.dtype = check.floating("out_a", out_a);
+  check.dtype_as("out_b", out_b, "out_a", out_a);
+  check.dims("out_a", out_a, 3);
+  p.num_queries = out_a.size(0);
+  p.num_heads = out_a.size(1);
+  p.head_dim = out_a.size(2);
+  check.shape("out_b", out_b, {p.num_queries, p.num_heads, p.head_dim});
+  check.last_contiguous("out_a", out_a);
+  check.last_contiguous("out_b", out_b);
+  for (const auto& [name, tensor] : {std::pair{"lse_a", &lse_a}, {"lse_b", &lse_b}}) {
+    check.float32(name, *tensor);
+    check.shape(name, *tensor, {p.num_queries, p.num_heads});
+    check.contiguous(name, *tensor);
+  }
+
+  const Device device(check, out_a);
+  Tensor out = torch::stable::new_empty(out_a, {p.num_queries, p.num_heads, p.head_dim});
+  Tensor lse = torch::stable::new_empty(lse_a, {p.num_queries, p.num_heads});
+  p.out_a = out_a.const_data_ptr();
+  p.out_b = out_b.const_data_ptr();
+  p.lse_a = static_cast<const float*>(lse_a.const_data_ptr());
+  p.lse_b = static_cast<const float*>(lse_b.const_data_ptr());
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.out_a_strides = token_strides(out_a);
+  p.out_b_strides = token_strides(out_b);
+  device.run(p, out_a);
+  return {out, lse};
+}
+
+}  // namespace baton::bindings

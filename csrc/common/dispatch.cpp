@@ -1,0 +1,16 @@
+#include <cstdio>
+#include <cstdlib>
+
+#include "common/dtype.h"
+
+namespace baton {
+
+void dispatch_failed(const char* what, int64_t value) {
+  // Unreachable: bindings reject what no kernel handles. A wrong number of instantiations must not
+  // become silence.
+  std::fprintf(stderr, "baton_kernels: no kernel for %s %lld\n", what,
+               static_cast<long long>(value));
+  std::abort();
+}
+
+}  // namespace baton

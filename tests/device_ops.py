@@ -1,0 +1,50 @@
+"""The ops on a device, behind CPU tensors: what lets one test function test CPU and GPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+import baton_kernels
+from baton_kernels.testing import storage
+
+
+class DeviceOps:
+    """One backend of the ``ops`` fixture: arguments go to the device, results come back.
+
+    All memory behind an argument travels, padding and margins included, and keeps its strides and
+    alignment there; afterwards it is copied back, so that a test sees every write, also a wrong
+    one. Arguments that share memory share it on the device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __getattr__(self, op: str) -> Any:
+        if op not in baton_kernels.ops.__all__:
+            raise AttributeError(op)
+        return functools.partial(self._run, op)
+
+    def _run(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        memory: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def send(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            whole = storage(x)
+            # No memory at all has the same address for every dtype.
+            key = whole.data_ptr(), whole.dtype
+            if key not in memory:
+                memory[key] = whole, whole.to(self.device, copy=True)
+            there = memory[key][1]
+            return there.as_strided(x.shape, x.stride(), x.storage_offset())
+
+        function = getattr(baton_kernels, op)
+        result = function(*map(send, args), **{name: send(x) for name, x in kwargs.items()})
+        for here, there in memory.values():
+            here.copy_(there)
+        if isinstance(result, tuple):
+            return tuple(x.cpu() for x in result)
+        return None if result is None else result.cpu()

@@ -1,0 +1,40 @@
+"""What setup.py says before it compiles anything for CUDA."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"BATON_CUDA": "yes"}, "BATON_CUDA must be 0, 1 or unset, got 'yes'"),
+        ({"BATON_CUDA": "1", "CUDACXX": "nvcc"}, "BATON_CUDA=1 needs a CUDA build of torch"),
+        (
+            {"BATON_CUDA": "1", "CUDACXX": "", "PATH": "/nowhere", "CUDA_HOME": "/nowhere"},
+            "BATON_CUDA=1 needs nvcc 13, and none was found",
+        ),
+    ],
+)
+def test_a_wrong_setting_ends_the_build(tmp_path, settings, expected):
+    if "CUDA build of torch" in expected and torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    if "nvcc" in expected and list(
+        Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu13/bin/nvcc")
+    ):
+        pytest.skip("nvcc is one of this environment's packages")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "-b", tmp_path, "-t", tmp_path],
+        cwd=ROOT,
+        env={"CXX": sys.executable, **os.environ, **settings},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert expected in done.stderr
