@@ -12,11 +12,12 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 
 def describe_run() -> str:
     """Device, versions and commit, in one line."""
+    # Here and not above: bench.workloads needs no torch.
+    import torch
+
     versions = [f"python {platform.python_version()}"]
     for package in ("baton_kernels", "torch", "transformers"):
         try:
@@ -25,10 +26,10 @@ def describe_run() -> str:
             versions.append(f"{package} not installed")
     return ", ".join(
         (
-            _cpu_name(),
+            cpu_name(),
             f"{torch.get_num_threads()} threads",
             *versions,
-            f"commit {_commit()}",
+            f"commit {commit()}",
         )
     )
 
@@ -42,7 +43,8 @@ def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
     return f"{form.format(statistics.median(values))} ({form.format(low)}-{form.format(high)})"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -52,7 +54,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What git calls the source this runs from."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

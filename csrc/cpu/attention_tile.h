@@ -15,10 +15,14 @@ namespace baton::cpu::BATON_ISA {
 
 // Keys of one block: scores of a tile stay in the core's own cache.
 constexpr int kBlockKeys = 64;
+constexpr int kBlockVecs = kBlockKeys / kLanes;
 constexpr int kMaxQueries = static_cast<int>(kAttentionTileQueries);
 constexpr int kMaxHeadDim = 256;
 // Up to here query vectors share one pass over keys and values where they lie.
 constexpr int kDirectQueries = 8;
+// Keys and values are asked for this long before their use: memory then works while the core
+// multiplies. Into the second-level cache: asking the first one for as much was slower.
+constexpr int64_t kAheadBytes = 4096;
 
 #if defined(__AVX512F__)
 // 24 accumulators leave room for four vectors of keys or values and one broadcast.
@@ -36,7 +40,7 @@ struct AttentionScratch {
   alignas(64) float keys[kMaxHeadDim][kBlockKeys];    // prefill only, transposed
   alignas(64) float values[kBlockKeys][kMaxHeadDim];  // prefill only
   float maximum[kMaxQueries];
-  float sum[kMaxQueries];
+  alignas(64) float sum[kMaxQueries][kLanes];  // in lanes until the last block
 };
 
 // The keys or values of one block where they lie in the cache.
@@ -46,6 +50,19 @@ struct Rows {
   int64_t stride;  // elements from one column to the next
   int64_t count;   // columns of this block, at most kBlockKeys
   int64_t dim;
+  // For prefetch_ahead() only.
+  int64_t remaining = 0;    // columns from data to the end of the stream
+  const T* next = nullptr;  // where the stream after this one begins
+  int64_t ahead_columns = 0;
+
+  // Asks for the column that is ahead_columns after column k. Behind the end of the stream lies
+  // padding, which would cost a read for nothing: there the next stream begins.
+  BATON_INLINE void prefetch_ahead(int64_t k) const {
+    const int64_t column = k + ahead_columns;
+    const T* row =
+        column < remaining ? data + column * stride : next + (column - remaining) * stride;
+    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
+  }
 };
 
 // Calls fn.operator()<m>(first) for tiles of at most kTile of `count` query vectors.
@@ -63,22 +80,17 @@ BATON_INLINE void for_query_tiles(int count, Fn&& fn) {
   }
 }
 
-// scores[m][first ..] = q[m] . key for kQueries query vectors and kKeys keys, and prefetches
-// `ahead`: rows are too short, and the steps between KV heads too long, for the hardware to
-// foresee. Prefetching past the end of a tensor reads nothing.
+// scores[m][first ..] = q[m] . key for kQueries query vectors and kKeys keys.
 template <typename T, int kQueries, int kKeys>
 BATON_INLINE void score_direct(const T* const* query, const T* key, int64_t stride, int64_t dim,
-                               const T* ahead, float (*scores)[kBlockKeys], int64_t first) {
+                               float (*scores)[kBlockKeys], int64_t first) {
   typedef Dot<T> D;
   Vec sums[kQueries][kKeys] = {};
   int64_t d = 0;
   for (; d + D::kStep <= dim; d += D::kStep) {
     typename D::Operand k[kKeys];
     BATON_UNROLL
-    for (int i = 0; i < kKeys; ++i) {
-      k[i] = D::operand(key + i * stride + d);
-      __builtin_prefetch(ahead + i * stride + d, 0, 2);
-    }
+    for (int i = 0; i < kKeys; ++i) k[i] = D::operand(key + i * stride + d);
     BATON_UNROLL
     for (int m = 0; m < kQueries; ++m) {
       const typename D::Operand q = D::operand(query[m] + d);
@@ -113,19 +125,22 @@ void score_direct_block(const T* const* query, int count, const Rows<T>& keys,
   for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
     int64_t i = 0;
     for (; i + 4 <= keys.count; i += 4) {
+      if (m == 0) {
+        for (int j = 0; j < 4; ++j) keys.prefetch_ahead(i + j);
+      }
       const T* key = keys.data + i * keys.stride;
-      score_direct<T, kQueries, 4>(query + m, key, keys.stride, keys.dim,
-                                   key + kBlockKeys * keys.stride, scores + m, i);
+      score_direct<T, kQueries, 4>(query + m, key, keys.stride, keys.dim, scores + m, i);
     }
     for (; i < keys.count; ++i) {
+      if (m == 0) keys.prefetch_ahead(i);
       const T* key = keys.data + i * keys.stride;
-      score_direct<T, kQueries, 1>(query + m, key, keys.stride, keys.dim, key, scores + m, i);
+      score_direct<T, kQueries, 1>(query + m, key, keys.stride, keys.dim, scores + m, i);
     }
   });
 }
 
 // out[m][d ..] += sum_k p[m][k] value[k][d ..] for kQueries query vectors and kVecs vectors of d.
-template <typename T, int kQueries, int kVecs>
+template <typename T, int kQueries, int kVecs, bool kAhead>
 BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values,
                         float (*out)[kMaxHeadDim], int64_t d) {
   // A block's sum starts from zero: added one by one to a long row's total, small terms would
@@ -133,15 +148,10 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values,
   Vec sums[kQueries][kVecs] = {};
   const T* value = values.data + d;
   for (int64_t k = 0; k < values.count; ++k, value += values.stride) {
+    if (kAhead) values.prefetch_ahead(k);
     Vec v[kVecs];
     BATON_UNROLL
-    for (int i = 0; i < kVecs; ++i) {
-      v[i] = load(value + i * kLanes);
-      // One request per 64-byte line.
-      if (i * kLanes * sizeof(T) % 64 == 0) {
-        __builtin_prefetch(value + kBlockKeys * values.stride + i * kLanes, 0, 2);
-      }
-    }
+    for (int i = 0; i < kVecs; ++i) v[i] = load(value + i * kLanes);
     BATON_UNROLL
     for (int m = 0; m < kQueries; ++m) {
       const Vec weight = set1(p[m][k]);
@@ -159,16 +169,21 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values,
   }
 }
 
-template <typename T, int kTile>
+template <typename T, int kTile, bool kAhead>
 void weigh_block(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
                  float (*out)[kMaxHeadDim]) {
   for_query_tiles<kTile>(count, [&]<int kQueries>(int m) {
     int64_t d = 0;
     for (; d + kPackedVecs * kLanes <= values.dim; d += kPackedVecs * kLanes) {
-      weigh<T, kQueries, kPackedVecs>(p + m, values, out + m, d);
+      // The first pass over the values asks for those that follow.
+      if (kAhead && m == 0 && d == 0) {
+        weigh<T, kQueries, kPackedVecs, true>(p + m, values, out + m, d);
+      } else {
+        weigh<T, kQueries, kPackedVecs, false>(p + m, values, out + m, d);
+      }
     }
     for (; d + kLanes <= values.dim; d += kLanes) {
-      weigh<T, kQueries, 1>(p + m, values, out + m, d);
+      weigh<T, kQueries, 1, false>(p + m, values, out + m, d);
     }
     if (const int64_t rest = values.dim - d; rest > 0) {
       for (int i = m; i < m + kQueries; ++i) {
@@ -272,13 +287,13 @@ struct BlockProducts {
   // scratch.out[m] += sum_k scratch.scores[m][k] value[k].
   static void weigh(int count, const Rows<T>& values, AttentionScratch& scratch) {
     if (count <= kDirectQueries) {
-      weigh_block<T, kDirectTile>(scratch.scores, count, values, scratch.out);
+      weigh_block<T, kDirectTile, true>(scratch.scores, count, values, scratch.out);
     } else if constexpr (sizeof(T) == sizeof(float)) {
-      weigh_block<T, kPackedTile>(scratch.scores, count, values, scratch.out);
+      weigh_block<T, kPackedTile, false>(scratch.scores, count, values, scratch.out);
     } else {
       unpack_values(values, scratch.values);
       const Rows<float> unpacked{&scratch.values[0][0], kMaxHeadDim, values.count, values.dim};
-      weigh_block<float, kPackedTile>(scratch.scores, count, unpacked, scratch.out);
+      weigh_block<float, kPackedTile, false>(scratch.scores, count, unpacked, scratch.out);
     }
   }
 

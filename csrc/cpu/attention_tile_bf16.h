@@ -82,14 +82,26 @@ struct BlockProducts<BFloat16> {
 
   static void load_queries(const BFloat16* const* query, int count, int64_t dim,
                            AttentionScratch& scratch) {
-    if (count <= kDirectQueries) return;
+    if (count == 1) return;
+    if (count <= kDirectQueries) {
+      for (int m = 0; m < count; m += kDirectTile) {
+        interleave_queries(query + m, count - m, dim, direct_queries(scratch, m));
+      }
+      return;
+    }
     for (int m = 0; m < count; ++m) __builtin_memcpy(scratch.query[m], query[m], dim * 2);
   }
 
   static void score(const BFloat16* const* query, int count, const BlockRows& keys,
                     AttentionScratch& scratch) {
-    if (count <= kDirectQueries) {
+    if (count == 1) {
       score_direct_block(query, count, keys, scratch.scores);
+      return;
+    }
+    if (count <= kDirectQueries) {
+      for (int m = 0; m < count; m += kDirectTile) {
+        score_interleaved(direct_queries(scratch, m), keys, scratch.scores + m);
+      }
       return;
     }
     // A pair of neighbouring elements is one 32-bit unit: transposed like a float.
@@ -137,6 +149,99 @@ struct BlockProducts<BFloat16> {
   }
 
  private:
+  static_assert(kDirectTile == 4);
+  static constexpr int kChunk = 16;  // elements of one of two queries in a vector
+
+  static BFloat16* direct_queries(AttentionScratch& scratch, int m) {
+    return reinterpret_cast<BFloat16*>(scratch.query[m]);
+  }
+
+  // [chunk of 16 elements][query of 4][element]; what is missing is 0.
+  static void interleave_queries(const BFloat16* const* query, int count, int64_t dim,
+                                 BFloat16* out) {
+    __builtin_memset(out, 0, (dim + kChunk - 1) / kChunk * kChunk * kDirectTile * 2);
+    for (int m = 0; m < kDirectTile && m < count; ++m) {
+      for (int64_t d = 0; d < dim; ++d) {
+        out[(d / kChunk * kDirectTile + m) * kChunk + d % kChunk] = query[m][d];
+      }
+    }
+  }
+
+  // Scores of four query vectors: one vector of products serves two of them, each chunk of a key
+  // being repeated as it is loaded. That leaves eight partial sums per score to be folded, where
+  // lanes along head_dim would leave sixteen, and keys are read in the order of their addresses.
+  static void score_interleaved(const BFloat16* query, const BlockRows& keys,
+                                float (*scores)[kBlockKeys]) {
+    if (keys.dim == 64) return score_rows<64>(query, keys, scores);
+    if (keys.dim == 128) return score_rows<128>(query, keys, scores);
+    score_rows<0>(query, keys, scores);
+  }
+
+  template <int kDim>
+  static void score_rows(const BFloat16* query, const BlockRows& keys,
+                         float (*scores)[kBlockKeys]) {
+    constexpr int kHeld = kDim == 0 ? 1 : kDim / kChunk;
+    Pairs q[kHeld][2];
+    if constexpr (kDim != 0) {
+      BATON_UNROLL
+      for (int i = 0; i < kHeld; ++i) {
+        q[i][0] = load_pairs(query + 4 * i * kChunk);
+        q[i][1] = load_pairs(query + (4 * i + 2) * kChunk);
+      }
+    }
+    const auto products = [&](int64_t k) BATON_INLINE_LAMBDA {
+      const BFloat16* key = keys.data + k * keys.stride;
+      Vec low = zero(), high = zero();
+      if constexpr (kDim != 0) {
+        BATON_UNROLL
+        for (int i = 0; i < kHeld; ++i) {
+          const Pairs chunk = _mm512_broadcast_i64x4(
+              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(key + i * kChunk)));
+          low = dot_pairs(low, q[i][0], chunk);
+          high = dot_pairs(high, q[i][1], chunk);
+        }
+      } else {
+        for (int64_t d = 0; d < keys.dim; d += kChunk) {
+          const int64_t here = keys.dim - d < kChunk ? keys.dim - d : kChunk;
+          const Pairs chunk = _mm512_broadcast_i64x4(
+              _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << here) - 1), key + d));
+          low = dot_pairs(low, load_pairs(query + 4 * d), chunk);
+          high = dot_pairs(high, load_pairs(query + 4 * d + 2 * kChunk), chunk);
+        }
+      }
+      // Lanes 4m .. 4m + 3 belong to query m.
+      return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4((__m512)low, (__m512)high, 0x88),
+                                _mm512_shuffle_f32x4((__m512)low, (__m512)high, 0xdd));
+    };
+    const auto put = [&](Vec folded, int64_t k, int64_t bytes) BATON_INLINE_LAMBDA {
+      BATON_UNROLL
+      for (int m = 0; m < kDirectTile; ++m) {
+        const __m128 quad = _mm512_extractf32x4_ps((__m512)folded, m);
+        __builtin_memcpy(&scores[m][k], &quad, bytes);
+      }
+    };
+    int64_t k = 0;
+    for (; k + 4 <= keys.count; k += 4) {
+      for (int i = 0; i < 4; ++i) keys.prefetch_ahead(k + i);
+      const Vec a = products(k), b = products(k + 1), c = products(k + 2), d = products(k + 3);
+      put(fold4(a, b, c, d), k, 16);
+    }
+    for (; k < keys.count; ++k) {
+      keys.prefetch_ahead(k);
+      put(fold4(products(k), zero(), zero(), zero()), k, 4);
+    }
+  }
+
+  // Lanes 4m .. 4m + 3 of the result: the sums of lanes 4m .. 4m + 3 of a, b, c and d.
+  static BATON_INLINE Vec fold4(Vec a, Vec b, Vec c, Vec d) {
+    const auto fold = [](Vec x, Vec y) BATON_INLINE_LAMBDA {
+      return _mm512_add_ps(_mm512_unpacklo_ps((__m512)x, (__m512)y),
+                           _mm512_unpackhi_ps((__m512)x, (__m512)y));
+    };
+    const __m512 ab = fold(a, b), cd = fold(c, d);
+    return (Vec)_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  }
+
   // scores[m][k] = sum over pairs of elements of query[m] . keys[.][k], lanes are keys.
   template <int kQueries>
   static void score_pairs(const float (*query)[kMaxHeadDim], const float (*keys)[kBlockKeys],
@@ -188,14 +293,83 @@ struct BlockProducts<BFloat16> {
     });
   }
 
+  // Whole rows at a time, so that values too are read in the order of their addresses: as many
+  // query vectors per pass as their sums find registers.
   static void weigh_direct(int count, const BlockRows& values, AttentionScratch& scratch) {
-    const auto source = [&](int64_t k, int64_t d) BATON_INLINE_LAMBDA {
-      const BFloat16* ahead = values.data + (2 * k + kBlockKeys) * values.stride + d;
-      __builtin_prefetch(ahead, 0, 2);
-      __builtin_prefetch(ahead + values.stride, 0, 2);
-      return row_pair(values, k, d);
+    if (values.dim == 64) {
+      weigh_rows<64, 4>(count, values, scratch);
+    } else if (values.dim == 128) {
+      weigh_rows<128, 2>(count, values, scratch);
+    } else {
+      const auto source = [&](int64_t k, int64_t d) BATON_INLINE_LAMBDA {
+        if (d == 0) {
+          values.prefetch_ahead(2 * k);
+          values.prefetch_ahead(2 * k + 1);
+        }
+        return row_pair(values, k, d);
+      };
+      weigh_tiles<kDirectTile>(count, (values.count + 1) / 2, values.dim, source, scratch);
+    }
+  }
+
+  template <int kDim, int kTile>
+  static void weigh_rows(int count, const BlockRows& values, AttentionScratch& scratch) {
+    for (int m = 0; m < count; m += kTile) {
+      const auto pass = [&]<int kQueries>() {
+        if (m == 0) {
+          weigh_row_pairs<kDim, kQueries, true>(scratch.scores + m, values, scratch.out + m);
+        } else {
+          weigh_row_pairs<kDim, kQueries, false>(scratch.scores + m, values, scratch.out + m);
+        }
+      };
+      const int here = count - m < kTile ? count - m : kTile;
+      if constexpr (kTile == 4) {
+        dispatch_int<1, 2, 3, 4>(here, pass);
+      } else {
+        dispatch_int<1, 2>(here, pass);
+      }
+    }
+  }
+
+  template <int kDim, int kQueries, bool kPrefetch>
+  static void weigh_row_pairs(const float (*p)[kBlockKeys], const BlockRows& values,
+                              float (*out)[kMaxHeadDim]) {
+    constexpr int kSteps = kDim / kPairStep;
+    Vec sums[kQueries][2 * kSteps] = {};
+    const auto add = [&](int64_t k, bool alone) BATON_INLINE_LAMBDA {
+      const BFloat16* even = values.data + 2 * k * values.stride;
+      Pairs weight[kQueries];
+      BATON_UNROLL
+      for (int m = 0; m < kQueries; ++m) weight[m] = broadcast_pair(&p[m][k]);
+      BATON_UNROLL
+      for (int i = 0; i < kSteps; ++i) {
+        // The row behind an odd count is not read: it is padding or another row's.
+        const ValuePairs v =
+            interleave(load_pairs(even + i * kPairStep),
+                       alone ? Pairs{} : load_pairs(even + values.stride + i * kPairStep));
+        BATON_UNROLL
+        for (int m = 0; m < kQueries; ++m) {
+          sums[m][2 * i] = dot_pairs(sums[m][2 * i], weight[m], v.low);
+          sums[m][2 * i + 1] = dot_pairs(sums[m][2 * i + 1], weight[m], v.high);
+        }
+      }
     };
-    weigh_tiles<kDirectTile>(count, (values.count + 1) / 2, values.dim, source, scratch);
+    for (int64_t k = 0; k < values.count / 2; ++k) {
+      if constexpr (kPrefetch) {
+        values.prefetch_ahead(2 * k);
+        values.prefetch_ahead(2 * k + 1);
+      }
+      add(k, false);
+    }
+    if (values.count % 2 != 0) add(values.count / 2, true);
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      BATON_UNROLL
+      for (int i = 0; i < 2 * kSteps; ++i) {
+        float* total = &out[m][i * kLanes];
+        store(total, load(total) + sums[m][i]);
+      }
+    }
   }
 
   static void weigh_packed(int count, const BlockRows& values, AttentionScratch& scratch) {

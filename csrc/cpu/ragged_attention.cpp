@@ -34,69 +34,76 @@ Range visible(const RaggedAttentionParams& p, const Tile& t, int64_t j) {
   return {begin, end};
 }
 
-// Scale, softcap, ALiBi and mask of one query vector's scores; returns their maximum.
-float finish_scores(const RaggedAttentionParams& p, float* scores, float slope, int64_t position,
-                    int64_t first_key, Range range) {
+// What turns the scores of one query vector into probabilities.
+struct Softmax {
+  Range range;       // keys that it sees
+  int64_t position;  // its own
+  float slope;
+};
+
+// Scale, softcap, ALiBi and mask of one query vector's scores for the block that begins at
+// first_key.
+BATON_INLINE void finish_scores(const RaggedAttentionParams& p, const float* scores,
+                                const Softmax& softmax, int64_t first_key, Vec (&out)[kBlockVecs]) {
   const Vec scale = set1(p.scale);
-  Vec top = set1(kNothing);
   // Relative to the block, so that 32 bits are enough.
-  const int64_t low = range.begin - first_key, high = range.end - first_key;
-  if (low <= 0 && high >= kBlockKeys && p.softcap == 0.0f && !p.alibi_slopes) {
-    BATON_UNROLL
-    for (int k = 0; k < kBlockKeys; k += kLanes) {
-      const Vec s = load(scores + k) * scale;
-      store(scores + k, s);
-      top = max(s, top);
-    }
-    return reduce_max(top);
-  }
+  const int64_t low = softmax.range.begin - first_key, high = softmax.range.end - first_key;
+  BATON_UNROLL
+  for (int i = 0; i < kBlockVecs; ++i) out[i] = load(scores + i * kLanes) * scale;
+  if (low <= 0 && high >= kBlockKeys && p.softcap == 0.0f && !p.alibi_slopes) return;
   const int32_t from = low > 0 ? static_cast<int32_t>(low < kBlockKeys ? low : kBlockKeys) : 0;
   const int32_t to = high > 0 ? static_cast<int32_t>(high < kBlockKeys ? high : kBlockKeys) : 0;
-  const float distance = static_cast<float>(position - first_key);
+  const float distance = static_cast<float>(softmax.position - first_key);
   IntVec key;
   for (int i = 0; i < kLanes; ++i) key[i] = i;
-  for (int k = 0; k < kBlockKeys; k += kLanes) {
-    Vec s = load(scores + k) * scale;
+  for (int i = 0; i < kBlockVecs; ++i) {
+    Vec s = out[i];
     if (p.softcap > 0.0f) s = set1(p.softcap) * tanh(s / set1(p.softcap));
     if (p.alibi_slopes) {
-      s = s - set1(slope) * (set1(distance) - __builtin_convertvector(key, Vec));
+      s = s - set1(softmax.slope) * (set1(distance) - __builtin_convertvector(key, Vec));
     }
-    s = (key >= from) & (key < to) ? s : set1(kNothing);
-    store(scores + k, s);
-    top = max(s, top);
+    out[i] = (key >= from) & (key < to) ? s : set1(kNothing);
     key += kLanes;
   }
-  return reduce_max(top);
 }
 
-// Turns scores into probabilities relative to the running maximum, rescaling what was summed
-// before.
-void update_softmax(AttentionScratch& scratch, int m, float block_maximum, int64_t dim) {
+// Probabilities are relative to a reference that follows the largest score lazily: what was summed
+// before is rescaled only when a score exceeds it by this much. e^10 more costs a float nothing.
+constexpr float kSlack = 10.0f;
+
+// Turns the block's scores of query vector m into probabilities, and adds them to its sum.
+BATON_INLINE void update_softmax(const RaggedAttentionParams& p, const Softmax& softmax,
+                                 int64_t first_key, int m, AttentionScratch& scratch) {
   float* scores = scratch.scores[m];
-  const float old = scratch.maximum[m];
-  const float top = block_maximum > old ? block_maximum : old;
-  // Nothing seen yet: subtracting 0 keeps exp(-inf) = 0, and a NaN score stays one.
-  const Vec shift = set1(top == kNothing ? 0.0f : top);
-  Vec total = zero();
+  Vec s[kBlockVecs];
+  finish_scores(p, scores, softmax, first_key, s);
+  Vec top = s[0];
   BATON_UNROLL
-  for (int k = 0; k < kBlockKeys; k += kLanes) {
-    const Vec probability = exp(load(scores + k) - shift);
-    store(scores + k, probability);
+  for (int i = 1; i < kBlockVecs; ++i) top = max(s[i], top);
+  const float old = scratch.maximum[m];
+  if (any(top > set1(old + kSlack))) {
+    const float now = reduce_max(top);
+    scratch.maximum[m] = now;
+    if (old != kNothing) {
+      const Vec correction = exp(set1(old - now));
+      store(scratch.sum[m], load(scratch.sum[m]) * correction);
+      // To the end of the last 32: the sums may lie in an order of their own until finish().
+      for (int64_t d = 0; d < (p.sizes.head_dim + 31) / 32 * 32; d += kLanes) {
+        store(&scratch.out[m][d], load(&scratch.out[m][d]) * correction);
+      }
+    }
+  }
+  // Nothing seen yet: subtracting 0 keeps exp(-inf) = 0, and a NaN score stays one.
+  const float reference = scratch.maximum[m];
+  const Vec shift = set1(reference == kNothing ? 0.0f : reference);
+  Vec total = load(scratch.sum[m]);
+  BATON_UNROLL
+  for (int i = 0; i < kBlockVecs; ++i) {
+    const Vec probability = exp(s[i] - shift);
+    store(scores + i * kLanes, probability);
     total = total + probability;
   }
-  float sum = reduce_add(total);
-  if (old != top && scratch.sum[m] != 0.0f) {
-    const Vec correction = exp(set1(old - top));
-    sum += scratch.sum[m] * correction[0];
-    // To the end of the last 32: the sums may lie in an order of their own until finish().
-    for (int64_t d = 0; d < (dim + 31) / 32 * 32; d += kLanes) {
-      store(&scratch.out[m][d], load(&scratch.out[m][d]) * correction);
-    }
-  } else {
-    sum += scratch.sum[m];
-  }
-  scratch.maximum[m] = top;
-  scratch.sum[m] = sum;
+  store(scratch.sum[m], total);
 }
 
 template <typename T>
@@ -106,48 +113,85 @@ const T* query_vector(const RaggedAttentionParams& p, const Tile& t, int64_t m) 
          offset(p.query_strides, 0, token, t.first_head + m % t.num_heads);
 }
 
-// Streams the tile's keys and values; leaves sums, maxima and totals in scratch.
+AttentionRowPlan row_plan(const RaggedAttentionParams& p, int64_t row) {
+  return plan_attention_row(p.cu_seqlens[row + 1] - p.cu_seqlens[row], p.lengths[row],
+                            p.num_heads / p.sizes.num_kv_heads);
+}
+
+// The item's tokens and columns; its heads are still to be chosen.
+Tile make_tile(const RaggedAttentionParams& p, const AttentionItem& item,
+               const AttentionRowPlan& plan) {
+  Tile tile{};
+  tile.row = item.row;
+  tile.query_length = p.cu_seqlens[item.row + 1] - p.cu_seqlens[item.row];
+  tile.length = p.lengths[item.row];
+  tile.token = item.tile * plan.tile_tokens;
+  tile.num_tokens = tile.query_length - tile.token < plan.tile_tokens
+                        ? tile.query_length - tile.token
+                        : plan.tile_tokens;
+  // The first token sees the furthest back, the last one the furthest on.
+  const Range first = visible(p, tile, tile.token);
+  const Range last = visible(p, tile, tile.token + tile.num_tokens - 1);
+  tile.begin = item.split * plan.split_columns;
+  tile.end = tile.begin + plan.split_columns;
+  if (tile.begin < first.begin) tile.begin = first.begin;
+  if (tile.end > last.end) tile.end = last.end;
+  return tile;
+}
+
+// Where the keys and values of a tile begin.
 template <typename T>
-void stream(const RaggedAttentionParams& p, const Tile& t, int64_t kv_head,
-            AttentionScratch& scratch) {
+struct Streams {
+  const T* keys;
+  const T* values;
+};
+
+template <typename T>
+Streams<T> streams(const RaggedAttentionParams& p, const Tile& t, int64_t kv_head) {
+  const int64_t slot = p.slots[t.row], column = p.starts[t.row] + t.begin;
+  return {
+      static_cast<const T*>(p.key_cache) + offset(p.key_cache_strides, 0, slot, kv_head, column),
+      static_cast<const T*>(p.value_cache) +
+          offset(p.value_cache_strides, 0, slot, kv_head, column),
+  };
+}
+
+// Streams the tile's keys and values; leaves sums, maxima and totals in scratch. `next` is what
+// will be streamed after them.
+template <typename T>
+void stream(const RaggedAttentionParams& p, const Tile& t, const Streams<T>& from,
+            const Streams<T>& next, AttentionScratch& scratch) {
   typedef BlockProducts<T> Products;
-  const int64_t dim = p.sizes.head_dim, slot = p.slots[t.row], start = p.starts[t.row];
+  const int64_t dim = p.sizes.head_dim;
   const int count = static_cast<int>(t.count);
   const T* query[kMaxQueries];
-  Range ranges[kMaxQueries];
+  Softmax softmax[kMaxQueries];
   for (int m = 0; m < count; ++m) {
     query[m] = query_vector<T>(p, t, m);
-    ranges[m] = visible(p, t, t.token + m / t.num_heads);
+    const int64_t token = t.token + m / t.num_heads, head = t.first_head + m % t.num_heads;
+    softmax[m].range = visible(p, t, token);
     // Another split sees to what lies behind this one's end.
-    if (ranges[m].end > t.end) ranges[m].end = t.end;
+    if (softmax[m].range.end > t.end) softmax[m].range.end = t.end;
+    softmax[m].position = t.length - t.query_length + token;
+    softmax[m].slope = p.alibi_slopes ? p.alibi_slopes[head] : 0.0f;
     scratch.maximum[m] = kNothing;
-    scratch.sum[m] = 0.0f;
+    store(scratch.sum[m], zero());
     __builtin_memset(scratch.out[m], 0, sizeof(scratch.out[m]));
   }
   Products::load_queries(query, count, dim, scratch);
-  const T* keys =
-      static_cast<const T*>(p.key_cache) + offset(p.key_cache_strides, 0, slot, kv_head, start);
-  const T* values =
-      static_cast<const T*>(p.value_cache) + offset(p.value_cache_strides, 0, slot, kv_head, start);
   const int64_t key_stride = p.key_cache_strides.column_stride;
   const int64_t value_stride = p.value_cache_strides.column_stride;
-
-  // Each block asks for the next one; nobody has asked for the first values.
-  for (int64_t k = t.begin; k < t.end && k < t.begin + kBlockKeys; ++k) {
-    const char* row = reinterpret_cast<const char*>(values + k * value_stride);
-    for (int64_t i = 0; i < dim * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(row + i, 0, 2);
-  }
+  const int64_t ahead = kAheadBytes / (dim * static_cast<int64_t>(sizeof(T)));
   for (int64_t first = t.begin; first < t.end; first += kBlockKeys) {
-    const int64_t keys_here = t.end - first < kBlockKeys ? t.end - first : kBlockKeys;
-    Products::score(query, count, {keys + first * key_stride, key_stride, keys_here, dim}, scratch);
-    for (int m = 0; m < count; ++m) {
-      const int64_t head = t.first_head + m % t.num_heads;
-      const int64_t position = t.length - t.query_length + t.token + m / t.num_heads;
-      const float slope = p.alibi_slopes ? p.alibi_slopes[head] : 0.0f;
-      const float top = finish_scores(p, scratch.scores[m], slope, position, first, ranges[m]);
-      update_softmax(scratch, m, top, dim);
-    }
-    Products::weigh(count, {values + first * value_stride, value_stride, keys_here, dim}, scratch);
+    const int64_t done = first - t.begin, remaining = t.end - first;
+    const int64_t here = remaining < kBlockKeys ? remaining : kBlockKeys;
+    const Rows<T> keys{
+        from.keys + done * key_stride, key_stride, here, dim, remaining, next.keys, ahead};
+    const Rows<T> values{
+        from.values + done * value_stride, value_stride, here, dim, remaining, next.values, ahead};
+    Products::score(query, count, keys, scratch);
+    for (int m = 0; m < count; ++m) update_softmax(p, softmax[m], first, m, scratch);
+    Products::weigh(count, values, scratch);
   }
   Products::finish(count, dim, scratch);
 }
@@ -179,15 +223,16 @@ void write_result(const RaggedAttentionParams& p, int64_t token, int64_t head, c
 
 template <typename T>
 void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
-              const AttentionRowPlan& plan, const Tile& tile, AttentionScratch& scratch) {
-  stream<T>(p, tile, item.kv_head, scratch);
+              const AttentionRowPlan& plan, const Tile& tile, const Streams<T>& next,
+              AttentionScratch& scratch) {
+  stream<T>(p, tile, streams<T>(p, tile, item.kv_head), next, scratch);
   const int64_t dim = p.sizes.head_dim;
   for (int64_t m = 0; m < tile.count; ++m) {
     const int64_t token = tile.token + m / tile.num_heads;
     const int64_t head = tile.first_head + m % tile.num_heads;
     if (plan.num_splits == 1) {
       write_result<T>(p, p.cu_seqlens[item.row] + token, head, scratch.out[m], scratch.maximum[m],
-                      scratch.sum[m]);
+                      reduce_add(load(scratch.sum[m])));
       continue;
     }
     float* partial =
@@ -195,38 +240,26 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
         ((token * p.num_heads + head) * plan.num_splits + item.split) * attention_partial_size(dim);
     __builtin_memcpy(partial, scratch.out[m], dim * sizeof(float));
     partial[dim] = scratch.maximum[m];
-    partial[dim + 1] = scratch.sum[m];
+    partial[dim + 1] = reduce_add(load(scratch.sum[m]));
   }
 }
 
 template <typename T>
 void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
-              AttentionScratch& scratch) {
-  const int64_t group = p.num_heads / p.sizes.num_kv_heads;
-  Tile tile{};
-  tile.row = item.row;
-  tile.query_length = p.cu_seqlens[item.row + 1] - p.cu_seqlens[item.row];
-  tile.length = p.lengths[item.row];
-  const AttentionRowPlan plan = plan_attention_row(tile.query_length, tile.length, group);
-  tile.token = item.tile * plan.tile_tokens;
-  tile.num_tokens = tile.query_length - tile.token < plan.tile_tokens
-                        ? tile.query_length - tile.token
-                        : plan.tile_tokens;
-  // The first token sees the furthest back, the last one the furthest on.
-  const Range first = visible(p, tile, tile.token);
-  const Range last = visible(p, tile, tile.token + tile.num_tokens - 1);
-  tile.begin = item.split * plan.split_columns;
-  tile.end = tile.begin + plan.split_columns;
-  if (tile.begin < first.begin) tile.begin = first.begin;
-  if (tile.end > last.end) tile.end = last.end;
+              const AttentionItem& next, AttentionScratch& scratch) {
+  const AttentionRowPlan plan = row_plan(p, item.row);
+  Tile tile = make_tile(p, item, plan);
+  const Tile after = make_tile(p, next, row_plan(p, next.row));
+  const Streams<T> following = streams<T>(p, after, next.kv_head);
 
   // Groups wider than a tile are taken in parts; their keys and values are then in the core's
   // cache.
+  const int64_t group = p.num_heads / p.sizes.num_kv_heads;
   for (int64_t head = 0; head < group; head += kAttentionTileQueries) {
     tile.first_head = item.kv_head * group + head;
     tile.num_heads = group - head < kAttentionTileQueries ? group - head : kAttentionTileQueries;
     tile.count = tile.num_tokens * tile.num_heads;
-    run_tile<T>(p, work, item, plan, tile, scratch);
+    run_tile<T>(p, work, item, plan, tile, following, scratch);
   }
 }
 
@@ -260,7 +293,9 @@ void ragged_attention(const RaggedAttentionParams& p, const AttentionWork& work,
                       int64_t end) {
   AttentionScratch scratch;
   dispatch_dtype(p.dtype, [&]<typename T>() {
-    for (int64_t i = begin; i < end; ++i) run_item<T>(p, work, work.items[i], scratch);
+    for (int64_t i = begin; i < end; ++i) {
+      run_item<T>(p, work, work.items[i], work.items[i + 1 < end ? i + 1 : i], scratch);
+    }
   });
 }
 

@@ -116,6 +116,19 @@ BATON_INLINE float reduce_max(Vec x) {
 #endif
 }
 
+// Whether a comparison holds in any lane.
+BATON_INLINE bool any(IntVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= mask[i];
+  return bits != 0;
+#endif
+}
+
 // Loads.
 BATON_INLINE Vec load(const float* p) {
   Vec x;

@@ -1,0 +1,1 @@
+"""Kernels against the machine's limits and against peers; see `__main__`."""

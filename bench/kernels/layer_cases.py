@@ -1,0 +1,167 @@
+"""Norm, activation and projection, and what calling an op costs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch.nn import functional
+
+import baton_kernels as bk
+from baton_kernels import reference
+from baton_kernels.testing import Accuracy, cumulative, int32
+
+from .measure import LIMIT, OURS, Row, Way, Work, kept
+from .options import Options
+from .report import dtype_name
+
+# Bytes of one input: below what malloc hands out as fresh pages, which would be timed instead.
+LARGE = 16 << 20
+# Calls in one timing where a call takes microseconds: many for the clock, few for a machine that is
+# disturbed now and then.
+INNER = 20
+# hidden and intermediate size
+MODELS = {"SmolLM2-135M": (576, 1536), "Llama 8B": (4096, 14336)}
+
+
+def layers(options: Options) -> Iterator[Work]:
+    """rms_norm and silu_and_mul of large inputs, against reading and writing as many bytes."""
+    width = options.pick(4096, 4096, 64)
+    for dtype in options.dtypes:
+        rows = max(1, options.pick(LARGE, LARGE, 4096) // (width * dtype.itemsize))
+        copies = options.pick(-(-4 * options.device.cache_bytes // LARGE) + 1, None, 2)
+        inputs = [normal(options, dtype, rows, width, seed=i) for i in range(copies)]
+        weight = normal(options, dtype, width, seed=99)
+        size = inputs[0].nbytes
+        for label, calls, moved in (
+            (f"rms_norm, {rows} x {width}", norms(inputs, weight), 2 * size),
+            (f"silu_and_mul, {rows} x {width}", activations(inputs), size + size // 2),
+        ):
+            yield Work(
+                label, dtype_name(dtype),
+                [*pair(options, *calls), *copies_of(options, moved // 2)],
+                bytes=moved, ceiling="copy",
+            )  # fmt: skip
+
+
+def rows(options: Options) -> Iterator[Work]:
+    """rms_norm and silu_and_mul of one decode row: microseconds, the call included."""
+    for dtype in options.dtypes:
+        for model, (hidden, wide) in MODELS.items():
+            x, gate = (normal(options, dtype, 1, n) for n in (hidden, 2 * wide))
+            weight = normal(options, dtype, hidden, seed=99)
+            for op, calls in (
+                (f"rms_norm of {hidden}", norms([x], weight)),
+                (f"silu_and_mul of 2 x {wide}", activations([gate])),
+            ):
+                yield Work(f"{op} ({model})", dtype_name(dtype), pair(options, *calls), inner=INNER)
+
+
+def normal(options: Options, dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device=options.device.name, dtype=dtype)
+
+
+Calls = list[Callable[[], torch.Tensor]]
+
+
+def norms(inputs: Sequence[torch.Tensor], weight: torch.Tensor) -> tuple[Calls, Calls, Accuracy]:
+    """Ours, torch's, and what they are held to."""
+    size = weight.shape
+    return (
+        [functools.partial(bk.rms_norm, x, weight, 1e-6) for x in inputs],
+        [functools.partial(functional.rms_norm, x, size, weight, 1e-6) for x in inputs],
+        Accuracy("rms_norm", inputs[0].cpu(), weight.cpu()),
+    )
+
+
+def activations(inputs: Sequence[torch.Tensor]) -> tuple[Calls, Calls, Accuracy]:
+    def with_torch(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return functional.silu(a) * b
+
+    return (
+        [functools.partial(bk.silu_and_mul, x) for x in inputs],
+        [functools.partial(with_torch, x) for x in inputs],
+        Accuracy("silu_and_mul", inputs[0].cpu()),
+    )
+
+
+def pair(options: Options, mine: Calls, others: Calls, truth: Accuracy) -> list[Way]:
+    def check(result: torch.Tensor) -> None:
+        truth.check(result.cpu())
+
+    ways = [Way("baton_kernels", kept(mine), check, OURS)]
+    return [*ways, *options.peers(lambda: [Way("torch", kept(others), check)])]
+
+
+def copies_of(options: Options, num_bytes: int) -> list[Way]:
+    calls = options.device.copiers(num_bytes)
+    return [Way("C memcpy: as many bytes read and written", calls, kind=LIMIT)] if calls else []
+
+
+def linear(options: Options) -> Iterator[Work]:
+    """linear against torch: the weights' GB/s for few rows, TFLOP/s for many."""
+    for dtype in options.dtypes:
+        for model, (hidden, wide) in MODELS.items():
+            wide = hidden if model == "Llama 8B" else wide
+            outs, ins = options.pick((wide, hidden), None, (24, 16))
+            weights = [normal(options, dtype, outs, ins)]
+            copies = options.pick(4 * options.device.cache_bytes // weights[0].nbytes + 1, None, 2)
+            weights += [weights[0].clone() for _ in range(copies)]
+            for count in options.pick((1, 8, 16, 32, 512), None, (1, 3)):
+                x = normal(options, dtype, count, ins, seed=1)
+                truth = Accuracy(reference.linear, x.cpu(), weights[0].cpu())
+                calls = (
+                    [functools.partial(bk.linear, x, w) for w in weights],
+                    [functools.partial(functional.linear, x, w) for w in weights],
+                    truth,
+                )
+                few = count <= 32
+                yield Work(
+                    f"{count} rows, {ins} to {outs}", dtype_name(dtype), pair(options, *calls),
+                    bytes=weights[0].nbytes if few else 0,
+                    flops=0 if few else 2 * count * ins * outs,
+                    ceiling="read" if few else f"gemm_{dtype_name(dtype)}",
+                )  # fmt: skip
+
+
+def overhead(options: Options) -> Iterator[Work]:
+    """A call of each op with nothing to do, beside torch.cat of as many tensors."""
+    device, none = options.device.name, int32([], options.device.name)
+    cache, index = torch.zeros(1, 2, 8, 16, device=device), cumulative([], device)
+    tokens = torch.zeros(0, 2, 16, device=device)
+    scores, lse = torch.zeros(0, 2, 1, 8, device=device), torch.zeros(0, 2, device=device)
+    weight = torch.ones(16, device=device)
+    empty, square = torch.zeros(0, 16, device=device), torch.zeros(16, 16, device=device)
+    ops = {
+        "insert_kv": (tokens, tokens, cache, cache.clone(), index, none, none),
+        "append_kv": (tokens, tokens, cache, cache.clone(), none, none),
+        "move_kv": (cache, cache.clone(), none, none, none, none, none),
+        "extract_kv": (cache, cache, index, none, none),
+        "ragged_attention": (tokens, cache, cache, index, none, none, none),
+        "merge_attention": (tokens, lse, tokens, lse),
+        "attention_mask": (none, none, 1, 8),
+        "masked_softmax": (scores, none, none),
+        "rms_norm": (empty, weight),
+        "silu_and_mul": (empty,),
+        "linear": (empty, square),
+    }
+    for name, arguments in ops.items():
+        named = {"total_tokens": 0} if name == "extract_kv" else {}
+        call = functools.partial(getattr(bk, name), *arguments, **named)
+        count = sum(isinstance(x, torch.Tensor) for x in arguments)
+        others = functools.partial(torch.cat, [empty] * count)
+        yield Work(
+            name, "float32",
+            [Way(f"{name}, {count} tensors", [call], kind=OURS),
+             Way(f"torch.cat of {count}", [others])],
+            inner=INNER,
+        )  # fmt: skip
+
+
+def overhead_summary(rows: list[Row]) -> list[str]:
+    """What a call costs, in calls of torch."""
+    peers = [row for row in rows if row.kind != OURS and row.ratio]
+    return ["; ".join(f"{row.work} {1 / row.ratio:.2f}x torch.cat" for row in peers)]

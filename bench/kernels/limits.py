@@ -1,0 +1,223 @@
+"""The machine's ceilings: read bandwidth, memcpy, read + write, matrix products.
+
+`limits.cpp` is compiled by the system's compiler on first use, for this machine alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import mmap
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("limits.cpp")
+BUILD = SOURCE.parents[2] / "build" / "bench"
+# (runs read side by side, bytes of software prefetch ahead): the best one is this machine's.
+READERS = tuple((streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 4096))
+
+
+@dataclass
+class Ceiling:
+    """One limit: median rate in GB/s or TFLOP/s, and what reached it."""
+
+    name: str
+    rate: float
+    unit: str
+    how: str
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled limits.
+
+    Raises:
+        RuntimeError: There is no C++ compiler.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        raise RuntimeError("bench.kernels: measuring the ceilings needs a C++ compiler (set CXX)")
+    command = [*compiler.split(), "-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp"]
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    target = BUILD / f"limits-{key}.so"
+    if not target.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        scratch = BUILD / f"limits-{key}-{os.getpid()}"
+        compiled = scratch.with_suffix(".o")
+        subprocess.run([*command, "-c", str(SOURCE), "-o", str(compiled)], check=True)
+        # Left to be found at load time, OpenMP is torch's own copy: one pool of threads, not two.
+        own = [] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-fopenmp"]
+        link = [*compiler.split(), "-shared", str(compiled), "-o", str(scratch), *own]
+        subprocess.run(link, check=True)
+        compiled.unlink()
+        scratch.rename(target)
+    loaded = ctypes.CDLL(str(target))
+    pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    loaded.limits_read.argtypes = [pointer, number, small, small, number]
+    loaded.limits_read.restype = ctypes.c_uint64
+    for name in ("limits_memcpy", "limits_stream"):
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [pointer, pointer, number, small], None
+    return loaded
+
+
+def l3_bytes() -> int:
+    """Bytes of the last cache level that core 0 sees; 32 MiB where the system does not say."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 32 << 20
+
+
+def buffer(num_bytes: int, huge_pages: bool) -> torch.Tensor:
+    """Bytes on pages of their own, written once, so that every page is there."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    return tensor.fill_(1)
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    """Median time of a call."""
+    call()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+class Limits:
+    """Measures the ceilings on the CPU, and lends their kernels to tables as one more way.
+
+    Args:
+        num_bytes: Of each of the two buffers; several times the last cache level.
+        repeats: Runs of each candidate.
+    """
+
+    def __init__(self, num_bytes: int = 512 << 20, repeats: int = 7):
+        self.num_bytes, self.repeats = num_bytes, repeats
+        self._buffers = {huge: buffer(num_bytes, huge) for huge in (True, False)}
+        self._best: dict[tuple[str, int], tuple] = {}
+        self._next = 0
+
+    def measure(self, names: Sequence[str]) -> dict[str, Ceiling]:
+        """The named ceilings: read, memcpy, copy, gemm_<dtype>; on torch's number of threads."""
+        return {name: self._measure(name) for name in names}
+
+    def read(self, num_bytes: int) -> Callable[[], None]:
+        """A call that reads `num_bytes` of cold memory the best known way, elsewhere each time."""
+        self._measure_once("read")
+        threads = torch.get_num_threads()
+        huge, streams, ahead = self._best["read", threads]
+        num_bytes = self._whole_lines(num_bytes)
+        source, read = self._buffers[huge].data_ptr(), library().limits_read
+
+        def call() -> None:
+            read(source + self._place(num_bytes), num_bytes, threads, streams, ahead)
+
+        return call
+
+    def memcpy(self, num_bytes: int) -> Callable[[], None]:
+        """A call that copies `num_bytes` of cold memory with C's memcpy."""
+        threads, function = torch.get_num_threads(), library().limits_memcpy
+        num_bytes = self._whole_lines(num_bytes)
+        target, source = (self._buffers[huge].data_ptr() for huge in (False, True))
+
+        def call() -> None:
+            place = self._place(num_bytes)
+            function(target + place, source + place, num_bytes, threads)
+
+        return call
+
+    def _whole_lines(self, num_bytes: int) -> int:
+        if num_bytes > self.num_bytes:
+            raise ValueError(f"bench.kernels: {num_bytes} bytes exceed the limits' buffer")
+        return -(-num_bytes // 64) * 64
+
+    def _place(self, num_bytes: int) -> int:
+        place = self._next if self._next + num_bytes <= self.num_bytes else 0
+        self._next = place + num_bytes
+        return place
+
+    def _measure_once(self, name: str) -> None:
+        if (name, torch.get_num_threads()) not in self._best:
+            self._measure(name)
+
+    def _measure(self, name: str) -> Ceiling:
+        if name.startswith("gemm_"):
+            return self._gemm(name)
+        threads = torch.get_num_threads()
+        candidates = {"read": self._readers, "memcpy": self._memcpys, "copy": self._copies}[name]()
+        # All candidates once per process and number of threads; later only the best of them.
+        known = self._best.get((name, threads))
+        if known is not None:
+            candidates = {known: candidates[known]}
+        took = {key: seconds(call, self.repeats) for key, (call, _) in candidates.items()}
+        best = self._best[name, threads] = min(took, key=took.get)
+        # A memcpy is rated by what it copies, a copy by what it reads and writes.
+        moved = self.num_bytes * (2 if name == "copy" else 1)
+        return Ceiling(name, moved / took[best] / 1e9, "GB/s", candidates[best][1])
+
+    def _readers(self) -> dict[tuple, tuple[Callable, str]]:
+        read, threads = library().limits_read, torch.get_num_threads()
+        return {
+            (huge, streams, ahead): (
+                functools.partial(read, memory.data_ptr(), self.num_bytes, threads, streams, ahead),
+                f"{streams} streams, prefetch {ahead}, {'huge' if huge else 'small'} pages",
+            )
+            for huge, memory in self._buffers.items()
+            for streams, ahead in READERS
+        }
+
+    def _memcpys(self) -> dict[tuple, tuple[Callable, str]]:
+        return {
+            (huge,): (self._copier("limits_memcpy", huge), f"memcpy, {pages} pages")
+            for huge, pages in ((False, "small"), (True, "huge"))
+        }
+
+    def _copies(self) -> dict[tuple, tuple[Callable, str]]:
+        return {
+            (function, huge): (self._copier(function, huge), f"{how}, {pages} pages")
+            for function, how in (("limits_memcpy", "memcpy"), ("limits_stream", "streaming"))
+            for huge, pages in ((False, "small"), (True, "huge"))
+        }
+
+    def _copier(self, function: str, huge: bool) -> Callable[[], None]:
+        # Within one buffer, so that source and target lie on pages of one size.
+        half, base = self.num_bytes // 2, self._buffers[huge].data_ptr()
+        threads, copy = torch.get_num_threads(), getattr(library(), function)
+
+        def call() -> None:
+            copy(base, base + half, half, threads)
+            copy(base + half, base, half, threads)
+
+        return call
+
+    def _gemm(self, name: str) -> Ceiling:
+        dtype, threads = getattr(torch, name.removeprefix("gemm_")), torch.get_num_threads()
+        # Where torch has no fast product for a dtype, the larger size would take minutes.
+        known = self._best.get((name, threads))
+        sizes = known or tuple(size for size in (256, 1024, 2048) if size**2 <= self.num_bytes)
+        best = None
+        for size in sizes:
+            a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+            took = seconds(lambda a=a, b=b: a @ b, self.repeats)
+            rate = 2 * size**3 / took / 1e12
+            if best is None or rate > best.rate:
+                best = Ceiling(name, rate, "TFLOP/s", f"torch matmul of {size} x {size}")
+                self._best[name, threads] = (size,)
+            if took > 0.2:
+                break
+        return best

@@ -1,0 +1,91 @@
+"""What a run measures, and where."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from .cuda import Cuda
+from .limits import Limits
+from .measure import Effort, Way
+from .vllm_peer import Vllm
+
+T = TypeVar("T")
+
+
+class Cpu:
+    """The host: its clock, its ceilings, and the size of its caches."""
+
+    name = "cpu"
+
+    def __init__(self, limits: Limits, cache_bytes: int):
+        self.limits, self.cache_bytes = limits, cache_bytes
+        self.ceilings = limits.measure
+
+    @staticmethod
+    def clock(call: Callable[[], object]) -> float:
+        """Seconds that a call takes."""
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    def readers(self, num_bytes: int) -> list[Callable[[], None]]:
+        """Calls that read as many bytes of cold memory."""
+        return [self.limits.read(num_bytes)]
+
+    def copiers(self, num_bytes: int) -> list[Callable[[], None]]:
+        """Calls that copy as many bytes of cold memory with C's memcpy."""
+        return [self.limits.memcpy(num_bytes)]
+
+    @contextlib.contextmanager
+    def on_threads(self, count: int) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@dataclass
+class Options:
+    """What to measure.
+
+    Args:
+        device: Where.
+        dtypes: Of keys, values and activations.
+        threads: Of torch, and of the ceilings.
+        effort: How long.
+        size: "full", "quick", or "tiny": sizes of a test, where no figure means anything.
+        only: Measure works whose label has this in it.
+        with_peers: Whether peers are measured beside.
+        flex: Whether FlexAttention is among them; compiling it takes most of a minute per shape.
+    """
+
+    device: Cpu | Cuda
+    dtypes: tuple[torch.dtype, ...]
+    threads: int
+    effort: Effort
+    size: str = "full"
+    only: str = ""
+    with_peers: bool = True
+    flex: bool = False
+    vllm: Vllm = field(default_factory=Vllm)
+
+    @property
+    def tiny(self) -> bool:
+        return self.size == "tiny"
+
+    def pick(self, full: T, quick: T | None, tiny: T) -> T:
+        """The one for this size; a quick run takes the full one where it has none of its own."""
+        if self.size == "quick" and quick is not None:
+            return quick
+        return tiny if self.tiny else full
+
+    def peers(self, make: Callable[[], list[Way]]) -> list[Way]:
+        return make() if self.with_peers else []
