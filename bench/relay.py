@@ -1,339 +1,95 @@
-"""What the relay is worth: against `model.generate` in static batches, and in memory.
+"""The evaluation: every policy on the same requests, beside other engines and beside the limit.
 
-`python -m bench.relay --vs-generate` runs the same prompts through the relay and through
-transformers' generate in left-padded batches (sdpa), in turns on one model in one process. Answers
-are compared token by token before a figure is printed; in float32 a difference ends the benchmark.
+`python -m bench.relay` runs all systems of `bench.evaluation.systems` on the default cells, checks
+that they give the same tokens, prints tables, and writes results.json, report.html and pictures
+into `--output`. `--quick` takes under three minutes. `--models`, `--dtypes`, `--workloads`,
+`--slots` and `--rates` choose other cells, every combination of them.
 
-`python -m bench.relay --memory` runs 48 and then 480 short queries, each in a process of its own,
-and takes the peak apart: process and weights, cache, and the rest, which is the workspace.
+`--from FILE` prints and draws an earlier run's results.json; `--markdown` prints its tables as
+docs/evaluation.md has them. `--engines` adds OpenVINO GenAI and vLLM, which `make bench-engines`
+installs.
+
+`--vs-generate` and `--memory` are benchmarks of their own: `--vs-generate --help`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import subprocess
+import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
-
-from baton_engines.llama import patch_llama
-from baton_engines.models import load_model
-from baton_engines.prompts_io import demo_prompts, read_prompt_file
-from baton_engines.relay import Relay
-
-from . import describe_run, spread
-
-MIB = 1 << 20
-MEMORY_QUERIES = (48, 480)
-MEMORY_NEW_TOKENS = 16
-MEMORY_PROMPT_TOKENS = 64
-# What the allocator keeps for later differs from run to run by a few MiB.
-MEMORY_TOLERANCE = 16 * MIB
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt and the most tokens of its answer."""
-
-    token_ids: list[int]
-    max_new_tokens: int
-
-
-def read_jobs(tokenizer: Any, prompts: Path | None = None) -> list[Job]:
-    """The prompts of a file, or of the package, as tokens."""
-    records = demo_prompts() if prompts is None else read_prompt_file(prompts)
-    errors = [record.error for record in records if record.error]
-    if errors:
-        raise SystemExit(f"{prompts}: {errors[0]}")
-    return [
-        Job(record.encode(tokenizer), record.options.get("max_new_tokens", 128))
-        for record in records
-    ]
-
-
-def run_relay(patched: Any, jobs: Sequence[Job], slots: int) -> list[list[int]]:
-    """Greedy answers of all jobs through a relay of that many slots."""
-    with Relay(patched, slots) as relay:
-        queries = [relay.submit(job.token_ids, max_new_tokens=job.max_new_tokens) for job in jobs]
-        relay.run()
-        return [list(query.result()) for query in queries]
-
-
-class RowLimits(StoppingCriteria):
-    """Ends each row of a batch at its own length; generate then stops with the last of them."""
-
-    def __init__(self, limits: torch.Tensor) -> None:
-        self.limits = limits
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return input_ids.shape[1] >= self.limits
-
-
-@torch.inference_mode()
-def run_generate(model: Any, jobs: Sequence[Job], batch_size: int) -> list[list[int]]:
-    """Greedy answers of all jobs, batch after batch in their order, left-padded."""
-    eos = model.generation_config.eos_token_id
-    eos_ids = set(eos if isinstance(eos, list) else [eos])
-    pad_id = min(id for id in eos_ids if id is not None) if eos_ids != {None} else 0
-    answers = []
-    for first in range(0, len(jobs), batch_size):
-        batch = jobs[first : first + batch_size]
-        width = max(len(job.token_ids) for job in batch)
-        ids = torch.full((len(batch), width), pad_id)
-        mask = torch.zeros_like(ids)
-        for row, job in enumerate(batch):
-            ids[row, width - len(job.token_ids) :] = torch.tensor(job.token_ids)
-            mask[row, width - len(job.token_ids) :] = 1
-        limits = torch.tensor([job.max_new_tokens for job in batch])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=int(limits.max()),
-            do_sample=False,
-            pad_token_id=pad_id,
-            stopping_criteria=StoppingCriteriaList([RowLimits(width + limits)]),
-        )
-        for job, row in zip(batch, out[:, width:].tolist(), strict=True):
-            answer = row[: job.max_new_tokens]
-            ends = [i for i, token in enumerate(answer) if token in eos_ids]
-            answers.append(answer[: ends[0] + 1] if ends else answer)
-    return answers
-
-
-@dataclass
-class Comparison:
-    """Output tokens/s of both sides, one pair per repeat, and how far their answers agree."""
-
-    relay_rates: list[float]
-    generate_rates: list[float]
-    equal_queries: int
-    num_queries: int
-    equal_tokens: float
-
-    @property
-    def ratios(self) -> list[float]:
-        """Relay over generate, repeat by repeat."""
-        return [a / b for a, b in zip(self.relay_rates, self.generate_rates, strict=True)]
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens from the beginning are the same."""
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
-
-
-def compare(
-    model: Any,
-    jobs: Sequence[Job],
-    *,
-    slots: int,
-    repeats: int,
-    report: Callable[[str], object] = print,
-) -> Comparison:
-    """Times relay and generate in turns, after a warm-up of both.
-
-    Args:
-        model: LlamaForCausalLM with sdpa attention; patched only while the relay runs.
-        jobs: prompts.
-        slots: rows of the relay and of generate's batches.
-        repeats: pairs of runs.
-        report: called with a line per pair.
-    """
-    warm_up = [Job(job.token_ids, 2) for job in jobs[:slots]]
-    with patch_llama(model) as patched:
-        run_relay(patched, warm_up, slots)
-    run_generate(model, warm_up, slots)
-    result = Comparison([], [], 0, len(jobs), 0.0)
-    for repeat in range(repeats):
-        # The patch merges weights once per model, not once per run: it is outside the time.
-        with patch_llama(model) as patched:
-            begin = time.perf_counter()
-            ours = run_relay(patched, jobs, slots)
-            result.relay_rates.append(sum(map(len, ours)) / (time.perf_counter() - begin))
-        begin = time.perf_counter()
-        theirs = run_generate(model, jobs, slots)
-        result.generate_rates.append(sum(map(len, theirs)) / (time.perf_counter() - begin))
-        report(
-            f"{repeat + 1:>6}  {result.relay_rates[-1]:>10.1f}  {result.generate_rates[-1]:>13.1f}"
-            f"  {result.ratios[-1]:>6.2f}"
-        )
-    result.equal_queries = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    agreeing = sum(common_prefix(a, b) for a, b in zip(ours, theirs, strict=True))
-    result.equal_tokens = agreeing / max(1, sum(map(len, theirs)))
-    return result
-
-
-def vs_generate(arguments: argparse.Namespace) -> int:
-    """Prints the comparison; 1 when float32 answers differ."""
-    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype)
-    model.set_attn_implementation("sdpa")
-    jobs = read_jobs(tokenizer, arguments.prompts)
-    limits = [job.max_new_tokens for job in jobs]
-    print(
-        f"relay against transformers' generate: {arguments.model} in {arguments.dtype}, "
-        f"{len(jobs)} queries, answers of {min(limits)} to {max(limits)} tokens, greedy\n"
-        f"relay of {arguments.slots} slots (baton); generate in left-padded batches of "
-        f"{arguments.slots}, sdpa\n{describe_run()}\n"
-    )
-    print("repeat  relay tok/s  generate tok/s   ratio")
-    result = compare(model, jobs, slots=arguments.slots, repeats=arguments.repeats)
-    print(
-        f"\nanswers: {result.equal_queries} of {result.num_queries} queries equal token by token, "
-        f"{result.equal_tokens:.1%} of the tokens before the first difference"
-    )
-    if arguments.dtype == "float32" and result.equal_queries < result.num_queries:
-        print("float32 answers must be equal: no figure is given")
-        return 1
-    if result.equal_queries < result.num_queries:
-        print("(each side rounds in its own order; one near tie and two greedy answers part)")
-    print(f"relay    output tokens/s, median (p10-p90): {spread(result.relay_rates, '{:.1f}')}")
-    print(f"generate output tokens/s, median (p10-p90): {spread(result.generate_rates, '{:.1f}')}")
-    print(f"ratio relay / generate,   median (p10-p90): {spread(result.ratios)}")
-    return 0
-
-
-@dataclass
-class MemoryCase:
-    """Peak memory of one run in bytes, taken apart."""
-
-    num_queries: int
-    output_tokens: int
-    weights: int
-    process: int
-    cache_in_use: int
-    cache_committed: int
-    workspace: int
-    peak: int
-
-
-def status_bytes(field: str) -> int:
-    """A size of this process out of /proc/self/status, such as VmRSS or VmHWM (peak)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def measure_memory(model: Any, jobs: Sequence[Job], slots: int) -> MemoryCase:
-    """Runs the jobs and takes apart the peak of resident memory. Linux only.
-
-    What the process held before the run is process + weights. The peak above that is cache and
-    workspace, the first run's thread pools and lazily loaded libraries included.
-    """
-    parameters = {p.data_ptr(): p for p in model.parameters()}
-    weights = sum(p.numel() * p.element_size() for p in parameters.values())
-    with patch_llama(model) as patched, Relay(patched, slots) as relay:
-        # A mapped weight file is resident only once it has been read.
-        for parameter in parameters.values():
-            parameter.sum()
-        gc.collect()
-        # What loading left free in the allocator would otherwise hide what the run takes.
-        ctypes.CDLL(None).malloc_trim(0)
-        before = status_bytes("VmRSS")
-        # "5" sets the peak (VmHWM) back to what is resident now.
-        Path("/proc/self/clear_refs").write_text("5")
-        in_use = committed = 0
-        for job in jobs:
-            relay.submit(job.token_ids, max_new_tokens=job.max_new_tokens)
-        while relay.step():
-            in_use = max(in_use, relay.cache.bytes_in_use)
-            committed = max(committed, relay.cache.bytes_committed)
-        peak = status_bytes("VmHWM")
-        output_tokens = relay.counters.output_tokens
-    return MemoryCase(
-        num_queries=len(jobs),
-        output_tokens=output_tokens,
-        weights=weights,
-        process=before - weights,
-        cache_in_use=in_use,
-        cache_committed=committed,
-        workspace=peak - before - committed,
-        peak=peak,
-    )
-
-
-def short_jobs(jobs: Sequence[Job], count: int) -> list[Job]:
-    """`count` short queries made of the short ones among `jobs`, over and over."""
-    short = [job for job in jobs if len(job.token_ids) <= MEMORY_PROMPT_TOKENS] or list(jobs)
-    return [Job(short[i % len(short)].token_ids, MEMORY_NEW_TOKENS) for i in range(count)]
-
-
-def memory_case(arguments: argparse.Namespace) -> int:
-    """The child process of one case: prints it as JSON."""
-    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype)
-    jobs = short_jobs(read_jobs(tokenizer, arguments.prompts), arguments.memory_case)
-    print(json.dumps(asdict(measure_memory(model, jobs, arguments.slots))))
-    return 0
-
-
-def memory(arguments: argparse.Namespace) -> int:
-    """Prints the cases side by side; 1 when the workspace grows with the number of queries."""
-    print(
-        f"peak memory of a relay: {arguments.model} in {arguments.dtype}, {arguments.slots} slots, "
-        f"short queries ({MEMORY_NEW_TOKENS} new tokens)\n{describe_run()}\n"
-    )
-    cases = []
-    for count in MEMORY_QUERIES:
-        command = [sys.executable, "-m", "bench.relay", "--memory-case", str(count)]
-        for name in ("model", "dtype", "slots", "prompts", "threads"):
-            if getattr(arguments, name) is not None:
-                command += [f"--{name}", str(getattr(arguments, name))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        cases.append(MemoryCase(**json.loads(done.stdout.splitlines()[-1])))
-    rows = (
-        ("queries served", "num_queries", 1),
-        ("output tokens", "output_tokens", 1),
-        ("python, torch, libraries (MiB)", "process", MIB),
-        ("weights (MiB)", "weights", MIB),
-        ("cache, committed pages (MiB)", "cache_committed", MIB),
-        ("  of which valid at most (MiB)", "cache_in_use", MIB),
-        ("workspace (MiB)", "workspace", MIB),
-        ("peak (MiB)", "peak", MIB),
-    )
-    for label, field, unit in rows:
-        values = [getattr(case, field) / unit for case in cases]
-        cells = "".join(f"{value:>12,.{0 if unit == 1 else 1}f}" for value in values)
-        print(f"{label:<36}{cells}")
-    first, last = cases[0], cases[-1]
-    grown = last.workspace - first.workspace
-    constant = grown <= MEMORY_TOLERANCE
-    print(
-        f"\n{last.num_queries / first.num_queries:.0f}x as many queries: workspace "
-        f"{grown / MIB:+.1f} MiB, {'constant' if constant else 'GROWS'} within "
-        f"{MEMORY_TOLERANCE / MIB:.0f} MiB"
-    )
-    return 0 if constant else 1
+OUTPUT = Path(__file__).resolve().parents[1] / "build" / "evaluation"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m bench.relay", description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--vs-generate", action="store_true", help="time against model.generate")
-    what.add_argument("--memory", action="store_true", help="take the peak memory apart")
-    what.add_argument("--memory-case", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--model", default="smollm2", help="smollm2, a folder, or a hub id")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--slots", type=int, default=16, help="slots, and rows of a static batch")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
-    parser.add_argument("--prompts", type=Path, help="JSONL; the package's 48 when left out")
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--vs-generate" in argv:
+        from . import vs_generate
+
+        return vs_generate.main(argv)
+    if any(argument.startswith("--memory") for argument in argv):
+        from . import memory
+
+        return memory.main(argv)
+    return evaluation(argv)
+
+
+def evaluation(argv: Sequence[str]) -> int:
+    """Runs the cells, or reads an earlier run; prints and draws. 1 when answers differ."""
+    # Before torch is imported: spinning threads get in the way of whatever else runs, and the
+    # other engines run too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import torch
+
+    from .evaluation import matrix, page, tables
+    from .evaluation.engines import ENGINES
+    from .evaluation.evaluate import evaluate
+    from .evaluation.measure import GateError
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.relay",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    matrix.add_arguments(parser)
+    parser.add_argument("--threads", type=int, help="CPU threads of every system; default: torch's")
+    parser.add_argument("--engines", nargs="*", choices=tuple(ENGINES), help="all when none named")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder; %(default)s")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="results.json")
+    parser.add_argument("--markdown", action="store_true", help="print tables for a document")
     arguments = parser.parse_args(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    if arguments.vs_generate:
-        return vs_generate(arguments)
-    return memory(arguments) if arguments.memory else memory_case(arguments)
+    if arguments.source is None and arguments.markdown:
+        arguments.source = arguments.output / "results.json"
+    if arguments.source is not None:
+        results = json.loads(arguments.source.read_text())
+    else:
+        engines = arguments.engines
+        if engines is not None and not engines:
+            engines = list(ENGINES)
+        try:
+            results = evaluate(
+                matrix.select(arguments),
+                engines=engines or (),
+                report=lambda line: print(line, file=sys.stderr, flush=True),
+            )
+        except GateError as error:
+            print(f"{error}\nno figure is given", file=sys.stderr)
+            return 1
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "results.json").write_text(json.dumps(results))
+    if arguments.markdown:
+        print(tables.markdown(results))
+        return 0
+    tables.show(results)
+    for path in page.write(results, arguments.output):
+        print(path)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,31 +1,28 @@
 """The relay benchmark on a tiny random Llama: its gate, its figures, its memory account."""
 
-import importlib
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bench_package import import_bench
 
 from baton_engines.llama_testing import small_llama
 
-ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope="module")
+def command():
+    return import_bench("relay")
 
 
 @pytest.fixture(scope="module")
 def bench():
-    """bench.relay, which is not installed; the path that imports see stays as it is."""
-    spec = importlib.util.spec_from_file_location(
-        "bench", ROOT / "bench" / "__init__.py", submodule_search_locations=[str(ROOT / "bench")]
-    )
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["bench"] = package
-    spec.loader.exec_module(package)
-    yield importlib.import_module("bench.relay")
-    for name in [name for name in sys.modules if name.split(".")[0] == "bench"]:
-        del sys.modules[name]
+    return import_bench("vs_generate")
+
+
+@pytest.fixture(scope="module")
+def memory():
+    return import_bench("memory")
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +70,9 @@ def test_compare(bench, model, jobs):
     assert "forward" not in model.__dict__
 
 
-def test_vs_generate_prints_the_ratio(bench, model, prompts, monkeypatch, capsys):
+def test_vs_generate_prints_the_ratio(command, bench, model, prompts, monkeypatch, capsys):
     monkeypatch.setattr(bench, "load_model", lambda name, dtype: (model, None))
-    code = bench.main(
+    code = command.main(
         ["--vs-generate", "--prompts", str(prompts), "--slots", "4", "--repeats", "1"]
     )
     printed = capsys.readouterr().out
@@ -84,11 +81,11 @@ def test_vs_generate_prints_the_ratio(bench, model, prompts, monkeypatch, capsys
     assert "ratio relay / generate" in printed
 
 
-def test_wrong_answers_get_no_figure(bench, model, prompts, monkeypatch, capsys):
+def test_wrong_answers_get_no_figure(command, bench, model, prompts, monkeypatch, capsys):
     monkeypatch.setattr(bench, "load_model", lambda name, dtype: (model, None))
     original = bench.run_relay
     monkeypatch.setattr(bench, "run_relay", lambda *a: [[x ^ 1 for x in q] for q in original(*a)])
-    code = bench.main(
+    code = command.main(
         ["--vs-generate", "--prompts", str(prompts), "--slots", "4", "--repeats", "1"]
     )
     assert code == 1
@@ -102,8 +99,8 @@ def test_common_prefix(bench):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-def test_memory_adds_up(bench, model, jobs):
-    case = bench.measure_memory(model, bench.short_jobs(jobs, 24), 4)
+def test_memory_adds_up(memory, model, jobs):
+    case = memory.measure_memory(model, memory.short_jobs(jobs, 24), 4)
     assert case.num_queries == 24
     assert case.weights == 4 * sum(p.numel() for p in model.parameters())
     assert 0 < case.cache_in_use <= case.cache_committed
@@ -113,14 +110,14 @@ def test_memory_adds_up(bench, model, jobs):
 @pytest.mark.parametrize(
     "per_query, code, word", [(0, 0, "constant"), (1 << 20, 1, "GROWS")], ids=["flat", "growing"]
 )
-def test_memory_gate(bench, monkeypatch, capsys, per_query, code, word):
+def test_memory_gate(command, memory, monkeypatch, capsys, per_query, code, word):
     def child(command, **_):
         count = int(command[command.index("--memory-case") + 1])
         workspace = count * per_query
-        case = bench.MemoryCase(count, 1, 1, 1, 1, 1, workspace, 5 + workspace)
+        case = memory.MemoryCase(count, 1, 1, 1, 1, 1, workspace, 5 + workspace)
         return type("Done", (), {"stdout": json.dumps(case.__dict__)})
 
-    monkeypatch.setattr(bench.subprocess, "run", child)
-    monkeypatch.setattr(bench, "describe_run", lambda: "")
-    assert bench.main(["--memory"]) == code
+    monkeypatch.setattr(memory.subprocess, "run", child)
+    monkeypatch.setattr(memory, "describe_run", lambda: "")
+    assert command.main(["--memory"]) == code
     assert word in capsys.readouterr().out

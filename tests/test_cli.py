@@ -22,6 +22,7 @@ from baton_engines.prompts_io import (
     read_prompt_file,
     read_prompts,
 )
+from baton_engines.relay import Relay
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '\n' }}"
@@ -195,13 +196,50 @@ def test_generate_from_a_file(folder, tmp_path):
 
 def test_policies_give_the_same_file(folder, tmp_path):
     texts = [part for i in range(8) for part in ("--prompt", "word " * i + "end")]
-    first, second = (
-        generate(folder, *texts, "--policy", policy, "--max-new-tokens", 6, "--temperature", 1.0)
-        for policy in ("baton", "run_to_completion")
+    texts += ["--max-new-tokens", 6, "--temperature", 1.0]
+    # A budget of 81 tokens of 512 bytes, for prompts of up to 54.
+    first, *others = (
+        generate(folder, *texts, *arguments)
+        for arguments in (
+            ["--policy", "baton"],
+            ["--policy", "baton", "--max-stall-tokens", 5, "--max-slots", 6],
+            ["--policy", "chunked", "--token-budget", 8, "--admission", "priority"],
+            ["--policy", "orca", "--kv-budget", 0.04],
+            ["--policy", "padded_orca", "--admission", "shortest"],
+            ["--policy", "multi_bin", "--bins", 2],
+            ["--policy", "run_to_completion", "--admission", "length_aware"],
+        )
     )
-    assert first.exit_code == second.exit_code == 0
-    assert first.stdout == second.stdout
+    assert first.exit_code == 0, first.stderr
     assert [r["id"] for r in lines_of(first)] == list(range(1, 9))
+    for other in others:
+        assert (other.exit_code, other.stdout) == (0, first.stdout)
+
+
+def test_the_options_reach_the_relay(folder, monkeypatch):
+    made = []
+
+    class Recorded(Relay):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr("baton_engines.relay.Relay", Recorded)
+    records = '{"prompt": "late"}\n{"prompt": "first", "priority": 2}\n{"prompt": "too long"}\n'
+    options = ["--max-slots", 1, "--kv-budget", 0.015, "--max-new-tokens", 3, "--no-chat"]
+    options += ["--admission", "priority", "--slots", 1, "--max-stall-tokens", 7]
+    result = generate(folder, *options, input=records)
+    relay = made[0]
+    # 30 tokens of 512 bytes are enough, ten are not for 9 + 3 - 1.
+    assert result.exit_code == 0, result.stderr
+    assert (relay.policy.max_stall_tokens, relay.policy.admission.name) == (7, "priority")
+    assert (relay._loop.slots.kv_budget, relay._loop.autoscale.high) == (15728, 1)
+    assert [span.query_id for span in relay.timeline if span.kind == "prefill"] == [1, 0, 2]
+    result = generate(
+        folder, "--kv-budget", 0.005, "--max-new-tokens", 3, "--no-chat", input="a\nbcdefghij\n"
+    )
+    assert result.exit_code == 1
+    assert "must fit the KV budget of 5242 bytes" in lines_of(result)[1]["error"]
 
 
 def test_standard_input(folder):
@@ -263,10 +301,25 @@ def test_ctrl_c_keeps_what_there_is(folder, tmp_path, monkeypatch):
     assert "4 queries were cancelled" in result.stderr
 
 
+def test_prompts_computed_elsewhere_have_the_same_answers(folder):
+    texts = [option for i in range(7) for option in ("--prompt", "ab" * (i + 1))]
+    answers = [
+        generate(folder, *texts, "--max-new-tokens", 9, "--token-ids", *options)
+        for options in ((), ("--prefill", "overlapped", "--prefill-threads", 1))
+    ]
+    assert [answer.exit_code for answer in answers] == [0, 0]
+    assert answers[0].stdout == answers[1].stdout and len(lines_of(answers[0])) == 7
+    assert "slots: prefill elsewhere" in answers[1].stderr
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--policy", "fifo"], "must be one of baton, run_to_completion"),
+        (["--policy", "fifo"], "must be one of baton, chunked, multi_bin, orca, "),
+        (["--prefill", "later"], "must be one of serial, overlapped, apart, got 'later'"),
+        (["--prefill-threads", "1"], "--prefill-threads needs --prefill overlapped or apart"),
+        (["--policy", "orca", "--bins", 3], "options of orca must be admission, got 'bins'"),
+        (["--admission", "last"], "admission must be one of fcfs, shortest, length_aware, prio"),
         (["--prompts", "missing.jsonl"], "cannot read missing.jsonl"),
         (["--timeline", "slots.gif"], "must end in .png, .svg, .pdf"),
         (["--timeline", "nowhere/slots.png"], "the folder nowhere does not exist"),
@@ -321,6 +374,7 @@ def test_info_tells_a_reason_once(monkeypatch):
         "cpu": {
             "machine": "m", "isa_compiled": ["a", "b"], "isa_found": ["a"], "isa_used": "a",
         },
+        "cuda": {"architectures": ["sm_1", "sm_2"], "toolkit": "7.1", "why_not": None},
         "ops": {
             "first": {"cpu": "yes (a)", "cuda": "no: no such device"},
             "second": {"cpu": "no: too old", "cuda": "no: no such device"},
@@ -331,6 +385,7 @@ def test_info_tells_a_reason_once(monkeypatch):
     assert "a yes yes yes" in text and "b yes - -" in text
     assert "first yes (a) no [1]" in text and "second no [2] no [1]" in text
     assert text[-2:] == ["[1] no such device", "[2] too old"]
+    assert "CUDA kernels sm_1, sm_2 and newer (CUDA 7.1)" in text
 
 
 def test_info_json():

@@ -8,7 +8,7 @@ import torch
 from baton_engines import PackedBatch
 from baton_kernels import BatchShape
 
-HOST_FIELDS = ("query_lengths", "total_lengths", "max_query_length", "max_length")
+HOST_FIELDS = ("query_lengths", "total_lengths", "max_query_length", "max_length", "padding")
 
 
 def ragged_shape() -> BatchShape:
@@ -69,6 +69,32 @@ def test_the_tensors_are_what_the_ops_take() -> None:
             tensor = getattr(batch, field.name)
             assert (tensor.dtype, tensor.dim()) == (torch.int32, 1), field.name
             assert tensor.is_contiguous(), field.name
+
+
+def test_padded_rows_compute_as_many_tokens_as_the_longest() -> None:
+    batch = PackedBatch.from_shape(ragged_shape(), [0, 2], [1, 3], padded=True)
+    # The decoder's two tokens of padding lie and turn where its next two would.
+    assert numbers(batch) == {
+        "cu_seqlens_q": [0, 3, 6],
+        "slots": [0, 2],
+        "starts": [0, 0],
+        "lengths": [8, 3],
+        "token_slots": [0, 0, 0, 2, 2, 2],
+        "token_columns": [5, 6, 7, 0, 1, 2],
+        "positions": [5, 6, 7, 0, 1, 2],
+        "last_tokens": [0, 5],
+    }
+    assert (batch.query_lengths, batch.total_lengths) == ((1, 3), (6, 3))
+    assert batch.padding == (2, 0) and batch.total_tokens == 6
+    assert (batch.max_query_length, batch.max_length) == (3, 8)
+
+
+def test_padding_needs_columns() -> None:
+    shape = BatchShape(2, 8)
+    shape.allocate(6, 0)
+    shape.allocate(4, 1)
+    with pytest.raises(ValueError, match="padding must be within the capacity 8, got 9 columns"):
+        PackedBatch.from_shape(shape, [0, 1], [1, 4], padded=True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a policy may say to the relay, and what the two policies say."""
+"""What a policy may say to the relay, and what each policy says."""
 
 import pytest
 
@@ -9,27 +9,45 @@ from baton_engines.query import Query
 from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
 
+DECODE = Forward(decode=True)
 
-def make_query(id: int, prompt: int, cached: int = 0, tokens: int = 0) -> Query:
+
+def make_query(id: int, prompt: int, cached: int = 0, tokens: int = 0, count: int = 20) -> Query:
     query = Query(id, 0.0)
     query.prompt, query.cached, query.tokens = [1] * prompt, cached, [1] * tokens
+    query.max_new_tokens = count
     return query
 
 
-def view(waiting=(), running=(), num_slots=4) -> View:
-    return View(waiting, running, num_slots, 100, 0, 8, 0.0)
+def make_decoder(id: int, prompt: int = 3) -> Query:
+    return make_query(id, prompt, cached=prompt + 1, tokens=2)
+
+
+def view(waiting=(), running=(), num_slots=4, budget=None, **changes) -> View:
+    # Eight bytes per token; the budget here is in tokens.
+    budget = None if budget is None else 8 * budget
+    return View(waiting, running, num_slots, 100, 0, 8, 0.0, budget, **changes)
 
 
 def test_policies_have_names():
-    assert policies.NAMES == ("baton", "run_to_completion")
+    assert policies.NAMES == (
+        "baton",
+        "chunked",
+        "multi_bin",
+        "orca",
+        "padded_orca",
+        "run_to_completion",
+    )
     for name in policies.NAMES:
         assert policies.get(name).name == name
         assert policies.get(name) is not policies.get(name)
     own = policies.get("baton", max_prefill_tokens=7)
     assert policies.get(own) is own and own.max_prefill_tokens == 7
-    text = "name must be one of baton, run_to_completion, got 'bat'"
+    text = "name must be one of baton, chunked, .*, run_to_completion, got 'bat'"
     with pytest.raises(ValueError, match=text):
         policies.get("bat")
+    with pytest.raises(ValueError, match="options of orca must be admission, got 'bins'"):
+        policies.get("orca", bins=3)
     with pytest.raises(ValueError, match=text):
         Relay(FakeLlama(), 2, 32, "bat")
 
@@ -49,23 +67,151 @@ def test_prefills_are_packed_up_to_a_bound():
 def test_baton_fills_every_free_row():
     waiting = [make_query(i, 3) for i in range(3)]
     running = [make_query(i, 3, cached=4, tokens=2) for i in range(7, 9)]
-    decode = Forward(decode=True)
     plan = policies.get("baton").plan(view(waiting, running))
     first, second = waiting[:2]
-    assert plan == Plan((), (first, second), (Forward(((first, 3), (second, 3))), decode))
-    assert policies.get("baton").plan(view((), running)) == Plan(forwards=(decode,))
+    assert plan == Plan((), (first, second), (Forward(((first, 3), (second, 3))), DECODE))
+    assert policies.get("baton").plan(view((), running)) == Plan(forwards=(DECODE,))
     # A query that an interruption left without its first token is prefilled again.
     left = make_query(9, 4, cached=3)
     plan = policies.get("baton").plan(view((), [left]))
-    assert plan.forwards == (Forward(((left, 1),)), decode)
+    assert plan.forwards == (Forward(((left, 1),)), DECODE)
 
 
 def test_run_to_completion_admits_to_an_empty_batch_only():
     waiting = [make_query(i, 3) for i in range(6)]
     running = [make_query(7, 3, cached=4, tokens=2)]
     policy = policies.get("run_to_completion")
-    assert policy.plan(view(waiting, running)) == Plan(forwards=(Forward(decode=True),))
+    assert policy.plan(view(waiting, running)) == Plan(forwards=(DECODE,))
     assert policy.plan(view(waiting)).admit == tuple(waiting[:4])
+
+
+def test_baton_bounds_the_tokens_between_two_steps():
+    policy = policies.get("baton", max_stall_tokens=10)
+    a, b, c = (make_query(i, prompt) for i, prompt in enumerate((7, 8, 2)))
+    decoder = make_decoder(9)
+    # Nobody waits for a prefill while nobody decodes.
+    assert policy.plan(view([a, b, c])).forwards == (Forward(((a, 7), (b, 8), (c, 2))), DECODE)
+    # With a decoder: A whole, a chunk of B, and C not before there is room for it.
+    plan = policy.plan(view([a, b, c], [decoder]))
+    assert plan == Plan((), (a, b), (Forward(((a, 7), (b, 3))), DECODE))
+    # The next iteration ends B, whose five tokens that are left go before C.
+    b.cached = 3
+    assert policy.plan(view([c], [decoder, b])).forwards == (Forward(((b, 5), (c, 2))), DECODE)
+    # One that comes back with all its keys needs no room.
+    parked = make_decoder(4)
+    policy = policies.get("baton", max_stall_tokens=7)
+    assert policy.plan(view([a, parked, c], [decoder])).admit == (a, parked)
+
+
+def test_baton_takes_whole_prompts_where_they_have_to_be():
+    policy = policies.get("baton", max_stall_tokens=10)
+    a, b, c = (make_query(i, prompt) for i, prompt in enumerate((30, 8, 2)))
+    decoder = make_decoder(9)
+    plan = policy.plan(view([a, b, c], [decoder], whole_prompts=True))
+    assert plan == Plan((), (a,), (Forward(((a, 30),)), DECODE))
+    plan = policy.plan(view([b, c, a], [decoder], whole_prompts=True))
+    assert plan == Plan((), (b, c), (Forward(((b, 8), (c, 2))), DECODE))
+
+
+def test_orca_packs_newcomers_and_decoders():
+    waiting = [make_query(i, prompt) for i, prompt in enumerate((3, 70, 5))]
+    parked = make_decoder(3)
+    running = [make_decoder(8), make_query(9, 6)]
+    plan = policies.get("orca").plan(view(waiting, running))
+    first, second = waiting[:2]
+    joint = Forward(((running[1], 6), (first, 3), (second, 70)), decode=True)
+    assert plan == Plan((), (first, second), (joint,))
+    # Nothing to pad, nothing to prefill.
+    assert policies.get("padded_orca").plan(view([parked], running[:1])) == Plan(
+        (), (parked,), (DECODE,)
+    )
+
+
+def test_padded_orca_pads_the_forwards_of_orca():
+    waiting, running = [make_query(i, 3 + i) for i in range(3)], [make_decoder(8)]
+    packed = policies.get("orca").plan(view(waiting, running))
+    padded = policies.get("padded_orca").plan(view(waiting, running))
+    assert padded == packed._replace(forwards=(packed.forwards[0]._replace(padded=True),))
+
+
+def test_chunked_fills_a_budget_of_tokens():
+    policy = policies.get("chunked", token_budget=10)
+    decoders = [make_decoder(i) for i in (6, 7)]
+    under_way = make_query(8, 9, cached=4)
+    a, b, c = (make_query(i, prompt) for i, prompt in enumerate((2, 30, 1)))
+    # Two decoders, five tokens of the prompt under way, two of A, one of B.
+    plan = policy.plan(view([a, b, c], [*decoders, under_way], num_slots=8))
+    joint = Forward(((under_way, 5), (a, 2), (b, 1)), decode=True)
+    assert plan == Plan((), (a, b), (joint,))
+    # A query that comes back decodes one token of the budget.
+    parked = make_decoder(5)
+    policy = policies.get("chunked", token_budget=4)
+    plan = policy.plan(view([parked, b], decoders, num_slots=8))
+    assert plan == Plan((), (parked, b), (Forward(((b, 1),), decode=True),))
+    # More decoders than the budget has tokens: prompts still go on.
+    policy = policies.get("chunked", token_budget=2)
+    plan = policy.plan(view([a], [*decoders, under_way], num_slots=8))
+    assert plan == Plan((), (), (Forward(((under_way, 1),), decode=True),))
+
+
+def test_policies_reserve_what_their_papers_say():
+    # A running query with 3 + 20 - 1 tokens at most, newcomers with 4 + 19 and 2 + 20 - 1.
+    decoder = make_decoder(9)
+    first, second = make_query(0, 4, count=20), make_query(1, 2, count=20)
+    for name, budget, admitted in (
+        ("orca", 22 + 23 + 21, 2),
+        ("orca", 22 + 23 + 20, 1),
+        ("padded_orca", 22 + 22, 0),
+        # Prompts, or what there is, and room to grow by 16 tokens.
+        ("baton", 20 + 20 + 18, 2),
+        ("baton", 20 + 20 + 17, 1),
+        ("chunked", 20 + 19, 0),
+    ):
+        plan = policies.get(name).plan(view([first, second], [decoder], budget=budget))
+        assert len(plan.admit) == admitted, (name, budget)
+    for name in ("run_to_completion", "multi_bin"):
+        policy = policies.get(name)
+        assert policy.plan(view([first, second], budget=23 + 21)).admit == (first, second)
+        assert policy.plan(view([first, second], budget=23 + 20)).admit == (first,)
+    # No query counts with more than it may ever have.
+    brief = make_query(3, 4, count=2)
+    assert policies.get("baton").plan(view([brief], [decoder], budget=20 + 5)).admit == (brief,)
+
+
+BAD_OPTIONS = {
+    "baton: max_stall_tokens must be >= 1, got 0": ("baton", {"max_stall_tokens": 0}),
+    "baton: max_prefill_tokens must be >= 1, got 0": ("baton", {"max_prefill_tokens": 0}),
+    "chunked: token_budget must be >= 1, got 0": ("chunked", {"token_budget": 0}),
+    "multi_bin: bins must be >= 1, got 0": ("multi_bin", {"bins": 0}),
+    "multi_bin: batch_size must be >= 1, got -1": ("multi_bin", {"batch_size": -1}),
+    "multi_bin: length must be max_new_tokens, prompt or callable, got 'x'": (
+        "multi_bin",
+        {"length": "x"},
+    ),
+    "multi_bin: edges must be 1 lengths in ascending": ("multi_bin", {"bins": 2, "edges": [1, 2]}),
+    "policy: admission must be one of fcfs, .*, got 'last'": ("orca", {"admission": "last"}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_OPTIONS)
+def test_options_that_make_no_sense(message):
+    name, options = BAD_OPTIONS[message]
+    with pytest.raises(ValueError, match=message):
+        policies.get(name, **options)
+
+
+def test_a_policy_that_splits_prompts_is_refused_where_they_have_to_be_whole():
+    with pytest.raises(ValueError, match="policy must compute prompts whole .* got chunked"):
+        Relay(FakeLlama(), 2, 32, "chunked", aligned=True)
+    model = FakeLlama()
+    model.whole_prompts = True
+    with pytest.raises(ValueError, match="under dynamic RoPE, got chunked"):
+        Relay(model, 2, 32, "chunked")
+    relay = Relay(model, 2, 32, policies.get("baton", max_stall_tokens=2))
+    for prompt in (1, 9, 8):
+        relay.submit([1] * prompt, max_new_tokens=4)
+    relay.run()
+    assert model.forwards[0] == (1, 9) and (8,) in model.forwards
 
 
 class Joint(Policy):

@@ -7,13 +7,16 @@ the end nothing is left.
 import itertools
 
 import hypothesis
+import policy_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from baton_engines import policies
 from baton_engines.relay import Query, Relay
 from baton_engines.testing import FakeLlama
 
 POISON, BAD = 48, 49
+CAPACITY, BYTES_PER_TOKEN = 32, 256
 PROMPTS = st.lists(st.integers(0, 47), min_size=1, max_size=12)
 INDEX = st.integers(0, 1000)
 
@@ -27,16 +30,18 @@ class RelayMachine(RuleBasedStateMachine):
     have NaN logits as soon as they have three tokens."""
 
     @initialize(
-        num_slots=st.integers(1, 4),
-        aligned=st.booleans(),
-        policy=st.sampled_from(["baton", "run_to_completion"]),
+        settings=st.sampled_from(policies.NAMES).flatmap(
+            lambda name: policy_settings.settings(name, CAPACITY, BYTES_PER_TOKEN)
+        )
     )
-    def start(self, num_slots, aligned, policy):
+    def start(self, settings):
+        self.settings = settings
         self.model = FakeLlama()
         self.flaky = itertools.repeat(False)
         self.model.fault = self.fault
         self.model.bad_row = lambda tokens: tokens[0] == BAD and len(tokens) > 6
-        self.relay = Relay(self.model, num_slots, 32, policy, aligned=aligned)
+        self.relay = Relay(self.model, capacity=CAPACITY, **settings)
+        policy_settings.watch_budget(self.relay, settings["kv_budget"])
         self.queries: list[Query] = []
         self.options: dict[int, dict] = {}
         self.heard: dict[int, list[int]] = {}
@@ -60,9 +65,9 @@ class RelayMachine(RuleBasedStateMachine):
         self.options[query.id] = options
         return query
 
-    @rule(prompt=PROMPTS, count=st.integers(1, 10))
-    def submit(self, prompt, count):
-        self.add(prompt, max_new_tokens=count)
+    @rule(prompt=PROMPTS, count=st.integers(1, 20), priority=st.integers(0, 3))
+    def submit(self, prompt, count, priority):
+        self.add(prompt, max_new_tokens=count, priority=priority)
 
     @rule(prompt=PROMPTS, count=st.integers(2, 10), first=st.sampled_from([POISON, BAD]))
     def submit_faulty(self, prompt, count, first):
@@ -128,6 +133,10 @@ class RelayMachine(RuleBasedStateMachine):
     def pull(self, index, lever):
         getattr(self.relay, lever)(self.queries[index % len(self.queries)])
 
+    @rule(more=st.booleans())
+    def announce(self, more):
+        self.relay.more_to_come = more
+
     @rule(num_slots=st.integers(1, 5))
     def resize(self, num_slots):
         self.relay.resize(num_slots)
@@ -165,6 +174,10 @@ class RelayMachine(RuleBasedStateMachine):
         assert len(relay.running) <= relay.num_slots
         used = sum(shape.length(slot) for slot in shape.used)
         assert relay.cache.bytes_in_use == used * relay.cache.bytes_per_token
+        assert relay.cache.bytes_in_use <= (self.settings["kv_budget"] or relay.cache.bytes_in_use)
+        parked = [query for query in self.queries if query._parked_kv is not None]
+        assert all(query.slot is None and not query.ended for query in parked)
+        assert relay.parked_bytes == sum(q.cached for q in parked) * relay.cache.bytes_per_token
         for query in self.queries:
             assert self.heard.get(query.id, []) == query.tokens
             assert query.ended == (query.finish_reason is not None)
@@ -179,6 +192,7 @@ class RelayMachine(RuleBasedStateMachine):
             if not self.relay.parked:
                 break
         self.accounting_agrees()
+        assert self.relay.cache.bytes_committed == self.relay.parked_bytes == 0
         assert self.relay.cache.shape.used == () and self.relay.cache.bytes_in_use == 0
         assert self.relay.waiting == self.relay.running == self.relay.parked == ()
         counters = self.relay.counters
@@ -199,6 +213,10 @@ class RelayMachine(RuleBasedStateMachine):
 
 
 RelayMachine.TestCase.settings = hypothesis.settings(
-    max_examples=60, stateful_step_count=30, deadline=None
+    max_examples=100,
+    stateful_step_count=30,
+    deadline=None,
+    # How long it takes to draw is the machine's other load, not this test.
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 TestRelayMachine = RelayMachine.TestCase

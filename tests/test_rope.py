@@ -101,6 +101,19 @@ def test_dynamic_follows_each_query_as_when_decoded_alone() -> None:
             assert_same(row, by_module(module, length - 1, length))
 
 
+def test_padding_changes_no_row() -> None:
+    """Dynamic frequencies are those of a row's own last token, not of its padding's."""
+    lengths, query_lengths = [90, 70, 3], [1, 40, 3]
+    shape = BatchShape(3, 4096)
+    slots = [shape.allocate(length)[0] for length in lengths]
+    padded = PackedBatch.from_shape(shape, slots, query_lengths, padded=True)
+    table = RotaryTable(rotary_module("dynamic"), HEAD_DIM)
+    rows = torch.stack(table(padded)).split(40, dim=1)
+    alone = by_table(table, batch_of(lengths, query_lengths))
+    for row, count, other in zip(rows, query_lengths, alone, strict=True):
+        assert torch.equal(row[:, :count], other)
+
+
 def test_dynamic_uses_the_frequencies_of_the_exact_length() -> None:
     first, second = (
         by_table(RotaryTable(rotary_module("dynamic"), HEAD_DIM), batch_of([length], [30]))[0]

@@ -87,6 +87,24 @@ def _check_policy(name: str) -> str:
     return name
 
 
+def _check_prefill(mode: str) -> str:
+    from .prefill import NAMES
+
+    if mode not in NAMES:
+        raise typer.BadParameter(f"must be one of {', '.join(NAMES)}, got {mode!r}")
+    return mode
+
+
+def _make_policy(name: str, options: dict[str, Any]) -> Any:
+    """The policy with those options that were given."""
+    from .policies import get
+
+    try:
+        return get(name, **{key: value for key, value in options.items() if value is not None})
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def _check_picture(path: Path | None) -> Path | None:
     """Refuses before the run what would fail after it."""
     if path is None:
@@ -138,8 +156,8 @@ def generate(
         Path | None,
         typer.Option(
             help="JSONL file with one query per line (prompt, messages or token_ids; optional id, "
-            "max_new_tokens, temperature, top_p, top_k, seed, stop), text file with one prompt per "
-            "line, or `-` for standard input."
+            "max_new_tokens, priority, temperature, top_p, top_k, seed, stop), text file with one "
+            "prompt per line, or `-` for standard input."
         ),
     ] = None,
     prompt: Annotated[
@@ -150,8 +168,44 @@ def generate(
     ] = None,
     slots: SlotsOption = 16,
     policy: Annotated[
-        str, typer.Option(callback=_check_policy, help="`baton` or `run_to_completion`.")
+        str,
+        typer.Option(
+            callback=_check_policy,
+            help="`baton`, `chunked`, `orca`, `padded_orca`, `multi_bin` or `run_to_completion`.",
+        ),
     ] = "baton",
+    prefill: Annotated[
+        str,
+        typer.Option(
+            callback=_check_prefill,
+            help="Where new prompts are computed: `serial`, between two steps; `overlapped`, by a "
+            "thread with cores of its own; `apart`, by another process.",
+        ),
+    ] = "serial",
+    prefill_threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads that prompts take from decoding; default: half."),
+    ] = None,
+    admission: Annotated[
+        str | None,
+        typer.Option(help="Who enters first: `fcfs`, `shortest`, `length_aware` or `priority`."),
+    ] = None,
+    max_stall_tokens: Annotated[
+        int | None, typer.Option(min=1, help="baton: most prompt tokens between two decode steps.")
+    ] = None,
+    token_budget: Annotated[
+        int | None, typer.Option(min=1, help="chunked: most tokens of a forward.")
+    ] = None,
+    bins: Annotated[
+        int | None, typer.Option(min=1, help="multi_bin: bins by `max_new_tokens`.")
+    ] = None,
+    max_slots: Annotated[
+        int | None, typer.Option(min=1, help="Slots grow up to this while queries wait.")
+    ] = None,
+    kv_budget: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Most MiB of cached keys and values; queries are parked at it."),
+    ] = None,
     capacity: CapacityOption = None,
     dtype: DtypeOption = Dtype.auto,
     threads: ThreadsOption = None,
@@ -182,6 +236,15 @@ def generate(
     A query that fails has an `error` in its place and does not stop the others; the exit code is
     then 1. Ctrl-C writes down what there is, and ends with 130.
     """
+    if prefill == "serial" and prefill_threads is not None:
+        raise typer.BadParameter("--prefill-threads needs --prefill overlapped or apart")
+    options = {
+        "admission": admission,
+        "max_stall_tokens": max_stall_tokens,
+        "token_budget": token_budget,
+        "bins": bins,
+    }
+    made = _make_policy(policy, options)
     records = gather_prompts(prompts, prompt or [])
     # Opening the results for writing would empty the prompts.
     both = output is not None and prompts is not None and output.exists() and prompts.exists()
@@ -194,6 +257,7 @@ def generate(
     if not records:
         console.print("no prompts")
         return
+    from . import prefill as prefills
     from .generate import StopRequest, run_records, submit_records
     from .relay import Relay
     from .report import ConsoleStream, RunProgress, summary_table
@@ -209,9 +273,19 @@ def generate(
             "stop": tuple(stop or ()),
         }
         try:
-            opened = Relay(loaded, slots, capacity, policy, tokenizer=tokenizer)
-        # No Llama, or one with something that the patch does not know.
-        except (NotImplementedError, TypeError, ValueError) as error:
+            told = {} if prefill_threads is None else {"threads": prefill_threads}
+            opened = Relay(
+                loaded,
+                slots,
+                capacity,
+                made,
+                tokenizer=tokenizer,
+                prefill=prefills.get(prefill, **told) or prefill,
+                max_slots=max_slots,
+                kv_budget=None if kv_budget is None else int(kv_budget * 2**20),
+            )
+        # No Llama, or one with something that the patch does not know; a process that cannot start.
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             raise fail(str(error)) from error
         with (
             opened as relay,
@@ -229,7 +303,9 @@ def generate(
                 records,
                 queries,
                 on_result=writer.put,
-                on_step=lambda running, done, rate: progress.update(running, done, rate, slots),
+                on_step=lambda running, done, rate: progress.update(
+                    running, done, rate, relay.num_slots
+                ),
                 stop=stopping,
                 token_ids=token_ids,
             )

@@ -47,7 +47,8 @@ class Histogram:
 class Counters:
     """What a relay has done since it was made or `Relay.reset_counters` was called.
 
-    A step is a forward in which the running queries decode, newcomers' prefill in it or not.
+    A step is a forward in which running queries decode, newcomers' prefill in it or not. A joint
+    forward is one that decoders and prefills share, or whose rows are padded.
 
     Attributes:
         submitted, finished, cancelled, failed: queries.
@@ -55,18 +56,29 @@ class Counters:
         prefills: queries whose prompt was computed.
         preemptions: rows that were copied out of the cache.
         insertions: parked rows that were copied back in.
+        resizes: changes of the number of slots.
+        prefills_elsewhere: queries whose prompt was computed beside the loop and inserted.
+        prefill_faults: prompts that could not be computed there, and were left to the loop.
         prompt_tokens, output_tokens: tokens computed, tokens generated.
-        slot_steps, active_slot_steps: slots, and slots in which a query computed, summed over
-            steps.
-        prefill_seconds, decode_seconds: in forwards that only prefill, and in steps.
+        slot_steps, active_slot_steps: slots, and slots in which a query computed since the step
+            before (a chunk of its prompt, or its token), summed over steps. A slot whose prompt is
+            being computed elsewhere computes; one whose prompt waits for a worker does not.
+        prefilling_slot_steps: those of the active ones in which a prompt was computed elsewhere.
+        prefill_seconds, decode_seconds: in forwards of the loop that only prefill, and in steps.
+        joint_seconds: in steps that also prefilled; their decoders take part, so none of it is a
+            stall, but they wait for the prompts' share of the forward.
         seconds: in `Relay.step`, callbacks included.
         slot_seconds: slots x seconds.
         stalled_slot_seconds: slots that waited while a newcomer prefilled apart, times those
             seconds.
-        joint_tokens, joint_padding_tokens: token slots of forwards shared by prefill and decode,
-            and the padding in them.
+        joint_tokens, joint_padding_tokens: token slots of joint forwards, and the padding in them.
         columns_read, padding_columns_read: cache columns that attention read, and the padding in
             them.
+        shaping_bytes: keys and values copied inside the cache, to keep rows aligned or to change
+            the number of slots.
+        parking_bytes: keys and values copied to host memory and back.
+        peak_kv_bytes, peak_parked_bytes: the most keys and values that there were at a time, in the
+            rows and parked.
         time_to_first_token: from submission to first token.
         time_per_token: between two tokens of a query, pauses included.
     """
@@ -79,12 +91,17 @@ class Counters:
     prefills: int = 0
     preemptions: int = 0
     insertions: int = 0
+    resizes: int = 0
+    prefills_elsewhere: int = 0
+    prefill_faults: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     slot_steps: int = 0
     active_slot_steps: int = 0
+    prefilling_slot_steps: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    joint_seconds: float = 0.0
     seconds: float = 0.0
     slot_seconds: float = 0.0
     stalled_slot_seconds: float = 0.0
@@ -92,6 +109,10 @@ class Counters:
     joint_padding_tokens: int = 0
     columns_read: int = 0
     padding_columns_read: int = 0
+    shaping_bytes: int = 0
+    parking_bytes: int = 0
+    peak_kv_bytes: int = 0
+    peak_parked_bytes: int = 0
     time_to_first_token: Histogram = field(default_factory=Histogram)
     time_per_token: Histogram = field(default_factory=Histogram)
 
@@ -101,13 +122,20 @@ class Counters:
         return 1 - _share(self.active_slot_steps, self.slot_steps, of_nothing=1.0)
 
     @property
+    def slot_prefilling(self) -> float:
+        """Share of slots x steps in which the slot's prompt was computed elsewhere, so that it was
+        taken and gave no token."""
+        return _share(self.prefilling_slot_steps, self.slot_steps)
+
+    @property
     def prefill_stall(self) -> float:
-        """Share of slots x time in which a running query waited for a newcomer's prefill."""
+        """Share of slots x time in which a running query waited for a newcomer's prefill apart;
+        what a joint forward costs its decoders is not in it, see `joint_seconds`."""
         return _share(self.stalled_slot_seconds, self.slot_seconds)
 
     @property
     def joint_padding(self) -> float:
-        """Share of padding in the token slots of forwards shared by prefill and decode."""
+        """Share of padding in the token slots of joint forwards."""
         return _share(self.joint_padding_tokens, self.joint_tokens)
 
     @property
@@ -132,6 +160,7 @@ class Counters:
             "time_per_token_p50": each.percentile(50),
             "time_per_token_p99": each.percentile(99),
             "slot_idle": self.slot_idle,
+            "slot_prefilling": self.slot_prefilling,
             "prefill_stall": self.prefill_stall,
             "joint_padding": self.joint_padding,
             "cache_padding_read": self.cache_padding_read,

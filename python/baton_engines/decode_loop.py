@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .autoscale import Autoscale
 from .counters import Counters, Timeline
+from .errors import drop_tracebacks, explained
 from .policies import Forward, Plan, Policy, View
+from .prefill.in_flight import InFlight
 from .query import Query
 from .sampling import greedy
 from .slots import Row, Slots
@@ -30,6 +33,8 @@ class DecodeLoop:
         policy: plans every iteration.
         clock: seconds.
         on_end: called with every query that ends.
+        autoscale: changes the number of slots with the load; None to leave it.
+        in_flight: the prompts that are computed elsewhere; None to compute all of them here.
     """
 
     def __init__(
@@ -38,40 +43,86 @@ class DecodeLoop:
         policy: Policy,
         clock: Callable[[], float],
         on_end: Callable[[Query], object],
+        autoscale: Autoscale | None = None,
+        in_flight: InFlight | None = None,
     ):
         self.slots = slots
         self.policy = policy
         self.clock = clock
         self.on_end = on_end
+        self.autoscale = autoscale
+        self.in_flight = in_flight
         self.waiting: dict[int, Query] = {}
         self.running: dict[int, Query] = {}
         self.parked: dict[int, Query] = {}
         self.counters = Counters()
         self.timeline = Timeline()
         self.stepping = False
+        # Queries of which a chunk was computed apart since the last step.
+        self._chunked: set[int] = set()
+        # What `Counters` has of the bytes that cache and slots count.
+        self._bytes_seen = (0, 0)
         # Called with a query and its logits, float32 [vocab], before a token is chosen from them.
         self.on_logits: Callable[[Query, torch.Tensor], object] | None = None
 
-    def iterate(self) -> bool:
-        """Carry out one plan; whether anything is left to do."""
+    def iterate(self, more_to_come: bool = False) -> bool:
+        """Carry out one plan; whether anything is left to do.
+
+        Args:
+            more_to_come: whether a policy may hold queries back until others are submitted.
+        """
         if not self.waiting and not self.running:
+            # The last one may have been cancelled between two steps.
+            self._rest()
             return False
         self.stepping = True
-        begin = self.clock()
+        begin, num_threads = self.clock(), torch.get_num_threads()
         try:
-            plan = self.policy.plan(self._view(begin))
-            self._admit(plan)
-            for forward in plan.forwards:
-                self._forward(forward)
+            if self.in_flight is not None:
+                self.in_flight.land(self)
+            # What landed may have been all that was left, and ended with its first token.
+            if self.waiting or self.running:
+                self._autoscale()
+                plan = self.policy.plan(self._view(begin, more_to_come))
+                if not plan.admit and not self.running and more_to_come:
+                    return False
+                self._admit(plan)
+                computed = [self._forward(forward, num_threads) for forward in plan.forwards]
+                if self.in_flight and not any(computed):
+                    self.in_flight.wait()
+                    self.in_flight.land(self)
         finally:
             self.stepping = False
+            if self.in_flight is not None:
+                self.in_flight.take_cores_back(num_threads)
             seconds = self.clock() - begin
             self.counters.seconds += seconds
             self.counters.slot_seconds += seconds * self.slots.num_slots
+            self._count_bytes()
         if self.waiting or self.running:
             return True
-        self.slots.cache.release()
+        self._rest()
         return False
+
+    def _rest(self) -> None:
+        """Give back the memory of rows while nobody needs one."""
+        if self.autoscale is not None and self.slots.num_slots > self.autoscale.low:
+            self.resize(self.autoscale.low)
+        if self.slots.cache.bytes_committed:
+            self.slots.cache.release()
+
+    def resize(self, num_slots: int) -> None:
+        """Change the number of slots; rows beyond it move, or wait again where none is free."""
+        # Those that were admitted in this step and have no row yet are the first to wait again.
+        in_order = sorted(self.running.values(), key=lambda q: (q.slot is None, q.slot or 0))
+        for query in in_order[num_slots:]:
+            self.unseat(query)
+        for query in in_order[:num_slots]:
+            if query.slot is not None and query.slot >= num_slots:
+                self.attempt(query, "relocation", self.slots.relocate, query)
+        self.counters.resizes += num_slots != self.slots.num_slots
+        self.slots.cache.resize(num_slots)
+        self._count_bytes()
 
     def place(self, query: Query) -> dict[int, Query] | None:
         """Which of `waiting`, `running` and `parked` holds the query; None if it has ended."""
@@ -92,9 +143,13 @@ class DecodeLoop:
 
     def unseat(self, query: Query) -> None:
         """Take a running query out of its row; it waits again, keys and values in host memory."""
-        had_row = query.slot is not None
+        # A row whose prompt is away holds nothing.
+        away = self.in_flight is not None and self.in_flight.forget(query)
+        had_row = query.slot is not None and not away
         self.slots.park(query)
         self.counters.preemptions += had_row
+        counters = self.counters
+        counters.peak_parked_bytes = max(counters.peak_parked_bytes, self.slots.parked_bytes)
         self.timeline.end(query.id, self.clock())
         del self.running[query.id]
         self.wait(query)
@@ -103,6 +158,8 @@ class DecodeLoop:
         """Take the query out wherever it is and let go of everything but its results."""
         for queries in (self.waiting, self.running, self.parked):
             queries.pop(query.id, None)
+        if self.in_flight is not None:
+            self.in_flight.forget(query)
         self.slots.leave(query)
         query.status, query.finish_reason, query.error = status, reason, error
         query.finished = self.clock()
@@ -118,7 +175,7 @@ class DecodeLoop:
         if query.ended:
             return
         _log.info("query %d failed", query.id, exc_info=error)
-        _drop_tracebacks(error)
+        drop_tracebacks(error)
         self.end(query, "failed", "error", error)
 
     def attempt(self, query: Query, what: str, function: Callable, *args) -> tuple[bool, object]:
@@ -128,20 +185,43 @@ class DecodeLoop:
         except Exception as cause:
             self.fail(
                 query,
-                _explained(f"{what} of query {query.id} must not raise, got {cause!r}", cause),
+                explained(f"{what} of query {query.id} must not raise, got {cause!r}", cause),
             )
             return False, None
 
-    def _view(self, now: float) -> View:
+    def _autoscale(self) -> None:
+        if self.autoscale is None:
+            return
+        num_slots = self.slots.num_slots
+        wanted = self.autoscale.wanted(num_slots, len(self.running), len(self.waiting))
+        if wanted == num_slots:
+            return
+        try:
+            self.resize(wanted)
+        except MemoryError as error:
+            # The rows that there are still do.
+            _log.warning("no memory for %d slots, %d stay", wanted, num_slots, exc_info=error)
+
+    def _count_bytes(self) -> None:
+        seen = (self.slots.cache.bytes_moved, self.slots.parking_bytes)
+        self.counters.shaping_bytes += seen[0] - self._bytes_seen[0]
+        self.counters.parking_bytes += seen[1] - self._bytes_seen[1]
+        self._bytes_seen = seen
+
+    def _view(self, now: float, more_to_come: bool) -> View:
         cache = self.slots.cache
         return View(
             waiting=self.waiting.values(),
             running=self.running.values(),
             num_slots=self.slots.num_slots,
-            capacity=cache.shape.capacity,
+            capacity=self.slots.capacity,
             bytes_in_use=cache.bytes_in_use,
             bytes_per_token=cache.bytes_per_token,
             now=now,
+            kv_budget=self.slots.kv_budget,
+            whole_prompts=self.slots.whole_prompts,
+            more_to_come=more_to_come,
+            prefills_elsewhere=self.in_flight is not None,
         )
 
     def _admit(self, plan: Plan) -> None:
@@ -159,18 +239,26 @@ class DecodeLoop:
             self.running[query.id] = query
             query.status = "running"
             if query.cached and not query.prompt_left:
-                self._enter(query, query.cached)
+                if self.slots.fits([Row(query, 0)]):
+                    self.enter(query, query.cached)
+                else:
+                    self.unseat(query)
 
-    def _enter(self, query: Query, length: int) -> bool:
+    def enter(self, query: Query, length: int) -> bool:
         had_parked = query._parked_kv is not None
         entered, _ = self.attempt(query, "insertion", self.slots.enter, query, length)
         self.counters.insertions += entered and had_parked
         return entered
 
-    def _forward(self, forward: Forward) -> None:
-        rows = self._rows(forward)
+    def _forward(self, forward: Forward, num_threads: int) -> bool:
+        """Compute a forward with what prompts elsewhere leave of the threads; whether there was
+        anything to compute."""
+        if self.in_flight is not None:
+            self.in_flight.hand_over(self, forward)
+            self.in_flight.share_cores(num_threads)
+        rows = self.make_room(self._rows(forward))
         if not rows:
-            return
+            return False
         taking_part = {query.id for query, _ in rows}
         stalled = [
             query for query in self.running.values() if query.tokens and query.id not in taking_part
@@ -180,29 +268,37 @@ class DecodeLoop:
         rows = [
             row
             for row in rows
-            if row.query.slot is not None or self._enter(row.query, row.query.cached + row.count)
+            if row.query.slot is not None or self.enter(row.query, row.query.cached + row.count)
         ]
+        counters = self.counters
+        counters.peak_kv_bytes = max(counters.peak_kv_bytes, self.slots.cache.bytes_in_use)
         for query in stalled:
             self.timeline.end(query.id, begin)
         for query, _ in rows:
             self.timeline.begin(
                 query.id, query.slot, "decode" if query.tokens else "prefill", begin
             )
-        rows, logits = self._compute(rows)
-        if not rows:
-            return
+        computed, logits = self._compute(rows, forward.padded)
+        if not computed:
+            return True
+        # Rows that were tried alone, because one of them failed, had no padding.
+        padded = forward.padded and computed == rows
+        rows = computed
         choices = greedy(logits)
         now = self.clock()
-        self._count(forward, rows, len(stalled), now - begin)
+        self._count(rows, padded, len(stalled), now - begin)
         for query in stalled:
             self.timeline.begin(query.id, query.slot, "decode", now)
-        self._take(rows, logits, *choices)
+        self.take(rows, logits, *choices)
+        return True
 
     def _rows(self, forward: Forward) -> list[Row]:
         rows = [
             Row(query, min(count, query.prompt_left))
             for query, count in forward.prefill
-            if query.status == "running" and query.prompt_left
+            if query.status == "running"
+            and query.prompt_left
+            and not (self.in_flight is not None and query in self.in_flight)
         ]
         if forward.decode:
             rows += [Row(query, 1) for query in self.running.values() if not query.prompt_left]
@@ -210,11 +306,23 @@ class DecodeLoop:
         # aligned cache no row can grow without the others.
         return [row for row in rows if self.slots.lagging(row.query)] or rows
 
-    def _compute(self, rows: Sequence[Row]) -> tuple[list[Row], torch.Tensor | None]:
+    def make_room(self, rows: list[Row]) -> list[Row]:
+        """Park queries until what the rows need fits the budget; the rows that are left."""
+        while not self.slots.fits(rows):
+            victim = self.policy.victim(self.running.values())
+            if self.running.get(victim.id) is not victim:
+                raise ValueError(
+                    f"step: victim of {self.policy.name} must be a running query, got {victim!r}"
+                )
+            self.unseat(victim)
+            rows = [row for row in rows if row.query is not victim]
+        return rows
+
+    def _compute(self, rows: Sequence[Row], padded: bool) -> tuple[list[Row], torch.Tensor | None]:
         """The rows that could be computed and their logits; the other queries have failed."""
         if len(rows) > 1:
             try:
-                return list(rows), self.slots.compute(rows)
+                return list(rows), self.slots.compute(rows, padded=padded)
             except Exception as error:
                 # Who is at fault cannot be told from the error, so everybody tries alone.
                 _log.info("forward of %d rows failed", len(rows), exc_info=error)
@@ -226,27 +334,37 @@ class DecodeLoop:
             return [], None
         return [row for row, _ in computed], torch.cat([logits for _, logits in computed])
 
-    def _count(
-        self, forward: Forward, rows: Sequence[Row], num_stalled: int, seconds: float
-    ) -> None:
+    def _count(self, rows: Sequence[Row], padded: bool, num_stalled: int, seconds: float) -> None:
         counters, shape = self.counters, self.slots.cache.shape
-        prefilled = [count for query, count in rows if not query.tokens]
-        counters.prompt_tokens += sum(prefilled)
-        # The attention reads the valid columns of its rows and nothing else: no padding is counted,
-        # as there is none.
-        counters.columns_read += sum(shape.length(query.slot) for query, _ in rows)
-        if not forward.decode:
+        prefilled = [(query.id, count) for query, count in rows if not query.tokens]
+        tokens = sum(count for _, count in rows)
+        padding = max(count for _, count in rows) * len(rows) - tokens if padded else 0
+        counters.prompt_tokens += sum(count for _, count in prefilled)
+        # The attention reads the valid columns of its rows and those of padding that is computed,
+        # never the padding that aligns an aligned cache.
+        counters.columns_read += sum(shape.length(query.slot) for query, _ in rows) + padding
+        counters.padding_columns_read += padding
+        is_step = len(prefilled) < len(rows)
+        if padded or (prefilled and is_step):
+            counters.joint_tokens += tokens + padding
+            counters.joint_padding_tokens += padding
+        if not is_step:
             counters.prefill_seconds += seconds
             counters.stalled_slot_seconds += seconds * num_stalled
+            self._chunked.update(id for id, _ in prefilled)
             return
         counters.decode_seconds += seconds
+        counters.joint_seconds += seconds if prefilled else 0
         counters.steps += 1
         counters.slot_steps += self.slots.num_slots
-        counters.active_slot_steps += len(rows)
-        if prefilled:
-            counters.joint_tokens += sum(count for _, count in rows)
+        chunked = self._chunked.difference(query.id for query, _ in rows)
+        counters.active_slot_steps += len(rows) + len(chunked.intersection(self.running))
+        self._chunked.clear()
+        prefilling = 0 if self.in_flight is None else len(self.in_flight.computing())
+        counters.active_slot_steps += prefilling
+        counters.prefilling_slot_steps += prefilling
 
-    def _take(
+    def take(
         self,
         rows: Sequence[Row],
         logits: torch.Tensor,
@@ -305,16 +423,3 @@ class DecodeLoop:
         query.tokens.append(token)
         query.token_times.append(now)
         self.counters.output_tokens += 1
-
-
-def _drop_tracebacks(error: BaseException | None) -> None:
-    """Let go of the frames that an error and its causes came through, and of their tensors."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-
-
-def _explained(text: str, cause: Exception) -> RuntimeError:
-    error = RuntimeError(f"relay: {text}")
-    error.__cause__ = cause
-    return error

@@ -9,6 +9,7 @@ calling the model read the same memory.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -87,6 +88,8 @@ class PatchedLlama:
         model: the model.
         num_layers, num_heads, num_kv_heads, head_dim, vocab_size: int, its sizes.
         dtype, device: of its weights.
+        whole_prompts: bool; whether a prompt in parts would be another prompt: the frequencies of
+            dynamic RoPE are those of a forward's last token.
     """
 
     def __init__(self, model: LlamaForCausalLM) -> None:
@@ -103,6 +106,7 @@ class PatchedLlama:
         self._scale = attention.scaling
         self._head_sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         self._rotary = RotaryTable(model.model.rotary_emb, self.head_dim)
+        self.whole_prompts = self._rotary.dynamic
         self._merged: list[_MergedProjection] = []
         self._layers: list[_Layer] = []
         try:
@@ -230,6 +234,20 @@ class PatchedLlama:
         hidden, _ = kernels.rms_norm(hidden, *_norm(body.norm), residual=residual)
         head = self.model.lm_head
         return project(hidden, head.weight, head.bias).float()
+
+    def twin(self) -> PatchedLlama:
+        """A handle on the same patch whose `forward` another thread may call meanwhile; use it only
+        until `undo`."""
+        twin = copy.copy(self)
+        # The only part of a forward that has state.
+        twin._rotary = copy.deepcopy(self._rotary)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the unpatched model, to be patched where it arrives."""
+        state = dict(self.model.__dict__)
+        del state["forward"]
+        return _patched, (type(self.model), state)
 
     def undo(self) -> None:
         """Make the model what it was before: its forward method, and its parameters, the same
@@ -369,11 +387,32 @@ class _PatchedForward:
 
 
 def _merge(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    merged = torch.cat([parameter.data for parameter in parameters])
+    merged = _neighbors([parameter.data for parameter in parameters])
+    if merged is None:
+        merged = torch.cat([parameter.data for parameter in parameters])
     parts = merged.split([len(parameter) for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.data = part
     return merged
+
+
+def _neighbors(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The parts as one tensor, if they lie one after the other in one memory: those of a model that
+    was patched when it was saved do, and need no second copy."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        memory = part.untyped_storage().data_ptr()
+        same = memory == first.untyped_storage().data_ptr() and part.data_ptr() == end
+        if not (same and part.is_contiguous()):
+            return None
+        end += part.nbytes
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def _patched(kind: type[LlamaForCausalLM], state: dict[str, Any]) -> PatchedLlama:
+    model = kind.__new__(kind)
+    model.__dict__.update(state)
+    return patch_llama(model)
 
 
 def _norm(module: LlamaRMSNorm) -> tuple[torch.Tensor, float]:

@@ -40,6 +40,10 @@ class PackedBatch:
         total_lengths: tuple of int; `lengths` on the host, so that no device is asked.
         max_query_length: int, the largest of `query_lengths`.
         max_length: int, the largest of `lengths`.
+        padding: tuple of int; tokens of padding after those of each row, which compute and are
+            cached like tokens, at positions and columns of their own behind the row's last one:
+            `cu_seqlens_q`, `lengths` and the packed tensors count them, `query_lengths`,
+            `total_lengths` and `last_tokens` do not.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -54,6 +58,7 @@ class PackedBatch:
     total_lengths: tuple[int, ...]
     max_query_length: int
     max_length: int
+    padding: tuple[int, ...]
 
     @property
     def num_rows(self) -> int:
@@ -62,8 +67,8 @@ class PackedBatch:
 
     @property
     def total_tokens(self) -> int:
-        """Number of packed tokens."""
-        return sum(self.query_lengths)
+        """Number of packed tokens, padding included."""
+        return sum(self.query_lengths) + sum(self.padding)
 
     @classmethod
     def from_shape(
@@ -72,6 +77,8 @@ class PackedBatch:
         slots: Iterable[int],
         query_lengths: Iterable[int] | None = None,
         device: torch.device | str = "cpu",
+        *,
+        padded: bool = False,
     ) -> PackedBatch:
         """The batch that computes the last tokens of rows of a shape.
 
@@ -84,29 +91,43 @@ class PackedBatch:
             query_lengths: ints, one per slot, from 1 to the row's length; None stands for 1 each (a
                 decode step).
             device: where the tensors shall live: that of the model and the cache.
+            padded: bool; whether every row computes as many tokens as the longest, padding behind
+                its own. The shape does not count the padding, whose columns must be free.
 
         Raises:
-            ValueError: no slot, a slot not in use or named twice, or query_lengths that do not fit.
+            ValueError: no slot, a slot not in use or named twice, query_lengths that do not fit, or
+                padding beyond the capacity.
         """
         slots = list(slots)
         query_lengths = [1] * len(slots) if query_lengths is None else list(query_lengths)
         lengths = [shape.length(slot) for slot in slots]
         starts = [shape.start(slot) for slot in slots]
         _check_rows(slots, query_lengths, lengths)
+        longest = max(query_lengths)
+        padding = [longest - count if padded else 0 for count in query_lengths]
+        last = max(shape.end(slot) + pad for slot, pad in zip(slots, padding, strict=True))
+        if last > shape.capacity:
+            raise ValueError(
+                f"PackedBatch.from_shape: padding must be within the capacity {shape.capacity}, "
+                f"got {last} columns"
+            )
 
         cu_seqlens, last_tokens, token_slots, token_columns, positions = [0], [], [], [], []
-        for slot, start, length, count in zip(slots, starts, lengths, query_lengths, strict=True):
-            cu_seqlens.append(cu_seqlens[-1] + count)
-            last_tokens.append(cu_seqlens[-1] - 1)
-            token_slots.extend([slot] * count)
-            token_columns.extend(range(start + length - count, start + length))
-            positions.extend(range(length - count, length))
+        for slot, start, length, count, pad in zip(
+            slots, starts, lengths, query_lengths, padding, strict=True
+        ):
+            last_tokens.append(cu_seqlens[-1] + count - 1)
+            cu_seqlens.append(cu_seqlens[-1] + count + pad)
+            token_slots.extend([slot] * (count + pad))
+            token_columns.extend(range(start + length - count, start + length + pad))
+            positions.extend(range(length - count, length + pad))
+        padded_lengths = [length + pad for length, pad in zip(lengths, padding, strict=True)]
 
         parts = (
             cu_seqlens,
             slots,
             starts,
-            lengths,
+            padded_lengths,
             token_slots,
             token_columns,
             positions,
@@ -120,8 +141,9 @@ class PackedBatch:
             *packed.split([len(part) for part in parts]),
             query_lengths=tuple(query_lengths),
             total_lengths=tuple(lengths),
-            max_query_length=max(query_lengths),
-            max_length=max(lengths),
+            max_query_length=longest,
+            max_length=max(padded_lengths),
+            padding=tuple(padding),
         )
 
 

@@ -100,6 +100,7 @@ FIELDS = {
     "messages": (_is_messages, "a list of objects with role and content"),
     "token_ids": (_is_ids, "a list of integers"),
     "max_new_tokens": (_is_int, "an integer"),
+    "priority": (_is_number, "a number"),
     "temperature": (_is_number, "a number"),
     "top_p": (_is_number, "a number"),
     "top_k": (_is_int, "an integer"),

@@ -19,6 +19,7 @@ class Query:
         name: whatever was given to `submit`, or None.
         prompt: the prompt's token ids.
         max_new_tokens: the most tokens that are generated.
+        priority: what the admission `priority` goes by, more before less.
         tokens: the generated token ids so far, the end-of-sequence token and stop sequences
             included.
         status: "waiting", "running", "parked", "finished", "cancelled" or "failed".
@@ -43,6 +44,7 @@ class Query:
         self.name = name
         self.prompt: list[int] = []
         self.max_new_tokens = 0
+        self.priority = 0.0
         self.tokens: list[int] = []
         self.status = "waiting"
         self.finish_reason: str | None = None
@@ -71,6 +73,11 @@ class Query:
     def prompt_left(self) -> int:
         """Prompt tokens whose keys and values are still to be computed."""
         return max(0, len(self.prompt) - self.cached)
+
+    @property
+    def max_cached(self) -> int:
+        """The most tokens that will ever have keys and values: the last one needs none."""
+        return len(self.prompt) + self.max_new_tokens - 1
 
     @property
     def text(self) -> str | None:

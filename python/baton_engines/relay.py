@@ -12,11 +12,18 @@ import contextlib
 import operator
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
+from baton_kernels.batch_shape import checked_int
+
 from . import policies
+from .autoscale import Autoscale
 from .counters import Counters, Span, Timeline
 from .decode_loop import DecodeLoop
+from .prefill import Prefiller
+from .prefill import get as get_prefiller
+from .prefill.in_flight import InFlight
 from .query import Query
 from .slots import Slots
 from .submission import MODEL_EOS, Limits, fill_query
@@ -35,13 +42,30 @@ class Relay:
         policy: one of `policies.NAMES`, or a `Policy` object that no other relay uses.
         tokenizer: of Hugging Face; for stop strings and `Query.text`.
         aligned: keep all rows ending in one column, as the paper does: same results, more copies.
+        prefill: where newcomers' prompts are computed, one of `prefill.NAMES`, or a `Prefiller`
+            that no other relay uses. "serial": here, between two steps. "overlapped": by a thread
+            with cores of its own, while the batch decodes with the others. "apart": by another
+            process, which is restarted if it dies or hangs. Same results; a prompt that cannot be
+            computed elsewhere is computed here.
+        shaping: what happens to the other rows of an aligned cache when one enters or leaves:
+            "in_place" moves what has to move, "concatenate" copies all into a new cache.
+        kv_budget: bytes that the keys and values in the rows never exceed (`cache.bytes_in_use`);
+            when they would, queries are parked in host memory, the last in the policy's order of
+            admission first, and go on later without recomputing. Padding that aligns rows is not
+            counted, nor what is parked (`parked_bytes`), nor a prompt computed elsewhere until it
+            enters; room for it is kept.
+        max_slots: the number of slots grows up to this while queries wait, and shrinks back to
+            num_slots when rows are not used; None keeps it.
         clock: seconds.
 
     Attributes:
         policy: the `Policy` object.
+        more_to_come: bool; set it while more queries will be submitted, and a policy may hold
+            queries back in `step` to form larger batches. `run` and `stream` wait for nobody.
 
     Raises:
-        ValueError: num_slots or capacity is below 1, or there is no such policy.
+        ValueError: num_slots, capacity or kv_budget is below 1, max_slots below num_slots, or there
+            is no such policy, shaping or prefill mode, or they do not go with the kind of cache.
         Exception: what `patch_llama` raises for a model that it does not know.
 
     Source: BATON, dynamic re-batching.
@@ -56,9 +80,20 @@ class Relay:
         *,
         tokenizer=None,
         aligned: bool = False,
+        shaping: str = "in_place",
+        kv_budget: int | None = None,
+        max_slots: int | None = None,
+        prefill: str | Prefiller = "serial",
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.policy = policies.get(policy)
+        autoscale = None
+        if max_slots is not None:
+            max_slots = checked_int("Relay", "max_slots", max_slots, num_slots)
+            autoscale = Autoscale(num_slots, max_slots)
+        if kv_budget is not None:
+            kv_budget = checked_int("Relay", "kv_budget", kv_budget, 1)
+        self.more_to_come = False
         self._clock = clock
         self._tokenizer = tokenizer
         self._undo = contextlib.ExitStack()
@@ -68,12 +103,29 @@ class Relay:
 
             model = self._undo.enter_context(patch_llama(model))
         try:
-            self._limits = Limits.of_model(model, capacity)
-            slots = Slots(model, num_slots, self._limits.capacity, aligned=aligned)
+            limits = Limits.of_model(model, capacity)
+            slots = Slots(
+                model,
+                num_slots,
+                limits.capacity,
+                aligned=aligned,
+                shaping=shaping,
+                padded=self.policy.pads,
+                kv_budget=kv_budget,
+            )
+            if slots.whole_prompts and self.policy.splits_prompts:
+                raise ValueError(
+                    f"Relay: policy must compute prompts whole in an aligned cache and under "
+                    f"dynamic RoPE, got {self.policy.name}, which splits them"
+                )
+            in_flight = self._open(get_prefiller(prefill), model, slots)
         except BaseException:
             self._undo.close()
             raise
-        self._loop = DecodeLoop(slots, self.policy, clock, self._note_end)
+        self._limits = replace(
+            limits, kv_budget=kv_budget, bytes_per_token=slots.cache.bytes_per_token
+        )
+        self._loop = DecodeLoop(slots, self.policy, clock, self._note_end, autoscale, in_flight)
         self._next_id = 0
         # Ended queries that `run` has not returned. Weak, so that a server that never calls `run`
         # keeps none of them alive; `_held` has those of the current `run`, and those that have
@@ -114,6 +166,11 @@ class Relay:
         return tuple(self._loop.parked.values())
 
     @property
+    def parked_bytes(self) -> int:
+        """Bytes of the keys and values in host memory."""
+        return self._loop.slots.parked_bytes
+
+    @property
     def timeline(self) -> list[Span]:
         """Who held which slot when, a span split by each stall; the newest 16384 spans."""
         return self._loop.timeline.spans(self._clock())
@@ -123,6 +180,7 @@ class Relay:
         token_ids,
         *,
         max_new_tokens: int = 128,
+        priority: float = 0.0,
         eos=MODEL_EOS,
         stop=(),
         temperature: float = 0.0,
@@ -136,7 +194,8 @@ class Relay:
 
         Args:
             token_ids: the prompt; integers, or a 1-D tensor or array of them.
-            max_new_tokens: >= 1; prompt and answer together must fit the capacity.
+            max_new_tokens: >= 1; prompt and answer together must fit the capacity and the budget.
+            priority: finite; what the admission "priority" goes by, more before less.
             eos: an id, several, or None to go on after an end-of-sequence token; default: the
                 model's.
             stop: a string or an id, or an iterable of strings, sequences of ids and single ids;
@@ -170,6 +229,7 @@ class Relay:
                 self._limits,
                 token_ids=token_ids,
                 max_new_tokens=max_new_tokens,
+                priority=priority,
                 eos=eos,
                 stop=stop,
                 temperature=temperature,
@@ -188,7 +248,8 @@ class Relay:
         """One iteration: admit, prefill newcomers, one decode step of all running queries.
 
         Returns:
-            Whether there is more to do. Parked queries are nothing to do until they are resumed.
+            Whether there is more to do. Parked queries are nothing to do until they are resumed,
+            nor are those that the policy holds back while `more_to_come`.
 
         Raises:
             RuntimeError: called from a callback.
@@ -196,7 +257,7 @@ class Relay:
         """
         self._between_steps("step")
         self._held.clear()
-        return self._loop.iterate()
+        return self._loop.iterate(self.more_to_come)
 
     def run(self, progress: Callable[[Relay], object] | None = None) -> list[Query]:
         """Step until nothing is left to do.
@@ -240,7 +301,9 @@ class Relay:
                 given += 1
             if query.ended:
                 break
-            if not self.step() and not query.ended:
+            self._between_steps("stream")
+            self._held.clear()
+            if not self._loop.iterate() and not query.ended:
                 raise RuntimeError(
                     f"stream: query {query.id} must be resumed to go on, "
                     f"got status {query.status!r}"
@@ -295,15 +358,7 @@ class Relay:
         num_slots = operator.index(num_slots)
         if num_slots < 1:
             raise ValueError(f"resize: num_slots must be >= 1, got {num_slots}")
-        loop = self._loop
-        # Those that were admitted in this step and have no row yet are the first to wait again.
-        in_order = sorted(loop.running.values(), key=lambda q: (q.slot is None, q.slot or 0))
-        for query in in_order[num_slots:]:
-            loop.unseat(query)
-        for query in in_order[:num_slots]:
-            if query.slot is not None and query.slot >= num_slots:
-                loop.attempt(query, "relocation", loop.slots.relocate, query)
-        loop.slots.cache.resize(num_slots)
+        self._loop.resize(num_slots)
 
     def reset_counters(self) -> None:
         """Start counters and timeline anew, for a measurement after a warm-up."""
@@ -311,8 +366,12 @@ class Relay:
         self._loop.timeline = Timeline()
 
     def summary(self) -> dict:
-        """Policy, slots, rates, latencies in seconds, the idle split and all counters, by name."""
-        return {"policy": self.policy.name, "num_slots": self.num_slots, **self.counters.summary()}
+        """Policy, prefill mode, slots, rates, latencies in seconds, the idle split and all
+        counters, by name."""
+        in_flight = self._loop.in_flight
+        mode = "serial" if in_flight is None else in_flight.prefiller.name
+        about = {"policy": self.policy.name, "prefill": mode, "num_slots": self.num_slots}
+        return {**about, **self.counters.summary()}
 
     def close(self) -> None:
         """Cancel what has not ended, give the cache's memory back, undo the relay's own patch."""
@@ -324,6 +383,14 @@ class Relay:
         self._closed = True
         loop.slots.cache.release()
         self._undo.close()
+
+    def _open(self, prefiller: Prefiller | None, model, slots: Slots) -> InFlight | None:
+        if prefiller is None:
+            return None
+        prefiller.open(model)
+        # Before the patch is undone: the workers use it.
+        self._undo.callback(prefiller.close)
+        return InFlight(prefiller, on_cpu=slots.cache.keys.device.type == "cpu")
 
     def _between_steps(self, where: str) -> None:
         if self._loop.stepping:

@@ -42,6 +42,7 @@ ROWS = (
     ("time_per_token_p50", "time per token, p50", _seconds, -1),
     ("time_per_token_p99", "time per token, p99", _seconds, -1),
     ("slot_idle", "idle: slots", _share, 0),
+    ("slot_prefilling", "slots: prefill elsewhere", _share, 0),
     ("prefill_stall", "idle: prefill stall", _share, 0),
     ("joint_padding", "idle: joint-forward padding", _share, 0),
     ("cache_padding_read", "idle: cache padding read", _share, 0),
@@ -90,7 +91,16 @@ def info_tables(info: Mapping[str, Any], packages: Mapping[str, str]) -> list[Ta
     about = _table("versions", "what", "version")
     cpu = info["cpu"]
     known = {name: value for name, value in info.items() if isinstance(value, (str, int))}
-    known = {"baton_kernels": known.pop("version"), **known, "machine": cpu["machine"], **packages}
+    cuda = info["cuda"]
+    known = {
+        "baton_kernels": known.pop("version"),
+        **known,
+        "machine": cpu["machine"],
+        "CUDA kernels": f"no: {cuda['why_not']}" if cuda["why_not"] else (
+            f"{', '.join(cuda['architectures'])} and newer (CUDA {cuda['toolkit']})"
+        ),
+        **packages,
+    }  # fmt: skip
     for name, value in known.items():
         about.add_row(name, Text(str(value)))
 

@@ -59,8 +59,8 @@ class RotaryTable:
         # model's dtype.
         self._like = torch.empty(0, dtype=torch.float32, device=rotary.inv_freq.device)
         self._half = head_dim // 2
-        self._dynamic = rope_type == "dynamic"
-        self._block = _DYNAMIC_BLOCK if self._dynamic else _BLOCK
+        self.dynamic = rope_type == "dynamic"
+        self._block = _DYNAMIC_BLOCK if self.dynamic else _BLOCK
         self._cos = self._like.new_empty(0, self._half)
         self._sin = self._like.new_empty(0, self._half)
 
@@ -74,7 +74,7 @@ class RotaryTable:
             self._grow(batch.max_length)
         cos = self._cos.index_select(0, batch.positions)
         sin = self._sin.index_select(0, batch.positions)
-        if self._dynamic and batch.max_length > self._rotary.original_max_seq_len:
+        if self.dynamic and batch.max_length > self._rotary.original_max_seq_len:
             self._replace_long_prefills(batch, cos, sin)
         return cos, sin
 
@@ -84,15 +84,17 @@ class RotaryTable:
         """Row p of the table holds for a token that is the last of its query, as when decoding. A
         longer run of tokens in one pass uses the frequencies of the length at its end."""
         begin = 0
-        for count, length in zip(batch.query_lengths, batch.total_lengths, strict=True):
+        for count, length, padding in zip(
+            batch.query_lengths, batch.total_lengths, batch.padding, strict=True
+        ):
             end = begin + count
             if count > 1 and length > self._rotary.original_max_seq_len:
                 cos[begin:end], sin[begin:end] = self._alone(length - count, length)
-            begin = end
+            begin = end + padding
 
     def _grow(self, length: int) -> None:
         blocks = [(self._cos, self._sin)]
-        fill = self._dynamic_block if self._dynamic else self._alone
+        fill = self._dynamic_block if self.dynamic else self._alone
         for begin in range(len(self._cos), length, self._block):
             blocks.append(fill(begin, begin + self._block))
         self._cos, self._sin = (torch.cat(parts) for parts in zip(*blocks, strict=True))
@@ -106,7 +108,7 @@ class RotaryTable:
         """cos and sin of the positions [begin, end) of a query of length `end`, computed by the
         module in the state it has before its first query."""
         rotary = self._rotary
-        if self._dynamic:
+        if self.dynamic:
             rotary.inv_freq = rotary.original_inv_freq
             rotary.max_seq_len_cached = rotary.original_max_seq_len
         positions = torch.arange(begin, end, device=self._like.device)

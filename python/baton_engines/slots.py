@@ -12,8 +12,17 @@ import torch
 
 import baton_kernels
 
+from .concatenated_cache import ConcatenatedCache
 from .packed_batch import PackedBatch
 from .query import Query
+
+# How an aligned cache stays aligned when a row enters or leaves: the rows that must move do, or all
+# rows are copied into a new cache.
+SHAPINGS = ("in_place", "concatenate")
+
+
+# Any id would do: nothing reads what is computed from it.
+_PADDING_TOKEN = 0
 
 
 class Row(NamedTuple):
@@ -27,15 +36,47 @@ class Slots:
     """A cache of a model with the queries that live in it.
 
     Args:
-        model: has `new_cache` and `forward` as `PatchedLlama`.
+        model: has `new_cache`, `forward` and `whole_prompts` as `PatchedLlama`.
         num_slots: rows.
         capacity: columns of a row.
         aligned: whether all rows end in one column.
+        shaping: how an aligned cache is kept so, one of `SHAPINGS`.
+        padded: whether forwards may be padded; the cache then has columns for the padding too.
+        kv_budget: the most bytes of keys and values in the rows; None without a bound.
+
+    Attributes:
+        whole_prompts: whether a prompt has to be computed in one forward.
+        parked_bytes: of the keys and values in host memory.
+        parking_bytes: copied to host memory and back so far.
     """
 
-    def __init__(self, model, num_slots: int, capacity: int, *, aligned: bool = False):
+    def __init__(
+        self,
+        model,
+        num_slots: int,
+        capacity: int,
+        *,
+        aligned: bool = False,
+        shaping: str = SHAPINGS[0],
+        padded: bool = False,
+        kv_budget: int | None = None,
+    ):
+        if shaping not in SHAPINGS:
+            raise ValueError(
+                f"Relay: shaping must be one of {', '.join(SHAPINGS)}, got {shaping!r}"
+            )
+        if shaping != SHAPINGS[0] and not aligned:
+            raise ValueError(f"Relay: aligned must be True for shaping {shaping!r}, got False")
         self.model = model
-        self.cache = model.new_cache(num_slots, capacity, aligned=aligned)
+        self.whole_prompts = aligned or model.whole_prompts
+        self.capacity = capacity
+        self.kv_budget = kv_budget
+        self.parked_bytes = self.parking_bytes = 0
+        # A row of c tokens is padded by c - 1 at most.
+        columns = 2 * capacity - 1 if padded else capacity
+        self.cache = model.new_cache(num_slots, columns, aligned=aligned)
+        if shaping == "concatenate":
+            self.cache = ConcatenatedCache(self.cache)
 
     @property
     def num_slots(self) -> int:
@@ -46,17 +87,46 @@ class Slots:
         """Whether the row already has columns for tokens that do not count yet."""
         return query.slot is not None and self.cache.shape.length(query.slot) > query.cached
 
+    def vacant(self, query: Query) -> bool:
+        """Whether the query's row has no columns."""
+        return self.cache.shape.length(query.slot) == 0
+
     def enter(self, query: Query, length: int) -> None:
         """Give the query a free row of `length` tokens, which begins with what it had parked."""
-        cache = self.cache
         if query._parked_kv is None:
-            query.slot = cache.allocate(length)
+            query.slot = self.cache.allocate(length)
             return
-        key, value = (tensor.to(cache.keys.device) for tensor in query._parked_kv)
-        slot = cache.allocate(length)
+        query.slot = self._insert(*query._parked_kv, query.cached, length)
+        self.parking_bytes += _bytes_of(query)
+        self._drop_parked(query)
+
+    def fill(self, query: Query, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Replace the query's row, which is vacant, by one of keys and values computed elsewhere.
+
+        Args:
+            query: may have lost its row in a call that was interrupted.
+            key, value: `[num_layers, tokens, num_kv_heads, head_dim]`, on any device.
+        """
+        slot, query.slot = query.slot, None
+        if slot is not None:
+            self.cache.free(slot)
+        query.slot = self._insert(key, value, key.shape[1], key.shape[1], slot)
+
+    def _insert(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        tokens: int,
+        length: int,
+        slot: int | None = None,
+    ) -> int:
+        """A free row of `length` tokens that begins with these `tokens`; its slot."""
+        cache = self.cache
+        key, value = key.to(cache.keys.device), value.to(cache.keys.device)
+        slot = cache.allocate(length, slot)
         try:
             index = torch.tensor(
-                [0, query.cached, slot, cache.shape.start(slot)],
+                [0, tokens, slot, cache.shape.start(slot)],
                 dtype=torch.int32,
                 device=cache.keys.device,
             )
@@ -66,12 +136,11 @@ class Slots:
         except BaseException:
             cache.free(slot)
             raise
-        query.slot = slot
-        query._parked_kv = None
+        return slot
 
     def leave(self, query: Query) -> None:
         """Free the query's row, if it has one, and forget its keys and values."""
-        query._parked_kv = None
+        self._drop_parked(query)
         if query.slot is not None:
             self.cache.free(query.slot)
             query.slot = None
@@ -86,6 +155,8 @@ class Slots:
                 tensor[:, : query.cached].cpu() for tensor in self.cache.extract(query.slot)
             )
             query._parked_kv = (key.contiguous(), value.contiguous())
+            self.parked_bytes += _bytes_of(query)
+            self.parking_bytes += _bytes_of(query)
         self.cache.free(query.slot)
         query.slot = None
 
@@ -95,6 +166,16 @@ class Slots:
         self.cache.free(query.slot)
         query.slot = None
         query.slot = self.cache.insert(key, value)
+
+    def fits(self, rows: Sequence[Row]) -> bool:
+        """Whether the cache stays within its budget when these rows get what they lack."""
+        if self.kv_budget is None:
+            return True
+        tokens = 0
+        for query, count in rows:
+            there = 0 if query.slot is None else self.cache.shape.length(query.slot)
+            tokens += max(0, query.cached + count - there)
+        return self.cache.bytes_in_use + tokens * self.cache.bytes_per_token <= self.kv_budget
 
     def reserve(self, rows: Sequence[Row]) -> None:
         """Columns for what the queries that have a row compute next, where they lack them."""
@@ -106,16 +187,36 @@ class Slots:
         if missing:
             self.cache.extend(list(missing), list(missing.values()))
 
-    def compute(self, rows: Sequence[Row]) -> torch.Tensor:
+    def compute(self, rows: Sequence[Row], *, padded: bool = False) -> torch.Tensor:
         """Run the model on rows whose columns are reserved.
+
+        Args:
+            rows: what to compute.
+            padded: whether each row computes as many tokens as the longest.
 
         Returns:
             float32 [rows, vocab]: the logits after the last token of every row.
         """
-        tokens = [token for query, count in rows for token in query.pending_tokens(count)]
+        if padded:
+            # The columns for padding lie behind those of the longest row.
+            self.cache.trim()
+        longest = max(count for _, count in rows)
+        tokens: list[int] = []
+        for query, count in rows:
+            tokens += query.pending_tokens(count)
+            tokens += [_PADDING_TOKEN] * (longest - count if padded else 0)
         device = self.cache.keys.device
         slots, counts = [query.slot for query, _ in rows], [count for _, count in rows]
-        batch = PackedBatch.from_shape(self.cache.shape, slots, counts, device)
+        batch = PackedBatch.from_shape(self.cache.shape, slots, counts, device, padded=padded)
         return self.model.forward(
             torch.tensor(tokens, device=device), batch, self.cache, logits="last"
         )
+
+    def _drop_parked(self, query: Query) -> None:
+        self.parked_bytes -= _bytes_of(query)
+        query._parked_kv = None
+
+
+def _bytes_of(query: Query) -> int:
+    """Of the keys and values that the query has parked."""
+    return sum(tensor.nbytes for tensor in query._parked_kv or ())

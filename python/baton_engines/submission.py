@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 
@@ -21,11 +22,15 @@ class Limits:
         capacity: the most tokens of a query.
         vocab_size: token ids are below this.
         eos: the model's end-of-sequence ids.
+        kv_budget: the most bytes of keys and values, None without a bound.
+        bytes_per_token: of one token's keys and values.
     """
 
     capacity: int
     vocab_size: int
     eos: tuple[int, ...]
+    kv_budget: int | None = None
+    bytes_per_token: int = 0
 
     @classmethod
     def of_model(cls, handle, capacity: int | None) -> Limits:
@@ -48,6 +53,7 @@ def fill_query(
     *,
     token_ids,
     max_new_tokens: int,
+    priority: float,
     eos,
     stop,
     temperature: float,
@@ -68,6 +74,13 @@ def fill_query(
             f"submit: prompt + max_new_tokens must be at most the capacity {limits.capacity}, "
             f"got {len(query.prompt)} + {query.max_new_tokens} = {total}"
         )
+    needed = query.max_cached * limits.bytes_per_token
+    if limits.kv_budget is not None and needed > limits.kv_budget:
+        raise ValueError(
+            f"submit: prompt + max_new_tokens must fit the KV budget of {limits.kv_budget} bytes, "
+            f"got {len(query.prompt)} + {query.max_new_tokens} with up to {needed} bytes"
+        )
+    query.priority = _priority(priority)
     if query._on_token is not None and not callable(query._on_token):
         raise TypeError(f"submit: on_token must be callable, got {query._on_token!r}")
     eos = limits.eos if isinstance(eos, str) and eos == MODEL_EOS else eos
@@ -109,6 +122,16 @@ def _count(max_new_tokens: int) -> int:
     if count < 1:
         raise ValueError(f"submit: max_new_tokens must be >= 1, got {count}")
     return count
+
+
+def _priority(priority: float) -> float:
+    try:
+        number = float(priority)
+    except (TypeError, ValueError):
+        raise TypeError(f"submit: priority must be a number, got {_shorten(priority)}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"submit: priority must be finite, got {priority}")
+    return number
 
 
 def _shorten(value: object) -> str:

@@ -31,7 +31,9 @@ class FakeLlama:
         fault: called with the tokens of every row of a forward, newest last, after the cache was
             written; what it raises, the forward raises.
         bad_row: called with the tokens of a row; its logits become NaN if it returns True.
+        whole_prompts: as `PatchedLlama.whole_prompts`.
         forwards: the numbers of tokens computed per row, of every forward that was tried.
+        padding: how many tokens of padding they computed besides.
     """
 
     def __init__(self, vocab_size: int = 50, eos: int | None = None, max_positions: int = 256):
@@ -39,19 +41,26 @@ class FakeLlama:
         self.model = SimpleNamespace(
             config=SimpleNamespace(max_position_embeddings=max_positions, eos_token_id=eos)
         )
-        self.fault: Callable[[list[list[int]]], object] = lambda rows: None
-        self.bad_row: Callable[[list[int]], bool] = lambda tokens: False
+        self.fault: Callable[[list[list[int]]], object] = _nothing
+        self.bad_row: Callable[[list[int]], bool] = _nothing
+        self.whole_prompts = False
         self.forwards: list[tuple[int, ...]] = []
+        self.padding: list[int] = []
 
     def new_cache(self, num_slots: int, capacity: int, *, aligned: bool = False) -> KVCache:
         """As `PatchedLlama.new_cache`."""
         return KVCache(_NUM_LAYERS, num_slots, 1, capacity, _HEAD_DIM, aligned=aligned)
+
+    def twin(self) -> FakeLlama:
+        """As `PatchedLlama.twin`."""
+        return self
 
     def forward(
         self, token_ids: torch.Tensor, batch: PackedBatch, cache: KVCache, *, logits: str = "last"
     ) -> torch.Tensor:
         """As `PatchedLlama.forward` with `logits="last"`."""
         self.forwards.append(batch.query_lengths)
+        self.padding.append(sum(batch.padding))
         slots, columns = batch.token_slots.long(), batch.token_columns.long()
         tokens = token_ids.float()[None, :, None]
         positions = batch.positions.float()[None, :, None]
@@ -60,7 +69,7 @@ class FakeLlama:
         rows = [
             self._read(cache, slot, start, length)
             for slot, start, length in zip(
-                batch.slots.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True
+                batch.slots.tolist(), batch.starts.tolist(), batch.total_lengths, strict=True
             )
         ]
         self.fault(rows)
@@ -91,3 +100,8 @@ class FakeLlama:
         ):
             raise AssertionError(f"slot {slot} does not hold one query in order: {values[0, :, 0]}")
         return keys[0, :, 0].int().tolist()
+
+
+def _nothing(tokens: object) -> bool:
+    # Not a lambda: the model can be sent to another process.
+    return False

@@ -76,10 +76,13 @@ class Panel:
 def panel_of(relay: Any, caption: str = "") -> Panel:
     """The panel of all that a Relay has done so far."""
     summary = relay.summary()
+    spans = relay.timeline
+    # There may have been more slots than there are now.
+    num_slots = max([summary["num_slots"], *(span.slot + 1 for span in spans)])
     return Panel(
         summary["policy"],
-        relay.timeline,
-        summary["num_slots"],
+        spans,
+        num_slots,
         summary["slot_idle"],
         summary["output_tokens_per_second"],
         caption,

@@ -1,13 +1,50 @@
 """Scheduling policies of the relay, by name."""
 
+import inspect
+
+from .admission import (
+    ADMISSIONS,
+    Admission,
+    FirstCome,
+    LengthAware,
+    Priority,
+    ShortestFirst,
+    get_admission,
+)
 from .base import Forward, Plan, Policy, View
 from .baton import Baton
+from .chunked import Chunked
+from .multi_bin import MultiBin
+from .orca import Orca
+from .padded_orca import PaddedOrca
 from .run_to_completion import RunToCompletion
 
-_POLICIES = {policy.name: policy for policy in (Baton, RunToCompletion)}
+_POLICIES = {
+    policy.name: policy for policy in (Baton, Chunked, MultiBin, Orca, PaddedOrca, RunToCompletion)
+}
 NAMES = tuple(_POLICIES)
 
-__all__ = ["NAMES", "Baton", "Forward", "Plan", "Policy", "RunToCompletion", "View", "get"]
+__all__ = [
+    "ADMISSIONS",
+    "NAMES",
+    "Admission",
+    "Baton",
+    "Chunked",
+    "FirstCome",
+    "Forward",
+    "LengthAware",
+    "MultiBin",
+    "Orca",
+    "PaddedOrca",
+    "Plan",
+    "Policy",
+    "Priority",
+    "RunToCompletion",
+    "ShortestFirst",
+    "View",
+    "get",
+    "get_admission",
+]
 
 
 def get(name: str | Policy, **options) -> Policy:
@@ -18,10 +55,14 @@ def get(name: str | Policy, **options) -> Policy:
         options: arguments of the policy's class.
 
     Raises:
-        ValueError: no policy has that name.
+        ValueError: no policy has that name, or it has no such option.
     """
     if isinstance(name, Policy):
         return name
     if name not in _POLICIES:
         raise ValueError(f"get: name must be one of {', '.join(NAMES)}, got {name!r}")
+    known = tuple(inspect.signature(_POLICIES[name]).parameters)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"get: options of {name} must be {', '.join(known)}, got {option!r}")
     return _POLICIES[name](**options)

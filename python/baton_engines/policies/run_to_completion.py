@@ -4,9 +4,8 @@ The relay computes nothing for a finished row, where engines with a static batch
 padding in it, so this is the kindest version of what it stands for: only the slots are lost.
 """
 
-from itertools import islice
-
-from .base import Forward, Plan, Policy, View, pack_prefills
+from .admission import Admission, get_admission
+from .base import Forward, Plan, Policy, View, fitting, pack_prefills, positive
 
 
 class RunToCompletion(Policy):
@@ -15,15 +14,21 @@ class RunToCompletion(Policy):
     Args:
         max_prefill_tokens: the most prompt tokens that share a forward; bounds the memory of a
             prefill.
+        admission: one of `ADMISSIONS`, or an `Admission`.
     """
 
     name = "run_to_completion"
 
-    def __init__(self, max_prefill_tokens: int = 2048):
+    def __init__(self, max_prefill_tokens: int = 2048, *, admission: str | Admission = "fcfs"):
+        positive(self.name, max_prefill_tokens=max_prefill_tokens)
         self.max_prefill_tokens = max_prefill_tokens
+        self.admission = get_admission(admission)
 
     def plan(self, view: View) -> Plan:
         """A new batch if nothing runs, then one decode step of all."""
-        newcomers = () if view.running else tuple(islice(view.waiting, view.num_slots))
+        newcomers = ()
+        if not view.running:
+            order = self.admission.order(view)
+            newcomers = fitting(view, order, view.num_slots, reserve_all=True)
         prefills = pack_prefills((*view.running, *newcomers), self.max_prefill_tokens)
         return Plan(admit=newcomers, forwards=(*prefills, Forward(decode=True)))

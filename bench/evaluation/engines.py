@@ -1,0 +1,161 @@
+"""The same requests through other engines, each in an environment and a process of its own.
+
+`make bench-engines` makes the environments. An engine that is not installed, or fails, becomes a
+row that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from baton_engines.models import cache_folder, smollm2_folder
+
+from .run import Job, Run, latencies, rates
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKERS = Path(__file__).parent / "workers"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine and where it lives.
+
+    Attributes:
+        name: in tables; its worker is `workers/<name>_worker.py`.
+        says: what it is.
+        environment: folder of the virtual environment, in the checkout.
+    """
+
+    name: str
+    says: str
+    environment: str
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that has the engine installed, if it is."""
+        return ROOT / self.environment / "bin" / "python"
+
+    def model_folder(self) -> Path:
+        """SmolLM2 in the form that the engine reads."""
+        return openvino_folder() if self.name == "openvino" else smollm2_folder()
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("openvino", "OpenVINO GenAI, continuous batching on the CPU", ".venv-openvino"),
+        Engine("vllm", "vLLM on the CPU, chunked prefill and paged cache", ".venv-vllm"),
+    )
+}
+
+
+def openvino_folder() -> Path:
+    """SmolLM2 as OpenVINO's own files, in the cache; made there by optimum-intel when missing.
+
+    Raises:
+        RuntimeError: the export failed.
+    """
+    folder = cache_folder() / "smollm2-135m-instruct-1-openvino"
+    if folder.is_dir():
+        return folder
+    command = (
+        ROOT / ".venv-openvino" / "bin" / "optimum-cli", "export", "openvino",
+        "--model", smollm2_folder(), "--task", "text-generation-with-past",
+        "--weight-format", "fp32", "--disable-convert-tokenizer",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
+        made = Path(scratch) / "model"
+        done = subprocess.run([*command, made], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"openvino: model must be exported, got {_last_line(done.stderr)}")
+        made.replace(folder)
+    return folder
+
+
+class EngineProcess:
+    """An engine that has loaded the model and waits for its turns.
+
+    Args:
+        engine: which.
+        jobs: what it serves at each turn; all there at once.
+        dtype: of weights and computation.
+        slots: the most queries at a time.
+
+    Attributes:
+        about: what it says about itself.
+
+    Raises:
+        RuntimeError: it is not installed, or did not come up; the message says why.
+    """
+
+    def __init__(self, engine: Engine, jobs: Sequence[Job], dtype: str, slots: int):
+        if not engine.python.exists():
+            raise RuntimeError(f"not installed: `make bench-engines` makes {engine.environment}")
+        self.engine = engine
+        self._requests = [job.request for job in jobs]
+        self._scratch = tempfile.TemporaryDirectory()
+        work = Path(self._scratch.name) / "work.json"
+        work.write_text(
+            json.dumps(
+                {
+                    "model": str(engine.model_folder()),
+                    "dtype": dtype,
+                    "slots": slots,
+                    "threads": torch.get_num_threads(),
+                    "jobs": [(job.token_ids, job.request.output_tokens) for job in jobs],
+                }
+            )
+        )
+        self._log = (Path(self._scratch.name) / "log").open("w+")
+        self._process = subprocess.Popen(
+            [engine.python, WORKERS / f"{engine.name}_worker.py", work],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+        self.about: dict[str, Any] = self._read()
+
+    def run(self) -> Run:
+        """Serve the jobs once.
+
+        Raises:
+            RuntimeError: the process has ended.
+        """
+        print(file=self._process.stdin, flush=True)
+        answer = self._read()
+        figures = {
+            **rates(self._requests, answer["seconds"]),
+            **latencies(self._requests, answer["times"]),
+        }
+        return Run(answer["tokens"], figures)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+        self._scratch.cleanup()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            raise RuntimeError(f"{self.engine.name}: {_last_line(self._log.read())}")
+        return json.loads(line)
+
+
+def _last_line(text: str) -> str:
+    return ([line for line in text.splitlines() if line.strip()] or ["ended without a word"])[-1]

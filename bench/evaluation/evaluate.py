@@ -1,0 +1,112 @@
+"""Runs cells and collects what they give: one dictionary, ready for JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from baton_engines.models import load_model
+from baton_engines.prompts_io import demo_prompts
+
+from .. import describe_run
+from .cells import Cell
+from .limit import Ceiling, Sizes, measure_ceiling
+from .measure import Session
+
+Report = Callable[[str], object]
+# A Llama of 124 million parameters, as many query as key heads: twice SmolLM2's cache per layer
+# and head, and no file to load.
+RANDOM_SIZES = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def load(name: str, dtype: str) -> tuple[Any, list[int]]:
+    """A model, and a stream of tokens that prompts are cut out of.
+
+    SmolLM2 reads the demo's prompts, one after the other; a random model random tokens.
+    """
+    if name == "smollm2":
+        model, tokenizer = load_model(name, dtype=dtype)
+        model.set_attn_implementation("sdpa")
+        stream = [token for record in demo_prompts() for token in record.encode(tokenizer)]
+        return model, stream
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(**RANDOM_SIZES, attn_implementation="sdpa")
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+        stream = torch.randint(RANDOM_SIZES["vocab_size"], (9973,)).tolist()
+    return model, stream
+
+
+def evaluate(
+    cells: Sequence[Cell], *, engines: Sequence[str] = (), report: Report = print
+) -> dict[str, Any]:
+    """Measure cells, in their order but model by model.
+
+    Args:
+        cells: what to run.
+        engines: other engines that run the cells with peers.
+        report: called with lines of progress.
+
+    Raises:
+        GateError: systems that must agree do not.
+    """
+    begin = time.perf_counter()
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, cell in enumerate(cells):
+        groups.setdefault((cell.model, cell.dtype), []).append(index)
+    measured: dict[int, dict[str, Any]] = {}
+    ceilings: dict[str, Ceiling] = {}
+    with quiet_transformers():
+        for (name, dtype), indices in groups.items():
+            report(f"{name} in {dtype}: {len(indices)} cells")
+            model, stream = load(name, dtype)
+            kind = getattr(torch, dtype)
+            ceiling = measure_ceiling(kind)
+            with Session(model, stream, Sizes.of(model.config, kind), report) as session:
+                for index in indices:
+                    cell = cells[index]
+                    report(f"cell {len(measured) + 1} of {len(cells)}: {cell.title}")
+                    at = time.perf_counter()
+                    # What is measured again before each cell can only be nearer to the truth.
+                    ceiling = ceiling.best(measure_ceiling(kind, repeats=2))
+                    measured[index] = session.measure(cell, ceiling, engines if cell.peers else ())
+                    measured[index]["wall_seconds"] = time.perf_counter() - at
+            ceilings[dtype] = ceilings.get(dtype, ceiling).best(ceiling)
+    return {
+        "machine": describe_run(),
+        "date": time.strftime("%Y-%m-%d"),
+        "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - begin,
+        "ceilings": {
+            dtype: {"flops": c.flops, "read_bytes": c.read_bytes} for dtype, c in ceilings.items()
+        },
+        "cells": [measured[index] for index in range(len(cells))],
+    }
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its warnings: an end of sequence that no token is, is meant."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

