@@ -20,7 +20,9 @@ constexpr int kTileRows = 4, kTileFeatures = 2;
 constexpr int kTileRows = 4, kTileFeatures = 2;
 #endif
 
-template <typename T, int kRows, int kFeatures>
+// With kAhead the next features' weights are asked for meanwhile: rows of weights are too short for
+// the hardware to foresee. Prefetching past the end of a tensor reads nothing.
+template <typename T, int kRows, int kFeatures, bool kAhead>
 void tile(const LinearParams& p, int64_t row, int64_t feature) {
   typedef Dot<T> D;
   const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
@@ -37,7 +39,10 @@ void tile(const LinearParams& p, int64_t row, int64_t feature) {
     for (; k < end; k += D::kStep) {
       typename D::Operand w[kFeatures];
       BATON_UNROLL
-      for (int n = 0; n < kFeatures; ++n) w[n] = D::operand(weight + n * p.weight_row_stride + k);
+      for (int n = 0; n < kFeatures; ++n) {
+        w[n] = D::operand(weight + n * p.weight_row_stride + k);
+        if (kAhead) __builtin_prefetch(weight + (n + kFeatures) * p.weight_row_stride + k, 0, 2);
+      }
       BATON_UNROLL
       for (int m = 0; m < kRows; ++m) {
         const typename D::Operand v = D::operand(x + m * p.x_row_stride + k);
@@ -64,15 +69,31 @@ void tile(const LinearParams& p, int64_t row, int64_t feature) {
   }
   T* y = static_cast<T*>(p.y) + row * p.out_features + feature;
   const T* bias = p.bias ? static_cast<const T*>(p.bias) + feature : nullptr;
-  BATON_UNROLL
-  for (int m = 0; m < kRows; ++m) {
-    if constexpr (kFeatures == 4) {
-      Quad totals = reduce_add4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
-      if (bias) {
-        for (int n = 0; n < 4; ++n) totals[n] += to_float(bias[n]);
+  if constexpr (kFeatures == 4) {
+    alignas(64) float totals[16];
+    BATON_UNROLL
+    for (int m = 0; m < kRows; m += 4) {
+      Vec four[4][4] = {};
+      BATON_UNROLL
+      for (int j = 0; j < 4 && m + j < kRows; ++j) {
+        BATON_UNROLL
+        for (int n = 0; n < 4; ++n) four[j][n] = sums[m + j][n];
       }
-      store_quad(y + m * p.out_features, totals);
-    } else {
+      reduce_add4x4(four, totals);
+      if (bias) {
+        for (int i = 0; i < 16; ++i) totals[i] += to_float(bias[i % 4]);
+      }
+      // Rounded all at once.
+      alignas(64) T rounded[16];
+      BATON_UNROLL
+      for (int i = 0; i < 16; i += kLanes) store(rounded + i, load(totals + i));
+      BATON_UNROLL
+      for (int j = 0; j < 4 && m + j < kRows; ++j) {
+        __builtin_memcpy(y + (m + j) * p.out_features, rounded + 4 * j, 4 * sizeof(T));
+      }
+    }
+  } else {
+    for (int m = 0; m < kRows; ++m) {
       for (int n = 0; n < kFeatures; ++n) {
         float total = reduce_add(sums[m][n]);
         if (bias) total += to_float(bias[n]);
@@ -84,15 +105,19 @@ void tile(const LinearParams& p, int64_t row, int64_t feature) {
 
 template <typename T, int kFeatures>
 void tile_column(const LinearParams& p, int64_t row, int64_t row_end, int64_t feature) {
-  for (; row + kTileRows <= row_end; row += kTileRows)
-    tile<T, kTileRows, kFeatures>(p, row, feature);
-  if (row == row_end) return;
-  // The remaining rows share one pass over the weights too.
-  const auto rest = [&]<int kRows>() { tile<T, kRows, kFeatures>(p, row, feature); };
-  if constexpr (kTileRows == 6) {
-    dispatch_int<1, 2, 3, 4, 5>(row_end - row, rest);
-  } else {
-    dispatch_int<1, 2, 3>(row_end - row, rest);
+  // Up to kTileRows rows share a pass over the weights; the first pass asks for the next ones.
+  const auto pass = [&]<bool kAhead>(int64_t rows) {
+    if (rows >= kTileRows) return tile<T, kTileRows, kFeatures, kAhead>(p, row, feature);
+    const auto rest = [&]<int kRows>() { tile<T, kRows, kFeatures, kAhead>(p, row, feature); };
+    if constexpr (kTileRows == 6) {
+      dispatch_int<1, 2, 3, 4, 5>(rows, rest);
+    } else {
+      dispatch_int<1, 2, 3>(rows, rest);
+    }
+  };
+  pass.template operator()<true>(row_end - row);
+  for (row += kTileRows; row < row_end; row += kTileRows) {
+    pass.template operator()<false>(row_end - row);
   }
 }
 

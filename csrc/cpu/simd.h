@@ -65,7 +65,8 @@ BATON_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
 }
 
 // Sum of the lanes: halves are folded onto each other. reduce_add4 does the same for four vectors
-// at once and reduce_add16 for sixteen, in fewer instructions and with the same order of additions.
+// at once and reduce_add4x4 for sixteen, in fewer instructions and with the same order of
+// additions.
 BATON_INLINE Quad fold_to_quad(Vec x) {
 #if defined(__AVX512F__)
   const __m256 half =
@@ -83,14 +84,22 @@ BATON_INLINE float reduce_add(Vec x) {
   return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
+#if defined(__AVX512F__)
+// Lanes 4 i .. 4 i + 3 of the result: four partial sums of x[i], folded as reduce_add4 does.
+BATON_INLINE __m512 fold_four(const Vec (&x)[4]) {
+  const auto fold = [](__m512 a, __m512 b) BATON_INLINE_LAMBDA {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const __m512 low = fold((__m512)x[0], (__m512)x[1]), high = fold((__m512)x[2], (__m512)x[3]);
+  return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
+                       _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+#endif
+
 BATON_INLINE Quad reduce_add4(Vec a, Vec b, Vec c, Vec d) {
 #if defined(__AVX512F__)
-  const auto fold = [](__m512 x, __m512 y) BATON_INLINE_LAMBDA {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
-  };
-  const __m512 ab = fold((__m512)a, (__m512)b), cd = fold((__m512)c, (__m512)d);
-  __m512 quads =
-      _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const Vec four[4] = {a, b, c, d};
+  __m512 quads = fold_four(four);
   quads = _mm512_add_ps(quads, _mm512_permute_ps(quads, 0x4e));
   quads = _mm512_add_ps(quads, _mm512_permute_ps(quads, 0xb1));
   const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -103,6 +112,28 @@ BATON_INLINE Quad reduce_add4(Vec a, Vec b, Vec c, Vec d) {
   return (Quad)_mm_add_ps(_mm_shuffle_ps(ab, cd, 0x44), _mm_shuffle_ps(ab, cd, 0xee));
 #else
   return Quad{reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)};
+#endif
+}
+
+// sums[4 j + i] = sum of the lanes of x[j][i], in the order of reduce_add4.
+BATON_INLINE void reduce_add4x4(const Vec (&x)[4][4], float (&sums)[16]) {
+#if defined(__AVX512F__)
+  const auto fold = [](__m512 a, __m512 b) BATON_INLINE_LAMBDA {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  const __m512 low = fold(fold_four(x[0]), fold_four(x[1]));
+  const __m512 high = fold(fold_four(x[2]), fold_four(x[3]));
+  // [i][j]
+  const __m512 columns =
+      _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
+  const __m512i transposed =
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_ps(sums, _mm512_permutexvar_ps(transposed, columns));
+#else
+  for (int j = 0; j < 4; ++j) {
+    const Quad row = reduce_add4(x[j][0], x[j][1], x[j][2], x[j][3]);
+    __builtin_memcpy(sums + 4 * j, &row, sizeof(row));
+  }
 #endif
 }
 
@@ -296,15 +327,6 @@ BATON_INLINE void transpose(Vec (&rows)[kLanes]) {
     }
   }
 #endif
-}
-
-template <typename T>
-BATON_INLINE void store_quad(T* p, Quad x) {
-  Vec wide = zero();
-  __builtin_memcpy(&wide, &x, sizeof(x));
-  T buffer[kLanes];
-  store(buffer, wide);
-  __builtin_memcpy(p, buffer, 4 * sizeof(T));
 }
 
 // The value that x has after a round trip through T.
