@@ -19,7 +19,7 @@ LOADS = (0.5, 0.75, 1.0)
 def default_cells() -> list[Cell]:
     """About a quarter of an hour on two cores that reach 130 output tokens/s with 16 slots."""
     headline = Cell(
-        "orca", slots=16, queries=40, divisor=4, repeats=3, peers=True, timeline=True,
+        "orca", slots=16, queries=40, divisor=4, repeats=2, peers=True, timeline=True,
         group="headline",
     )  # fmt: skip
     small = replace(headline, repeats=1, peers=False, timeline=False, systems=CORE)

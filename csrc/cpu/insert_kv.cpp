@@ -24,10 +24,10 @@ void insert_one(const InsertKvParams& p, const CopyItem& item, const void* sourc
       }
     }
   }
-  copy_rows(target + bytes * start * strides.column_stride, bytes * strides.column_stride,
-            static_cast<const char*>(source) +
-                bytes * offset(source_strides, item.layer, begin, item.head),
-            bytes * source_strides.token_stride, count, row_bytes);
+  copy_rows_away(target + bytes * start * strides.column_stride, bytes * strides.column_stride,
+                 static_cast<const char*>(source) +
+                     bytes * offset(source_strides, item.layer, begin, item.head),
+                 bytes * source_strides.token_stride, count, row_bytes);
 }
 
 }  // namespace
