@@ -1,9 +1,8 @@
 """Prompts that are computed beside the decode loop: same answers, nobody waits, faults stay with
 their query."""
 
-import random
-
 import pytest
+from relay_checks import assert_empty, assert_right, prompt
 
 from baton_engines import policies
 from baton_engines.prefill import Overlapped
@@ -22,23 +21,6 @@ def model() -> FakeLlama:
 @pytest.fixture
 def manual() -> ManualPrefiller:
     return ManualPrefiller()
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    numbers = random.Random(1000 * seed + length)
-    return [numbers.randrange(40) for _ in range(length)]
-
-
-def assert_right(model: FakeLlama, queries: list[Query]) -> None:
-    for query in queries:
-        assert query.status == "finished", (query, query.error)
-        assert query.tokens == model.decode_alone(query.prompt, query.max_new_tokens)
-
-
-def assert_empty(relay: Relay) -> None:
-    assert (relay.waiting, relay.running, relay.parked) == ((), (), ())
-    assert relay.cache.shape.used == () and relay.cache.bytes_committed == 0
-    assert not relay._loop.in_flight
 
 
 def begin(relay: Relay, away: int = 1) -> tuple[Query, list[Query]]:

@@ -1,38 +1,21 @@
 """The threads that compute prompts: their cores, faults and end, and what they let go of."""
 
 import gc
-import random
 import threading
 import weakref
 
 import pytest
 import torch
+from relay_checks import assert_empty, assert_right, prompt
 
 from baton_engines.prefill import Overlapped, get
-from baton_engines.relay import Query, Relay
+from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
 
 
 @pytest.fixture
 def model() -> FakeLlama:
     return FakeLlama()
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    numbers = random.Random(1000 * seed + length)
-    return [numbers.randrange(40) for _ in range(length)]
-
-
-def assert_right(model: FakeLlama, queries: list[Query]) -> None:
-    for query in queries:
-        assert query.status == "finished", (query, query.error)
-        assert query.tokens == model.decode_alone(query.prompt, query.max_new_tokens)
-
-
-def assert_empty(relay: Relay) -> None:
-    assert (relay.waiting, relay.running, relay.parked) == ((), (), ())
-    assert relay.cache.shape.used == () and relay.cache.bytes_committed == 0
-    assert not relay._loop.in_flight
 
 
 def test_a_job_that_nobody_wants_is_not_computed(model):
