@@ -53,9 +53,15 @@ struct Ask {
 
   template <int kDim>
   static BATON_INLINE void row(const T* begin, int64_t dim) {
-    const int64_t count = kDim != 0 ? kDim : dim;
-    BATON_UNROLL
-    for (int64_t d = 0; d < count; d += 64 / sizeof(T)) __builtin_prefetch(begin + d, 0, 2);
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if constexpr (kDim != 0) {
+      BATON_UNROLL
+      for (int64_t d = 0; d < kDim; d += kLine) __builtin_prefetch(begin + d, 0, 2);
+    } else {
+      // Few lines: a loop that is unrolled would spend more on finding where to enter it.
+      _Pragma("GCC unroll 1")
+      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(begin + d, 0, 2);
+    }
   }
 };
 

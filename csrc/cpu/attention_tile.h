@@ -55,16 +55,6 @@ struct Rows {
   }
 };
 
-// Which rows of a block ask for others in one of several passes over them: requests are spread over
-// two passes, as the even and the odd rows'.
-struct AskShare {
-  int64_t mask, value;
-
-  AskShare(int64_t pass, int64_t num_passes)
-      : mask(num_passes > 1 && pass < 2), value(num_passes > 1 ? (pass < 2 ? pass : 1) : 0) {}
-  BATON_INLINE bool has(int64_t k) const { return (k & mask) == value; }
-};
-
 // Calls fn.operator()<m>(first) for tiles of at most kTile of `count` query vectors.
 template <int kTile, typename Fn>
 BATON_INLINE void for_query_tiles(int count, Fn&& fn) {
@@ -138,15 +128,16 @@ void score_direct_block(const T* const* query, int count, const Rows<T>& keys,
 }
 
 // out[m][d ..] += sum_k p[m][k] value[k][d ..] for kQueries query vectors and kVecs vectors of d.
-template <typename T, int kQueries, int kVecs>
+// kAsk: whether the rows ask for others.
+template <typename T, int kQueries, int kVecs, bool kAsk = false>
 BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values,
-                        float (*out)[kMaxHeadDim], int64_t d, const AskShare& share) {
+                        float (*out)[kMaxHeadDim], int64_t d) {
   // A block's sum starts from zero: added one by one to a long row's total, small terms would
   // drown.
   Vec sums[kQueries][kVecs] = {};
   const T* value = values.data + d;
   for (int64_t k = 0; k < values.count; ++k, value += values.stride) {
-    if (share.has(k)) values.template used<1>(k);
+    if constexpr (kAsk) values.template used<1>(k);
     Vec v[kVecs];
     BATON_UNROLL
     for (int i = 0; i < kVecs; ++i) v[i] = load(value + i * kLanes);
@@ -167,33 +158,88 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values,
   }
 }
 
-template <typename T, int kTile>
-void weigh_block(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
-                 float (*out)[kMaxHeadDim]) {
-  constexpr int64_t kStep = kPackedVecs * kLanes;
-  const int64_t num_steps = values.dim / kStep;
-  const int64_t num_passes = (count + kTile - 1) / kTile * num_steps;
-  for_query_tiles<kTile>(count, [&]<int kQueries>(int m) {
+// The same for the last elements of head_dim, fewer than a vector.
+template <typename T, int kQueries>
+BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const Rows<T>& values,
+                             float (*out)[kMaxHeadDim], int64_t d) {
+  for (int m = 0; m < kQueries; ++m) {
+    Vec sum = zero();
+    for (int64_t k = 0; k < values.count; ++k) {
+      sum = fmadd(set1(p[m][k]), load_partial(values.data + k * values.stride + d, values.dim - d),
+                  sum);
+    }
+    store(&out[m][d], load(&out[m][d]) + sum);
+  }
+}
+
+// Many query vectors: each pass over the block's rows serves as many sums as there are registers.
+template <typename T>
+void weigh_packed(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
+                  float (*out)[kMaxHeadDim]) {
+  for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
     int64_t d = 0;
-    for (; d + kStep <= values.dim; d += kStep) {
-      const AskShare share(m / kTile * num_steps + d / kStep, num_passes);
-      weigh<T, kQueries, kPackedVecs>(p + m, values, out + m, d, share);
+    for (; d + kPackedVecs * kLanes <= values.dim; d += kPackedVecs * kLanes) {
+      weigh<T, kQueries, kPackedVecs>(p + m, values, out + m, d);
     }
-    // Where head_dim is shorter than a step, the first vector is the first pass.
     for (; d + kLanes <= values.dim; d += kLanes) {
-      const AskShare share(num_steps > 0 || m > 0 ? 2 : d / kLanes, 2);
-      weigh<T, kQueries, 1>(p + m, values, out + m, d, share);
+      weigh<T, kQueries, 1>(p + m, values, out + m, d);
     }
-    if (const int64_t rest = values.dim - d; rest > 0) {
-      for (int i = m; i < m + kQueries; ++i) {
-        Vec sum = zero();
-        for (int64_t k = 0; k < values.count; ++k) {
-          sum = fmadd(set1(p[i][k]), load_partial(values.data + k * values.stride + d, rest), sum);
-        }
-        store(&out[i][d], load(&out[i][d]) + sum);
-      }
-    }
+    if (d < values.dim) weigh_rest<T, kQueries>(p + m, values, out + m, d);
   });
+}
+
+// out[m] += sum_j p[m][k + j] value[k + j] over kRows rows; kAsk: whether they ask for others.
+template <typename T, int kQueries, int kRows, bool kAsk>
+BATON_INLINE void weigh_rows(const float (*p)[kBlockKeys], const Rows<T>& values, int64_t k,
+                             float (*out)[kMaxHeadDim]) {
+  const T* rows = values.data + k * values.stride;
+  const int64_t stride = values.stride, dim = values.dim;
+  const auto add = [&](int64_t d, const auto& load_row) BATON_INLINE_LAMBDA {
+    Vec sums[kQueries] = {};
+    BATON_UNROLL
+    for (int j = 0; j < kRows; ++j) {
+      const Vec v = load_row(rows + j * stride + d);
+      BATON_UNROLL
+      for (int m = 0; m < kQueries; ++m) sums[m] = fmadd(set1(p[m][k + j]), v, sums[m]);
+    }
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) store(&out[m][d], load(&out[m][d]) + sums[m]);
+  };
+  int asked = kAsk ? 0 : kRows;
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    // Spread over the steps through head_dim.
+    if (asked < kRows) values.template used<1>(k + asked++);
+    add(d, [](const T* row) BATON_INLINE_LAMBDA { return load(row); });
+  }
+  if (d < dim) add(d, [&](const T* row) BATON_INLINE_LAMBDA { return load_partial(row, dim - d); });
+  for (; asked < kRows; ++asked) values.template used<1>(k + asked);
+}
+
+// Few query vectors: each line of a row is loaded once, and nearly in the order of addresses. Where
+// all sums find registers the block is streamed; else it is taken eight rows at a time, while the
+// sums live in the core's cache.
+template <typename T>
+void weigh_direct(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
+                  float (*out)[kMaxHeadDim]) {
+  if (values.dim == kPackedVecs * kLanes && count <= kDirectTile) {
+    dispatch_int<1, 2, 3, 4>(count, [&]<int kQueries>() {
+      weigh<T, kQueries, kPackedVecs, true>(p, values, out, 0);
+    });
+    return;
+  }
+  const auto group = [&]<int kRows>(int64_t k) BATON_INLINE_LAMBDA {
+    for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
+      if (m == 0) {
+        weigh_rows<T, kQueries, kRows, true>(p, values, k, out);
+      } else {
+        weigh_rows<T, kQueries, kRows, false>(p + m, values, k, out + m);
+      }
+    });
+  };
+  int64_t k = 0;
+  for (; k + 8 <= values.count; k += 8) group.template operator()<8>(k);
+  for (; k < values.count; ++k) group.template operator()<1>(k);
 }
 
 // keys[d][k] = key[k][d]; columns past count are 0, so that no stale float enters a product.
@@ -286,13 +332,13 @@ struct BlockProducts {
   // scratch.out[m] += sum_k scratch.scores[m][k] value[k].
   static void weigh(int count, const Rows<T>& values, AttentionScratch& scratch) {
     if (count <= kDirectQueries) {
-      weigh_block<T, kDirectTile>(scratch.scores, count, values, scratch.out);
+      weigh_direct<T>(scratch.scores, count, values, scratch.out);
     } else if constexpr (sizeof(T) == sizeof(float)) {
-      weigh_block<T, kPackedTile>(scratch.scores, count, values, scratch.out);
+      weigh_packed<T>(scratch.scores, count, values, scratch.out);
     } else {
       unpack_values(values, scratch.values);
       const Rows<float> unpacked{&scratch.values[0][0], kMaxHeadDim, values.count, values.dim, {}};
-      weigh_block<float, kPackedTile>(scratch.scores, count, unpacked, scratch.out);
+      weigh_packed<float>(scratch.scores, count, unpacked, scratch.out);
     }
   }
 

@@ -257,18 +257,23 @@ void ragged_attention(const RaggedAttentionParams& p, const AttentionWork& work,
   });
 }
 
+// One item is one KV head of one row: a single long row, too, is shared among the threads.
 void ragged_attention_merge(const RaggedAttentionParams& p, const AttentionWork& work,
                             int64_t begin, int64_t end) {
   const int64_t group = p.num_heads / p.sizes.num_kv_heads;
+  const int64_t size = attention_partial_size(p.sizes.head_dim);
   dispatch_dtype(p.dtype, [&]<typename T>() {
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / p.sizes.num_kv_heads, kv_head = i % p.sizes.num_kv_heads;
       if (work.partial_offsets[row] < 0) continue;
       const int64_t first = p.cu_seqlens[row], tokens = p.cu_seqlens[row + 1] - first;
-      const int64_t num_splits = plan_attention_row(tokens, p.lengths[row], group).num_splits;
+      const int64_t num_splits = row_plan(p, row).num_splits;
       const float* partials = work.partials + work.partial_offsets[row];
-      for (int64_t i = 0; i < tokens * p.num_heads; ++i) {
-        merge_splits<T>(p, partials + i * num_splits * attention_partial_size(p.sizes.head_dim),
-                        num_splits, first + i / p.num_heads, i % p.num_heads);
+      for (int64_t token = 0; token < tokens; ++token) {
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+          merge_splits<T>(p, partials + (token * p.num_heads + head) * num_splits * size,
+                          num_splits, first + token, head);
+        }
       }
     }
   });
