@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CPU_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+CPU_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

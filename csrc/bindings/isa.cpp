@@ -14,6 +14,11 @@ void set_cpu_isa(std::string name) {
   }
 }
 
+// The address of a cpu::KernelTable that the tests compiled from these very sources.
+void set_cpu_kernels(int64_t table) {
+  cpu::set_kernels(*reinterpret_cast<const cpu::KernelTable*>(table));
+}
+
 // One line "name compiled found used" per instruction set, numbers 0 or 1.
 std::string cpu_isas() {
   std::string text;
@@ -26,6 +31,7 @@ std::string cpu_isas() {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CompositeExplicitAutograd, library) {
   library.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+  library.impl("set_cpu_kernels", TORCH_BOX(&set_cpu_kernels));
   library.impl("cpu_isas", TORCH_BOX(&cpu_isas));
 }
 

@@ -42,6 +42,7 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
 
   // For tests and build_info: not part of the public interface.
   library.def("set_cpu_isa(str name) -> ()");
+  library.def("set_cpu_kernels(int table) -> ()");
   library.def("cpu_isas() -> str");
 }
 

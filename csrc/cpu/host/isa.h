@@ -24,4 +24,7 @@ const char* isa_in_use();
 // Chooses a set by name, or the best with "auto". False when it is not compiled or not found.
 bool set_isa(const std::string& name);
 
+// Until the next set_isa, runs kernels that are not part of this build: the tests' own.
+void set_kernels(const KernelTable& table);
+
 }  // namespace baton::cpu
