@@ -2,8 +2,7 @@
 // its columns once, in blocks of kBlockKeys, with a running maximum and sum, so that scores exist
 // for one block only. Padding columns are never loaded; hidden ones are skipped where a whole block
 // is hidden.
-#include "cpu/attention_tile.h"
-#include "cpu/attention_tile_bf16.h"
+#include "cpu/attention_tile_amx.h"
 #include "cpu/copy.h"
 #include "cpu/kernels.h"
 
@@ -161,7 +160,7 @@ Streams<T> streams(const RaggedAttentionParams& p, const Tile& t, int64_t kv_hea
 template <typename T>
 void stream(const RaggedAttentionParams& p, const Tile& t, const Streams<T>& from,
             const Streams<T>& next, AttentionScratch& scratch) {
-  typedef BlockProducts<T> Products;
+  typedef AttentionProducts<T> Products;
   const int64_t dim = p.sizes.head_dim;
   const int count = static_cast<int>(t.count);
   const T* query[kMaxQueries];
@@ -293,6 +292,7 @@ void ragged_attention(const RaggedAttentionParams& p, const AttentionWork& work,
                       int64_t end) {
   AttentionScratch scratch;
   dispatch_dtype(p.dtype, [&]<typename T>() {
+    [[maybe_unused]] const typename AttentionProducts<T>::Scope scope;
     for (int64_t i = begin; i < end; ++i) {
       run_item<T>(p, work, work.items[i], work.items[i + 1 < end ? i + 1 : i], scratch);
     }

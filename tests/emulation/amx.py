@@ -25,7 +25,7 @@ from emulation.ops import EmulationError
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulation-amx"
 # The ops with AMX kernels of their own.
-OPS = ("linear",)
+OPS = ("linear", "ragged_attention")
 COUNTS = ("configures", "releases", "zeros", "loads", "stores", "multiplies")
 
 

@@ -1,0 +1,137 @@
+// The products of attention_tile.h for bfloat16 in AMX tiles: of many query vectors (prefill, or
+// decode with a large group of heads); few are left to attention_tile_bf16.h.
+//
+// Keys are the operand that tiles load straight from the cache, query vectors are packed to pairs
+// once per tile of theirs: tiles of scores come out transposed. Values, of which a product sums
+// over the rows, are interleaved to pairs of rows; probabilities are loaded from the scores. Rows
+// behind the last key are not read: they are padding or another row's.
+#pragma once
+
+#include "cpu/amx_products.h"
+#include "cpu/attention_tile_bf16.h"
+
+namespace baton::cpu::BATON_ISA {
+
+// The products that ragged_attention is made of, and what a thread holds while it works on items.
+template <typename T>
+struct AttentionProducts : BlockProducts<T> {
+  struct Scope {};
+};
+
+#if defined(BATON_HAS_TILES)
+
+template <>
+struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
+  typedef BlockProducts<BFloat16> Few;
+  typedef Rows<BFloat16> BlockRows;
+
+  struct Scope {
+    TileScope tiles{kTileRows};
+  };
+
+  static void load_queries(const BFloat16* const* query, int count, int64_t dim,
+                           AttentionScratch& scratch) {
+    if (count <= kDirectQueries) return Few::load_queries(query, count, dim, scratch);
+    const int64_t size = packed_size(tile_steps(dim));
+    for (int m = 0; m < count; m += kTileRows) {
+      const auto vector = [&](int i) { return query[m + i]; };
+      const int here = count - m < kTileRows ? count - m : kTileRows;
+      pack_columns(vector, here, dim, kTileRows, &scratch.query[0][0] + m / kTileRows * size);
+    }
+    // The last tile is always whole; what fills it is summed like the rest, and used by nobody.
+    for (int m = count; m < num_tiles(count) * kTileRows; ++m) {
+      __builtin_memset(scratch.scores[m], 0, sizeof(scratch.scores[m]));
+      __builtin_memset(scratch.out[m], 0, sizeof(scratch.out[m]));
+    }
+  }
+
+  static void score(const BFloat16* const* query, int count, const BlockRows& keys,
+                    AttentionScratch& scratch) {
+    if (count <= kDirectQueries) return Few::score(query, count, keys, scratch);
+    const BlockRows prefetched = one_block_ahead(keys);
+    const int64_t steps = tile_steps(keys.dim), size = packed_size(steps);
+    const TileRows rows{keys.data, keys.stride, keys.count, keys.dim};
+    const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
+      if (j == 0) prefetch(prefetched, i * kTileRows, kRows * kTileRows);
+      const TileColumns queries{&scratch.query[0][0] + j * size, kTileRows, size};
+      for_each_sum<kRows, kColumns>([]<int kI, int kJ>() { tile_zero<kI * 2 + kJ>(); });
+      multiply<kRows, kColumns>(rows, i * kTileRows, queries, steps);
+      for_each_sum<kRows, kColumns>([&]<int kI, int kJ>() {
+        alignas(64) float sums[kTileRows][kTileRows];
+        tile_store<kI * 2 + kJ>(sums, kTileBytes);
+        Vec scores[kTileRows];
+        for (int k = 0; k < kTileRows; ++k) scores[k] = load(sums[k]);
+        transpose(scores);
+        for (int m = 0; m < kTileRows; ++m) {
+          store(&scratch.scores[(j + kJ) * kTileRows + m][(i + kI) * kTileRows], scores[m]);
+        }
+      });
+    };
+    for_each_block(num_tiles(keys.count), num_tiles(count), block);
+  }
+
+  static void weigh(int count, const BlockRows& values, AttentionScratch& scratch) {
+    if (count <= kDirectQueries) return Few::weigh(count, values, scratch);
+    for (int m = 0; m < count; ++m) round_probabilities(scratch.scores[m]);
+    float* pairs = &scratch.values[0][0];
+    const int64_t steps = tile_steps(values.count), size = packed_size(steps);
+    pack_values(one_block_ahead(values), pairs);
+    const TileRows probabilities{reinterpret_cast<const BFloat16*>(scratch.scores), 2 * kBlockKeys,
+                                 kMaxQueries, kBlockKeys};
+    const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
+      const TileColumns columns{pairs + j * size, kTileRows, size};
+      const auto total = [&](int64_t row, int64_t column) {
+        return &scratch.out[row * kTileRows][column * kTileRows];
+      };
+      constexpr int64_t kStride = sizeof(scratch.out[0]);
+      for_each_sum<kRows, kColumns>(
+          [&]<int kI, int kJ>() { tile_load<kI * 2 + kJ>(total(i + kI, j + kJ), kStride); });
+      multiply<kRows, kColumns>(probabilities, i * kTileRows, columns, steps);
+      for_each_sum<kRows, kColumns>(
+          [&]<int kI, int kJ>() { tile_store<kI * 2 + kJ>(total(i + kI, j + kJ), kStride); });
+    };
+    for_each_block(num_tiles(count), 2 * tile_steps(values.dim), block);
+  }
+
+ private:
+  static int64_t num_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+  // Floats of one packed tile of columns: a step is 16 pairs of 16 columns.
+  static int64_t packed_size(int64_t steps) { return steps * kTileRows * kTileRows; }
+  static_assert(sizeof(AttentionScratch::query) >= kMaxQueries * kMaxHeadDim * 2);
+  static_assert(sizeof(AttentionScratch::values) >= kBlockKeys * kMaxHeadDim * 2);
+
+  // A block is gone through faster than memory delivers it, and the softmax between its two
+  // products asks for nothing: the next one is under way all the time.
+  static BlockRows one_block_ahead(BlockRows rows) {
+    rows.ahead_columns = kBlockKeys;
+    return rows;
+  }
+
+  static void prefetch(const BlockRows& rows, int64_t first, int64_t count) {
+    for (int64_t k = first; k < first + count && k < rows.count; ++k) rows.prefetch_ahead(k);
+  }
+
+  // Tiles of 16 columns of values, in the order of head_dim that finish() undoes:
+  // out[tile][step][pair of rows][column]. Rows behind the last one count as 0.
+  static void pack_values(const BlockRows& values, float* out) {
+    const int64_t steps = tile_steps(values.count), size = packed_size(steps);
+    for (int64_t pair = 0; pair < steps * kTileRows; ++pair, out += kTileRows) {
+      const int64_t k = 2 * pair;
+      const BFloat16* row = values.data + k * values.stride;
+      prefetch(values, k, 2);
+      for (int64_t d = 0; d < values.dim; d += kPairStep) {
+        const Vec even = k < values.count ? load_step(row, d, values.dim) : zero();
+        const Vec odd =
+            k + 1 < values.count ? load_step(row + values.stride, d, values.dim) : zero();
+        const ValuePairs both = interleave((Pairs)even, (Pairs)odd);
+        store(out + d / kTileRows * size, (Vec)both.low);
+        store(out + (d / kTileRows + 1) * size, (Vec)both.high);
+      }
+    }
+  }
+};
+
+#endif  // BATON_HAS_TILES
+
+}  // namespace baton::cpu::BATON_ISA
