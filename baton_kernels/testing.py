@@ -5,7 +5,9 @@ infinities, and tensors are slices of larger ones, so that strides are never tri
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import mmap
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -83,6 +85,23 @@ def embed(x: torch.Tensor, margins: Sequence[int] | None = None) -> torch.Tensor
     view = base[tuple(slice(m, m + n) for n, m in zip(x.shape, margins, strict=True))]
     view.copy_(x)
     return view
+
+
+def before_a_hole(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy of x whose last byte is the last of its memory page (Linux).
+
+    The page behind it may not be touched: a kernel that loads more than it should ends the process.
+    """
+    size = x.numel() * x.element_size()
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    hole = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(hole), ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    start = pages * mmap.PAGESIZE - size
+    view = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape)
+    return view.copy_(x)
 
 
 def storage(x: torch.Tensor) -> torch.Tensor:

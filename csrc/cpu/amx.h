@@ -16,9 +16,9 @@
 
 namespace baton::cpu::BATON_ISA {
 
-constexpr int kTileRows = 16;      // rows of a tile, and columns of float32 or of bfloat16 pairs
-constexpr int kTilePairStep = 32;  // elements of bfloat16 in a row
-constexpr int kTileBytes = 64;     // of a row
+constexpr int kAmxRows = 16;      // rows of a tile, and columns of float32 or of bfloat16 pairs
+constexpr int kAmxStep = 32;      // elements of bfloat16 in a row
+constexpr int kAmxRowBytes = 64;  // of a row
 
 // The memory that ldtilecfg reads.
 struct alignas(64) TileConfig {
@@ -92,9 +92,9 @@ class TileScope {
   explicit TileScope(int columns) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) {
-      config.rows[tile] = kTileRows;
+      config.rows[tile] = kAmxRows;
       config.row_bytes[tile] =
-          tile == 4 || tile == 5 ? kTileBytes : static_cast<uint16_t>(4 * columns);
+          tile == 4 || tile == 5 ? kAmxRowBytes : static_cast<uint16_t>(4 * columns);
     }
     tile_configure(config);
   }

@@ -13,16 +13,14 @@
 
 namespace baton::cpu::BATON_ISA {
 
-static inline int64_t tile_steps(int64_t length) {
-  return (length + kTilePairStep - 1) / kTilePairStep;
-}
+static inline int64_t tile_steps(int64_t length) { return (length + kAmxStep - 1) / kAmxStep; }
 
 // The 32 elements of a row that begin at `column`, 0 from `length` on; those are not read.
 BATON_INLINE Vec load_step(const BFloat16* row, int64_t column, int64_t length) {
   typedef Dot<BFloat16> D;
   const int64_t rest = length - column;
-  return (Vec)(rest >= kTilePairStep ? D::operand(row + column)
-                                     : D::operand_partial(row + column, rest));
+  return (Vec)(rest >= kAmxStep ? D::operand(row + column)
+                                : D::operand_partial(row + column, rest));
 }
 
 // First operand: a matrix in memory. Rows from num_rows on and columns from num_columns on are
@@ -33,20 +31,15 @@ struct TileRows {
   int64_t num_rows, num_columns;
 };
 
-// Rows [row, row + 16), elements [column, column + 32).
+// Rows [row, row + 16), elements [column, column + 32), where not all of them are the matrix's.
 template <int kTile>
-BATON_INLINE void load_rows(const TileRows& a, int64_t row, int64_t column) {
-  const BFloat16* first = a.data + row * a.stride;
-  if (row + kTileRows <= a.num_rows && column + kTilePairStep <= a.num_columns) {
-    tile_load<kTile>(first + column, a.stride * 2);
-    return;
+__attribute__((noinline)) void load_some_rows(const TileRows& a, int64_t row, int64_t column) {
+  alignas(64) float copy[kAmxRows][kAmxRows];
+  for (int64_t i = 0; i < kAmxRows; ++i) {
+    const BFloat16* from = a.data + (row + i) * a.stride;
+    store(copy[i], row + i < a.num_rows ? load_step(from, column, a.num_columns) : zero());
   }
-  alignas(64) float copy[kTileRows][kTileRows];
-  for (int i = 0; i < kTileRows; ++i) {
-    store(copy[i],
-          row + i < a.num_rows ? load_step(first + i * a.stride, column, a.num_columns) : zero());
-  }
-  tile_load<kTile>(copy, kTileBytes);
+  tile_load<kTile>(copy, kAmxRowBytes);
 }
 
 // Second operand, from `count` vectors of `length` elements: out[step][pair][column], a pair being
@@ -54,14 +47,14 @@ BATON_INLINE void load_rows(const TileRows& a, int64_t row, int64_t column) {
 template <typename Source>
 BATON_INLINE void pack_columns(const Source& vector, int count, int64_t length, int num_columns,
                                float* out) {
-  for (int64_t k = 0; k < length; k += kTilePairStep) {
-    Vec rows[kTileRows];
-    for (int i = 0; i < kTileRows; ++i) {
+  for (int64_t k = 0; k < length; k += kAmxStep) {
+    Vec rows[kAmxRows];
+    for (int i = 0; i < kAmxRows; ++i) {
       rows[i] = i < count ? load_step(vector(i), k, length) : zero();
     }
     transpose(rows);
     const __mmask16 columns = static_cast<__mmask16>((1u << num_columns) - 1);
-    for (int i = 0; i < kTileRows; ++i, out += num_columns) {
+    for (int i = 0; i < kAmxRows; ++i, out += num_columns) {
       _mm512_mask_storeu_ps(out, columns, (__m512)rows[i]);
     }
   }
@@ -74,19 +67,40 @@ struct TileColumns {
   int64_t distance;  // from one tile of columns to the next
 };
 
-// Sums i * 2 + j += rows [row + 16 i ..) x tile j of columns, for kRows x kColumns tiles.
-template <int kRows, int kColumns>
+// Sums i * 2 + j += rows [row + 16 i ..) x tile j of columns, for kRows x kColumns tiles. With
+// kAhead the rows come from memory: they are asked for this many steps before their use, because
+// as many rows at once are more streams than the hardware follows.
+template <int kRows, int kColumns, bool kAhead = false>
 BATON_INLINE void multiply(const TileRows& a, int64_t row, const TileColumns& b, int64_t steps) {
-  for (int64_t step = 0; step < steps; ++step) {
-    const float* columns = b.data + step * kTileRows * b.num_columns;
-    load_rows<4>(a, row, step * kTilePairStep);
-    if constexpr (kRows == 2) load_rows<5>(a, row + kTileRows, step * kTilePairStep);
-    tile_load<6>(columns, 4 * b.num_columns);
-    if constexpr (kColumns == 2) tile_load<7>(columns + b.distance, 4 * b.num_columns);
+  constexpr int64_t kAheadSteps = 8;
+  const int64_t column_bytes = 4 * b.num_columns, row_bytes = 2 * a.stride, distance = b.distance;
+  const float* columns = b.data;
+  const auto products = [&]() BATON_INLINE_LAMBDA {
+    tile_load<6>(columns, column_bytes);
+    if constexpr (kColumns == 2) tile_load<7>(columns + distance, column_bytes);
+    columns += kAmxRows * column_bytes / 4;
     tile_multiply<0, 4, 6>();
     if constexpr (kColumns == 2) tile_multiply<1, 4, 7>();
     if constexpr (kRows == 2) tile_multiply<2, 5, 6>();
     if constexpr (kRows == 2 && kColumns == 2) tile_multiply<3, 5, 7>();
+  };
+  const bool is_whole = row + kRows * kAmxRows <= a.num_rows;
+  const int64_t whole_steps = is_whole ? a.num_columns / kAmxStep : 0;
+  const char* first = reinterpret_cast<const char*>(a.data + row * a.stride);
+  int64_t step = 0;
+  for (; step < whole_steps && step < steps; ++step, first += kAmxRowBytes) {
+    if constexpr (kAhead) {
+      const char* ahead = first + kAheadSteps * kAmxRowBytes;
+      for (int i = 0; i < kRows * kAmxRows; ++i) __builtin_prefetch(ahead + i * row_bytes, 0, 2);
+    }
+    tile_load<4>(first, row_bytes);
+    if constexpr (kRows == 2) tile_load<5>(first + kAmxRows * row_bytes, row_bytes);
+    products();
+  }
+  for (; step < steps; ++step) {
+    load_some_rows<4>(a, row, step * kAmxStep);
+    if constexpr (kRows == 2) load_some_rows<5>(a, row + kAmxRows, step * kAmxStep);
+    products();
   }
 }
 

@@ -26,20 +26,20 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   typedef Rows<BFloat16> BlockRows;
 
   struct Scope {
-    TileScope tiles{kTileRows};
+    TileScope tiles{kAmxRows};
   };
 
   static void load_queries(const BFloat16* const* query, int count, int64_t dim,
                            AttentionScratch& scratch) {
     if (count <= kDirectQueries) return Few::load_queries(query, count, dim, scratch);
     const int64_t size = packed_size(tile_steps(dim));
-    for (int m = 0; m < count; m += kTileRows) {
+    for (int m = 0; m < count; m += kAmxRows) {
       const auto vector = [&](int i) { return query[m + i]; };
-      const int here = count - m < kTileRows ? count - m : kTileRows;
-      pack_columns(vector, here, dim, kTileRows, &scratch.query[0][0] + m / kTileRows * size);
+      const int here = count - m < kAmxRows ? count - m : kAmxRows;
+      pack_columns(vector, here, dim, kAmxRows, &scratch.query[0][0] + m / kAmxRows * size);
     }
     // The last tile is always whole; what fills it is summed like the rest, and used by nobody.
-    for (int m = count; m < num_tiles(count) * kTileRows; ++m) {
+    for (int m = count; m < num_tiles(count) * kAmxRows; ++m) {
       __builtin_memset(scratch.scores[m], 0, sizeof(scratch.scores[m]));
       __builtin_memset(scratch.out[m], 0, sizeof(scratch.out[m]));
     }
@@ -52,18 +52,18 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     const int64_t steps = tile_steps(keys.dim), size = packed_size(steps);
     const TileRows rows{keys.data, keys.stride, keys.count, keys.dim};
     const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
-      if (j == 0) prefetch(prefetched, i * kTileRows, kRows * kTileRows);
-      const TileColumns queries{&scratch.query[0][0] + j * size, kTileRows, size};
+      if (j == 0) prefetch(prefetched, i * kAmxRows, kRows * kAmxRows);
+      const TileColumns queries{&scratch.query[0][0] + j * size, kAmxRows, size};
       for_each_sum<kRows, kColumns>([]<int kI, int kJ>() { tile_zero<kI * 2 + kJ>(); });
-      multiply<kRows, kColumns>(rows, i * kTileRows, queries, steps);
+      multiply<kRows, kColumns>(rows, i * kAmxRows, queries, steps);
       for_each_sum<kRows, kColumns>([&]<int kI, int kJ>() {
-        alignas(64) float sums[kTileRows][kTileRows];
-        tile_store<kI * 2 + kJ>(sums, kTileBytes);
-        Vec scores[kTileRows];
-        for (int k = 0; k < kTileRows; ++k) scores[k] = load(sums[k]);
+        alignas(64) float sums[kAmxRows][kAmxRows];
+        tile_store<kI * 2 + kJ>(sums, kAmxRowBytes);
+        Vec scores[kAmxRows];
+        for (int k = 0; k < kAmxRows; ++k) scores[k] = load(sums[k]);
         transpose(scores);
-        for (int m = 0; m < kTileRows; ++m) {
-          store(&scratch.scores[(j + kJ) * kTileRows + m][(i + kI) * kTileRows], scores[m]);
+        for (int m = 0; m < kAmxRows; ++m) {
+          store(&scratch.scores[(j + kJ) * kAmxRows + m][(i + kI) * kAmxRows], scores[m]);
         }
       });
     };
@@ -79,14 +79,14 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     const TileRows probabilities{reinterpret_cast<const BFloat16*>(scratch.scores), 2 * kBlockKeys,
                                  kMaxQueries, kBlockKeys};
     const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
-      const TileColumns columns{pairs + j * size, kTileRows, size};
+      const TileColumns columns{pairs + j * size, kAmxRows, size};
       const auto total = [&](int64_t row, int64_t column) {
-        return &scratch.out[row * kTileRows][column * kTileRows];
+        return &scratch.out[row * kAmxRows][column * kAmxRows];
       };
       constexpr int64_t kStride = sizeof(scratch.out[0]);
       for_each_sum<kRows, kColumns>(
           [&]<int kI, int kJ>() { tile_load<kI * 2 + kJ>(total(i + kI, j + kJ), kStride); });
-      multiply<kRows, kColumns>(probabilities, i * kTileRows, columns, steps);
+      multiply<kRows, kColumns>(probabilities, i * kAmxRows, columns, steps);
       for_each_sum<kRows, kColumns>(
           [&]<int kI, int kJ>() { tile_store<kI * 2 + kJ>(total(i + kI, j + kJ), kStride); });
     };
@@ -94,10 +94,10 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   }
 
  private:
-  static int64_t num_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+  static int64_t num_tiles(int64_t rows) { return (rows + kAmxRows - 1) / kAmxRows; }
 
   // Floats of one packed tile of columns: a step is 16 pairs of 16 columns.
-  static int64_t packed_size(int64_t steps) { return steps * kTileRows * kTileRows; }
+  static int64_t packed_size(int64_t steps) { return steps * kAmxRows * kAmxRows; }
   static_assert(sizeof(AttentionScratch::query) >= kMaxQueries * kMaxHeadDim * 2);
   static_assert(sizeof(AttentionScratch::values) >= kBlockKeys * kMaxHeadDim * 2);
 
@@ -116,7 +116,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   // out[tile][step][pair of rows][column]. Rows behind the last one count as 0.
   static void pack_values(const BlockRows& values, float* out) {
     const int64_t steps = tile_steps(values.count), size = packed_size(steps);
-    for (int64_t pair = 0; pair < steps * kTileRows; ++pair, out += kTileRows) {
+    for (int64_t pair = 0; pair < steps * kAmxRows; ++pair, out += kAmxRows) {
       const int64_t k = 2 * pair;
       const BFloat16* row = values.data + k * values.stride;
       prefetch(values, k, 2);
@@ -125,8 +125,8 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
         const Vec odd =
             k + 1 < values.count ? load_step(row + values.stride, d, values.dim) : zero();
         const ValuePairs both = interleave((Pairs)even, (Pairs)odd);
-        store(out + d / kTileRows * size, (Vec)both.low);
-        store(out + (d / kTileRows + 1) * size, (Vec)both.high);
+        store(out + d / kAmxRows * size, (Vec)both.low);
+        store(out + (d / kAmxRows + 1) * size, (Vec)both.high);
       }
     }
   }

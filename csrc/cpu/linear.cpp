@@ -144,7 +144,7 @@ void linear_pack([[maybe_unused]] const LinearParams& p, [[maybe_unused]] int64_
 void linear(const LinearParams& p, int64_t begin, int64_t end) {
   const int64_t feature_blocks = linear_feature_blocks(p);
   // Calls fn(row, row_end, feature, feature_end) for every item.
-  const auto for_each_block = [&](auto&& fn) {
+  const auto each_item = [&](auto&& fn) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / feature_blocks * kLinearRowBlock;
       const int64_t feature = i % feature_blocks * kLinearFeatureBlock;
@@ -156,15 +156,14 @@ void linear(const LinearParams& p, int64_t begin, int64_t end) {
       fn(row, row_end, feature, feature_end);
     }
   };
-#if defined(BATON_HAS_TILES)
-  if (p.packed_x) {
-    const TileScope tiles(linear_tile_rows(p));
-    for_each_block([&](auto... bounds) { linear_block(p, bounds...); });
-    return;
-  }
-#endif
   dispatch_dtype(p.dtype, [&]<typename T>() {
-    for_each_block([&](auto... bounds) { block<T>(p, bounds...); });
+#if defined(BATON_HAS_TILES)
+    if constexpr (__is_same(T, BFloat16)) {
+      const TileScope tiles(linear_tile_rows(p));
+      return each_item([&](auto... bounds) { linear_block(p, bounds...); });
+    } else
+#endif
+      each_item([&](auto... bounds) { block<T>(p, bounds...); });
   });
 }
 

@@ -10,7 +10,7 @@
 
 namespace baton::cpu::BATON_ISA {
 
-static_assert(kLinearTileRows == kTileRows && kLinearRowBlock % kTileRows == 0);
+static_assert(kLinearTileRows == kAmxRows && kLinearRowBlock % kAmxRows == 0);
 
 // Packs tiles [begin, end) of 16 rows of x.
 inline void pack_rows(const LinearParams& p, int64_t begin, int64_t end) {
@@ -26,17 +26,17 @@ inline void pack_rows(const LinearParams& p, int64_t begin, int64_t end) {
 }
 
 // Writes a tile of sums, [feature][row], into y.
-inline void write_sums(const LinearParams& p, const float (*sums)[kTileRows], int64_t feature,
+inline void write_sums(const LinearParams& p, const float (*sums)[kAmxRows], int64_t feature,
                        int64_t num_features, int64_t row, int64_t num_rows) {
-  Vec rows[kTileRows];
-  for (int i = 0; i < kTileRows; ++i) rows[i] = load(sums[i]);
+  Vec rows[kAmxRows];
+  for (int i = 0; i < kAmxRows; ++i) rows[i] = load(sums[i]);
   transpose(rows);
   Vec bias = zero();
   if (p.bias) bias = load_partial(static_cast<const BFloat16*>(p.bias) + feature, num_features);
   BFloat16* y = static_cast<BFloat16*>(p.y) + row * p.out_features + feature;
   for (int64_t i = 0; i < num_rows; ++i, y += p.out_features) {
     const Vec result = p.bias ? rows[i] + bias : rows[i];
-    if (num_features == kTileRows) {
+    if (num_features == kAmxRows) {
       store(y, result);
     } else {
       store_partial(y, result, num_features);
@@ -56,20 +56,25 @@ inline void linear_block(const LinearParams& p, int64_t row, int64_t row_end, in
       p.in_features,
   };
   // Narrow tiles write only some of it.
-  alignas(64) float sums[kTileRows][kTileRows] = {};
+  alignas(64) float sums[kAmxRows][kAmxRows] = {};
   const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
     const int64_t first_row = row + j * columns;
     const TileColumns x{p.packed_x + first_row / columns * size, columns, size};
     for_each_sum<kRows, kColumns>([]<int kI, int kJ>() { tile_zero<kI * 2 + kJ>(); });
-    multiply<kRows, kColumns>(weight, i * kTileRows, x, steps);
+    // The first rows of x bring the weights from memory.
+    if (j == 0) {
+      multiply<kRows, kColumns, true>(weight, i * kAmxRows, x, steps);
+    } else {
+      multiply<kRows, kColumns>(weight, i * kAmxRows, x, steps);
+    }
     for_each_sum<kRows, kColumns>([&]<int kI, int kJ>() {
-      const int64_t f = feature + (i + kI) * kTileRows, r = first_row + kJ * columns;
-      tile_store<kI * 2 + kJ>(sums, kTileBytes);
-      write_sums(p, sums, f, feature_end - f < kTileRows ? feature_end - f : kTileRows, r,
+      const int64_t f = feature + (i + kI) * kAmxRows, r = first_row + kJ * columns;
+      tile_store<kI * 2 + kJ>(sums, kAmxRowBytes);
+      write_sums(p, sums, f, feature_end - f < kAmxRows ? feature_end - f : kAmxRows, r,
                  row_end - r < columns ? row_end - r : columns);
     });
   };
-  for_each_block((feature_end - feature + kTileRows - 1) / kTileRows,
+  for_each_block((feature_end - feature + kAmxRows - 1) / kAmxRows,
                  (row_end - row + columns - 1) / columns, block);
 }
 
