@@ -11,6 +11,7 @@ import subprocess
 
 import pytest
 import torch
+from bench_package import import_bench
 from emulation import amx
 
 import baton_kernels
@@ -257,3 +258,34 @@ def test_the_emulated_kernels_are_never_chosen():
     with amx.entered():
         assert used() == ""
     assert used() == before
+
+
+# 4. How many instructions the kernels take (python -m bench.amx).
+
+
+@emulated
+@pytest.mark.parametrize("rows", [96, 300])
+def test_linear_multiplies_nothing_twice(rows):
+    """Whole tiles: every multiplication is useful but those of rows that fill the last tile."""
+    counts = import_bench("amx").count_linear(rows, 96, 64)
+    tiles = -(-rows // 16) * 4
+    expected = {"multiplies": 3 * tiles, "stores": tiles, "zeros": tiles}
+    expected |= {"configures": 1, "releases": 1}
+    assert {name: counts.instructions[name] for name in expected} == expected
+    # Blocks of 2 x 2 tiles load four for four products; an odd tile at the end three for two.
+    assert counts.per_product("loads") <= 1 + (0.5 * (tiles // 4 % 2) * 4 / tiles)
+
+
+@emulated
+def test_decode_of_a_large_group_fills_the_tiles():
+    counts = import_bench("amx").count_attention(1, 1024, (32, 1), 128)
+    assert counts.useful == 1.0
+    assert counts.instructions["configures"] == counts.instructions["releases"] == 1
+
+
+@emulated
+def test_prefill_skips_what_no_query_sees():
+    counts = import_bench("amx").count_attention(256, 256, (4, 1), 64)
+    # Of each tile of 16 tokens: scores of keys by 16, products with values by 32.
+    keys = [16 * (tile + 1) + 32 * (tile // 2 + 1) for tile in range(16)]
+    assert counts.useful == pytest.approx(2 * sum(range(257)) / (16 * sum(keys)))
