@@ -1,10 +1,13 @@
-// The products of attention_tile.h for bfloat16 in AMX tiles: of many query vectors (prefill, or
-// decode with a large group of heads); few are left to attention_tile_bf16.h.
+// The products of attention_tile.h for bfloat16 in AMX tiles: of prefill, and of decode with a
+// group of heads; one to three query vectors are left to attention_tile_bf16.h.
 //
 // Keys are the operand that tiles load straight from the cache, query vectors are packed to pairs
 // once per tile of theirs: tiles of scores come out transposed. Values, of which a product sums
 // over the rows, are interleaved to pairs of rows; probabilities are loaded from the scores. Rows
 // behind the last key are not read: they are padding or another row's.
+//
+// Tiles are always whole. Where there are fewer query vectors, rows of scratch beyond them are
+// multiplied too, whatever they hold: no row of a product sees another, and nobody uses theirs.
 #pragma once
 
 #include "cpu/amx_products.h"
@@ -25,29 +28,28 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   typedef BlockProducts<BFloat16> Few;
   typedef Rows<BFloat16> BlockRows;
 
+  // Tiles multiply 16 query vectors in the time of one, and the pairs of values are interleaved
+  // once for all of them: from here on that is less work than a pass over vectors for each.
+  static constexpr int kFewest = 4;
+
   struct Scope {
     TileScope tiles{kAmxRows};
   };
 
   static void load_queries(const BFloat16* const* query, int count, int64_t dim,
                            AttentionScratch& scratch) {
-    if (count <= kDirectQueries) return Few::load_queries(query, count, dim, scratch);
+    if (count < kFewest) return Few::load_queries(query, count, dim, scratch);
     const int64_t size = packed_size(tile_steps(dim));
     for (int m = 0; m < count; m += kAmxRows) {
       const auto vector = [&](int i) { return query[m + i]; };
       const int here = count - m < kAmxRows ? count - m : kAmxRows;
       pack_columns(vector, here, dim, kAmxRows, &scratch.query[0][0] + m / kAmxRows * size);
     }
-    // The last tile is always whole; what fills it is summed like the rest, and used by nobody.
-    for (int m = count; m < num_tiles(count) * kAmxRows; ++m) {
-      __builtin_memset(scratch.scores[m], 0, sizeof(scratch.scores[m]));
-      __builtin_memset(scratch.out[m], 0, sizeof(scratch.out[m]));
-    }
   }
 
   static void score(const BFloat16* const* query, int count, const BlockRows& keys,
                     AttentionScratch& scratch) {
-    if (count <= kDirectQueries) return Few::score(query, count, keys, scratch);
+    if (count < kFewest) return Few::score(query, count, keys, scratch);
     const BlockRows prefetched = one_block_ahead(keys);
     const int64_t steps = tile_steps(keys.dim), size = packed_size(steps);
     const TileRows rows{keys.data, keys.stride, keys.count, keys.dim};
@@ -71,7 +73,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   }
 
   static void weigh(int count, const BlockRows& values, AttentionScratch& scratch) {
-    if (count <= kDirectQueries) return Few::weigh(count, values, scratch);
+    if (count < kFewest) return Few::weigh(count, values, scratch);
     for (int m = 0; m < count; ++m) round_probabilities(scratch.scores[m]);
     float* pairs = &scratch.values[0][0];
     const int64_t steps = tile_steps(values.count), size = packed_size(steps);
