@@ -88,9 +88,10 @@ def embed(x: torch.Tensor, margins: Sequence[int] | None = None) -> torch.Tensor
 
 
 def before_a_hole(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy of x whose last byte is the last of its memory page (Linux).
+    """A copy of x, without gaps, whose last byte is the last of its memory page (Linux).
 
-    The page behind it may not be touched: a kernel that loads more than it should ends the process.
+    Dimensions lie in memory in the order that they have in x. The page behind it may not be
+    touched: a kernel that loads more than it should ends the process.
     """
     size = x.numel() * x.element_size()
     pages = -(-size // mmap.PAGESIZE)
@@ -100,8 +101,8 @@ def before_a_hole(x: torch.Tensor) -> torch.Tensor:
     if libc.mprotect(ctypes.c_void_p(hole), ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
         raise OSError(ctypes.get_errno(), "mprotect")
     start = pages * mmap.PAGESIZE - size
-    view = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape)
-    return view.copy_(x)
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=start)
+    return flat.as_strided(x.shape, torch.empty_like(x).stride()).copy_(x)
 
 
 def storage(x: torch.Tensor) -> torch.Tensor:

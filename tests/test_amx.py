@@ -15,7 +15,12 @@ from bench_package import import_bench
 from emulation import amx
 
 import baton_kernels
-from baton_kernels.testing import assert_same_bits, available_cpu_isas
+from baton_kernels.testing import (
+    assert_same_bits,
+    available_cpu_isas,
+    cpu_isa,
+    random_attention_problem,
+)
 
 emulated = pytest.mark.skipif(not amx.can_be_emulated(), reason="needs sources and AVX512-BF16")
 
@@ -236,6 +241,27 @@ def test_nothing_emulated_is_built_in(tile_instructions):
     path = baton_kernels._C.__file__
     with open(path, "rb") as library:
         assert b"amx_emulated" not in library.read()
+
+
+@emulated
+@pytest.mark.skipif("amx_bf16" not in available_cpu_isas(), reason="this CPU has no AMX")
+@pytest.mark.parametrize("spread", [0.0, 20.0])
+def test_the_cpu_gives_the_bits_of_the_model(spread):
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.empty(40, 200).uniform_(-spread, spread, generator=generator).exp2()
+    x = (torch.randn(40, 200, generator=generator) * scale).bfloat16()
+    weight = torch.randn(70, 200, generator=generator).bfloat16()
+    problem = random_attention_problem(
+        [1, 40], [300, 90], num_heads=8, num_kv_heads=2, dtype=torch.bfloat16
+    )
+    results = []
+    for entered in (amx.entered(), cpu_isa("amx_bf16")):
+        with entered:
+            results.append((baton_kernels.linear(x, weight),
+                            baton_kernels.ragged_attention(*problem.args)))  # fmt: skip
+    amx.check_faults()
+    for model, cpu in zip(*results, strict=True):
+        assert_same_bits(cpu, model)
 
 
 # 3. The choice.
