@@ -79,7 +79,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     const int64_t steps = tile_steps(values.count), size = packed_size(steps);
     pack_values(one_block_ahead(values), pairs);
     const TileRows probabilities{reinterpret_cast<const BFloat16*>(scratch.scores), 2 * kBlockKeys,
-                                 kMaxQueries, kBlockKeys};
+                                 kMaxQueries, values.count};
     const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
       const TileColumns columns{pairs + j * size, kAmxRows, size};
       const auto total = [&](int64_t row, int64_t column) {
