@@ -44,9 +44,12 @@ def available_cpu_isas() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def cpu_isa(name: str) -> Iterator[None]:
-    """Within the block every CPU kernel runs with this instruction set; afterwards the best."""
-    torch.ops.baton_kernels.set_cpu_isa(name)
+def cpu_isa(name: str, *, force: bool = False) -> Iterator[None]:
+    """Within the block every CPU kernel runs with this instruction set; afterwards the best.
+
+    ``force``: also one that this CPU lacks, for tests that do in software what it refuses.
+    """
+    torch.ops.baton_kernels.set_cpu_isa(name, force)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Tile instructions of the AMX kernels per useful product: `python -m bench.amx`.
 
-Counted while the kernels run on emulated tiles (tests/emulation/amx.h): exact, on a CPU without
-AMX, and no speed.
+Counted while the built kernels run on a CPU without AMX, where each of them is done in software
+(tests/emulation/amx.cpp): exact, and no speed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Counts:
 
 
 def count(needed: int, op: Callable, *args: torch.Tensor) -> Counts:
-    """Runs an op on emulated tiles, with one thread, and checks its result."""
+    """Runs an op on tiles in software, with one thread, and checks its result."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -89,7 +89,7 @@ ATTENTION = [
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     if not amx.can_be_emulated():
-        raise SystemExit("needs the sources, cmake, and a CPU with AVX512-BF16")
+        raise SystemExit("needs the sources, and a CPU with AVX512-BF16 and without AMX")
     print(describe_run())
     print("useful: of the 16 x 16 x 32 multiplications of each tdpbf16ps, those the result needs;")
     print("loads, stores: of tiles, per tdpbf16ps")

@@ -41,7 +41,7 @@ BACKENDS = [
 if build.KERNELS:
     BACKENDS += [Backend(name, ops, ops.entered) for name, ops in EMULATED.items()]
 if amx.can_be_emulated():
-    BACKENDS.append(Backend("cpu-amx-emulated", amx.AmxOps(), amx.entered))
+    BACKENDS.append(Backend("cpu-amx_bf16-emulated", amx.AmxOps(), amx.entered))
 if torch.cuda.is_available():
     BACKENDS.append(Backend("cuda", DeviceOps("cuda")))
 # Decided before triton is imported, for the whole process: tests/test_triton_interpreter.py starts

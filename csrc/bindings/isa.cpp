@@ -7,16 +7,11 @@
 
 namespace baton::bindings {
 
-void set_cpu_isa(std::string name) {
-  if (!cpu::set_isa(name)) {
+void set_cpu_isa(std::string name, bool force) {
+  if (!cpu::set_isa(name, force)) {
     Checker("set_cpu_isa")
         .fail("name", "\"auto\" or an instruction set that is compiled and found", name);
   }
-}
-
-// The address of a cpu::KernelTable that the tests compiled from these very sources.
-void set_cpu_kernels(int64_t table) {
-  cpu::set_kernels(*reinterpret_cast<const cpu::KernelTable*>(table));
 }
 
 // One line "name compiled found used" per instruction set, numbers 0 or 1.
@@ -31,7 +26,6 @@ std::string cpu_isas() {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CompositeExplicitAutograd, library) {
   library.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
-  library.impl("set_cpu_kernels", TORCH_BOX(&set_cpu_kernels));
   library.impl("cpu_isas", TORCH_BOX(&cpu_isas));
 }
 

@@ -1,5 +1,5 @@
-// AMX tile instructions as functions: the one place that knows them. Each has a twin of the
-// documented semantics in tests/emulation/amx.h, on which the same kernels run in tests.
+// AMX tile instructions as functions: the one place that knows them. Where the CPU has none, tests
+// run them all the same: tests/emulation/amx.cpp does in software what the CPU refuses.
 //
 // There are eight tiles of at most 16 rows of 64 bytes. A thread configures their shapes before the
 // first use and releases them after the last: TileScope.
@@ -7,11 +7,7 @@
 
 #include "cpu/simd.h"
 
-#if defined(BATON_EMULATE_AMX)
-#include "emulation/amx.h"
-#endif
-
-#if defined(BATON_EMULATE_AMX) || (defined(__AMX_TILE__) && defined(__AMX_BF16__))
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 #define BATON_HAS_TILES
 
 namespace baton::cpu::BATON_ISA {
@@ -31,58 +27,32 @@ static_assert(sizeof(TileConfig) == 64);
 // Assembly and not the compiler's intrinsics: GCC's take literal tile numbers alone, and its
 // tile load does not tell the optimizer that memory is read.
 BATON_INLINE void tile_configure(const TileConfig& config) {
-#if defined(BATON_EMULATE_AMX)
-  emulation::tile_configure(&config);
-#else
   asm volatile("ldtilecfg %0" : : "m"(config));
-#endif
 }
 
-BATON_INLINE void tile_release() {
-#if defined(BATON_EMULATE_AMX)
-  emulation::tile_release();
-#else
-  asm volatile("tilerelease");
-#endif
-}
+BATON_INLINE void tile_release() { asm volatile("tilerelease"); }
 
 template <int kTile>
 BATON_INLINE void tile_zero() {
-#if defined(BATON_EMULATE_AMX)
-  emulation::tile_zero(kTile);
-#else
   asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
-#endif
 }
 
 // Rows of the tile's configured bytes, `stride` bytes apart; no alignment is needed.
 template <int kTile>
 BATON_INLINE void tile_load(const void* rows, int64_t stride) {
-#if defined(BATON_EMULATE_AMX)
-  emulation::tile_load(kTile, rows, stride);
-#else
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(kTile) : "memory");
-#endif
 }
 
 template <int kTile>
 BATON_INLINE void tile_store(void* rows, int64_t stride) {
-#if defined(BATON_EMULATE_AMX)
-  emulation::tile_store(kTile, rows, stride);
-#else
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride), "i"(kTile) : "memory");
-#endif
 }
 
 // sum[m][n] += sum over pairs k of a[m][k] . b[k][n]: pairs of bfloat16, float32 sums. Element
 // (m, n) takes row m of a and column n of b alone, in one order, whatever the shape of the tiles.
 template <int kSum, int kA, int kB>
 BATON_INLINE void tile_multiply() {
-#if defined(BATON_EMULATE_AMX)
-  emulation::tile_multiply(kSum, kA, kB);
-#else
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
-#endif
 }
 
 // Tiles of a kernel call on this thread: 0 to 3 are sums, 4 and 5 rows of the first operand, 6 and

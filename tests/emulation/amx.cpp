@@ -1,18 +1,16 @@
-// The emulated AMX instructions, and what the tests call by name (extern "C").
-#include "emulation/amx.h"
-
+// AMX tile instructions in software: palette 1 and TDPBF16PS as Intel's manual defines them.
+//
+// On a CPU without AMX each of them raises SIGILL; the handler here reads the instruction from the
+// program, does it, and goes on behind it. So the built library itself runs, not another version of
+// it. What would be an exception of a CPU with AMX (#GP, #UD) is kept as a fault, which the tests
+// ask for. Every thread has tiles of its own; instructions are counted over all threads.
 #include <immintrin.h>
+#include <signal.h>
+#include <ucontext.h>
 
 #include <atomic>
+#include <cstdint>
 #include <cstring>
-
-#include "cpu/kernels.h"
-
-namespace baton::cpu::amx_emulated {
-extern const KernelTable kKernelTable;
-}
-
-namespace emulation {
 
 namespace {
 
@@ -98,8 +96,6 @@ __attribute__((noinline)) void multiply(const Product& p) {
   }
 }
 
-}  // namespace
-
 void tile_configure(const void* memory) {
   ++counts.configures;
   Config config;
@@ -138,6 +134,9 @@ void tile_store(int tile, void* rows, int64_t stride) {
   }
 }
 
+// sum += a b: for each element two chains of fused multiply-adds from 0, one over the even and one
+// over the odd elements of the pairs; their sum is added to the element. Round to nearest even;
+// denormal inputs count as 0 and denormal results become 0.
 void tile_multiply(int sum, int a, int b) {
   ++counts.multiplies;
   if (!is_configured(sum) || !is_configured(a) || !is_configured(b)) return;
@@ -158,24 +157,112 @@ void tile_multiply(int sum, int a, int b) {
   _mm_setcsr(before);
 }
 
-}  // namespace emulation
-
-#define BATON_EXPORT extern "C" __attribute__((visibility("default")))
-
-BATON_EXPORT const baton::cpu::KernelTable* kernel_table() {
-  return &baton::cpu::amx_emulated::kKernelTable;
+// A register of the interrupted program by its number in an instruction.
+int64_t general_register(const ucontext_t& context, int number) {
+  static constexpr int kPlaces[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
+                                      REG_RSI, REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11,
+                                      REG_R12, REG_R13, REG_R14, REG_R15};
+  return context.uc_mcontext.gregs[kPlaces[number]];
 }
 
+// A VEX instruction of three prefix bytes in the opcode map 0F38, W0, L0.
+struct Instruction {
+  int prefix;  // 0: none, 1: 66, 2: F3, 3: F2
+  int opcode, mod, reg, rm, vvvv;
+  bool has_sib = false;
+  int64_t base = 0, index = 0;  // of the address: base and displacement, and the scaled index
+  int length = 5;
+};
+
+bool decode(const ucontext_t& context, const uint8_t* code, Instruction& i) {
+  if (code[0] != 0xc4 || (code[1] & 0x1f) != 2 || (code[2] & 0x84) != 0) return false;
+  const int extend_index = ~code[1] >> 6 & 1, extend_base = ~code[1] >> 5 & 1;
+  i.prefix = code[2] & 3;
+  i.vvvv = ~code[2] >> 3 & 15;
+  i.opcode = code[3];
+  i.mod = code[4] >> 6;
+  i.reg = code[4] >> 3 & 7;
+  i.rm = code[4] & 7;
+  if (i.mod == 3) return true;
+  int base = i.rm;
+  i.has_sib = i.rm == 4;
+  if (i.has_sib) {
+    const uint8_t sib = code[i.length++];
+    const int index = (sib >> 3 & 7) + 8 * extend_index;
+    base = sib & 7;
+    if (index != 4) i.index = general_register(context, index) << (sib >> 6);
+  }
+  if (base == 5 && i.mod == 0) return false;  // an absolute or relative address
+  i.base = general_register(context, base + 8 * extend_base);
+  if (i.mod == 1) {
+    i.base += static_cast<int8_t>(code[i.length++]);
+  } else if (i.mod == 2) {
+    int32_t displacement;
+    std::memcpy(&displacement, code + i.length, 4);
+    i.base += displacement;
+    i.length += 4;
+  }
+  return true;
+}
+
+// Whether it is an instruction of csrc/cpu/amx.h; then it is done.
+bool execute(const Instruction& i) {
+  const bool in_memory = i.mod != 3;
+  void* address = reinterpret_cast<void*>(i.base + (i.opcode == 0x49 ? i.index : 0));
+  if (i.opcode == 0x49 && i.prefix == 0 && in_memory && i.reg == 0) {
+    tile_configure(address);
+  } else if (i.opcode == 0x49 && i.prefix == 0 && !in_memory && i.reg == 0 && i.rm == 0) {
+    tile_release();
+  } else if (i.opcode == 0x49 && i.prefix == 3 && !in_memory && i.rm == 0) {
+    tile_zero(i.reg);
+  } else if (i.opcode == 0x4b && i.prefix == 3 && i.has_sib) {
+    tile_load(i.reg, address, i.index);
+  } else if (i.opcode == 0x4b && i.prefix == 2 && i.has_sib) {
+    tile_store(i.reg, address, i.index);
+  } else if (i.opcode == 0x5c && i.prefix == 2 && !in_memory) {
+    tile_multiply(i.reg, i.rm, i.vvvv);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+struct sigaction before;
+
+void on_illegal_instruction(int, siginfo_t*, void* context_pointer) {
+  ucontext_t& context = *static_cast<ucontext_t*>(context_pointer);
+  greg_t& place = context.uc_mcontext.gregs[REG_RIP];
+  Instruction instruction;
+  if (decode(context, reinterpret_cast<const uint8_t*>(place), instruction) &&
+      execute(instruction)) {
+    place += instruction.length;
+  } else {
+    sigaction(SIGILL, &before, nullptr);  // comes again, to whom it may concern
+  }
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// From here to emulate_end() the process can execute AMX.
+EXPORT void emulate_begin() {
+  struct sigaction action{};
+  action.sa_sigaction = on_illegal_instruction;
+  action.sa_flags = SA_SIGINFO;
+  sigaction(SIGILL, &action, &before);
+}
+EXPORT void emulate_end() { sigaction(SIGILL, &before, nullptr); }
+
 // The first fault since the last call, or null. Tiles that this thread left configured are one.
-BATON_EXPORT const char* take_fault() {
-  if (emulation::state.config.palette != 0) emulation::fault("tiles were not released");
-  std::memset(&emulation::state, 0, sizeof(emulation::state));
-  return emulation::first_fault.exchange(nullptr);
+EXPORT const char* take_fault() {
+  if (state.config.palette != 0) fault("tiles were not released");
+  std::memset(&state, 0, sizeof(state));
+  return first_fault.exchange(nullptr);
 }
 
 // Instructions since the last call: configures, releases, zeros, loads, stores, multiplies.
-BATON_EXPORT void take_counts(int64_t* out) {
-  emulation::Counts& counts = emulation::counts;
+EXPORT void take_counts(int64_t* out) {
   for (auto* count : {&counts.configures, &counts.releases, &counts.zeros, &counts.loads,
                       &counts.stores, &counts.multiplies}) {
     *out++ = count->exchange(0);
@@ -183,13 +270,11 @@ BATON_EXPORT void take_counts(int64_t* out) {
 }
 
 // Single instructions, for the tests of this file.
-BATON_EXPORT void tile_configure(const void* config) { emulation::tile_configure(config); }
-BATON_EXPORT void tile_release() { emulation::tile_release(); }
-BATON_EXPORT void tile_zero(int tile) { emulation::tile_zero(tile); }
-BATON_EXPORT void tile_load(int tile, const void* rows, int64_t stride) {
-  emulation::tile_load(tile, rows, stride);
+EXPORT void model_configure(const void* config) { tile_configure(config); }
+EXPORT void model_release() { tile_release(); }
+EXPORT void model_zero(int tile) { tile_zero(tile); }
+EXPORT void model_load(int tile, const void* rows, int64_t stride) {
+  tile_load(tile, rows, stride);
 }
-BATON_EXPORT void tile_store(int tile, void* rows, int64_t stride) {
-  emulation::tile_store(tile, rows, stride);
-}
-BATON_EXPORT void tile_multiply(int sum, int a, int b) { emulation::tile_multiply(sum, a, b); }
+EXPORT void model_store(int tile, void* rows, int64_t stride) { tile_store(tile, rows, stride); }
+EXPORT void model_multiply(int sum, int a, int b) { tile_multiply(sum, a, b); }

@@ -1,67 +1,48 @@
-"""The AMX kernels on emulated tile instructions, as a backend of the ``ops`` fixture.
+"""The built library's AMX kernels on a CPU without AMX, as a backend of the ``ops`` fixture.
 
-CMake compiles csrc/cpu once more, as it does for every instruction set, into a library that only
-the tests load; ``torch.ops`` then runs its kernels behind the same checks as all others.
+Each tile instruction is refused by the CPU and done in software (amx.cpp); everything else runs as
+it is. The CPU must have AVX512-BF16, which the rest of these kernels is made of.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
-import platform
-import shutil
-import subprocess
-import sysconfig
+import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import torch
 
 import baton_kernels
+from baton_kernels.testing import cpu_isa
+from emulation import build
 from emulation.ops import EmulationError
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "emulation-amx"
 # The ops with AMX kernels of their own.
 OPS = ("linear", "ragged_attention")
 COUNTS = ("configures", "releases", "zeros", "loads", "stores", "multiplies")
+FLAGS = (
+    "-O2", "-mavx512f", "-mavx512bw", "-mfma",
+    # GCC 12 takes undefined operands inside its own intrinsics for our uninitialised variables.
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+)  # fmt: skip
+
+
+def has_model() -> bool:
+    """Whether single instructions can be done in software: there are sources, and AVX-512."""
+    found = baton_kernels.build_info()["cpu"]["isa_found"]
+    return bool(build.KERNELS) and sys.platform == "linux" and "avx512_bf16" in found
 
 
 def can_be_emulated() -> bool:
-    """Whether there are sources to compile, and a CPU for all of a kernel but its tiles."""
-    found = baton_kernels.build_info()["cpu"]["isa_found"]
-    sources = (ROOT / "csrc" / "cpu").is_dir() and (ROOT / "CMakeLists.txt").is_file()
-    return sources and platform.machine() == "x86_64" and "avx512_bf16" in found
-
-
-def _tool(name: str) -> str:
-    """cmake or ninja: of the Python packages that the build uses, else of the system."""
-    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
-    if path is None:
-        raise FileNotFoundError(f"{name} is needed to compile: `pip install {name}`")
-    return path
+    """Whether the built kernels can run on the model: the CPU has all that they need but AMX."""
+    cpu = baton_kernels.build_info()["cpu"]
+    return has_model() and "amx_bf16" in cpu["isa_compiled"] and "amx_bf16" not in cpu["isa_found"]
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled library; ninja builds what is older than its sources."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    configure = [
-        _tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD),
-        f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-DBATON_EMULATION=ON",
-    ]  # fmt: skip
-    build = [configure[0], "--build", str(BUILD), "--target", "baton_amx_emulated"]
-    # Several test processes may want it.
-    with open(BUILD / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, build):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    loaded = ctypes.CDLL(str(BUILD / "libbaton_amx_emulated.so"))
-    loaded.kernel_table.restype = ctypes.c_void_p
+    """The compiled model."""
+    loaded = ctypes.CDLL(str(build.build_library(build.EMULATION / "amx.cpp", *FLAGS)))
     loaded.take_fault.restype = ctypes.c_char_p
     return loaded
 
@@ -82,12 +63,13 @@ def take_counts() -> dict[str, int]:
 
 @contextlib.contextmanager
 def entered() -> Iterator[None]:
-    """Within the block every CPU kernel is one of the emulated library."""
-    torch.ops.baton_kernels.set_cpu_kernels(library().kernel_table())
+    """Within the block every CPU kernel is one of the AMX set, and tiles are done in software."""
+    library().emulate_begin()
     try:
-        yield
+        with cpu_isa("amx_bf16", force=True):
+            yield
     finally:
-        torch.ops.baton_kernels.set_cpu_isa("auto")
+        library().emulate_end()
 
 
 class AmxOps:

@@ -153,24 +153,18 @@ const KernelTable& kernels() { return *current().load(std::memory_order_relaxed)
 
 const char* isa_in_use() { return current().load(std::memory_order_relaxed)->isa.name; }
 
-bool set_isa(const std::string& name) {
+bool set_isa(const std::string& name, bool force) {
   if (name == "auto") {
     current() = best();
     return true;
   }
   for (const Entry& entry : entries()) {
-    if (name == entry.isa.name && entry.table != nullptr && entry.isa.found) {
+    if (name == entry.isa.name && entry.table != nullptr && (entry.isa.found || force)) {
       current() = &entry;
       return true;
     }
   }
   return false;
-}
-
-void set_kernels(const KernelTable& table) {
-  static Entry foreign;
-  foreign = {{"foreign", true, true}, &table};
-  current() = &foreign;
 }
 
 }  // namespace baton::cpu

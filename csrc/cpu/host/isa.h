@@ -21,10 +21,9 @@ const std::vector<Isa>& isas();
 const KernelTable& kernels();
 const char* isa_in_use();
 
-// Chooses a set by name, or the best with "auto". False when it is not compiled or not found.
-bool set_isa(const std::string& name);
-
-// Until the next set_isa, runs kernels that are not part of this build: the tests' own.
-void set_kernels(const KernelTable& table);
+// Chooses a set by name, or the best with "auto". False when it is not compiled, or not found; with
+// force also one that is not found: its kernels end the process, unless somebody catches what the
+// CPU refuses.
+bool set_isa(const std::string& name, bool force);
 
 }  // namespace baton::cpu
