@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -25,8 +26,9 @@ inline int64_t bytes_per_token(const CacheSizes& sizes, Dtype dtype) {
   return sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * size_of(dtype) * 2;
 }
 
-// Calls run(begin, end) over [0, num_items). Threads take `chunk` items at a time from a common
-// counter: items may differ in cost, and each writes only its own results, so order is free.
+// Calls run(begin, end) over [0, num_items). Threads take items from a common counter: items may
+// differ in cost, and each writes only its own results, so order is free. At most `chunk` items at
+// a time, and fewer towards the end, so that no thread ends with many while the others have none.
 template <typename Fn>
 void for_each_item(int64_t num_items, int64_t total_bytes, const Fn& run, int64_t chunk = 1) {
   if (num_items == 0) return;
@@ -38,9 +40,12 @@ void for_each_item(int64_t num_items, int64_t total_bytes, const Fn& run, int64_
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t share = first; share < last; ++share) {
-      int64_t begin;
-      while ((begin = next.fetch_add(chunk, std::memory_order_relaxed)) < num_items) {
-        run(begin, begin + chunk < num_items ? begin + chunk : num_items);
+      int64_t begin = next.load(std::memory_order_relaxed);
+      while (begin < num_items) {
+        const int64_t count = std::clamp<int64_t>((num_items - begin) / (2 * threads), 1, chunk);
+        if (!next.compare_exchange_weak(begin, begin + count, std::memory_order_relaxed)) continue;
+        run(begin, begin + count);
+        begin = next.load(std::memory_order_relaxed);
       }
     }
   });

@@ -75,9 +75,8 @@ struct Cpu : CpuDevice {
                              static_cast<float*>(partials.mutable_data_ptr())};
     const int64_t bytes = plan.columns * bytes_per_token(p.sizes, p.dtype);
     const cpu::KernelTable& kernels = cpu::kernels();
-    // Neighbouring items of one thread prefetch for each other; 16 chunks per thread still balance.
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t chunk = std::clamp<int64_t>(work.num_items / (16 * threads), 1, 16);
+    // Neighbouring items of one thread ask memory for each other's keys and values.
+    constexpr int64_t chunk = 16;
     for_each_item(
         work.num_items, bytes,
         [&](int64_t begin, int64_t end) { kernels.ragged_attention(p, work, begin, end); }, chunk);

@@ -40,6 +40,8 @@ struct RaggedAttentionParams {
 constexpr int64_t kAttentionTileQueries = 64;
 // A split is long enough that reading its columns hides writing and merging its partial result.
 constexpr int64_t kAttentionSplitColumns = 512;
+// Splits begin at a multiple of this, so that only a row's last block can be a partial one.
+constexpr int64_t kAttentionBlockColumns = 64;
 // Bounds the partial results by the size of the output, however long the cache.
 constexpr int64_t kAttentionMaxSplits = 64;
 
@@ -61,12 +63,13 @@ static inline AttentionRowPlan plan_attention_row(int64_t query_length, int64_t 
   plan.tile_tokens = group >= kAttentionTileQueries ? 1 : kAttentionTileQueries / group;
   plan.num_tiles = (query_length + plan.tile_tokens - 1) / plan.tile_tokens;
   plan.num_splits = 1;
-  if (plan.num_tiles == 1) {
-    plan.num_splits = (length + kAttentionSplitColumns - 1) / kAttentionSplitColumns;
-    if (plan.num_splits < 1) plan.num_splits = 1;
-    if (plan.num_splits > kAttentionMaxSplits) plan.num_splits = kAttentionMaxSplits;
-  }
-  plan.split_columns = (length + plan.num_splits - 1) / plan.num_splits;
+  plan.split_columns = length;
+  if (plan.num_tiles != 1 || length <= kAttentionSplitColumns) return plan;
+  int64_t most = (length + kAttentionSplitColumns - 1) / kAttentionSplitColumns;
+  if (most > kAttentionMaxSplits) most = kAttentionMaxSplits;
+  const int64_t blocks = (length + kAttentionBlockColumns - 1) / kAttentionBlockColumns;
+  plan.split_columns = (blocks + most - 1) / most * kAttentionBlockColumns;
+  plan.num_splits = (length + plan.split_columns - 1) / plan.split_columns;
   return plan;
 }
 

@@ -9,20 +9,16 @@
 #pragma once
 
 #include "common/ragged_attention.h"
+#include "cpu/attention_ahead.h"
 #include "cpu/dot.h"
 
 namespace baton::cpu::BATON_ISA {
 
-// Keys of one block: scores of a tile stay in the core's own cache.
-constexpr int kBlockKeys = 64;
 constexpr int kBlockVecs = kBlockKeys / kLanes;
 constexpr int kMaxQueries = static_cast<int>(kAttentionTileQueries);
 constexpr int kMaxHeadDim = 256;
 // Up to here query vectors share one pass over keys and values where they lie.
 constexpr int kDirectQueries = 8;
-// Keys and values are asked for this long before their use: memory then works while the core
-// multiplies. Into the second-level cache: asking the first one for as much was slower.
-constexpr int64_t kAheadBytes = 4096;
 
 #if defined(__AVX512F__)
 // 24 accumulators leave room for four vectors of keys or values and one broadcast.
@@ -50,19 +46,23 @@ struct Rows {
   int64_t stride;  // elements from one column to the next
   int64_t count;   // columns of this block, at most kBlockKeys
   int64_t dim;
-  // For prefetch_ahead() only.
-  int64_t remaining = 0;    // columns from data to the end of the stream
-  const T* next = nullptr;  // where the stream after this one begins
-  int64_t ahead_columns = 0;
+  Ask<T> ask;
 
-  // Asks for the column that is ahead_columns after column k. Behind the end of the stream lies
-  // padding, which would cost a read for nothing: there the next stream begins.
-  BATON_INLINE void prefetch_ahead(int64_t k) const {
-    const int64_t column = k + ahead_columns;
-    const T* row =
-        column < remaining ? data + column * stride : next + (column - remaining) * stride;
-    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
+  // See Ask::used.
+  template <int kRows, int kDim = 0>
+  BATON_INLINE void used(int64_t k) const {
+    ask.template used<kRows, kDim>(k, dim);
   }
+};
+
+// Which rows of a block ask for others in one of several passes over them: requests are spread over
+// two passes, as the even and the odd rows'.
+struct AskShare {
+  int64_t mask, value;
+
+  AskShare(int64_t pass, int64_t num_passes)
+      : mask(num_passes > 1 && pass < 2), value(num_passes > 1 ? (pass < 2 ? pass : 1) : 0) {}
+  BATON_INLINE bool has(int64_t k) const { return (k & mask) == value; }
 };
 
 // Calls fn.operator()<m>(first) for tiles of at most kTile of `count` query vectors.
@@ -125,14 +125,12 @@ void score_direct_block(const T* const* query, int count, const Rows<T>& keys,
   for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
     int64_t i = 0;
     for (; i + 4 <= keys.count; i += 4) {
-      if (m == 0) {
-        for (int j = 0; j < 4; ++j) keys.prefetch_ahead(i + j);
-      }
+      if (m == 0) keys.template used<4>(i);
       const T* key = keys.data + i * keys.stride;
       score_direct<T, kQueries, 4>(query + m, key, keys.stride, keys.dim, scores + m, i);
     }
     for (; i < keys.count; ++i) {
-      if (m == 0) keys.prefetch_ahead(i);
+      if (m == 0) keys.template used<1>(i);
       const T* key = keys.data + i * keys.stride;
       score_direct<T, kQueries, 1>(query + m, key, keys.stride, keys.dim, scores + m, i);
     }
@@ -140,15 +138,15 @@ void score_direct_block(const T* const* query, int count, const Rows<T>& keys,
 }
 
 // out[m][d ..] += sum_k p[m][k] value[k][d ..] for kQueries query vectors and kVecs vectors of d.
-template <typename T, int kQueries, int kVecs, bool kAhead>
+template <typename T, int kQueries, int kVecs>
 BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values,
-                        float (*out)[kMaxHeadDim], int64_t d) {
+                        float (*out)[kMaxHeadDim], int64_t d, const AskShare& share) {
   // A block's sum starts from zero: added one by one to a long row's total, small terms would
   // drown.
   Vec sums[kQueries][kVecs] = {};
   const T* value = values.data + d;
   for (int64_t k = 0; k < values.count; ++k, value += values.stride) {
-    if (kAhead) values.prefetch_ahead(k);
+    if (share.has(k)) values.template used<1>(k);
     Vec v[kVecs];
     BATON_UNROLL
     for (int i = 0; i < kVecs; ++i) v[i] = load(value + i * kLanes);
@@ -169,21 +167,22 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values,
   }
 }
 
-template <typename T, int kTile, bool kAhead>
+template <typename T, int kTile>
 void weigh_block(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
                  float (*out)[kMaxHeadDim]) {
+  constexpr int64_t kStep = kPackedVecs * kLanes;
+  const int64_t num_steps = values.dim / kStep;
+  const int64_t num_passes = (count + kTile - 1) / kTile * num_steps;
   for_query_tiles<kTile>(count, [&]<int kQueries>(int m) {
     int64_t d = 0;
-    for (; d + kPackedVecs * kLanes <= values.dim; d += kPackedVecs * kLanes) {
-      // The first pass over the values asks for those that follow.
-      if (kAhead && m == 0 && d == 0) {
-        weigh<T, kQueries, kPackedVecs, true>(p + m, values, out + m, d);
-      } else {
-        weigh<T, kQueries, kPackedVecs, false>(p + m, values, out + m, d);
-      }
+    for (; d + kStep <= values.dim; d += kStep) {
+      const AskShare share(m / kTile * num_steps + d / kStep, num_passes);
+      weigh<T, kQueries, kPackedVecs>(p + m, values, out + m, d, share);
     }
+    // Where head_dim is shorter than a step, the first vector is the first pass.
     for (; d + kLanes <= values.dim; d += kLanes) {
-      weigh<T, kQueries, 1, false>(p + m, values, out + m, d);
+      const AskShare share(num_steps > 0 || m > 0 ? 2 : d / kLanes, 2);
+      weigh<T, kQueries, 1>(p + m, values, out + m, d, share);
     }
     if (const int64_t rest = values.dim - d; rest > 0) {
       for (int i = m; i < m + kQueries; ++i) {
@@ -287,13 +286,13 @@ struct BlockProducts {
   // scratch.out[m] += sum_k scratch.scores[m][k] value[k].
   static void weigh(int count, const Rows<T>& values, AttentionScratch& scratch) {
     if (count <= kDirectQueries) {
-      weigh_block<T, kDirectTile, true>(scratch.scores, count, values, scratch.out);
+      weigh_block<T, kDirectTile>(scratch.scores, count, values, scratch.out);
     } else if constexpr (sizeof(T) == sizeof(float)) {
-      weigh_block<T, kPackedTile, false>(scratch.scores, count, values, scratch.out);
+      weigh_block<T, kPackedTile>(scratch.scores, count, values, scratch.out);
     } else {
       unpack_values(values, scratch.values);
-      const Rows<float> unpacked{&scratch.values[0][0], kMaxHeadDim, values.count, values.dim};
-      weigh_block<float, kPackedTile, false>(scratch.scores, count, unpacked, scratch.out);
+      const Rows<float> unpacked{&scratch.values[0][0], kMaxHeadDim, values.count, values.dim, {}};
+      weigh_block<float, kPackedTile>(scratch.scores, count, unpacked, scratch.out);
     }
   }
 

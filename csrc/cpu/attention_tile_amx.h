@@ -19,6 +19,9 @@ namespace baton::cpu::BATON_ISA {
 template <typename T>
 struct AttentionProducts : BlockProducts<T> {
   struct Scope {};
+
+  // Whether keys and values of a tile with so many query vectors are used straight from the cache.
+  static bool is_direct(int64_t count) { return count <= kDirectQueries; }
 };
 
 #if defined(BATON_HAS_TILES)
@@ -36,6 +39,8 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     TileScope tiles{kAmxRows};
   };
 
+  static bool is_direct(int64_t) { return true; }
+
   static void load_queries(const BFloat16* const* query, int count, int64_t dim,
                            AttentionScratch& scratch) {
     if (count < kFewest) return Few::load_queries(query, count, dim, scratch);
@@ -50,15 +55,16 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   static void score(const BFloat16* const* query, int count, const BlockRows& keys,
                     AttentionScratch& scratch) {
     if (count < kFewest) return Few::score(query, count, keys, scratch);
-    const BlockRows prefetched = one_block_ahead(keys);
     const int64_t steps = tile_steps(keys.dim), size = packed_size(steps);
     const TileRows rows{keys.data, keys.stride, keys.count, keys.dim};
     const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
-      if (j == 0) prefetch(prefetched, i * kAmxRows, kRows * kAmxRows);
       const TileColumns queries{&scratch.query[0][0] + j * size, kAmxRows, size};
       for_each_sum<kRows, kColumns>([]<int kI, int kJ>() { tile_zero<kI * 2 + kJ>(); });
       multiply<kRows, kColumns>(rows, i * kAmxRows, queries, steps);
       for_each_sum<kRows, kColumns>([&]<int kI, int kJ>() {
+        // The first query vectors ask for what comes next, a share beside every tile of scores.
+        constexpr int kShare = kAmxRows / kColumns;
+        if (j == 0) keys.used<kShare>(i * kAmxRows + (kI * kColumns + kJ) * kShare);
         alignas(64) float sums[kAmxRows][kAmxRows];
         tile_store<kI * 2 + kJ>(sums, kAmxRowBytes);
         Vec scores[kAmxRows];
@@ -77,7 +83,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     for (int m = 0; m < count; ++m) round_probabilities(scratch.scores[m]);
     float* pairs = &scratch.values[0][0];
     const int64_t steps = tile_steps(values.count), size = packed_size(steps);
-    pack_values(one_block_ahead(values), pairs);
+    pack_values(values, pairs);
     const TileRows probabilities{reinterpret_cast<const BFloat16*>(scratch.scores), 2 * kBlockKeys,
                                  kMaxQueries, values.count};
     const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
@@ -103,17 +109,6 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   static_assert(sizeof(AttentionScratch::query) >= kMaxQueries * kMaxHeadDim * 2);
   static_assert(sizeof(AttentionScratch::values) >= kBlockKeys * kMaxHeadDim * 2);
 
-  // A block is gone through faster than memory delivers it, and the softmax between its two
-  // products asks for nothing: the next one is under way all the time.
-  static BlockRows one_block_ahead(BlockRows rows) {
-    rows.ahead_columns = kBlockKeys;
-    return rows;
-  }
-
-  static void prefetch(const BlockRows& rows, int64_t first, int64_t count) {
-    for (int64_t k = first; k < first + count && k < rows.count; ++k) rows.prefetch_ahead(k);
-  }
-
   // Tiles of 16 columns of values, in the order of head_dim that finish() undoes:
   // out[tile][step][pair of rows][column]. Rows behind the last one count as 0.
   static void pack_values(const BlockRows& values, float* out) {
@@ -121,7 +116,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     for (int64_t pair = 0; pair < steps * kAmxRows; ++pair, out += kAmxRows) {
       const int64_t k = 2 * pair;
       const BFloat16* row = values.data + k * values.stride;
-      prefetch(values, k, 2);
+      values.used<2>(k);
       for (int64_t d = 0; d < values.dim; d += kPairStep) {
         const Vec even = k < values.count ? load_step(row, d, values.dim) : zero();
         const Vec odd =

@@ -159,11 +159,15 @@ struct BlockProducts<BFloat16> {
   // [chunk of 16 elements][query of 4][element]; what is missing is 0.
   static void interleave_queries(const BFloat16* const* query, int count, int64_t dim,
                                  BFloat16* out) {
-    __builtin_memset(out, 0, (dim + kChunk - 1) / kChunk * kChunk * kDirectTile * 2);
+    const int64_t size = (dim + kChunk - 1) / kChunk * kChunk * kDirectTile;
+    for (int64_t i = 0; i < size; i += kPairStep) _mm512_storeu_si512(out + i, Pairs{});
     for (int m = 0; m < kDirectTile && m < count; ++m) {
-      for (int64_t d = 0; d < dim; ++d) {
-        out[(d / kChunk * kDirectTile + m) * kChunk + d % kChunk] = query[m][d];
+      BFloat16* place = out + m * kChunk;
+      int64_t d = 0;
+      for (; d + kChunk <= dim; d += kChunk, place += kDirectTile * kChunk) {
+        __builtin_memcpy(place, query[m] + d, kChunk * sizeof(BFloat16));
       }
+      __builtin_memcpy(place, query[m] + d, (dim - d) * sizeof(BFloat16));
     }
   }
 
@@ -190,6 +194,7 @@ struct BlockProducts<BFloat16> {
       }
     }
     const auto products = [&](int64_t k) BATON_INLINE_LAMBDA {
+      keys.template used<1, kDim>(k);
       const BFloat16* key = keys.data + k * keys.stride;
       Vec low = zero(), high = zero();
       if constexpr (kDim != 0) {
@@ -222,12 +227,10 @@ struct BlockProducts<BFloat16> {
     };
     int64_t k = 0;
     for (; k + 4 <= keys.count; k += 4) {
-      for (int i = 0; i < 4; ++i) keys.prefetch_ahead(k + i);
       const Vec a = products(k), b = products(k + 1), c = products(k + 2), d = products(k + 3);
       put(fold4(a, b, c, d), k, 16);
     }
     for (; k < keys.count; ++k) {
-      keys.prefetch_ahead(k);
       put(fold4(products(k), zero(), zero(), zero()), k, 4);
     }
   }
@@ -293,57 +296,34 @@ struct BlockProducts<BFloat16> {
     });
   }
 
-  // Whole rows at a time, so that values too are read in the order of their addresses: as many
-  // query vectors per pass as their sums find registers.
   static void weigh_direct(int count, const BlockRows& values, AttentionScratch& scratch) {
-    if (values.dim == 64) {
-      weigh_rows<64, 4>(count, values, scratch);
-    } else if (values.dim == 128) {
-      weigh_rows<128, 2>(count, values, scratch);
-    } else {
-      const auto source = [&](int64_t k, int64_t d) BATON_INLINE_LAMBDA {
-        if (d == 0) {
-          values.prefetch_ahead(2 * k);
-          values.prefetch_ahead(2 * k + 1);
-        }
-        return row_pair(values, k, d);
-      };
-      weigh_tiles<kDirectTile>(count, (values.count + 1) / 2, values.dim, source, scratch);
-    }
-  }
-
-  template <int kDim, int kTile>
-  static void weigh_rows(int count, const BlockRows& values, AttentionScratch& scratch) {
-    for (int m = 0; m < count; m += kTile) {
-      const auto pass = [&]<int kQueries>() {
-        if (m == 0) {
-          weigh_row_pairs<kDim, kQueries, true>(scratch.scores + m, values, scratch.out + m);
-        } else {
-          weigh_row_pairs<kDim, kQueries, false>(scratch.scores + m, values, scratch.out + m);
-        }
-      };
-      const int here = count - m < kTile ? count - m : kTile;
-      if constexpr (kTile == 4) {
-        dispatch_int<1, 2, 3, 4>(here, pass);
+    const auto whole = [&]<int kDim>() {
+      // As many query vectors as their sums find registers stream the block once.
+      constexpr int kHeld = 256 / kDim;
+      if (count > kHeld) return weigh_groups<kDim>(count, values, scratch);
+      const auto stream = [&]<int kQueries>() { weigh_stream<kDim, kQueries>(values, scratch); };
+      if constexpr (kHeld == 4) {
+        dispatch_int<1, 2, 3, 4>(count, stream);
       } else {
-        dispatch_int<1, 2>(here, pass);
+        dispatch_int<1, 2>(count, stream);
       }
-    }
+    };
+    if (values.dim == 64) return whole.template operator()<64>();
+    if (values.dim == 128) return whole.template operator()<128>();
+    weigh_groups<0>(count, values, scratch);
   }
 
-  template <int kDim, int kQueries, bool kPrefetch>
-  static void weigh_row_pairs(const float (*p)[kBlockKeys], const BlockRows& values,
-                              float (*out)[kMaxHeadDim]) {
+  template <int kDim, int kQueries>
+  static void weigh_stream(const BlockRows& values, AttentionScratch& scratch) {
     constexpr int kSteps = kDim / kPairStep;
     Vec sums[kQueries][2 * kSteps] = {};
     const auto add = [&](int64_t k, bool alone) BATON_INLINE_LAMBDA {
-      const BFloat16* even = values.data + 2 * k * values.stride;
+      const BFloat16* even = values.data + k * values.stride;
       Pairs weight[kQueries];
       BATON_UNROLL
-      for (int m = 0; m < kQueries; ++m) weight[m] = broadcast_pair(&p[m][k]);
+      for (int m = 0; m < kQueries; ++m) weight[m] = broadcast_pair(&scratch.scores[m][k / 2]);
       BATON_UNROLL
       for (int i = 0; i < kSteps; ++i) {
-        // The row behind an odd count is not read: it is padding or another row's.
         const ValuePairs v =
             interleave(load_pairs(even + i * kPairStep),
                        alone ? Pairs{} : load_pairs(even + values.stride + i * kPairStep));
@@ -354,21 +334,90 @@ struct BlockProducts<BFloat16> {
         }
       }
     };
-    for (int64_t k = 0; k < values.count / 2; ++k) {
-      if constexpr (kPrefetch) {
-        values.prefetch_ahead(2 * k);
-        values.prefetch_ahead(2 * k + 1);
-      }
+    int64_t k = 0;
+    for (; k + 2 <= values.count; k += 2) {
+      values.template used<2, kDim>(k);
       add(k, false);
     }
-    if (values.count % 2 != 0) add(values.count / 2, true);
+    // The row behind an odd count is not read: it is padding or another row's.
+    if (k < values.count) add(k, true);
     BATON_UNROLL
     for (int m = 0; m < kQueries; ++m) {
       BATON_UNROLL
       for (int i = 0; i < 2 * kSteps; ++i) {
-        float* total = &out[m][i * kLanes];
+        float* total = &scratch.out[m][i * kLanes];
         store(total, load(total) + sums[m][i]);
       }
+    }
+  }
+
+  // Eight rows at a time: their weights stay in registers while head_dim is walked, each line of a
+  // row is loaded once, and the sums of all query vectors live in the core's cache. Passes over a
+  // whole block for a few query vectors at a time would load every line again, at a pace that
+  // memory cannot follow in the first pass and does not use in the others.
+  static constexpr int kGroupPairs = 4;
+
+  template <int kDim>
+  static void weigh_groups(int count, const BlockRows& values, AttentionScratch& scratch) {
+    int64_t k = 0;
+    for (; k + 2 * kGroupPairs <= values.count; k += 2 * kGroupPairs) {
+      values.template used<2 * kGroupPairs, kDim>(k);
+      weigh_group<kGroupPairs, kDim>(count, values, k, scratch);
+    }
+    for (; k < values.count; k += 2) {
+      values.template used<2, kDim>(k);
+      weigh_group<1, kDim>(count, values, k, scratch);
+    }
+  }
+
+  // Rows k to k + 2 kPairs; of a single pair the second row may be missing.
+  template <int kPairs, int kDim>
+  static BATON_INLINE void weigh_group(int count, const BlockRows& values, int64_t k,
+                                       AttentionScratch& scratch) {
+    // The row behind an odd count is not read: it is padding or another row's.
+    const bool alone = k + 1 == values.count;
+    for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
+      weigh_rows<kPairs, kQueries>(scratch.scores + m, k / 2, values.data + k * values.stride,
+                                   values.stride, kDim != 0 ? kDim : values.dim, alone,
+                                   scratch.out + m);
+    });
+  }
+
+  template <int kPairs, int kQueries>
+  static BATON_INLINE void weigh_rows(const float (*p)[kBlockKeys], int64_t pair,
+                                      const BFloat16* rows, int64_t stride, int64_t dim, bool alone,
+                                      float (*out)[kMaxHeadDim]) {
+    Pairs weight[kQueries][kPairs];
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      BATON_UNROLL
+      for (int j = 0; j < kPairs; ++j) weight[m][j] = broadcast_pair(&p[m][pair + j]);
+    }
+    const auto step = [&](int64_t d, const auto& load_row) BATON_INLINE_LAMBDA {
+      Vec low[kQueries] = {}, high[kQueries] = {};
+      BATON_UNROLL
+      for (int j = 0; j < kPairs; ++j) {
+        const BFloat16* even = rows + 2 * j * stride + d;
+        const ValuePairs v =
+            interleave(load_row(even), kPairs == 1 && alone ? Pairs{} : load_row(even + stride));
+        BATON_UNROLL
+        for (int m = 0; m < kQueries; ++m) {
+          low[m] = dot_pairs(low[m], weight[m][j], v.low);
+          high[m] = dot_pairs(high[m], weight[m][j], v.high);
+        }
+      }
+      BATON_UNROLL
+      for (int m = 0; m < kQueries; ++m) {
+        store(&out[m][d], load(&out[m][d]) + low[m]);
+        store(&out[m][d + kLanes], load(&out[m][d + kLanes]) + high[m]);
+      }
+    };
+    int64_t d = 0;
+    for (; d + kPairStep <= dim; d += kPairStep) {
+      step(d, [](const BFloat16* row) BATON_INLINE_LAMBDA { return load_pairs(row); });
+    }
+    if (d < dim) {
+      step(d, [&](const BFloat16* row) BATON_INLINE_LAMBDA { return load_pairs(row, dim - d); });
     }
   }
 

@@ -2,8 +2,9 @@
 // its columns once, in blocks of kBlockKeys, with a running maximum and sum, so that scores exist
 // for one block only. Padding columns are never loaded; hidden ones are skipped where a whole block
 // is hidden.
+#include "cpu/attention_ahead.h"
+#include "cpu/attention_item.h"
 #include "cpu/attention_tile_amx.h"
-#include "cpu/copy.h"
 #include "cpu/kernels.h"
 
 namespace baton::cpu::BATON_ISA {
@@ -11,27 +12,6 @@ namespace baton::cpu::BATON_ISA {
 namespace {
 
 constexpr float kNothing = -__builtin_inff();
-
-// The query vectors of one item: tokens [token, token + num_tokens) of the row, heads of one KV
-// head.
-struct Tile {
-  int64_t row, token, num_tokens, first_head, num_heads, count;
-  int64_t query_length, length;
-  int64_t begin, end;  // keys to stream
-};
-
-struct Range {
-  int64_t begin, end;
-};
-
-// Keys that the token at query index j of the row sees.
-Range visible(const RaggedAttentionParams& p, const Tile& t, int64_t j) {
-  const int64_t position = t.length - t.query_length + j;
-  if (position < 0) return {0, 0};
-  const int64_t end = p.causal ? position + 1 : t.length;
-  const int64_t begin = p.window > 0 && position + 1 > p.window ? position + 1 - p.window : 0;
-  return {begin, end};
-}
 
 // What turns the scores of one query vector into probabilities.
 struct Softmax {
@@ -43,19 +23,20 @@ struct Softmax {
 // Scale, softcap, ALiBi and mask of one query vector's scores for the block that begins at
 // first_key.
 BATON_INLINE void finish_scores(const RaggedAttentionParams& p, const float* scores,
-                                const Softmax& softmax, int64_t first_key, Vec (&out)[kBlockVecs]) {
+                                const Softmax& softmax, int64_t first_key, int num_vecs,
+                                Vec (&out)[kBlockVecs]) {
   const Vec scale = set1(p.scale);
   // Relative to the block, so that 32 bits are enough.
   const int64_t low = softmax.range.begin - first_key, high = softmax.range.end - first_key;
   BATON_UNROLL
-  for (int i = 0; i < kBlockVecs; ++i) out[i] = load(scores + i * kLanes) * scale;
+  for (int i = 0; i < num_vecs; ++i) out[i] = load(scores + i * kLanes) * scale;
   if (low <= 0 && high >= kBlockKeys && p.softcap == 0.0f && !p.alibi_slopes) return;
   const int32_t from = low > 0 ? static_cast<int32_t>(low < kBlockKeys ? low : kBlockKeys) : 0;
   const int32_t to = high > 0 ? static_cast<int32_t>(high < kBlockKeys ? high : kBlockKeys) : 0;
   const float distance = static_cast<float>(softmax.position - first_key);
   IntVec key;
   for (int i = 0; i < kLanes; ++i) key[i] = i;
-  for (int i = 0; i < kBlockVecs; ++i) {
+  for (int i = 0; i < num_vecs; ++i) {
     Vec s = out[i];
     if (p.softcap > 0.0f) s = set1(p.softcap) * tanh(s / set1(p.softcap));
     if (p.alibi_slopes) {
@@ -70,15 +51,17 @@ BATON_INLINE void finish_scores(const RaggedAttentionParams& p, const float* sco
 // before is rescaled only when a score exceeds it by this much. e^10 more costs a float nothing.
 constexpr float kSlack = 10.0f;
 
-// Turns the block's scores of query vector m into probabilities, and adds them to its sum.
+// Turns the block's scores of query vector m, num_vecs vectors of them, into probabilities, and
+// adds them to its sum.
 BATON_INLINE void update_softmax(const RaggedAttentionParams& p, const Softmax& softmax,
-                                 int64_t first_key, int m, AttentionScratch& scratch) {
+                                 int64_t first_key, int num_vecs, int m,
+                                 AttentionScratch& scratch) {
   float* scores = scratch.scores[m];
   Vec s[kBlockVecs];
-  finish_scores(p, scores, softmax, first_key, s);
+  finish_scores(p, scores, softmax, first_key, num_vecs, s);
   Vec top = s[0];
   BATON_UNROLL
-  for (int i = 1; i < kBlockVecs; ++i) top = max(s[i], top);
+  for (int i = 1; i < num_vecs; ++i) top = max(s[i], top);
   const float old = scratch.maximum[m];
   if (any(top > set1(old + kSlack))) {
     const float now = reduce_max(top);
@@ -97,7 +80,7 @@ BATON_INLINE void update_softmax(const RaggedAttentionParams& p, const Softmax& 
   const Vec shift = set1(reference == kNothing ? 0.0f : reference);
   Vec total = load(scratch.sum[m]);
   BATON_UNROLL
-  for (int i = 0; i < kBlockVecs; ++i) {
+  for (int i = 0; i < num_vecs; ++i) {
     const Vec probability = exp(s[i] - shift);
     store(scores + i * kLanes, probability);
     total = total + probability;
@@ -112,84 +95,57 @@ const T* query_vector(const RaggedAttentionParams& p, const Tile& t, int64_t m) 
          offset(p.query_strides, 0, token, t.first_head + m % t.num_heads);
 }
 
-AttentionRowPlan row_plan(const RaggedAttentionParams& p, int64_t row) {
-  return plan_attention_row(p.cu_seqlens[row + 1] - p.cu_seqlens[row], p.lengths[row],
-                            p.num_heads / p.sizes.num_kv_heads);
+// The same for a block of `count` keys: whole blocks in a loop that is unrolled, others in one that
+// leaves out what they do not have.
+void update_softmax_of(const RaggedAttentionParams& p, const Softmax& softmax, int64_t first_key,
+                       int64_t count, int m, AttentionScratch& scratch) {
+  if (count == kBlockKeys) {
+    update_softmax(p, softmax, first_key, kBlockVecs, m, scratch);
+  } else {
+    update_softmax(p, softmax, first_key, static_cast<int>((count + kLanes - 1) / kLanes), m,
+                   scratch);
+  }
 }
 
-// The item's tokens and columns; its heads are still to be chosen.
-Tile make_tile(const RaggedAttentionParams& p, const AttentionItem& item,
-               const AttentionRowPlan& plan) {
-  Tile tile{};
-  tile.row = item.row;
-  tile.query_length = p.cu_seqlens[item.row + 1] - p.cu_seqlens[item.row];
-  tile.length = p.lengths[item.row];
-  tile.token = item.tile * plan.tile_tokens;
-  tile.num_tokens = tile.query_length - tile.token < plan.tile_tokens
-                        ? tile.query_length - tile.token
-                        : plan.tile_tokens;
-  // The first token sees the furthest back, the last one the furthest on.
-  const Range first = visible(p, tile, tile.token);
-  const Range last = visible(p, tile, tile.token + tile.num_tokens - 1);
-  tile.begin = item.split * plan.split_columns;
-  tile.end = tile.begin + plan.split_columns;
-  if (tile.begin < first.begin) tile.begin = first.begin;
-  if (tile.end > last.end) tile.end = last.end;
-  return tile;
-}
-
-// Where the keys and values of a tile begin.
-template <typename T>
-struct Streams {
-  const T* keys;
-  const T* values;
-};
-
-template <typename T>
-Streams<T> streams(const RaggedAttentionParams& p, const Tile& t, int64_t kv_head) {
-  const int64_t slot = p.slots[t.row], column = p.starts[t.row] + t.begin;
-  return {
-      static_cast<const T*>(p.key_cache) + offset(p.key_cache_strides, 0, slot, kv_head, column),
-      static_cast<const T*>(p.value_cache) +
-          offset(p.value_cache_strides, 0, slot, kv_head, column),
-  };
-}
-
-// Streams the tile's keys and values; leaves sums, maxima and totals in scratch. `next` is what
-// will be streamed after them.
+// Streams the tile's keys and values; leaves sums, maxima and totals in scratch. `ahead` asks for
+// what will be streamed next; null where keys and values are not used straight from the cache.
 template <typename T>
 void stream(const RaggedAttentionParams& p, const Tile& t, const Streams<T>& from,
-            const Streams<T>& next, AttentionScratch& scratch) {
+            ReadAhead<T>* ahead, AttentionScratch& scratch) {
   typedef AttentionProducts<T> Products;
   const int64_t dim = p.sizes.head_dim;
   const int count = static_cast<int>(t.count);
   const T* query[kMaxQueries];
   Softmax softmax[kMaxQueries];
-  for (int m = 0; m < count; ++m) {
-    query[m] = query_vector<T>(p, t, m);
-    const int64_t token = t.token + m / t.num_heads, head = t.first_head + m % t.num_heads;
-    softmax[m].range = visible(p, t, token);
+  int m = 0;
+  for (int64_t token = t.token; token < t.token + t.num_tokens; ++token) {
+    Range range = visible(p, t, token);
     // Another split sees to what lies behind this one's end.
-    if (softmax[m].range.end > t.end) softmax[m].range.end = t.end;
-    softmax[m].position = t.length - t.query_length + token;
-    softmax[m].slope = p.alibi_slopes ? p.alibi_slopes[head] : 0.0f;
-    scratch.maximum[m] = kNothing;
-    store(scratch.sum[m], zero());
-    __builtin_memset(scratch.out[m], 0, sizeof(scratch.out[m]));
+    if (range.end > t.end) range.end = t.end;
+    for (int64_t head = t.first_head; head < t.first_head + t.num_heads; ++head, ++m) {
+      query[m] = static_cast<const T*>(p.query) +
+                 offset(p.query_strides, 0, p.cu_seqlens[t.row] + token, head);
+      softmax[m].range = range;
+      softmax[m].position = t.length - t.query_length + token;
+      softmax[m].slope = p.alibi_slopes ? p.alibi_slopes[head] : 0.0f;
+      scratch.maximum[m] = kNothing;
+      store(scratch.sum[m], zero());
+      // To the end of the last 32, as below.
+      for (int64_t d = 0; d < (dim + 31) / 32 * 32; d += kLanes) store(&scratch.out[m][d], zero());
+    }
   }
   Products::load_queries(query, count, dim, scratch);
   const int64_t key_stride = p.key_cache_strides.column_stride;
   const int64_t value_stride = p.value_cache_strides.column_stride;
-  const int64_t ahead = kAheadBytes / (dim * static_cast<int64_t>(sizeof(T)));
   for (int64_t first = t.begin; first < t.end; first += kBlockKeys) {
     const int64_t done = first - t.begin, remaining = t.end - first;
     const int64_t here = remaining < kBlockKeys ? remaining : kBlockKeys;
-    const Rows<T> keys{
-        from.keys + done * key_stride, key_stride, here, dim, remaining, next.keys, ahead};
-    const Rows<T> values{
-        from.values + done * value_stride, value_stride, here, dim, remaining, next.values, ahead};
+    const Rows<T> keys{from.keys + done * key_stride, key_stride, here, dim,
+                       ahead ? ahead->step(here) : Ask<T>{}};
     Products::score(query, count, keys, scratch);
-    for (int m = 0; m < count; ++m) update_softmax(p, softmax[m], first, m, scratch);
+    for (int i = 0; i < count; ++i) update_softmax_of(p, softmax[i], first, here, i, scratch);
+    const Rows<T> values{from.values + done * value_stride, value_stride, here, dim,
+                         ahead ? ahead->step(here) : Ask<T>{}};
     Products::weigh(count, values, scratch);
   }
   Products::finish(count, dim, scratch);
@@ -222,35 +178,34 @@ void write_result(const RaggedAttentionParams& p, int64_t token, int64_t head, c
 
 template <typename T>
 void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
-              const AttentionRowPlan& plan, const Tile& tile, const Streams<T>& next,
+              const AttentionRowPlan& plan, const Tile& tile, ReadAhead<T>* ahead,
               AttentionScratch& scratch) {
-  stream<T>(p, tile, streams<T>(p, tile, item.kv_head), next, scratch);
+  stream<T>(p, tile, streams<T>(p, tile, item.kv_head), ahead, scratch);
   const int64_t dim = p.sizes.head_dim;
-  for (int64_t m = 0; m < tile.count; ++m) {
-    const int64_t token = tile.token + m / tile.num_heads;
-    const int64_t head = tile.first_head + m % tile.num_heads;
-    if (plan.num_splits == 1) {
-      write_result<T>(p, p.cu_seqlens[item.row] + token, head, scratch.out[m], scratch.maximum[m],
-                      reduce_add(load(scratch.sum[m])));
-      continue;
+  int m = 0;
+  for (int64_t token = tile.token; token < tile.token + tile.num_tokens; ++token) {
+    for (int64_t head = tile.first_head; head < tile.first_head + tile.num_heads; ++head, ++m) {
+      const float sum = reduce_add(load(scratch.sum[m]));
+      if (plan.num_splits == 1) {
+        write_result<T>(p, p.cu_seqlens[item.row] + token, head, scratch.out[m], scratch.maximum[m],
+                        sum);
+        continue;
+      }
+      float* partial = work.partials + work.partial_offsets[item.row] +
+                       ((token * p.num_heads + head) * plan.num_splits + item.split) *
+                           attention_partial_size(dim);
+      __builtin_memcpy(partial, scratch.out[m], dim * sizeof(float));
+      partial[dim] = scratch.maximum[m];
+      partial[dim + 1] = sum;
     }
-    float* partial =
-        work.partials + work.partial_offsets[item.row] +
-        ((token * p.num_heads + head) * plan.num_splits + item.split) * attention_partial_size(dim);
-    __builtin_memcpy(partial, scratch.out[m], dim * sizeof(float));
-    partial[dim] = scratch.maximum[m];
-    partial[dim + 1] = reduce_add(load(scratch.sum[m]));
   }
 }
 
 template <typename T>
 void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
-              const AttentionItem& next, AttentionScratch& scratch) {
+              ReadAhead<T>& ahead, AttentionScratch& scratch) {
   const AttentionRowPlan plan = row_plan(p, item.row);
   Tile tile = make_tile(p, item, plan);
-  const Tile after = make_tile(p, next, row_plan(p, next.row));
-  const Streams<T> following = streams<T>(p, after, next.kv_head);
-
   // Groups wider than a tile are taken in parts; their keys and values are then in the core's
   // cache.
   const int64_t group = p.num_heads / p.sizes.num_kv_heads;
@@ -258,7 +213,8 @@ void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const A
     tile.first_head = item.kv_head * group + head;
     tile.num_heads = group - head < kAttentionTileQueries ? group - head : kAttentionTileQueries;
     tile.count = tile.num_tokens * tile.num_heads;
-    run_tile<T>(p, work, item, plan, tile, following, scratch);
+    const bool direct = AttentionProducts<T>::is_direct(tile.count) && head == 0;
+    run_tile<T>(p, work, item, plan, tile, direct ? &ahead : nullptr, scratch);
   }
 }
 
@@ -293,8 +249,10 @@ void ragged_attention(const RaggedAttentionParams& p, const AttentionWork& work,
   AttentionScratch scratch;
   dispatch_dtype(p.dtype, [&]<typename T>() {
     [[maybe_unused]] const typename AttentionProducts<T>::Scope scope;
+    ReadAhead<T> ahead(p, work, begin, end);
     for (int64_t i = begin; i < end; ++i) {
-      run_item<T>(p, work, work.items[i], work.items[i + 1 < end ? i + 1 : i], scratch);
+      ahead.begin(i);
+      run_item<T>(p, work, work.items[i], ahead, scratch);
     }
   });
 }
