@@ -5,7 +5,9 @@ infinities, and tensors are slices of larger ones, so that strides are never tri
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import mmap
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CPU_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+CPU_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,9 +44,12 @@ def available_cpu_isas() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def cpu_isa(name: str) -> Iterator[None]:
-    """Within the block every CPU kernel runs with this instruction set; afterwards the best."""
-    torch.ops.baton_kernels.set_cpu_isa(name)
+def cpu_isa(name: str, *, force: bool = False) -> Iterator[None]:
+    """Within the block every CPU kernel runs with this instruction set; afterwards the best.
+
+    ``force``: also one that this CPU lacks, for tests that do in software what it refuses.
+    """
+    torch.ops.baton_kernels.set_cpu_isa(name, force)
     try:
         yield
     finally:
@@ -83,6 +88,24 @@ def embed(x: torch.Tensor, margins: Sequence[int] | None = None) -> torch.Tensor
     view = base[tuple(slice(m, m + n) for n, m in zip(x.shape, margins, strict=True))]
     view.copy_(x)
     return view
+
+
+def before_a_hole(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x, without gaps, whose last byte is the last of its memory page (Linux).
+
+    Dimensions lie in memory in the order that they have in x. The page behind it may not be
+    touched: a kernel that loads more than it should ends the process.
+    """
+    size = x.numel() * x.element_size()
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    hole = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(hole), ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    start = pages * mmap.PAGESIZE - size
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=start)
+    return flat.as_strided(x.shape, torch.empty_like(x).stride()).copy_(x)
 
 
 def storage(x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from baton_kernels.testing import available_cpu_isas, cpu_isa
 # Tests share helpers of this folder: emulation, cuda_tools, device_ops.
 sys.path.append(str(Path(__file__).parent))
 from device_ops import DeviceOps
-from emulation import build
+from emulation import amx, build
 from emulation.backends import EMULATED, EmulatedOps
 
 
@@ -29,8 +29,8 @@ class Backend:
     enter: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def has(self, op: str) -> bool:
-        """Whether it can run the tests of this op: emulated CUDA has the ops that CUDA has."""
-        return not isinstance(self.ops, EmulatedOps) or hasattr(self.ops, op)
+        """Whether it can run the tests of this op: emulators have those that they are made for."""
+        return not isinstance(self.ops, (EmulatedOps, amx.AmxOps)) or hasattr(self.ops, op)
 
 
 BACKENDS = [
@@ -40,6 +40,8 @@ BACKENDS = [
 # Beside an installed wheel there are no sources to emulate.
 if build.KERNELS:
     BACKENDS += [Backend(name, ops, ops.entered) for name, ops in EMULATED.items()]
+if amx.can_be_emulated():
+    BACKENDS.append(Backend("cpu-amx_bf16-emulated", amx.AmxOps(), amx.entered))
 if torch.cuda.is_available():
     BACKENDS.append(Backend("cuda", DeviceOps("cuda")))
 # Decided before triton is imported, for the whole process: tests/test_triton_interpreter.py starts

@@ -345,5 +345,5 @@ def test_cuda_without_a_gpu_says_so(main):
 def test_benchmarks_are_listed(capsys):
     import_bench("__main__").main()
     printed = capsys.readouterr().out
-    for name in ("kernels", "relay", "simulate", "masks", "cuda_static"):
+    for name in ("kernels", "relay", "simulate", "masks", "cuda_static", "amx"):
         assert f"python -m bench.{name}\n" in printed

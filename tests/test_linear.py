@@ -7,6 +7,7 @@ from baton_kernels.testing import (
     Refusal,
     assert_accurate,
     assert_same_bits,
+    before_a_hole,
     cpu_threads,
     embed,
     nan_in_empty,
@@ -98,6 +99,16 @@ def test_poison_stays_in_its_row(ops, dtype):
     y = ops.linear(**arguments)
     for i in (0, 1, 3, 4, 5, 6):
         assert_same_bits(y[i], expected[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 67, 35), (5, 64, 3), (17, 96, 32), (100, 40, 50)], ids=str)
+def test_nothing_is_loaded_from_behind_the_arguments(ops, sizes, dtype):
+    arguments = problem(*sizes, bias=True, dtype=dtype)
+    assert_same_bits(
+        ops.linear(**{name: before_a_hole(x) for name, x in arguments.items()}),
+        ops.linear(**arguments),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

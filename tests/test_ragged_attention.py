@@ -11,6 +11,7 @@ from baton_kernels.testing import (
     Refusal,
     assert_same_bits,
     attention_problem,
+    before_a_hole,
     cpu_threads,
     embed,
     int32,
@@ -228,6 +229,24 @@ def test_padding_is_not_read(ops, name, dtype):
     ):
         assert not got.isnan().any()
         assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "length", "head_dim", "columns_first"),
+    [(1, 77, 64, False), (1, 515, 24, True), (20, 33, 80, False), (70, 129, 128, True)],
+)
+def test_nothing_is_loaded_from_behind_the_arguments(
+    ops, tokens, length, head_dim, columns_first, dtype
+):
+    problem = random_attention_problem(
+        [tokens], [length], head_dim=head_dim, dtype=dtype,
+        capacity=length, num_slots=1, margins=(0, 0, 0, 0), columns_first=columns_first,
+    )  # fmt: skip
+    expected = ops.ragged_attention(*problem.args)
+    for name in ("query", "key_cache", "value_cache"):
+        setattr(problem, name, before_a_hole(getattr(problem, name)))
+    assert_same_bits(ops.ragged_attention(*problem.args), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

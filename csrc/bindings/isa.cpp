@@ -7,8 +7,8 @@
 
 namespace baton::bindings {
 
-void set_cpu_isa(std::string name) {
-  if (!cpu::set_isa(name)) {
+void set_cpu_isa(std::string name, bool force) {
+  if (!cpu::set_isa(name, force)) {
     Checker("set_cpu_isa")
         .fail("name", "\"auto\" or an instruction set that is compiled and found", name);
   }

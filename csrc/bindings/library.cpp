@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
   library.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 
   // For tests and build_info: not part of the public interface.
-  library.def("set_cpu_isa(str name) -> ()");
+  library.def("set_cpu_isa(str name, bool force=False) -> ()");
   library.def("cpu_isas() -> str");
 }
 

@@ -35,9 +35,18 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   p.y = y.mutable_data_ptr();
   p.x_row_stride = x.stride(0);
   p.weight_row_stride = weight.stride(0);
-  const auto& kernel = cpu::kernels().linear;
+  const cpu::KernelTable& kernels = cpu::kernels();
+  // Lives as long as the kernel reads it.
+  std::optional<Tensor> packed;
+  if (kernels.packs_bfloat16 && p.dtype == Dtype::kBFloat16 && linear_work(p) > 0) {
+    const int64_t tiles = linear_row_tiles(p);
+    packed = torch::stable::new_empty(x, {tiles * linear_packed_size(p)}, ScalarType::Float);
+    p.packed_x = static_cast<float*>(packed->mutable_data_ptr());
+    for_each_item(tiles, x.numel() * size_of(p.dtype),
+                  [&](int64_t begin, int64_t end) { kernels.linear_pack(p, begin, end); });
+  }
   for_each_item(linear_work(p), weight.numel() * size_of(p.dtype),
-                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+                [&](int64_t begin, int64_t end) { kernels.linear(p, begin, end); });
   return y;
 }
 

@@ -108,7 +108,6 @@ class ReadAhead {
   }
 
  private:
-
   void open() {
     rows_ = done_ = left_ = 0;
     values_ = false;
@@ -119,7 +118,8 @@ class ReadAhead {
     rows_ = tile.end > tile.begin ? tile.end - tile.begin : 0;
   }
 
-  // Whether there are rows left, those of the block that begins now if the last one has been walked.
+  // Whether there are rows left, those of the block that begins now if the last one has been
+  // walked.
   bool refill() {
     if (left_ > 0) return true;
     while (done_ >= rows_) {

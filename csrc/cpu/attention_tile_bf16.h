@@ -398,8 +398,8 @@ struct BlockProducts<BFloat16> {
       BATON_UNROLL
       for (int j = 0; j < kPairs; ++j) {
         const BFloat16* even = rows + 2 * j * stride + d;
-        const ValuePairs v = interleave(
-            load_row(even), kPairs == 1 && alone ? Pairs{} : load_row(even + stride));
+        const ValuePairs v =
+            interleave(load_row(even), kPairs == 1 && alone ? Pairs{} : load_row(even + stride));
         BATON_UNROLL
         for (int m = 0; m < kQueries; ++m) {
           low[m] = dot_pairs(low[m], weight[m][j], v.low);

@@ -1,11 +1,17 @@
 // The table of one instruction set's kernels, which host/isa.cpp chooses from at run time.
+#include "cpu/amx.h"
 #include "cpu/kernels.h"
 
 namespace baton::cpu::BATON_ISA {
 
 extern const KernelTable kKernelTable;
 const KernelTable kKernelTable = {
-#define BATON_ENTRY(name, ...) &name,
+#if defined(BATON_HAS_TILES)
+    .packs_bfloat16 = true,
+#else
+    .packs_bfloat16 = false,
+#endif
+#define BATON_ENTRY(name, ...) .name = &name,
     BATON_FOR_EACH_KERNEL(BATON_ENTRY)
 #undef BATON_ENTRY
 };

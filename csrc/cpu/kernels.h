@@ -29,9 +29,12 @@ namespace baton::cpu {
   X(masked_softmax, const MaskedSoftmaxParams&)                                 \
   X(rms_norm, const RmsNormParams&)                                             \
   X(silu_and_mul, const SiluAndMulParams&)                                      \
+  X(linear_pack, const LinearParams&)                                           \
   X(linear, const LinearParams&)
 
 struct KernelTable {
+  // Whether linear of bfloat16 wants x packed; nobody else calls linear_pack.
+  bool packs_bfloat16;
 #define BATON_DECLARE(name, ...) void (*name)(__VA_ARGS__, int64_t begin, int64_t end);
   BATON_FOR_EACH_KERNEL(BATON_DECLARE)
 #undef BATON_DECLARE

@@ -1,10 +1,12 @@
-// linear on the CPU: y = x weight^T + bias from the weights as they are, row-major.
+// linear on the CPU: y = x weight^T + bias from the weights as they are, row-major. bfloat16 on
+// CPUs with AMX: linear_amx.h.
 //
 // A register tile of kTileRows x kTileFeatures dot products runs along in_features, lanes along the
 // sum. Every dot product adds its terms in the same order whatever the tile it falls in, so a row's
 // bits do not depend on the number of rows. Weights stream from memory once per block of rows.
 #include "cpu/dot.h"
 #include "cpu/kernels.h"
+#include "cpu/linear_amx.h"
 
 namespace baton::cpu::BATON_ISA {
 
@@ -132,9 +134,17 @@ void block(const LinearParams& p, int64_t row, int64_t row_end, int64_t feature,
 
 }  // namespace
 
+void linear_pack([[maybe_unused]] const LinearParams& p, [[maybe_unused]] int64_t begin,
+                 [[maybe_unused]] int64_t end) {
+#if defined(BATON_HAS_TILES)
+  pack_rows(p, begin, end);
+#endif
+}
+
 void linear(const LinearParams& p, int64_t begin, int64_t end) {
   const int64_t feature_blocks = linear_feature_blocks(p);
-  dispatch_dtype(p.dtype, [&]<typename T>() {
+  // Calls fn(row, row_end, feature, feature_end) for every item.
+  const auto each_item = [&](auto&& fn) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / feature_blocks * kLinearRowBlock;
       const int64_t feature = i % feature_blocks * kLinearFeatureBlock;
@@ -143,8 +153,17 @@ void linear(const LinearParams& p, int64_t begin, int64_t end) {
       const int64_t feature_end = feature + kLinearFeatureBlock < p.out_features
                                       ? feature + kLinearFeatureBlock
                                       : p.out_features;
-      block<T>(p, row, row_end, feature, feature_end);
+      fn(row, row_end, feature, feature_end);
     }
+  };
+  dispatch_dtype(p.dtype, [&]<typename T>() {
+#if defined(BATON_HAS_TILES)
+    if constexpr (__is_same(T, BFloat16)) {
+      const TileScope tiles(linear_tile_rows(p));
+      return each_item([&](auto... bounds) { linear_block(p, bounds...); });
+    } else
+#endif
+      each_item([&](auto... bounds) { block<T>(p, bounds...); });
   });
 }
 

@@ -4,8 +4,7 @@
 // is hidden.
 #include "cpu/attention_ahead.h"
 #include "cpu/attention_item.h"
-#include "cpu/attention_tile.h"
-#include "cpu/attention_tile_bf16.h"
+#include "cpu/attention_tile_amx.h"
 #include "cpu/kernels.h"
 
 namespace baton::cpu::BATON_ISA {
@@ -52,8 +51,8 @@ BATON_INLINE void finish_scores(const RaggedAttentionParams& p, const float* sco
 // before is rescaled only when a score exceeds it by this much. e^10 more costs a float nothing.
 constexpr float kSlack = 10.0f;
 
-// Turns the block's scores of query vector m, num_vecs vectors of them, into probabilities, and adds
-// them to its sum.
+// Turns the block's scores of query vector m, num_vecs vectors of them, into probabilities, and
+// adds them to its sum.
 BATON_INLINE void update_softmax(const RaggedAttentionParams& p, const Softmax& softmax,
                                  int64_t first_key, int num_vecs, int m,
                                  AttentionScratch& scratch) {
@@ -113,7 +112,7 @@ void update_softmax_of(const RaggedAttentionParams& p, const Softmax& softmax, i
 template <typename T>
 void stream(const RaggedAttentionParams& p, const Tile& t, const Streams<T>& from,
             ReadAhead<T>* ahead, AttentionScratch& scratch) {
-  typedef BlockProducts<T> Products;
+  typedef AttentionProducts<T> Products;
   const int64_t dim = p.sizes.head_dim;
   const int count = static_cast<int>(t.count);
   const T* query[kMaxQueries];
@@ -214,7 +213,7 @@ void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const A
     tile.first_head = item.kv_head * group + head;
     tile.num_heads = group - head < kAttentionTileQueries ? group - head : kAttentionTileQueries;
     tile.count = tile.num_tokens * tile.num_heads;
-    const bool direct = tile.count <= kDirectQueries && head == 0;
+    const bool direct = AttentionProducts<T>::is_direct(tile.count) && head == 0;
     run_tile<T>(p, work, item, plan, tile, direct ? &ahead : nullptr, scratch);
   }
 }
@@ -249,6 +248,7 @@ void ragged_attention(const RaggedAttentionParams& p, const AttentionWork& work,
                       int64_t end) {
   AttentionScratch scratch;
   dispatch_dtype(p.dtype, [&]<typename T>() {
+    [[maybe_unused]] const typename AttentionProducts<T>::Scope scope;
     ReadAhead<T> ahead(p, work, begin, end);
     for (int64_t i = begin; i < end; ++i) {
       ahead.begin(i);

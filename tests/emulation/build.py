@@ -112,6 +112,12 @@ def build_program(name: str, sources: Iterable[Path], variant: Variant) -> Path:
     return _cached(command, _hash_of(objects), ".run", f"{variant.name}-{name}")
 
 
+def build_library(source: Path, *flags: str) -> Path:
+    """A shared library of one source that is not about CUDA."""
+    command = [COMPILER, *COMMON, "-shared", *flags, str(source.relative_to(ROOT))]
+    return _cached(command, _hash_of([source]), ".so", source.stem)
+
+
 def build_module(variant: Variant) -> ModuleType:
     """The Python module of all kernels."""
     import pybind11

@@ -7,6 +7,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace baton::cpu {
 
@@ -25,6 +29,12 @@ extern const KernelTable kKernelTable;
 #endif
 #if defined(BATON_HAS_AVX512_BF16)
 namespace avx512_bf16 {
+extern const KernelTable kKernelTable;
+}
+#endif
+
+#if defined(BATON_HAS_AMX_BF16)
+namespace amx_bf16 {
 extern const KernelTable kKernelTable;
 }
 #endif
@@ -62,12 +72,19 @@ bool has_avx512_bf16() {
 #endif
 }
 
-// No kernel uses AMX yet; whether the CPU has it is reported all the same.
+// Tiles are 8 KiB of registers more per thread, which Linux (from 5.16) hands out on request. The
+// request is the process's: threads that run already and those to come, whoever starts them, and
+// forked processes have it too. It fails where a thread has put up a signal stack too small for it.
 bool has_amx_bf16() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
   unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned int kTileAndBf16 = (1u << 24) | (1u << 22);
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTileAndBf16) == kTileAndBf16;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) ||
+      (edx & kTileAndBf16) != kTileAndBf16) {
+    return false;
+  }
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl; XSAVE's number
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
@@ -98,7 +115,11 @@ const std::vector<Entry>& entries() {
 #else
     add("avx512_bf16", nullptr, has_avx512_bf16());
 #endif
+#if defined(BATON_HAS_AMX_BF16)
+    add("amx_bf16", &amx_bf16::kKernelTable, has_amx_bf16());
+#else
     add("amx_bf16", nullptr, has_amx_bf16());
+#endif
     return result;
   }();
   return list;
@@ -132,13 +153,13 @@ const KernelTable& kernels() { return *current().load(std::memory_order_relaxed)
 
 const char* isa_in_use() { return current().load(std::memory_order_relaxed)->isa.name; }
 
-bool set_isa(const std::string& name) {
+bool set_isa(const std::string& name, bool force) {
   if (name == "auto") {
     current() = best();
     return true;
   }
   for (const Entry& entry : entries()) {
-    if (name == entry.isa.name && entry.table != nullptr && entry.isa.found) {
+    if (name == entry.isa.name && entry.table != nullptr && (entry.isa.found || force)) {
       current() = &entry;
       return true;
     }

@@ -21,7 +21,9 @@ const std::vector<Isa>& isas();
 const KernelTable& kernels();
 const char* isa_in_use();
 
-// Chooses a set by name, or the best with "auto". False when it is not compiled or not found.
-bool set_isa(const std::string& name);
+// Chooses a set by name, or the best with "auto". False when it is not compiled, or not found; with
+// force also one that is not found: its kernels end the process, unless somebody catches what the
+// CPU refuses.
+bool set_isa(const std::string& name, bool force);
 
 }  // namespace baton::cpu

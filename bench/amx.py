@@ -1,0 +1,112 @@
+"""Tile instructions of the AMX kernels per useful product: `python -m bench.amx`.
+
+Counted while the built kernels run on a CPU without AMX, where each of them is done in software
+(tests/emulation/amx.cpp): exact, and no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from baton_kernels import linear, ragged_attention
+from baton_kernels.testing import assert_accurate, random_attention_problem
+from bench import describe_run
+
+# The helpers that the tests use.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+
+from emulation import amx
+
+# Multiplications of one tdpbf16ps: 16 rows, 16 columns, 32 elements.
+PRODUCTS = 16 * 16 * 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Executed tile instructions of one call, and the multiplications that its result needs."""
+
+    instructions: dict[str, int]
+    needed: int
+
+    @property
+    def useful(self) -> float:
+        """Share of the multiplications in tiles that the result needs."""
+        return self.needed / (self.instructions["multiplies"] * PRODUCTS)
+
+    def per_product(self, name: str) -> float:
+        """Instructions of a kind per tdpbf16ps."""
+        return self.instructions[name] / self.instructions["multiplies"]
+
+
+def count(needed: int, op: Callable, *args: torch.Tensor) -> Counts:
+    """Runs an op on tiles in software, with one thread, and checks its result."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with amx.entered():
+            amx.take_counts()
+            result = op(*args)
+            amx.check_faults()
+            instructions = amx.take_counts()
+    finally:
+        torch.set_num_threads(threads)
+    assert_accurate(result, op.__name__, *args)
+    return Counts(instructions, needed)
+
+
+def count_linear(rows: int, in_features: int, out_features: int) -> Counts:
+    x = torch.randn(rows, in_features).bfloat16()
+    weight = torch.randn(out_features, in_features).bfloat16()
+    return count(rows * in_features * out_features, linear, x, weight)
+
+
+def count_attention(tokens: int, length: int, heads: tuple[int, int], head_dim: int) -> Counts:
+    """One row with `tokens` query tokens at the end of its `length`."""
+    problem = random_attention_problem(
+        [tokens], [length], num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    seen = sum(range(length - tokens + 1, length + 1))
+    return count(2 * seen * heads[0] * head_dim, ragged_attention, *problem.args)
+
+
+LINEAR = [(1, 576, 1536), (16, 576, 1536), (17, 576, 1536), (96, 576, 1536), (512, 576, 192)]
+ATTENTION = [
+    ("prefill", 512, 512, (4, 1), 128),
+    ("prefill", 512, 512, (3, 1), 64),
+    ("chunk at the end", 64, 1024, (4, 1), 128),
+    ("decode", 1, 1024, (32, 1), 128),
+    ("decode", 1, 1024, (32, 8), 128),
+]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    if not amx.can_be_emulated():
+        raise SystemExit("needs the sources, and a CPU with AVX512-BF16 and without AMX")
+    print(describe_run())
+    print("useful: of the 16 x 16 x 32 multiplications of each tdpbf16ps, those the result needs;")
+    print("loads, stores: of tiles, per tdpbf16ps")
+    print(f"{'bfloat16':46} {'tdpbf16ps':>9} {'useful':>7} {'loads':>6} {'stores':>7}")
+
+    def show(what: str, c: Counts) -> None:
+        print(
+            f"{what:46} {c.instructions['multiplies']:>9} {c.useful:>7.1%} "
+            f"{c.per_product('loads'):>6.2f} {c.per_product('stores'):>7.2f}"
+        )
+
+    for sizes in LINEAR:
+        show("linear {} x {} x {}".format(*sizes), count_linear(*sizes))
+    for what, tokens, length, heads, head_dim in ATTENTION:
+        name = f"{what}: {tokens} at {length}, {heads[0]}/{heads[1]} x {head_dim}"
+        show(name, count_attention(tokens, length, heads, head_dim))
+
+
+if __name__ == "__main__":
+    main()
