@@ -59,8 +59,8 @@ struct Ask {
       for (int64_t d = 0; d < kDim; d += kLine) __builtin_prefetch(begin + d, 0, 2);
     } else {
       // Few lines: a loop that is unrolled would spend more on finding where to enter it.
-      _Pragma("GCC unroll 1")
-      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(begin + d, 0, 2);
+      _Pragma("GCC unroll 1") for (int64_t d = 0; d < dim; d += kLine)
+          __builtin_prefetch(begin + d, 0, 2);
     }
   }
 };

@@ -223,9 +223,8 @@ template <typename T>
 void weigh_direct(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
                   float (*out)[kMaxHeadDim]) {
   if (values.dim == kPackedVecs * kLanes && count <= kDirectTile) {
-    dispatch_int<1, 2, 3, 4>(count, [&]<int kQueries>() {
-      weigh<T, kQueries, kPackedVecs, true>(p, values, out, 0);
-    });
+    dispatch_int<1, 2, 3, 4>(
+        count, [&]<int kQueries>() { weigh<T, kQueries, kPackedVecs, true>(p, values, out, 0); });
     return;
   }
   const auto group = [&]<int kRows>(int64_t k) BATON_INLINE_LAMBDA {

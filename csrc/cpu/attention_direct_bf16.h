@@ -1,0 +1,256 @@
+// The products of attention_tile.h with few query vectors (decode), where the CPU multiplies pairs
+// of bfloat16: keys and values are used straight from the cache, each line of them once.
+#pragma once
+
+#include "cpu/attention_tile.h"
+#include "cpu/bf16_pairs.h"
+
+#if defined(__AVX512BF16__)
+
+namespace baton::cpu::BATON_ISA {
+
+struct DirectProducts {
+  static_assert(kDirectTile == 4);
+  typedef Rows<BFloat16> BlockRows;
+
+  static void load_queries(const BFloat16* const* query, int count, int64_t dim,
+                           AttentionScratch& scratch) {
+    if (count == 1) return;
+    for (int m = 0; m < count; m += kDirectTile) {
+      interleave_queries(query + m, count - m, dim, queries(scratch, m));
+    }
+  }
+
+  static void score(const BFloat16* const* query, int count, const BlockRows& keys,
+                    AttentionScratch& scratch) {
+    if (count == 1) return score_direct_block(query, count, keys, scratch.scores);
+    for (int m = 0; m < count; m += kDirectTile) {
+      score_interleaved(queries(scratch, m), keys, scratch.scores + m);
+    }
+  }
+
+  static void weigh(int count, const BlockRows& values, AttentionScratch& scratch) {
+    const auto whole = [&]<int kDim>() {
+      // As many query vectors as their sums find registers stream the block once.
+      constexpr int kHeld = 256 / kDim;
+      if (count > kHeld) return weigh_groups<kDim>(count, values, scratch);
+      const auto stream = [&]<int kQueries>() { weigh_stream<kDim, kQueries>(values, scratch); };
+      if constexpr (kHeld == 4) {
+        dispatch_int<1, 2, 3, 4>(count, stream);
+      } else {
+        dispatch_int<1, 2>(count, stream);
+      }
+    };
+    if (values.dim == 64) return whole.template operator()<64>();
+    if (values.dim == 128) return whole.template operator()<128>();
+    weigh_groups<0>(count, values, scratch);
+  }
+
+ private:
+  static constexpr int kChunk = 16;  // elements of one of two queries in a vector
+
+  static BFloat16* queries(AttentionScratch& scratch, int m) {
+    return reinterpret_cast<BFloat16*>(scratch.query[m]);
+  }
+
+  // [chunk of 16 elements][query of 4][element]; what is missing is 0.
+  static void interleave_queries(const BFloat16* const* query, int count, int64_t dim,
+                                 BFloat16* out) {
+    const int64_t size = (dim + kChunk - 1) / kChunk * kChunk * kDirectTile;
+    for (int64_t i = 0; i < size; i += kPairStep) _mm512_storeu_si512(out + i, Pairs{});
+    for (int m = 0; m < kDirectTile && m < count; ++m) {
+      BFloat16* place = out + m * kChunk;
+      int64_t d = 0;
+      for (; d + kChunk <= dim; d += kChunk, place += kDirectTile * kChunk) {
+        __builtin_memcpy(place, query[m] + d, kChunk * sizeof(BFloat16));
+      }
+      __builtin_memcpy(place, query[m] + d, (dim - d) * sizeof(BFloat16));
+    }
+  }
+
+  // Scores of four query vectors: one vector of products serves two of them, each chunk of a key
+  // being repeated as it is loaded. That leaves eight partial sums per score to be folded, where
+  // lanes along head_dim would leave sixteen, and keys are read in the order of their addresses.
+  static void score_interleaved(const BFloat16* query, const BlockRows& keys,
+                                float (*scores)[kBlockKeys]) {
+    if (keys.dim == 64) return score_rows<64>(query, keys, scores);
+    if (keys.dim == 128) return score_rows<128>(query, keys, scores);
+    score_rows<0>(query, keys, scores);
+  }
+
+  template <int kDim>
+  static void score_rows(const BFloat16* query, const BlockRows& keys,
+                         float (*scores)[kBlockKeys]) {
+    constexpr int kHeld = kDim == 0 ? 1 : kDim / kChunk;
+    Pairs q[kHeld][2];
+    if constexpr (kDim != 0) {
+      BATON_UNROLL
+      for (int i = 0; i < kHeld; ++i) {
+        q[i][0] = load_pairs(query + 4 * i * kChunk);
+        q[i][1] = load_pairs(query + (4 * i + 2) * kChunk);
+      }
+    }
+    const auto products = [&](int64_t k) BATON_INLINE_LAMBDA {
+      keys.template used<1, kDim>(k);
+      const BFloat16* key = keys.data + k * keys.stride;
+      Vec low = zero(), high = zero();
+      if constexpr (kDim != 0) {
+        BATON_UNROLL
+        for (int i = 0; i < kHeld; ++i) {
+          const Pairs chunk = _mm512_broadcast_i64x4(
+              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(key + i * kChunk)));
+          low = dot_pairs(low, q[i][0], chunk);
+          high = dot_pairs(high, q[i][1], chunk);
+        }
+      } else {
+        for (int64_t d = 0; d < keys.dim; d += kChunk) {
+          const int64_t here = keys.dim - d < kChunk ? keys.dim - d : kChunk;
+          const Pairs chunk = _mm512_broadcast_i64x4(
+              _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << here) - 1), key + d));
+          low = dot_pairs(low, load_pairs(query + 4 * d), chunk);
+          high = dot_pairs(high, load_pairs(query + 4 * d + 2 * kChunk), chunk);
+        }
+      }
+      // Lanes 4m .. 4m + 3 belong to query m.
+      return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4((__m512)low, (__m512)high, 0x88),
+                                _mm512_shuffle_f32x4((__m512)low, (__m512)high, 0xdd));
+    };
+    const auto put = [&](Vec folded, int64_t k, int64_t bytes) BATON_INLINE_LAMBDA {
+      BATON_UNROLL
+      for (int m = 0; m < kDirectTile; ++m) {
+        const __m128 quad = _mm512_extractf32x4_ps((__m512)folded, m);
+        __builtin_memcpy(&scores[m][k], &quad, bytes);
+      }
+    };
+    int64_t k = 0;
+    for (; k + 4 <= keys.count; k += 4) {
+      const Vec a = products(k), b = products(k + 1), c = products(k + 2), d = products(k + 3);
+      put(fold4(a, b, c, d), k, 16);
+    }
+    for (; k < keys.count; ++k) {
+      put(fold4(products(k), zero(), zero(), zero()), k, 4);
+    }
+  }
+
+  // Lanes 4m .. 4m + 3 of the result: the sums of lanes 4m .. 4m + 3 of a, b, c and d.
+  static BATON_INLINE Vec fold4(Vec a, Vec b, Vec c, Vec d) {
+    const auto fold = [](Vec x, Vec y) BATON_INLINE_LAMBDA {
+      return _mm512_add_ps(_mm512_unpacklo_ps((__m512)x, (__m512)y),
+                           _mm512_unpackhi_ps((__m512)x, (__m512)y));
+    };
+    const __m512 ab = fold(a, b), cd = fold(c, d);
+    return (Vec)_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  }
+
+  template <int kDim, int kQueries>
+  static void weigh_stream(const BlockRows& values, AttentionScratch& scratch) {
+    constexpr int kSteps = kDim / kPairStep;
+    Vec sums[kQueries][2 * kSteps] = {};
+    const auto add = [&](int64_t k, bool alone) BATON_INLINE_LAMBDA {
+      const BFloat16* even = values.data + k * values.stride;
+      Pairs weight[kQueries];
+      BATON_UNROLL
+      for (int m = 0; m < kQueries; ++m) weight[m] = broadcast_pair(&scratch.scores[m][k / 2]);
+      BATON_UNROLL
+      for (int i = 0; i < kSteps; ++i) {
+        const ValuePairs v =
+            interleave(load_pairs(even + i * kPairStep),
+                       alone ? Pairs{} : load_pairs(even + values.stride + i * kPairStep));
+        BATON_UNROLL
+        for (int m = 0; m < kQueries; ++m) {
+          sums[m][2 * i] = dot_pairs(sums[m][2 * i], weight[m], v.low);
+          sums[m][2 * i + 1] = dot_pairs(sums[m][2 * i + 1], weight[m], v.high);
+        }
+      }
+    };
+    int64_t k = 0;
+    for (; k + 2 <= values.count; k += 2) {
+      values.template used<2, kDim>(k);
+      add(k, false);
+    }
+    // The row behind an odd count is not read: it is padding or another row's.
+    if (k < values.count) add(k, true);
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      BATON_UNROLL
+      for (int i = 0; i < 2 * kSteps; ++i) {
+        float* total = &scratch.out[m][i * kLanes];
+        store(total, load(total) + sums[m][i]);
+      }
+    }
+  }
+
+  // Eight rows at a time: their weights stay in registers while head_dim is walked, each line of a
+  // row is loaded once, and the sums of all query vectors live in the core's cache. Passes over a
+  // whole block for a few query vectors at a time would load every line again, at a pace that
+  // memory cannot follow in the first pass and does not use in the others.
+  static constexpr int kGroupPairs = 4;
+
+  template <int kDim>
+  static void weigh_groups(int count, const BlockRows& values, AttentionScratch& scratch) {
+    int64_t k = 0;
+    for (; k + 2 * kGroupPairs <= values.count; k += 2 * kGroupPairs) {
+      values.template used<2 * kGroupPairs, kDim>(k);
+      weigh_group<kGroupPairs, kDim>(count, values, k, scratch);
+    }
+    for (; k < values.count; k += 2) {
+      values.template used<2, kDim>(k);
+      weigh_group<1, kDim>(count, values, k, scratch);
+    }
+  }
+
+  // Rows k to k + 2 kPairs; of a single pair the second row may be missing.
+  template <int kPairs, int kDim>
+  static BATON_INLINE void weigh_group(int count, const BlockRows& values, int64_t k,
+                                       AttentionScratch& scratch) {
+    // The row behind an odd count is not read: it is padding or another row's.
+    const bool alone = k + 1 == values.count;
+    for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
+      weigh_rows<kPairs, kQueries>(scratch.scores + m, k / 2, values.data + k * values.stride,
+                                   values.stride, kDim != 0 ? kDim : values.dim, alone,
+                                   scratch.out + m);
+    });
+  }
+
+  template <int kPairs, int kQueries>
+  static BATON_INLINE void weigh_rows(const float (*p)[kBlockKeys], int64_t pair,
+                                      const BFloat16* rows, int64_t stride, int64_t dim, bool alone,
+                                      float (*out)[kMaxHeadDim]) {
+    Pairs weight[kQueries][kPairs];
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      BATON_UNROLL
+      for (int j = 0; j < kPairs; ++j) weight[m][j] = broadcast_pair(&p[m][pair + j]);
+    }
+    const auto step = [&](int64_t d, const auto& load_row) BATON_INLINE_LAMBDA {
+      Vec low[kQueries] = {}, high[kQueries] = {};
+      BATON_UNROLL
+      for (int j = 0; j < kPairs; ++j) {
+        const BFloat16* even = rows + 2 * j * stride + d;
+        const ValuePairs v =
+            interleave(load_row(even), kPairs == 1 && alone ? Pairs{} : load_row(even + stride));
+        BATON_UNROLL
+        for (int m = 0; m < kQueries; ++m) {
+          low[m] = dot_pairs(low[m], weight[m][j], v.low);
+          high[m] = dot_pairs(high[m], weight[m][j], v.high);
+        }
+      }
+      BATON_UNROLL
+      for (int m = 0; m < kQueries; ++m) {
+        store(&out[m][d], load(&out[m][d]) + low[m]);
+        store(&out[m][d + kLanes], load(&out[m][d + kLanes]) + high[m]);
+      }
+    };
+    int64_t d = 0;
+    for (; d + kPairStep <= dim; d += kPairStep) {
+      step(d, [](const BFloat16* row) BATON_INLINE_LAMBDA { return load_pairs(row); });
+    }
+    if (d < dim) {
+      step(d, [&](const BFloat16* row) BATON_INLINE_LAMBDA { return load_pairs(row, dim - d); });
+    }
+  }
+};
+
+}  // namespace baton::cpu::BATON_ISA
+
+#endif  // __AVX512BF16__
