@@ -12,26 +12,26 @@ namespace baton::bindings {
 namespace {
 
 // The elements that say visible and hidden: true and false, or 0 and the dtype's lowest finite
-// value.
-void set_elements(const Checker& check, ScalarType dtype, AttentionMaskParams& p) {
+// value. Returns the shim's number of the dtype.
+int32_t set_elements(const Checker& check, ScalarType dtype, AttentionMaskParams& p) {
   switch (dtype) {
     case ScalarType::Bool:
       p.element_size = 1;
       p.visible_bits = 1;
       p.hidden_bits = 0;
-      return;
+      return aoti_torch_dtype_bool();
     case ScalarType::Float:
       p.element_size = 4;
       p.hidden_bits = 0xff7fffffu;
-      return;
+      return aoti_torch_dtype_float32();
     case ScalarType::Half:
       p.element_size = 2;
       p.hidden_bits = 0xfbffu;
-      return;
+      return aoti_torch_dtype_float16();
     case ScalarType::BFloat16:
       p.element_size = 2;
       p.hidden_bits = 0xff7fu;
-      return;
+      return aoti_torch_dtype_bfloat16();
     default:
       check.fail("dtype", "bool, float32, float16 or bfloat16", name_of(dtype));
   }
@@ -39,11 +39,11 @@ void set_elements(const Checker& check, ScalarType dtype, AttentionMaskParams& p
 
 }  // namespace
 
-Tensor attention_mask(Tensor starts, Tensor lengths, int64_t query_length, int64_t key_length,
-                      ScalarType dtype, std::optional<int64_t> window) {
+Tensor attention_mask(const Tensor& starts, const Tensor& lengths, int64_t query_length,
+                      int64_t key_length, ScalarType dtype, std::optional<int64_t> window) {
   const Checker check("attention_mask");
   AttentionMaskParams p{};
-  set_elements(check, dtype, p);
+  const int32_t code = set_elements(check, dtype, p);
   p.starts = check.index("starts", starts, -1);
   p.num_rows = starts.numel();
   p.lengths = check.index("lengths", lengths, p.num_rows);
@@ -55,14 +55,14 @@ Tensor attention_mask(Tensor starts, Tensor lengths, int64_t query_length, int64
     check.in_range("starts", i, p.starts[i], 0, key_length - p.lengths[i]);
   }
 
-  Tensor mask = torch::stable::new_empty(starts, {p.num_rows, 1, query_length, key_length}, dtype);
+  Tensor mask = allocate(starts, {p.num_rows, 1, query_length, key_length}, code);
   p.mask = mask.mutable_data_ptr();
   p.query_length = query_length;
   p.key_length = key_length;
   p.window = window ? *window : 0;
   const auto& kernel = cpu::kernels().attention_mask;
   for_each_item(
-      attention_mask_work(p), mask.numel() * p.element_size,
+      attention_mask_work(p), attention_mask_work(p) * key_length * p.element_size,
       [&](int64_t begin, int64_t end) { kernel(p, begin, end); }, 16);
   return mask;
 }

@@ -7,8 +7,9 @@
 namespace baton::bindings {
 
 template <typename Device>
-std::tuple<Tensor, Tensor> extract_kv(Tensor key_cache, Tensor value_cache, Tensor cu_seqlens,
-                                      Tensor slots, Tensor starts, int64_t total_tokens) {
+std::tuple<Tensor, Tensor> extract_kv(const Tensor& key_cache, const Tensor& value_cache,
+                                      const Tensor& cu_seqlens, const Tensor& slots,
+                                      const Tensor& starts, int64_t total_tokens) {
   const Checker check("extract_kv", Device::kType, key_cache);
   ExtractKvParams p{};
   p.sizes = check.caches(key_cache, value_cache, true, false);
@@ -23,10 +24,9 @@ std::tuple<Tensor, Tensor> extract_kv(Tensor key_cache, Tensor value_cache, Tens
   Device::check_values(check, p);
 
   const Device device(check, key_cache);
-  std::vector<int64_t> sizes{total_tokens, p.sizes.num_kv_heads, p.sizes.head_dim};
-  if (key_cache.dim() == 5) sizes.insert(sizes.begin(), p.sizes.num_layers);
-  Tensor key = torch::stable::new_empty(key_cache, sizes);
-  Tensor value = torch::stable::new_empty(key_cache, sizes);
+  const TokenShape shape(p.sizes, total_tokens, key_cache.dim() - 1);
+  Tensor key = allocate(key_cache, shape.sizes());
+  Tensor value = allocate(key_cache, shape.sizes());
   p.key_cache = key_cache.const_data_ptr();
   p.value_cache = value_cache.const_data_ptr();
   p.key = key.mutable_data_ptr();

@@ -9,7 +9,7 @@
 
 namespace baton::bindings {
 
-Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Checker check("linear");
   LinearParams p{};
   p.dtype = check.floating("x", x);
@@ -28,7 +28,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     check.contiguous("bias", *bias);
   }
 
-  Tensor y = torch::stable::new_empty(x, {p.num_rows, p.out_features});
+  Tensor y = allocate(x, {p.num_rows, p.out_features});
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;

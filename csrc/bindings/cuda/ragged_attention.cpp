@@ -16,7 +16,7 @@ struct Cuda : CudaDevice<cuda::ragged_attention> {
     // Of torch's allocator, which serves a CUDA graph's capture too and gives the memory to nobody
     // on another stream before these kernels are done with it.
     Tensor workspace =
-        torch::stable::new_empty(query, {cuda::ragged_attention_workspace(p)}, ScalarType::Float);
+        allocate(query, {cuda::ragged_attention_workspace(p)}, aoti_torch_dtype_float32());
     p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
     CudaDevice::run(p, query);
   }
