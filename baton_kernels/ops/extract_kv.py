@@ -7,6 +7,8 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
 
+_native = ops.extract_kv.default
+
 
 def extract_kv(
     key_cache: torch.Tensor,
@@ -47,12 +49,12 @@ def extract_kv(
     Source: BATON (arXiv 2410.18701), preemption: a parked query keeps its keys and values.
     """
     return call(
-        "extract_kv", ops.extract_kv.default, _check,
-        key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens,
+        "extract_kv", _native, _check,
+        key_cache, value_cache, cu_seqlens, slots, starts, total_tokens,
     )  # fmt: skip
 
 
-def _check(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens) -> None:
+def _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens) -> None:
     check = Checker("extract_kv")
     check.caches(key_cache, value_cache, with_layers=True, written=False)
     if total_tokens < 0:
@@ -63,8 +65,8 @@ def _check(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens) -
 
 
 @torch.library.register_fake("baton_kernels::extract_kv")
-def _fake(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens):
-    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens)
+def _fake(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
+    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
     *layers, _, num_kv_heads, _, head_dim = key_cache.shape
     shape = [*layers, total_tokens, num_kv_heads, head_dim]
     return key_cache.new_empty(shape), key_cache.new_empty(shape)

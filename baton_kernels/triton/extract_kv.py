@@ -25,7 +25,7 @@ def extract_kv(
     return run(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens)
 
 
-def run(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens):
+def run(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
     """With the results of torch.ops.baton_kernels.extract_kv."""
     _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens)
     common.require_gpu("extract_kv", "key_cache", key_cache)

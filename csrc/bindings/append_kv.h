@@ -10,7 +10,7 @@ inline void check_rotary(const Checker& check, const char* name, const Tensor& t
                          const Tensor& key, int64_t num_rows, int64_t head_dim) {
   check.on_device(name, tensor);
   const int32_t dtype = dtype_code(tensor);
-  if (dtype != aoti_torch_dtype_float32() && dtype != dtype_code(key)) {
+  if (dtype != kCodes.float32 && dtype != dtype_code(key)) {
     check.fail(name, format("float32 or ", name_of(key.scalar_type()), " as key"),
                name_of(tensor.scalar_type()));
   }

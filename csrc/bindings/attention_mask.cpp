@@ -19,19 +19,19 @@ int32_t set_elements(const Checker& check, ScalarType dtype, AttentionMaskParams
       p.element_size = 1;
       p.visible_bits = 1;
       p.hidden_bits = 0;
-      return aoti_torch_dtype_bool();
+      return kCodes.boolean;
     case ScalarType::Float:
       p.element_size = 4;
       p.hidden_bits = 0xff7fffffu;
-      return aoti_torch_dtype_float32();
+      return kCodes.float32;
     case ScalarType::Half:
       p.element_size = 2;
       p.hidden_bits = 0xfbffu;
-      return aoti_torch_dtype_float16();
+      return kCodes.float16;
     case ScalarType::BFloat16:
       p.element_size = 2;
       p.hidden_bits = 0xff7fu;
-      return aoti_torch_dtype_bfloat16();
+      return kCodes.bfloat16;
     default:
       check.fail("dtype", "bool, float32, float16 or bfloat16", name_of(dtype));
   }

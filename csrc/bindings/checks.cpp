@@ -46,7 +46,8 @@ const char* name_of(ScalarType type) {
 
 void Checker::on_device(const char* name, const Tensor& tensor) const {
   if (type_ == DeviceType::CPU) {
-    if (!tensor.is_cpu()) fail(name, "on the cpu, where the other tensors are", "another device");
+    if (device_code(tensor) != kCodes.cpu)
+      fail(name, "on the cpu, where the other tensors are", "another device");
   } else if (!tensor.is_cuda() || tensor.get_device_index() != index_) {
     fail(name, "on the cuda device of the other tensors",
          tensor.is_cpu() ? "the cpu" : "another device");
@@ -56,9 +57,9 @@ void Checker::on_device(const char* name, const Tensor& tensor) const {
 Dtype Checker::floating(const char* name, const Tensor& tensor) const {
   on_device(name, tensor);
   const int32_t code = dtype_code(tensor);
-  if (code == aoti_torch_dtype_float32()) return Dtype::kFloat32;
-  if (code == aoti_torch_dtype_float16()) return Dtype::kFloat16;
-  if (code == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
+  if (code == kCodes.float32) return Dtype::kFloat32;
+  if (code == kCodes.float16) return Dtype::kFloat16;
+  if (code == kCodes.bfloat16) return Dtype::kBFloat16;
   fail(name, "float32, float16 or bfloat16", name_of(tensor.scalar_type()));
 }
 
@@ -73,7 +74,7 @@ void Checker::dtype_as(const char* name, const Tensor& tensor, const char* other
 
 void Checker::float32(const char* name, const Tensor& tensor) const {
   on_device(name, tensor);
-  if (dtype_code(tensor) != aoti_torch_dtype_float32()) {
+  if (dtype_code(tensor) != kCodes.float32) {
     fail(name, "float32", name_of(tensor.scalar_type()));
   }
 }
@@ -122,12 +123,13 @@ void Checker::not_expanded(const char* name, const Tensor& cache) const {
 
 const int32_t* Checker::index(const char* name, const Tensor& tensor, int64_t size) const {
   on_device(name, tensor);
-  if (dtype_code(tensor) != aoti_torch_dtype_int32()) {
+  if (dtype_code(tensor) != kCodes.int32) {
     fail(name, "int32", name_of(tensor.scalar_type()));
   }
-  dims(name, tensor, 1);
-  if (size >= 0) shape(name, tensor, {size});
-  fits_int32(name, tensor.numel());
+  const Sizes sizes = tensor.sizes();
+  if (sizes.size() != 1) dims(name, tensor, 1);
+  if (size >= 0 && sizes[0] != size) shape(name, tensor, {size});
+  fits_int32(name, sizes[0]);
   contiguous(name, tensor);
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }

@@ -109,7 +109,7 @@ struct Cpu : CpuDevice {
     AttentionWork work{plan.items.data(), static_cast<int64_t>(plan.items.size()),
                        plan.partial_offsets.data(), nullptr};
     if (plan.partial_floats > 0) {
-      partials = allocate(query, {plan.partial_floats}, aoti_torch_dtype_float32());
+      partials = allocate(query, {plan.partial_floats}, kCodes.float32);
       work.partials = static_cast<float*>(partials->mutable_data_ptr());
     }
     const int64_t bytes = plan.columns * bytes_per_token(p.sizes, p.dtype);

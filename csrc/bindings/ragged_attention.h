@@ -57,9 +57,8 @@ std::tuple<Tensor, Tensor> ragged_attention(
 
   const Device device(check, query);
   Tensor out = allocate(query, {p.total_queries, p.num_heads, p.sizes.head_dim});
-  const int32_t float32 = aoti_torch_dtype_float32();
-  Tensor lse = return_lse ? allocate(query, {p.total_queries, p.num_heads}, float32)
-                          : no_result(query, float32, p.num_heads);
+  Tensor lse = return_lse ? allocate(query, {p.total_queries, p.num_heads}, kCodes.float32)
+                          : no_result(query, kCodes.float32, p.num_heads);
   p.query = query.const_data_ptr();
   p.key_cache = key_cache.const_data_ptr();
   p.value_cache = value_cache.const_data_ptr();

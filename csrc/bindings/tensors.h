@@ -13,8 +13,24 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// The shim's number of a tensor's dtype. Comparing two of them is one comparison, where
-// Tensor::scalar_type looks its result up.
+// The shim's numbers of devices and dtypes, which torch's are told apart by: asked for once.
+struct Codes {
+  int32_t cpu = aoti_torch_device_type_cpu();
+  int32_t float32 = aoti_torch_dtype_float32();
+  int32_t float16 = aoti_torch_dtype_float16();
+  int32_t bfloat16 = aoti_torch_dtype_bfloat16();
+  int32_t int32 = aoti_torch_dtype_int32();
+  int32_t boolean = aoti_torch_dtype_bool();
+};
+inline const Codes kCodes;
+
+inline int32_t device_code(const Tensor& tensor) {
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &code));
+  return code;
+}
+
+// Comparing two of these is one comparison, where Tensor::scalar_type looks its result up.
 inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
@@ -38,12 +54,10 @@ inline Tensor allocate(const Tensor& like, Sizes sizes) {
 // A result of a schema that was not asked for: [0] or [0, width], and no memory.
 inline Tensor no_result(const Tensor& like, int32_t dtype, int64_t width = -1) {
   const int64_t sizes[] = {0, width}, strides[] = {width > 1 ? width : 1, 1};
-  int32_t device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(width < 0 ? 1 : 2, sizes, strides, dtype,
-                                                  device_type, device_index, &result));
+                                                  device_code(like), like.get_device_index(),
+                                                  &result));
   return Tensor(result);
 }
 

@@ -15,8 +15,7 @@ struct Cuda : CudaDevice<cuda::ragged_attention> {
   void run(RaggedAttentionParams& p, const Tensor& query) const {
     // Of torch's allocator, which serves a CUDA graph's capture too and gives the memory to nobody
     // on another stream before these kernels are done with it.
-    Tensor workspace =
-        allocate(query, {cuda::ragged_attention_workspace(p)}, aoti_torch_dtype_float32());
+    Tensor workspace = allocate(query, {cuda::ragged_attention_workspace(p)}, kCodes.float32);
     p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
     CudaDevice::run(p, query);
   }
