@@ -102,8 +102,8 @@ void Checker::contiguous(const char* name, const Tensor& tensor) const {
   if (!tensor.is_contiguous()) fail(name, "contiguous", "a strided tensor");
 }
 
-void Checker::not_expanded(const char* name, const Tensor& cache) const {
-  const Sizes sizes = cache.sizes(), strides = cache.strides();
+void Checker::not_expanded(const char* name, const Tensor& tensor) const {
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides();
   std::pair<int64_t, int64_t> steps[kMaxCacheDims];  // stride, size; by rising stride
   size_t count = 0;
   for (size_t d = 0; d < sizes.size(); ++d) {

@@ -64,8 +64,9 @@ class Checker {
   void shape(const char* name, const Tensor& tensor, Sizes expected) const;
   void last_contiguous(const char* name, const Tensor& tensor) const;
   void contiguous(const char* name, const Tensor& tensor) const;
-  // A cache that is written must not have two elements in one place.
-  void not_expanded(const char* name, const Tensor& cache) const;
+  // A tensor that is written must not have two elements in one place. As many dimensions as a
+  // cache.
+  void not_expanded(const char* name, const Tensor& tensor) const;
 
   // A contiguous int32 vector of `size` elements (any size with -1).
   const int32_t* index(const char* name, const Tensor& tensor, int64_t size) const;

@@ -33,6 +33,7 @@ struct Cpu : CpuDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("extract_kv", TORCH_BOX(&extract_kv<Cpu>));
+  library.impl("extract_kv.out", TORCH_BOX(&extract_kv_out<Cpu>));
 }
 
 }  // namespace baton::bindings

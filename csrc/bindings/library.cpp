@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "extract_kv(Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor slots, "
       "Tensor starts, SymInt total_tokens) -> (Tensor, Tensor)");
   library.def(
+      "extract_kv.out(Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor slots, "
+      "Tensor starts, SymInt total_tokens, Tensor(a!) key, Tensor(b!) value) -> ()");
+  library.def(
       "ragged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q, "
       "Tensor slots, Tensor starts, Tensor lengths, float? scale=None, bool causal=True, "
       "int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "

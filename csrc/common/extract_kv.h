@@ -21,6 +21,7 @@ struct ExtractKvParams {
   CacheStrides key_cache_strides, value_cache_strides;
   TokenStrides key_strides, value_strides;
   Dtype dtype;
+  bool reuses_memory = false;  // key and value lie in the caller's memory, not in pages just mapped
 };
 
 // One work item is one (layer, query, KV head).

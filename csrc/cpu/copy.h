@@ -5,6 +5,7 @@
 
 #include "common/cache.h"
 #include "cpu/simd.h"
+#include "cpu/stream.h"
 
 namespace baton::cpu::BATON_ISA {
 
@@ -67,8 +68,7 @@ static inline void stream_rows(char* target, int64_t target_stride, const char* 
     target += target_stride;
     source += source_stride;
   }
-  // Streaming stores are not ordered by what hands the tensor to another thread.
-  _mm_sfence();
+  end_stream();
 }
 #endif
 

@@ -11,12 +11,12 @@ void extract_one(const ExtractKvParams& p, const CopyItem& item, const void* cac
   const int64_t bytes = size_of(p.dtype);
   const int64_t begin = p.cu_seqlens[item.query];
   const int64_t count = p.cu_seqlens[item.query + 1] - begin;
-  copy_rows(
-      static_cast<char*>(target) + bytes * offset(target_strides, item.layer, begin, item.head),
-      bytes * target_strides.token_stride,
-      static_cast<const char*>(cache) +
-          bytes * offset(strides, item.layer, p.slots[item.query], item.head, p.starts[item.query]),
-      bytes * strides.column_stride, count, bytes * p.sizes.head_dim);
+  const auto copy = p.reuses_memory ? copy_rows_away : copy_rows;
+  copy(static_cast<char*>(target) + bytes * offset(target_strides, item.layer, begin, item.head),
+       bytes * target_strides.token_stride,
+       static_cast<const char*>(cache) + bytes * offset(strides, item.layer, p.slots[item.query],
+                                                        item.head, p.starts[item.query]),
+       bytes * strides.column_stride, count, bytes * p.sizes.head_dim);
 }
 
 }  // namespace

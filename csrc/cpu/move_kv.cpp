@@ -21,6 +21,10 @@ void move_one(const MoveKvParams& p, const CopyItem& item, void* cache,
   char* target = base + bytes * offset(strides, item.layer, p.target_slots[item.query], item.head,
                                        target_start);
   if (source == target) return;
+  const bool is_apart = p.source_slots[item.query] != p.target_slots[item.query] ||
+                        target_start + count <= source_start ||
+                        source_start + count <= target_start;
+  if (is_apart) return copy_rows_away(target, column_bytes, source, column_bytes, count, row_bytes);
   if (column_bytes == row_bytes) {
     __builtin_memmove(target, source, count * row_bytes);
     return;

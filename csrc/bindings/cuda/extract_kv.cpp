@@ -9,6 +9,7 @@ namespace baton::bindings {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CUDA, library) {
   library.impl("extract_kv", TORCH_BOX(&extract_kv<CudaDevice<cuda::extract_kv>>));
+  library.impl("extract_kv.out", TORCH_BOX(&extract_kv_out<CudaDevice<cuda::extract_kv>>));
 }
 
 }  // namespace baton::bindings
