@@ -24,7 +24,7 @@ struct Cpu : CpuDevice {
 
   void run(const ExtractKvParams& p, const Tensor&) const {
     const auto& kernel = cpu::kernels().extract_kv;
-    for_each_item(extract_kv_work(p), p.total_tokens * bytes_per_token(p.sizes, p.dtype),
+    for_each_item(extract_kv_work(p), 2 * extract_kv_bytes(p),
                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 };

@@ -32,7 +32,7 @@ struct Cpu : CpuDevice {
 
   void run(const InsertKvParams& p, const Tensor&) const {
     const auto& kernel = cpu::kernels().insert_kv;
-    for_each_item(insert_kv_work(p), p.total_tokens * bytes_per_token(p.sizes, p.dtype),
+    for_each_item(insert_kv_work(p), 2 * insert_kv_bytes(p),
                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 };

@@ -58,10 +58,8 @@ struct Cpu : CpuDevice {
   }
 
   void run(const MoveKvParams& p, const Tensor&) const {
-    int64_t columns = 0;
-    for (int64_t i = 0; i < p.num_moves; ++i) columns += p.lengths[i];
     const auto& kernel = cpu::kernels().move_kv;
-    for_each_item(move_kv_work(p), columns * bytes_per_token(p.sizes, p.dtype),
+    for_each_item(move_kv_work(p), 2 * move_kv_bytes(p),
                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 };

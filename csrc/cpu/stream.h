@@ -44,6 +44,20 @@ BATON_INLINE void stream(T* p, Vec x) {
 }
 #endif
 
+// One cache line; target is aligned to it.
+BATON_INLINE void stream_line(char* target, const char* source) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(target), _mm512_loadu_si512(source));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 64; i += 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
+  }
+#else
+  __builtin_memcpy(target, source, 64);
+#endif
+}
+
 // Streaming stores are not ordered by what hands the tensor to another thread: after the last one.
 BATON_INLINE void end_stream() {
 #if defined(__AVX2__)
