@@ -12,7 +12,7 @@ from baton_kernels.testing import assert_same_bits, cumulative, int32
 
 from .attention_cases import LLAMA, SMOLLM2, decode_lengths
 from .attention_work import AttentionWork
-from .measure import LIMIT, OURS, Row, Way, Work
+from .measure import LIMIT, OURS, PEER, Row, Way, Work
 from .options import Options
 from .report import dtype_name
 
@@ -79,10 +79,10 @@ class CopyWork:
 
         return check
 
-    def check_packed(self, result: object) -> None:
-        """Checks what was extracted from layer 0."""
+    def check_packed(self, result: object, layer: int = 0) -> None:
+        """Checks what was extracted from a layer."""
         for got, packed in zip(result, (self.key, self.value), strict=True):
-            assert_same_bits(got, packed[0], "extracted tokens")
+            assert_same_bits(got, packed[layer], "extracted tokens")
 
     def per_layer(self, call: Callable[[int], object]) -> list[Callable[[], object]]:
         return [functools.partial(call, layer) for layer in range(self.layers)]
@@ -196,18 +196,20 @@ def extract_into(options: Options, work: CopyWork) -> Work:
             target.copy_(x.transpose(0, 1))
         return outs[layer]
 
-    def reset() -> None:
-        for x in outs[0]:
+    def reset(layer: int) -> None:
+        for x in outs[layer]:
             x.fill_(UNTOUCHED)
 
-    check = work.check_packed
+    def way(name: str, call: Callable[[int], object], first: int, kind: str = PEER) -> Way:
+        calls = work.per_layer(call)
+        check = functools.partial(work.check_packed, layer=first)
+        return Way(
+            name, calls[first:] + calls[:first], check, kind, functools.partial(reset, first)
+        )
+
     # Half a turn apart: no way finds in the processor's cache what another has just read.
-    half = work.layers // 2
-    theirs = work.per_layer(with_torch)
-    ways = [Way("extract_kv(out=)", work.per_layer(ours), check, OURS, reset)]
-    ways += options.peers(
-        lambda: [Way("torch, copy_", theirs[half:] + theirs[:half], reset=reset)]
-    )  # fmt: skip
+    ways = [way("extract_kv(out=)", ours, 0, OURS)]
+    ways += options.peers(lambda: [way("torch, copy_", with_torch, work.layers // 2)])
     return Work(
         f"{work.tokens} tokens, one layer, out=", dtype_name(work.key.dtype),
         [*ways, *memcpy(options, work.bytes)], bytes=work.bytes, ceiling="memcpy",
