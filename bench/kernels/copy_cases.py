@@ -176,7 +176,6 @@ def extract(options: Options) -> Iterator[Work]:
         work.place()
         yield extract_into(options, work)
         # Nothing is freed meanwhile, and nothing is free at the beginning: all results are new.
-        options.device.release_free_memory()
         held: list[object] = []
         yield extract_new(options, work, held)
         held.clear()
@@ -234,7 +233,9 @@ def extract_new(options: Options, work: CopyWork, held: list[object]) -> Work:
         return [functools.partial(keep, call) for call in calls]
 
     check = work.check_packed
-    ways = [Way("extract_kv", holding(work.per_layer(ours)), check, OURS)]
+    # Before the first call; what other works have held is free by then.
+    release = options.device.release_free_memory
+    ways = [Way("extract_kv", holding(work.per_layer(ours)), check, OURS, release)]
     ways += options.peers(
         lambda: [Way("torch, slice made contiguous", holding(work.per_layer(with_torch)), check)]
     )  # fmt: skip

@@ -36,30 +36,36 @@ class Ceiling:
     how: str
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled limits.
+def compiled(source: Path, options: Sequence[str], libraries: Sequence[str]) -> Path:
+    """A shared library of one C++ file, compiled when it is not there yet.
 
     Raises:
         RuntimeError: There is no C++ compiler.
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if not compiler:
-        raise RuntimeError("bench.kernels: measuring the ceilings needs a C++ compiler (set CXX)")
-    command = [*compiler.split(), "-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp"]
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-    target = BUILD / f"limits-{key}.so"
+        raise RuntimeError("bench.kernels: measuring the limits needs a C++ compiler (set CXX)")
+    command = [*compiler.split(), "-std=c++20", "-O3", "-march=native", "-fPIC", *options]
+    key = hashlib.sha256(source.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    target = BUILD / f"{source.stem}-{key}.so"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        scratch = BUILD / f"limits-{key}-{os.getpid()}"
-        compiled = scratch.with_suffix(".o")
-        subprocess.run([*command, "-c", str(SOURCE), "-o", str(compiled)], check=True)
-        # Left to be found at load time, OpenMP is torch's own copy: one pool of threads, not two.
-        own = [] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-fopenmp"]
-        link = [*compiler.split(), "-shared", str(compiled), "-o", str(scratch), *own]
+        scratch = BUILD / f"{source.stem}-{key}-{os.getpid()}"
+        made = scratch.with_suffix(".o")
+        subprocess.run([*command, "-c", str(source), "-o", str(made)], check=True)
+        link = [*compiler.split(), "-shared", str(made), "-o", str(scratch), *libraries]
         subprocess.run(link, check=True)
-        compiled.unlink()
+        made.unlink()
         scratch.rename(target)
+    return target
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled limits."""
+    # Left to be found at load time, OpenMP is torch's own copy: one pool of threads, not two.
+    own = [] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-fopenmp"]
+    target = compiled(SOURCE, ["-fopenmp"], own)
     loaded = ctypes.CDLL(str(target))
     pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.limits_read.argtypes = [pointer, number, small, small, number]
