@@ -1,8 +1,7 @@
 // append_kv: index values and the CPU call.
 #include "bindings/append_kv.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/index_memo.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
@@ -51,7 +50,7 @@ struct Cpu : CpuDevice {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("append_kv", TORCH_BOX(&append_kv<Cpu>));
+  library.impl("append_kv", box<&append_kv<Cpu>>);
 }
 
 }  // namespace baton::bindings

@@ -9,8 +9,8 @@ namespace baton::bindings {
 inline void check_rotary(const Checker& check, const char* name, const Tensor& tensor,
                          const Tensor& key, int64_t num_rows, int64_t head_dim) {
   check.on_device(name, tensor);
-  const int32_t dtype = dtype_code(tensor);
-  if (dtype != kCodes.float32 && dtype != dtype_code(key)) {
+  const int32_t dtype = tensor.dtype_code();
+  if (dtype != kCodes.float32 && dtype != key.dtype_code()) {
     check.fail(name, format("float32 or ", name_of(key.scalar_type()), " as key"),
                name_of(tensor.scalar_type()));
   }
@@ -64,7 +64,7 @@ Tensor append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache
   Device::check_values(check, p);
 
   const Device device(check, key_cache);
-  const int32_t dtype = dtype_code(key);
+  const int32_t dtype = key.dtype_code();
   Tensor rotated = query ? allocate(key, query->sizes(), dtype) : no_result(key, dtype);
   p.key = key.const_data_ptr();
   p.value = value.const_data_ptr();

@@ -1,8 +1,7 @@
 // attention_mask: checks and the CPU call.
 #include "common/attention_mask.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/checks.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
@@ -68,7 +67,7 @@ Tensor attention_mask(const Tensor& starts, const Tensor& lengths, int64_t query
 }
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("attention_mask", TORCH_BOX(&attention_mask));
+  library.impl("attention_mask", box<&attention_mask>);
 }
 
 }  // namespace baton::bindings

@@ -46,17 +46,17 @@ const char* name_of(ScalarType type) {
 
 void Checker::on_device(const char* name, const Tensor& tensor) const {
   if (type_ == DeviceType::CPU) {
-    if (device_code(tensor) != kCodes.cpu)
+    if (tensor.device_code() != kCodes.cpu)
       fail(name, "on the cpu, where the other tensors are", "another device");
-  } else if (!tensor.is_cuda() || tensor.get_device_index() != index_) {
+  } else if (tensor.device_code() != kCodes.cuda || tensor.get_device_index() != index_) {
     fail(name, "on the cuda device of the other tensors",
-         tensor.is_cpu() ? "the cpu" : "another device");
+         tensor.device_code() == kCodes.cpu ? "the cpu" : "another device");
   }
 }
 
 Dtype Checker::floating(const char* name, const Tensor& tensor) const {
   on_device(name, tensor);
-  const int32_t code = dtype_code(tensor);
+  const int32_t code = tensor.dtype_code();
   if (code == kCodes.float32) return Dtype::kFloat32;
   if (code == kCodes.float16) return Dtype::kFloat16;
   if (code == kCodes.bfloat16) return Dtype::kBFloat16;
@@ -66,7 +66,7 @@ Dtype Checker::floating(const char* name, const Tensor& tensor) const {
 void Checker::dtype_as(const char* name, const Tensor& tensor, const char* other_name,
                        const Tensor& other) const {
   on_device(name, tensor);
-  if (dtype_code(tensor) != dtype_code(other)) {
+  if (tensor.dtype_code() != other.dtype_code()) {
     fail(name, format(name_of(other.scalar_type()), " as ", other_name),
          name_of(tensor.scalar_type()));
   }
@@ -74,7 +74,7 @@ void Checker::dtype_as(const char* name, const Tensor& tensor, const char* other
 
 void Checker::float32(const char* name, const Tensor& tensor) const {
   on_device(name, tensor);
-  if (dtype_code(tensor) != kCodes.float32) {
+  if (tensor.dtype_code() != kCodes.float32) {
     fail(name, "float32", name_of(tensor.scalar_type()));
   }
 }
@@ -123,7 +123,7 @@ void Checker::not_expanded(const char* name, const Tensor& tensor) const {
 
 const int32_t* Checker::index(const char* name, const Tensor& tensor, int64_t size) const {
   on_device(name, tensor);
-  if (dtype_code(tensor) != kCodes.int32) {
+  if (tensor.dtype_code() != kCodes.int32) {
     fail(name, "int32", name_of(tensor.scalar_type()));
   }
   const Sizes sizes = tensor.sizes();

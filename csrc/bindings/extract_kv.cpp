@@ -1,8 +1,7 @@
 // extract_kv: index values and the CPU call.
 #include "bindings/extract_kv.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
@@ -32,8 +31,8 @@ struct Cpu : CpuDevice {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("extract_kv", TORCH_BOX(&extract_kv<Cpu>));
-  library.impl("extract_kv.out", TORCH_BOX(&extract_kv_out<Cpu>));
+  library.impl("extract_kv", box<&extract_kv<Cpu>>);
+  library.impl("extract_kv.out", box<&extract_kv_out<Cpu>>);
 }
 
 }  // namespace baton::bindings

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> extract_kv(const Tensor& key_cache, const Tensor& val
   Tensor key = allocate(key_cache, shape.sizes());
   Tensor value = allocate(key_cache, shape.sizes());
   run_extract_kv(device, p, key_cache, value_cache, key, value);
-  return {key, value};
+  return {std::move(key), std::move(value)};
 }
 
 template <typename Device>

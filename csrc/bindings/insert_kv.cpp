@@ -1,8 +1,7 @@
 // insert_kv: index values and the CPU call.
 #include "bindings/insert_kv.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
@@ -40,7 +39,7 @@ struct Cpu : CpuDevice {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("insert_kv", TORCH_BOX(&insert_kv<Cpu>));
+  library.impl("insert_kv", box<&insert_kv<Cpu>>);
 }
 
 }  // namespace baton::bindings

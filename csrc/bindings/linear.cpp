@@ -1,8 +1,7 @@
 // linear: checks and the CPU call.
 #include "common/linear.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/checks.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
@@ -18,9 +17,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   check.dtype_as("weight", weight, "x", x);
   check.dims("weight", weight, 2);
   check.last_contiguous("weight", weight);
-  p.num_rows = x.size(0);
-  p.in_features = x.size(1);
-  p.out_features = weight.size(0);
+  p.num_rows = x.sizes()[0];
+  p.in_features = x.sizes()[1];
+  p.out_features = weight.sizes()[0];
   check.shape("weight", weight, {p.out_features, p.in_features});
   if (bias) {
     check.dtype_as("bias", *bias, "x", x);
@@ -33,16 +32,14 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   p.weight = weight.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.y = y.mutable_data_ptr();
-  p.x_row_stride = x.stride(0);
-  p.weight_row_stride = weight.stride(0);
+  p.x_row_stride = x.strides()[0];
+  p.weight_row_stride = weight.strides()[0];
   const auto& kernel = cpu::kernels().linear;
   for_each_item(linear_work(p), weight.numel() * size_of(p.dtype),
                 [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("linear", TORCH_BOX(&linear));
-}
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) { library.impl("linear", box<&linear>); }
 
 }  // namespace baton::bindings

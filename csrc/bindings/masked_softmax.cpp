@@ -1,10 +1,9 @@
 // masked_softmax: checks and the CPU call.
 #include "common/masked_softmax.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
 
+#include "bindings/box.h"
 #include "bindings/checks.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
@@ -48,7 +47,7 @@ Tensor masked_softmax(const Tensor& scores, const Tensor& starts, const Tensor& 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("masked_softmax", TORCH_BOX(&masked_softmax));
+  library.impl("masked_softmax", box<&masked_softmax>);
 }
 
 }  // namespace baton::bindings

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> merge_attention(const Tensor& out_a, const Tensor& ls
   p.out_a_strides = token_strides(out_a);
   p.out_b_strides = token_strides(out_b);
   device.run(p, out_a);
-  return {out, lse};
+  return {std::move(out), std::move(lse)};
 }
 
 }  // namespace baton::bindings

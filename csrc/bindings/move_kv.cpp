@@ -1,10 +1,9 @@
 // move_kv: index values and the CPU call.
 #include "bindings/move_kv.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
+#include "bindings/box.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
@@ -67,7 +66,7 @@ struct Cpu : CpuDevice {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("move_kv", TORCH_BOX(&move_kv<Cpu>));
+  library.impl("move_kv", box<&move_kv<Cpu>>);
 }
 
 }  // namespace baton::bindings

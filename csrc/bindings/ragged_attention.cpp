@@ -1,10 +1,9 @@
 // ragged_attention: index values, the plan of work, and the CPU call.
 #include "bindings/ragged_attention.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
+#include "bindings/box.h"
 #include "bindings/index_memo.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
@@ -109,7 +108,7 @@ struct Cpu : CpuDevice {
     AttentionWork work{plan.items.data(), static_cast<int64_t>(plan.items.size()),
                        plan.partial_offsets.data(), nullptr};
     if (plan.partial_floats > 0) {
-      partials = allocate(query, {plan.partial_floats}, kCodes.float32);
+      partials.emplace(allocate(query, {plan.partial_floats}, kCodes.float32));
       work.partials = static_cast<float*>(partials->mutable_data_ptr());
     }
     const int64_t bytes = plan.columns * bytes_per_token(p.sizes, p.dtype);
@@ -132,7 +131,7 @@ struct Cpu : CpuDevice {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("ragged_attention", TORCH_BOX(&ragged_attention<Cpu>));
+  library.impl("ragged_attention", box<&ragged_attention<Cpu>>);
 }
 
 }  // namespace baton::bindings

@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> ragged_attention(
   p.window = window ? *window : 0;
   p.causal = causal;
   device.run(p, query);
-  return {out, lse};
+  return {std::move(out), std::move(lse)};
 }
 
 }  // namespace baton::bindings

@@ -1,8 +1,7 @@
 // rms_norm: checks and the CPU call.
 #include "common/rms_norm.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/checks.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
@@ -30,7 +29,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   }
   if (!(eps >= 0.0)) check.fail("eps", "at least 0", format(eps));
 
-  const int32_t dtype = dtype_code(x);
+  const int32_t dtype = x.dtype_code();
   Tensor y = allocate(x, sizes, dtype);
   Tensor sum = residual ? allocate(x, sizes, dtype) : no_result(x, dtype);
   p.x = x.const_data_ptr();
@@ -47,11 +46,9 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   for_each_item(
       rms_norm_work(p), p.num_rows * p.size * size_of(p.dtype) * (residual ? 4 : 2),
       [&](int64_t begin, int64_t end) { kernel(p, begin, end); }, 8);
-  return {y, sum};
+  return {std::move(y), std::move(sum)};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("rms_norm", TORCH_BOX(&rms_norm));
-}
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) { library.impl("rms_norm", box<&rms_norm>); }
 
 }  // namespace baton::bindings

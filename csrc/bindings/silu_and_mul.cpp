@@ -1,8 +1,7 @@
 // silu_and_mul: checks and the CPU call.
 #include "common/silu_and_mul.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/checks.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
@@ -32,7 +31,7 @@ Tensor silu_and_mul(const Tensor& x) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
+  library.impl("silu_and_mul", box<&silu_and_mul>);
 }
 
 }  // namespace baton::bindings

@@ -1,8 +1,7 @@
 // ragged_attention: the workspace of its split rows and the CUDA call.
 #include "bindings/ragged_attention.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/cuda/cuda_device.h"
 
 namespace baton::bindings {
@@ -24,7 +23,7 @@ struct Cuda : CudaDevice<cuda::ragged_attention> {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CUDA, library) {
-  library.impl("ragged_attention", TORCH_BOX(&ragged_attention<Cuda>));
+  library.impl("ragged_attention", box<&ragged_attention<Cuda>>);
 }
 
 }  // namespace baton::bindings
