@@ -56,10 +56,9 @@ def masked_softmax(
     Source: BATON (arXiv 2410.18701), the mask of a shaped batch; fused masked softmax as in
     Megatron-LM.
     """
-    return call(
-        "masked_softmax", _native, _check,
-        scores, starts, lengths, scale, window,
-    )  # fmt: skip
+    # As in ragged_attention: options cost nothing where they are the defaults.
+    options = () if scale == 1.0 and window is None else (scale, window)
+    return call("masked_softmax", _native, _check, scores, starts, lengths, *options)
 
 
 def _check(scores, starts, lengths, scale=1.0, window=None) -> None:

@@ -65,14 +65,14 @@ class CopyWork:
             values[SLOT, :, start : start + self.tokens],
         )
 
-    def check_at(self, start: int, others: bool = True) -> Callable[[object], None]:
-        """Checks that layer 0 holds the query from column `start`, and nothing else changed."""
+    def check_at(self, start: int, others: bool = True, layer: int = 0) -> Callable[[object], None]:
+        """Checks that a layer holds the query from column `start`, and nothing else changed."""
 
         def check(_: object) -> None:
-            got = self.columns(0, start)
-            whole = self.cache.layer(0)
+            got = self.columns(layer, start)
+            whole = self.cache.layer(layer)
             for actual, packed, cache in zip(got, (self.key, self.value), whole, strict=True):
-                assert_same_bits(actual, packed[0].transpose(0, 1), "inserted columns")
+                assert_same_bits(actual, packed[layer].transpose(0, 1), "inserted columns")
                 if others:
                     around = [cache[SLOT, :, :start], cache[SLOT, :, start + self.tokens :]]
                     assert all((x == UNTOUCHED).all() for x in around), "other columns were written"
@@ -84,8 +84,15 @@ class CopyWork:
         for got, packed in zip(result, (self.key, self.value), strict=True):
             assert_same_bits(got, packed[layer], "extracted tokens")
 
-    def per_layer(self, call: Callable[[int], object]) -> list[Callable[[], object]]:
-        return [functools.partial(call, layer) for layer in range(self.layers)]
+    @property
+    def half(self) -> int:
+        """Where peers begin: no way finds in the processor's cache what another has just read."""
+        return self.layers // 2
+
+    def per_layer(self, call: Callable[[int], object], first: int = 0) -> list[Callable]:
+        """Calls for every layer in turn, from layer `first` on."""
+        layers = range(self.layers)
+        return [functools.partial(call, layer) for layer in (*layers[first:], *layers[:first])]
 
 
 def insert(options: Options) -> Iterator[Work]:
@@ -160,8 +167,8 @@ def insert_peers(work: CopyWork) -> list[Way]:
             assert_same_bits(row, packed[0].transpose(0, 1), "inserted columns")
 
     return [
-        Way("torch, one row in place", work.per_layer(in_place), work.check_at(work.start),
-            reset=work.reset),
+        Way("torch, one row in place", work.per_layer(in_place, work.half),
+            work.check_at(work.start, layer=work.half), reset=work.reset),
         Way("preallocated copy of the batch",
             [functools.partial(preallocated, i) for i in range(2)], check_rows),
         Way("pad + concatenate", [functools.partial(concatenated, i) for i in range(2)],
@@ -200,15 +207,12 @@ def extract_into(options: Options, work: CopyWork) -> Work:
             x.fill_(UNTOUCHED)
 
     def way(name: str, call: Callable[[int], object], first: int, kind: str = PEER) -> Way:
-        calls = work.per_layer(call)
         check = functools.partial(work.check_packed, layer=first)
-        return Way(
-            name, calls[first:] + calls[:first], check, kind, functools.partial(reset, first)
-        )
+        calls = work.per_layer(call, first)
+        return Way(name, calls, check, kind, functools.partial(reset, first))
 
-    # Half a turn apart: no way finds in the processor's cache what another has just read.
     ways = [way("extract_kv(out=)", ours, 0, OURS)]
-    ways += options.peers(lambda: [way("torch, copy_", with_torch, work.layers // 2)])
+    ways += options.peers(lambda: [way("torch, copy_", with_torch, work.half)])
     return Work(
         f"{work.tokens} tokens, one layer, out=", dtype_name(work.key.dtype),
         [*ways, *memcpy(options, work.bytes)], bytes=work.bytes, ceiling="memcpy",
@@ -233,11 +237,13 @@ def extract_new(options: Options, work: CopyWork, held: list[object]) -> Work:
         return [functools.partial(keep, call) for call in calls]
 
     check = work.check_packed
+    theirs = functools.partial(work.check_packed, layer=work.half)
     # Before the first call; what other works have held is free by then.
     release = options.device.release_free_memory
     ways = [Way("extract_kv", holding(work.per_layer(ours)), check, OURS, release)]
+    others = work.per_layer(with_torch, work.half)
     ways += options.peers(
-        lambda: [Way("torch, slice made contiguous", holding(work.per_layer(with_torch)), check)]
+        lambda: [Way("torch, slice made contiguous", holding(others), theirs)]
     )  # fmt: skip
     copies = holding(options.device.copiers_to_new(work.bytes))
     if copies:
@@ -273,11 +279,12 @@ def move(options: Options) -> Iterator[Work]:
                     to.copy_(source.clone())
 
             check = work.check_at(target, others=False)
+            theirs = work.check_at(target, others=False, layer=work.half)
             ways = [
                 Way("move_kv", work.per_layer(one), check, OURS, work.place),
                 *options.peers(
-                    lambda w=work, c=check, f=with_torch: [
-                        Way("torch, clone and copy", w.per_layer(f), c, reset=w.place)
+                    lambda w=work, c=theirs, f=with_torch: [
+                        Way("torch, clone and copy", w.per_layer(f, w.half), c, reset=w.place)
                     ]
                 ),
                 *memcpy(options, work.bytes),
