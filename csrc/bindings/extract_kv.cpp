@@ -23,8 +23,10 @@ struct Cpu : CpuDevice {
 
   void run(const ExtractKvParams& p, const Tensor&) const {
     const auto& kernel = cpu::kernels().extract_kv;
-    for_each_item(extract_kv_work(p), 2 * extract_kv_bytes(p),
-                  [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    const int64_t items = extract_kv_work(p);
+    for_each_item(
+        items, 2 * extract_kv_bytes(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); },
+        neighbours_per_thread(items));
   }
 };
 

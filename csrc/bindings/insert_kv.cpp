@@ -31,8 +31,10 @@ struct Cpu : CpuDevice {
 
   void run(const InsertKvParams& p, const Tensor&) const {
     const auto& kernel = cpu::kernels().insert_kv;
-    for_each_item(insert_kv_work(p), 2 * insert_kv_bytes(p),
-                  [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    const int64_t items = insert_kv_work(p);
+    for_each_item(
+        items, 2 * insert_kv_bytes(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); },
+        neighbours_per_thread(items));
   }
 };
 

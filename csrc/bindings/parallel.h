@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -23,6 +24,11 @@ struct CpuDevice {
 // Keys and values of one token, of all layers.
 inline int64_t bytes_per_token(const CacheSizes& sizes, Dtype dtype) {
   return sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * size_of(dtype) * 2;
+}
+
+// Items that a thread takes at a time where each prefetches for the one behind it.
+inline int64_t neighbours_per_thread(int64_t num_items) {
+  return std::clamp<int64_t>(num_items / (2 * torch::stable::get_num_threads()), 1, 16);
 }
 
 // Calls run(begin, end) over [0, num_items). Threads take `chunk` items at a time from a common
