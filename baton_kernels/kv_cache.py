@@ -198,13 +198,16 @@ class KVCache:
         self._commit(planned)
         return slot
 
-    def extract(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def extract(
+        self, slot: int, out: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies the row in `slot` out, unpadded.
 
         `key[l, t, h] = keys[l, slot, h, shape.start(slot) + t]`, values likewise.
 
         Args:
             slot: int, a slot in use.
+            out: key and value to write instead of new ones; see `extract_kv`. Written.
 
         Returns:
             key, value: `[num_layers, tokens, num_kv_heads, head_dim]`, what `insert` takes.
@@ -217,7 +220,7 @@ class KVCache:
         tokens = self._shape.length(slot)
         index = self._index([0, tokens, slot, self._shape.start(slot)])
         return extract_kv(
-            self.keys, self.values, index[:2], index[2:3], index[3:], total_tokens=tokens
+            self.keys, self.values, index[:2], index[2:3], index[3:], total_tokens=tokens, out=out
         )
 
     def free(self, slot: int) -> None:

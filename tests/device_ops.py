@@ -31,6 +31,8 @@ class DeviceOps:
         memory: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def send(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(send, x))
             if not isinstance(x, torch.Tensor):
                 return x
             whole = storage(x)

@@ -11,7 +11,7 @@ from bench_package import import_bench
 
 CASES = (
     "ceilings", "decode", "padding", "scaling", "prefill", "chunk", "mixed", "insert", "extract",
-    "move", "append", "layers", "rows", "linear", "overhead",
+    "move", "append", "layers", "rows", "linear", "overhead", "step",
 )  # fmt: skip
 
 

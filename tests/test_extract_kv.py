@@ -111,6 +111,43 @@ def test_is_the_inverse_of_insert(ops, layers):
         assert_same_bits(storage(arguments[name]), storage(cache), name)
 
 
+def buffers(arguments, margin=8, dtype=None):
+    """Poisoned memory for key and value, more than they need: slices in tokens and in head_dim."""
+    cache = arguments["key_cache"]
+    *layers, _, num_kv_heads, _, head_dim = cache.shape
+    shape = (*layers, arguments["total_tokens"], num_kv_heads, head_dim)
+    around = [0] * len(layers) + [2, 0, margin]
+    return tuple(
+        embed(poison_(torch.empty(shape, dtype=dtype or cache.dtype)), around) for _ in range(2)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layers", [(), (3,)])
+@pytest.mark.parametrize(
+    ("head_dim", "margin"), [(16, 8), (16, 3), (128, 0)], ids=["aligned", "unaligned", "whole"]
+)
+def test_out(ops, dtype, layers, head_dim, margin):
+    """The last one is long enough for stores past the caches on a CPU."""
+    arguments = problem([6, 70, 0, 300], layers=layers, dtype=dtype, head_dim=head_dim)
+    out = buffers(arguments, margin)
+    expected = reference.extract_kv(**arguments, out=tuple(map(twin, out)))
+    caches = {name: twin(arguments[name]) for name in ("key_cache", "value_cache")}
+    actual = ops.extract_kv(**arguments, out=out)
+    for got, result, want in zip(out, actual, expected, strict=True):
+        assert_same_bits(storage(got), storage(want), "out and what lies around it")
+        assert_same_bits(result, got)
+    for name, cache in caches.items():
+        assert_same_bits(storage(arguments[name]), storage(cache), name)
+
+
+def test_out_is_returned():
+    arguments = problem([3, 2])
+    out = buffers(arguments)
+    actual = baton_kernels.extract_kv(**arguments, out=out)
+    assert actual[0] is out[0] and actual[1] is out[1]
+
+
 # 2. Edges.
 
 
@@ -198,6 +235,34 @@ def test_bad_arguments(name, route):
     BAD[name].check("extract_kv", arguments_to_spoil(), route)
 
 
+BAD_OUT = {
+    "a tensor": ("out", TypeError, lambda key, value: key),
+    "one of them": ("out", TypeError, lambda key, value: (key,)),
+    "other dtype": (r"out\[1\]", TypeError, lambda key, value: (key, value.half())),
+    "a token too few": (r"out\[0\]", ValueError, lambda key, value: (key[1:], value)),
+    "strided": (r"out\[1\]", ValueError, lambda key, value: (key, value.mT.contiguous().mT)),
+    "expanded": (r"out\[0\]", ValueError, lambda key, value: (key[:1].expand_as(key), value)),
+    "another device": (r"out\[1\]", ValueError, lambda key, value: (key, value.to("meta"))),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OUT)
+@pytest.mark.parametrize("route", ["python", "torch.ops"])
+def test_bad_out(name, route):
+    argument, error, change = BAD_OUT[name]
+    arguments = arguments_to_spoil()
+    out = change(*buffers(arguments))
+    if route == "python":
+        with pytest.raises(error, match=rf"extract_kv: {argument} must be .+, got .+"):
+            baton_kernels.extract_kv(**arguments, out=out)
+    elif argument != "out" and name != "another device":
+        with pytest.raises(ValueError, match=rf"extract_kv: {argument} must be .+, got .+"):
+            torch.ops.baton_kernels.extract_kv.out(*arguments.values(), *out)
+    for x in out:
+        if x.device.type == "cpu":
+            assert not x.isfinite().any(), "written in spite of the refusal"
+
+
 # 5. torch.compile.
 
 
@@ -210,6 +275,27 @@ def test_opcheck(layers):
         tuple(arguments.values()),
         {"total_tokens": total_tokens},
     )
+
+
+@pytest.mark.parametrize("layers", [(), (2,)])
+def test_opcheck_out(layers):
+    arguments = problem([3, 2], layers=layers)
+    out = tuple(x.zero_() for x in buffers(arguments))
+    torch.library.opcheck(
+        torch.ops.baton_kernels.extract_kv.out, (*arguments.values(), *out)
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_out():
+    compiled = torch.compile(baton_kernels.extract_kv, fullgraph=True, backend="aot_eager")
+    for lengths in ([3, 2], [4, 5]):
+        arguments = problem(lengths)
+        out = buffers(arguments)
+        expected = reference.extract_kv(**arguments)
+        compiled(**arguments, out=out)
+        for got, want in zip(out, expected, strict=True):
+            assert_same_bits(got, want)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

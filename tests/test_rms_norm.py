@@ -71,6 +71,25 @@ def test_every_number_is_loaded_and_rounded_exactly(ops, dtype):
         assert_same_bits(s[numbers], expected[numbers])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("size", [1024, 1000])
+def test_large_results(ops, dtype, residual, size):
+    """Of over 8 MiB, which the CPU writes past its caches: the bits are those of a few rows."""
+    rows = 2**23 // (1000 * dtype.itemsize) + 1
+    arguments = problem(rows, size, dtype=dtype, residual=residual)
+    with nan_in_empty():
+        whole = ops.rms_norm(**arguments)
+    few = slice(rows - 5, None)
+    part = ops.rms_norm(
+        **arguments | {n: arguments[n][few] for n in ("x", "residual") if n in arguments}
+    )
+    pairs = zip(whole, part, strict=True) if residual else [(whole, part)]
+    for large, small in pairs:
+        assert not large.isnan().any()
+        assert_same_bits(large[few], small)
+
+
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 64), (2, 1, 3, 40)])
 @pytest.mark.parametrize("residual", [False, True])
 def test_dimensions(ops, shape, residual):

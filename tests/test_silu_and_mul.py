@@ -49,6 +49,18 @@ def test_rows(ops, dtype, rows):
     check(ops, problem(rows, 24, dtype=dtype, margin=3))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1024, 1000])
+def test_large_results(ops, dtype, size):
+    """Of over 8 MiB, which the CPU writes past its caches: the bits are those of a few rows."""
+    rows = 2**23 // (1000 * dtype.itemsize) + 1
+    x = problem(rows, size, dtype=dtype)
+    with nan_in_empty():
+        whole = ops.silu_and_mul(x)
+    assert not whole.isnan().any()
+    assert_same_bits(whole[-5:], ops.silu_and_mul(x[-5:]))
+
+
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 64), (2, 1, 3, 40)])
 def test_dimensions(ops, shape):
     assert check(ops, problem(*shape)).shape == shape

@@ -7,6 +7,8 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call, dtype_name
 
+_native = ops.append_kv.default
+
 
 def append_kv(
     key: torch.Tensor,
@@ -59,14 +61,14 @@ def append_kv(
     Source: Llama's rotary embedding as in Hugging Face transformers; BATON's decode step.
     """
     rotated = call(
-        "append_kv", ops.append_kv.default, _check,
-        key, value, key_cache, value_cache, slots, columns, query=query, cos=cos, sin=sin,
+        "append_kv", _native, _check,
+        key, value, key_cache, value_cache, slots, columns, query, cos, sin,
     )  # fmt: skip
     return None if query is None else rotated
 
 
 def _check(
-    key, value, key_cache, value_cache, slots, columns, *, query=None, cos=None, sin=None
+    key, value, key_cache, value_cache, slots, columns, query=None, cos=None, sin=None
 ) -> None:
     check = Checker("append_kv")
     check.caches(key_cache, value_cache, with_layers=False, written=True)
@@ -107,7 +109,7 @@ def _check_rotary(check: Checker, name: str, tensor: torch.Tensor, key: torch.Te
 
 @torch.library.register_fake("baton_kernels::append_kv")
 def _fake(
-    key, value, key_cache, value_cache, slots, columns, *, query=None, cos=None, sin=None
+    key, value, key_cache, value_cache, slots, columns, query=None, cos=None, sin=None
 ) -> torch.Tensor:
-    _check(key, value, key_cache, value_cache, slots, columns, query=query, cos=cos, sin=sin)
+    _check(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
     return key.new_empty(0) if query is None else query.new_empty(query.shape)

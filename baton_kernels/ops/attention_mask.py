@@ -7,6 +7,8 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import FLOATS, Checker, call, dtype_name
 
+_native = ops.attention_mask.default
+
 
 def attention_mask(
     starts: torch.Tensor,
@@ -46,12 +48,12 @@ def attention_mask(
     transformers.
     """
     return call(
-        "attention_mask", ops.attention_mask.default, _check,
-        starts, lengths, query_length, key_length, dtype=dtype, window=window,
+        "attention_mask", _native, _check,
+        starts, lengths, query_length, key_length, dtype, window,
     )  # fmt: skip
 
 
-def _check(starts, lengths, query_length, key_length, *, dtype, window=None) -> None:
+def _check(starts, lengths, query_length, key_length, dtype, window=None) -> None:
     check = Checker("attention_mask")
     if dtype != torch.bool and dtype not in FLOATS:
         check.fail("dtype", "bool, float32, float16 or bfloat16", dtype_name(dtype), TypeError)
@@ -67,6 +69,6 @@ def _check(starts, lengths, query_length, key_length, *, dtype, window=None) -> 
 
 
 @torch.library.register_fake("baton_kernels::attention_mask")
-def _fake(starts, lengths, query_length, key_length, *, dtype, window=None):
-    _check(starts, lengths, query_length, key_length, dtype=dtype, window=window)
+def _fake(starts, lengths, query_length, key_length, dtype, window=None):
+    _check(starts, lengths, query_length, key_length, dtype, window)
     return starts.new_empty((starts.shape[0], 1, query_length, key_length), dtype=dtype)

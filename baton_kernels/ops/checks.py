@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor, is_grad_enabled
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 16, 256, 8
@@ -30,31 +31,30 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
-def call(op: str, native: Callable[..., Any], check: Callable[..., None], *args, **kwargs):
+def call(op: str, native: Callable[..., Any], check: Callable[..., None], *args):
     """Calls the native op; a refusal becomes the documented error.
 
     Args:
         op: Name of the op, as errors begin with it.
-        native: The overload packet of torch.ops.
+        native: The overload of torch.ops.
         check: The op's checks by shape and dtype; raises the documented error.
-        args: Arguments of both.
-        kwargs: Keyword arguments of both.
+        args: Arguments of both, by position: torch needs half a microsecond for each keyword.
 
     Raises:
         ValueError, TypeError, NotImplementedError: As `check` decides, else what the op raised.
         NotImplementedError: A tensor requires grad and gradients are on: there is no backward.
     """
-    if torch.is_grad_enabled():
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, torch.Tensor) and argument.requires_grad:
+    if is_grad_enabled():
+        for argument in args:
+            if isinstance(argument, Tensor) and argument.requires_grad:
                 raise NotImplementedError(
                     f"{op}: tensors must not require grad, got one that does: there is no "
                     "backward, call it under torch.inference_mode() or torch.no_grad()"
                 )
     try:
-        return native(*args, **kwargs)
+        return native(*args)
     except (ValueError, RuntimeError) as error:
-        check(*args, **kwargs)
+        check(*args)
         # Shapes and dtypes are right: an index value, or a failure that is not the caller's.
         if isinstance(error, ValueError):
             raise ValueError(str(error)) from None

@@ -7,6 +7,9 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
 
+_native = ops.extract_kv.default
+_native_out = ops.extract_kv.out
+
 
 def extract_kv(
     key_cache: torch.Tensor,
@@ -16,6 +19,7 @@ def extract_kv(
     starts: torch.Tensor,
     *,
     total_tokens: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies queries out of their slots, packed and without padding: the inverse of insert_kv.
 
@@ -32,27 +36,38 @@ def extract_kv(
         slots: `[num_queries]`, int32: the slot of each query. Queries may share a slot.
         starts: `[num_queries]`, int32: the column of each query's first token.
         total_tokens: `cu_seqlens[-1]`, known to the host, so that no device is asked.
+        out: key and value to write instead of new ones, of their shape and the caches' dtype, last
+            dimension contiguous, apart from the caches and from each other. On a CPU new memory
+            costs several times the copy: a server keeps a buffer. Written.
 
     Returns:
         key and value, `[total_tokens, num_kv_heads, head_dim]`, contiguous; with a leading
-        num_layers if the caches have one.
+        num_layers if the caches have one. With out: out's tensors.
 
     Raises:
-        ValueError: A shape, stride, device or index value does not fit.
-        TypeError: A dtype is not supported.
+        ValueError: A shape, stride, device or index value does not fit. Nothing is written then.
+        TypeError: A dtype is not supported, or out is not a pair of tensors of the caches' dtype.
         NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
 
     On a GPU index values are not checked; the tokens of a query out of range are undefined.
 
     Source: BATON (arXiv 2410.18701), preemption: a parked query keeps its keys and values.
     """
-    return call(
-        "extract_kv", ops.extract_kv.default, _check,
-        key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens,
+    if out is None:
+        return call(
+            "extract_kv", _native, _check,
+            key_cache, value_cache, cu_seqlens, slots, starts, total_tokens,
+        )  # fmt: skip
+    if not isinstance(out, tuple) or len(out) != 2:
+        Checker("extract_kv").fail("out", "a pair of tensors", type(out).__name__, TypeError)
+    call(
+        "extract_kv", _native_out, _check_out,
+        key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, *out,
     )  # fmt: skip
+    return out
 
 
-def _check(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens) -> None:
+def _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens) -> None:
     check = Checker("extract_kv")
     check.caches(key_cache, value_cache, with_layers=True, written=False)
     if total_tokens < 0:
@@ -62,9 +77,25 @@ def _check(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens) -
     check.index("cu_seqlens", cu_seqlens, slots.shape[0] + 1, key_cache.device)
 
 
+def _check_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value) -> None:
+    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
+    check = Checker("extract_kv")
+    *layers, _, num_kv_heads, _, head_dim = key_cache.shape
+    for name, tensor in (("out[0]", key), ("out[1]", value)):
+        check.dtype_as(name, tensor, "key_cache", key_cache)
+        check.shape(name, tensor, [*layers, total_tokens, num_kv_heads, head_dim])
+        check.last_contiguous(name, tensor)
+        check.not_expanded(name, tensor)
+
+
+@torch.library.register_fake("baton_kernels::extract_kv.out")
+def _fake_out(*args) -> None:
+    _check_out(*args)
+
+
 @torch.library.register_fake("baton_kernels::extract_kv")
-def _fake(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens):
-    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens)
+def _fake(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
+    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
     *layers, _, num_kv_heads, _, head_dim = key_cache.shape
     shape = [*layers, total_tokens, num_kv_heads, head_dim]
     return key_cache.new_empty(shape), key_cache.new_empty(shape)

@@ -7,6 +7,8 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
 
+_native = ops.insert_kv.default
+
 
 def insert_kv(
     key: torch.Tensor,
@@ -56,13 +58,13 @@ def insert_kv(
     Source: BATON (arXiv 2410.18701), embedding of prefilled keys and values in the running batch.
     """
     call(
-        "insert_kv", ops.insert_kv.default, _check,
-        key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=zero_padding,
+        "insert_kv", _native, _check,
+        key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding,
     )  # fmt: skip
 
 
 def _check(
-    key, value, key_cache, value_cache, cu_seqlens, slots, starts, *, zero_padding=False
+    key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False
 ) -> None:
     check = Checker("insert_kv")
     check.caches(key_cache, value_cache, with_layers=True, written=True)

@@ -7,6 +7,8 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
 
+_native = ops.linear.default
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Projects each row: `y = x @ weight.T + bias`, accumulated in float32.
@@ -30,7 +32,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Source: torch.nn.functional.linear.
     """
-    return call("linear", ops.linear.default, _check, x, weight, bias)
+    return call("linear", _native, _check, x, weight, bias)
 
 
 def _check(x, weight, bias=None) -> None:

@@ -9,6 +9,8 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
 
+_native = ops.masked_softmax.default
+
 
 def masked_softmax(
     scores: torch.Tensor,
@@ -54,13 +56,12 @@ def masked_softmax(
     Source: BATON (arXiv 2410.18701), the mask of a shaped batch; fused masked softmax as in
     Megatron-LM.
     """
-    return call(
-        "masked_softmax", ops.masked_softmax.default, _check,
-        scores, starts, lengths, scale=scale, window=window,
-    )  # fmt: skip
+    # As in ragged_attention: options cost nothing where they are the defaults.
+    options = () if scale == 1.0 and window is None else (scale, window)
+    return call("masked_softmax", _native, _check, scores, starts, lengths, *options)
 
 
-def _check(scores, starts, lengths, *, scale=1.0, window=None) -> None:
+def _check(scores, starts, lengths, scale=1.0, window=None) -> None:
     check = Checker("masked_softmax")
     check.floating("scores", scores)
     check.dims("scores", scores, 4)
@@ -74,6 +75,6 @@ def _check(scores, starts, lengths, *, scale=1.0, window=None) -> None:
 
 
 @torch.library.register_fake("baton_kernels::masked_softmax")
-def _fake(scores, starts, lengths, *, scale=1.0, window=None):
-    _check(scores, starts, lengths, scale=scale, window=window)
+def _fake(scores, starts, lengths, scale=1.0, window=None):
+    _check(scores, starts, lengths, scale, window)
     return scores.new_empty(scores.shape)

@@ -7,6 +7,8 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
 
+_native = ops.merge_attention.default
+
 
 def merge_attention(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
@@ -37,7 +39,7 @@ def merge_attention(
     Source: the merge of Flash-Decoding and of cascade attention in FlashInfer.
     """
     return call(
-        "merge_attention", ops.merge_attention.default, _check, out_a, lse_a, out_b, lse_b
+        "merge_attention", _native, _check, out_a, lse_a, out_b, lse_b
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
 
+_native = ops.move_kv.default
+
 
 def move_kv(
     key_cache: torch.Tensor,
@@ -52,7 +54,7 @@ def move_kv(
     Source: BATON (arXiv 2410.18701), shaping of the running batch and removal of finished rows.
     """
     call(
-        "move_kv", ops.move_kv.default, _check,
+        "move_kv", _native, _check,
         key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths,
     )  # fmt: skip
 

@@ -7,6 +7,8 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, as_rows, call
 
+_native = ops.rms_norm.default
+
 
 def rms_norm(
     x: torch.Tensor,
@@ -40,18 +42,16 @@ def rms_norm(
     """
     if residual is not None and x.dim() > 0 and residual.shape != x.shape:
         Checker("rms_norm").fail("residual", f"of shape {list(x.shape)}", list(residual.shape))
-    y, total = call(
-        "rms_norm", ops.rms_norm.default, _check, as_rows(x), weight, eps,
-        residual=None if residual is None else as_rows(residual),
-    )  # fmt: skip
     # A view costs as much as a small row's arithmetic: none where the shape is right already.
-    if x.dim() != 2:
-        y = y.view(x.shape)
-        total = total if residual is None else total.view(x.shape)
-    return y if residual is None else (y, total)
+    if x.dim() == 2:
+        y, total = call("rms_norm", _native, _check, x, weight, eps, residual)
+        return y if residual is None else (y, total)
+    rows = None if residual is None else as_rows(residual)
+    y, total = call("rms_norm", _native, _check, as_rows(x), weight, eps, rows)
+    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
 
 
-def _check(x, weight, eps, *, residual=None) -> None:
+def _check(x, weight, eps, residual=None) -> None:
     check = Checker("rms_norm")
     check.floating("x", x)
     check.dims("x", x, 2)
@@ -70,6 +70,6 @@ def _check(x, weight, eps, *, residual=None) -> None:
 
 
 @torch.library.register_fake("baton_kernels::rms_norm")
-def _fake(x, weight, eps, *, residual=None):
-    _check(x, weight, eps, residual=residual)
+def _fake(x, weight, eps, residual=None):
+    _check(x, weight, eps, residual)
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)

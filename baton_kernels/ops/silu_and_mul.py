@@ -7,6 +7,8 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, as_rows, call
 
+_native = ops.silu_and_mul.default
+
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """Gates the second half of each row with the SiLU of the first.
@@ -28,8 +30,10 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
     Source: LlamaMLP of Hugging Face transformers with merged gate and up projections.
     """
-    y = call("silu_and_mul", ops.silu_and_mul.default, _check, as_rows(x))
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    if x.dim() == 2:
+        return call("silu_and_mul", _native, _check, x)
+    y = call("silu_and_mul", _native, _check, as_rows(x))
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _check(x) -> None:

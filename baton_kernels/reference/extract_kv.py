@@ -9,16 +9,17 @@ def extract_kv(
     starts: torch.Tensor,
     *,
     total_tokens: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``key[cu_seqlens[i] + t] = key_cache[slots[i], :, starts[i] + t]``, for all t."""
     bounds = cu_seqlens.tolist()
-    packed = []
-    for cache in (key_cache, value_cache):
-        *layers, _, num_kv_heads, _, head_dim = cache.shape
-        out = cache.new_empty((*layers, total_tokens, num_kv_heads, head_dim))
+    if out is None:
+        *layers, _, num_kv_heads, _, head_dim = key_cache.shape
+        shape = (*layers, total_tokens, num_kv_heads, head_dim)
+        out = key_cache.new_empty(shape), key_cache.new_empty(shape)
+    for cache, packed in zip((key_cache, value_cache), out, strict=True):
         for i, (slot, start) in enumerate(zip(slots.tolist(), starts.tolist(), strict=True)):
             first, last = bounds[i], bounds[i + 1]
             columns = cache[..., slot, :, start : start + last - first, :]
-            out[..., first:last, :, :] = columns.transpose(-3, -2)
-        packed.append(out)
-    return packed[0], packed[1]
+            packed[..., first:last, :, :] = columns.transpose(-3, -2)
+    return out

@@ -80,11 +80,11 @@ class _Package(types.ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-def _lazy(op: str) -> Callable[..., Any]:
+def _lazy(op: str, function: str) -> Callable[..., Any]:
     """The op with its schema's results; imports triton when it is first called."""
 
     def run(*args, **kwargs):
-        return _module(op).run(*args, **kwargs)
+        return getattr(_module(op), function)(*args, **kwargs)
 
     return run
 
@@ -100,7 +100,9 @@ def _register() -> None:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"baton_kernels::{op}", key)
         ]
         for device in free:
-            _registrations.impl(op, _lazy(op), _DEVICES[device])
+            _registrations.impl(op, _lazy(op, "run"), _DEVICES[device])
+            if op == "extract_kv":
+                _registrations.impl("extract_kv.out", _lazy(op, "run_out"), _DEVICES[device])
         _registered[op] = tuple(free)
 
 

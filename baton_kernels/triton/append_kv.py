@@ -34,7 +34,7 @@ def append_kv(
 
 
 def run(
-    key, value, key_cache, value_cache, slots, columns, *, query=None, cos=None, sin=None
+    key, value, key_cache, value_cache, slots, columns, query=None, cos=None, sin=None
 ) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.append_kv."""
     _check(key, value, key_cache, value_cache, slots, columns, query=query, cos=cos, sin=sin)

@@ -23,12 +23,12 @@ def attention_mask(
     window: int | None = None,
 ) -> torch.Tensor:
     """`baton_kernels.attention_mask` in Triton."""
-    return run(starts, lengths, query_length, key_length, dtype=dtype, window=window)
+    return run(starts, lengths, query_length, key_length, dtype, window)
 
 
-def run(starts, lengths, query_length, key_length, *, dtype, window=None) -> torch.Tensor:
+def run(starts, lengths, query_length, key_length, dtype, window=None) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.attention_mask."""
-    _check(starts, lengths, query_length, key_length, dtype=dtype, window=window)
+    _check(starts, lengths, query_length, key_length, dtype, window)
     common.require_gpu("attention_mask", "starts", starts)
     rows = starts.shape[0]
     mask = starts.new_empty((rows, 1, query_length, key_length), dtype=dtype)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton_kernels.ops.extract_kv import _check
+from baton_kernels.ops.extract_kv import _check, _check_out
 from baton_kernels.triton import common
 from baton_kernels.triton.insert_kv import BLOCK_TOKENS
 from baton_kernels.triton.tokens import locate_tokens, split_program
@@ -20,40 +20,53 @@ def extract_kv(
     starts: torch.Tensor,
     *,
     total_tokens: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`baton_kernels.extract_kv` in Triton."""
-    return run(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens)
+    arguments = (key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
+    if out is None:
+        return run(*arguments)
+    run_out(*arguments, *out)
+    return out
 
 
-def run(key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens):
+def run(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
     """With the results of torch.ops.baton_kernels.extract_kv."""
-    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens)
-    common.require_gpu("extract_kv", "key_cache", key_cache)
-    num_slots, num_kv_heads, capacity, head_dim = key_cache.shape[-4:]
-    layers = key_cache.shape[:-4]
-    num_layers = layers[0] if layers else 1
+    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
+    *layers, _, num_kv_heads, _, head_dim = key_cache.shape
     key = key_cache.new_empty((*layers, total_tokens, num_kv_heads, head_dim))
     value = torch.empty_like(key)
+    run_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value)
+    return key, value
+
+
+def run_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value) -> None:
+    """As torch.ops.baton_kernels.extract_kv.out."""
+    _check_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value)
+    common.require_gpu("extract_kv", "key_cache", key_cache)
+    num_slots, num_kv_heads, capacity, head_dim = key_cache.shape[-4:]
+    num_layers = key_cache.shape[0] if key_cache.dim() == 5 else 1
     num_queries = slots.shape[0]
     blocks = common.ceil_div(total_tokens, BLOCK_TOKENS) if num_queries else 0
     common.launch(
         extract_kv_kernel, blocks * num_layers * num_kv_heads, key.device,
         key, value, key_cache, value_cache, cu_seqlens, slots, starts,
         total_tokens, num_queries, num_queries.bit_length(),
-        num_layers, num_kv_heads, num_slots, capacity, *common.token_strides(key),
+        num_layers, num_kv_heads, num_slots, capacity,
+        *common.token_strides(key), *common.token_strides(value),
         *common.cache_strides(key_cache), *common.cache_strides(value_cache),
         HEAD_DIM=head_dim, BLOCK_D=common.power_of_2(head_dim), BLOCK_TOKENS=BLOCK_TOKENS,
     )  # fmt: skip
-    return key, value
 
 
 @triton.jit(do_not_specialize=["total_tokens", "num_queries", "search_steps", "num_slots"])
 def extract_kv_kernel(
-    key_ptr, value_ptr,  # [num_layers, total_tokens, num_kv_heads, HEAD_DIM], of equal strides
+    key_ptr, value_ptr,  # [num_layers, total_tokens, num_kv_heads, HEAD_DIM]
     key_cache_ptr, value_cache_ptr,  # [num_layers, num_slots, num_kv_heads, capacity, HEAD_DIM]
     cu_seqlens_ptr, slots_ptr, starts_ptr,  # [num_queries + 1], [num_queries], [num_queries]
     total_tokens, num_queries, search_steps, num_layers, num_kv_heads, num_slots, capacity,
-    layer_stride, token_stride, head_stride,
+    key_layer_stride, key_token_stride, key_head_stride,
+    value_layer_stride, value_token_stride, value_head_stride,
     key_cache_layer_stride, key_cache_slot_stride, key_cache_head_stride, key_cache_column_stride,
     value_cache_layer_stride, value_cache_slot_stride, value_cache_head_stride,
     value_cache_column_stride,
@@ -73,6 +86,7 @@ def extract_kv_kernel(
     value_cache_at += slot * value_cache_slot_stride + column * value_cache_column_stride
     key = tl.load(key_cache_ptr + key_cache_at[:, None] + d[None, :], mask=mask)
     value = tl.load(value_cache_ptr + value_cache_at[:, None] + d[None, :], mask=mask)
-    at = layer * layer_stride + head * head_stride + token * token_stride
-    tl.store(key_ptr + at[:, None] + d[None, :], key, mask=mask)
-    tl.store(value_ptr + at[:, None] + d[None, :], value, mask=mask)
+    key_at = layer * key_layer_stride + head * key_head_stride + token * key_token_stride
+    value_at = layer * value_layer_stride + head * value_head_stride + token * value_token_stride
+    tl.store(key_ptr + key_at[:, None] + d[None, :], key, mask=mask)
+    tl.store(value_ptr + value_at[:, None] + d[None, :], value, mask=mask)

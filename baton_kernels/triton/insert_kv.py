@@ -31,9 +31,7 @@ def insert_kv(
     )  # fmt: skip
 
 
-def run(
-    key, value, key_cache, value_cache, cu_seqlens, slots, starts, *, zero_padding=False
-) -> None:
+def run(key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False) -> None:
     """As torch.ops.baton_kernels.insert_kv."""
     _check(
         key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=zero_padding

@@ -25,12 +25,12 @@ def masked_softmax(
     window: int | None = None,
 ) -> torch.Tensor:
     """`baton_kernels.masked_softmax` in Triton."""
-    return run(scores, starts, lengths, scale=scale, window=window)
+    return run(scores, starts, lengths, scale, window)
 
 
-def run(scores, starts, lengths, *, scale=1.0, window=None) -> torch.Tensor:
+def run(scores, starts, lengths, scale=1.0, window=None) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.masked_softmax."""
-    _check(scores, starts, lengths, scale=scale, window=window)
+    _check(scores, starts, lengths, scale, window)
     common.require_gpu("masked_softmax", "scores", scores)
     rows, num_heads, query_length, key_length = scores.shape
     weights = scores.new_empty(scores.shape)

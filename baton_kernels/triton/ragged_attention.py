@@ -83,7 +83,7 @@ def ragged_attention(
 
 
 def run(
-    query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, *,
+    query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
     scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
     return_lse=False, max_query_length=None, max_length=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip

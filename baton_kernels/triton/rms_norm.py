@@ -32,7 +32,7 @@ def rms_norm(
     return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
 
 
-def run(x, weight, eps, *, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
+def run(x, weight, eps, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
     """With the results of torch.ops.baton_kernels.rms_norm."""
     _check(x, weight, eps, residual=residual)
     common.require_gpu("rms_norm", "x", x)

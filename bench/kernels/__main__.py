@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import attention_cases, copy_cases, figures, layer_cases, prefill_cases, report
+from . import attention_cases, call_cases, copy_cases, figures, layer_cases, prefill_cases, report
 from .cuda import Cuda
-from .limits import Limits, l3_bytes
+from .limits import Limits, l3_bytes, retain_memory
 from .measure import Effort, Row, Work, measure
 from .options import Cpu, Options
 
@@ -58,7 +58,8 @@ CASES = {
     "layers": Case(layer_cases.layers, ("copy",)),
     "rows": Case(layer_cases.rows),
     "linear": Case(layer_cases.linear, ("read", "gemm")),
-    "overhead": Case(layer_cases.overhead, (), layer_cases.overhead_summary),
+    "overhead": Case(call_cases.overhead, (), call_cases.overhead_summary),
+    "step": Case(call_cases.step, (), call_cases.step_summary),
 }
 
 
@@ -122,6 +123,8 @@ def make_options(args: argparse.Namespace) -> Options:
     if args.device == "cuda":
         device = Cuda(num_bytes, repeats)
     else:
+        if not args.tiny:
+            retain_memory()
         device = Cpu(Limits(num_bytes, repeats), cache_bytes)
     return Options(
         device,

@@ -12,7 +12,7 @@ from baton_kernels.testing import assert_same_bits, cumulative, int32
 
 from .attention_cases import LLAMA, SMOLLM2, decode_lengths
 from .attention_work import AttentionWork
-from .measure import LIMIT, OURS, Row, Way, Work, kept
+from .measure import LIMIT, OURS, PEER, Row, Way, Work
 from .options import Options
 from .report import dtype_name
 
@@ -65,22 +65,34 @@ class CopyWork:
             values[SLOT, :, start : start + self.tokens],
         )
 
-    def check_at(self, start: int, others: bool = True) -> Callable[[object], None]:
-        """Checks that layer 0 holds the query from column `start`, and nothing else changed."""
+    def check_at(self, start: int, others: bool = True, layer: int = 0) -> Callable[[object], None]:
+        """Checks that a layer holds the query from column `start`, and nothing else changed."""
 
         def check(_: object) -> None:
-            got = self.columns(0, start)
-            whole = self.cache.layer(0)
+            got = self.columns(layer, start)
+            whole = self.cache.layer(layer)
             for actual, packed, cache in zip(got, (self.key, self.value), whole, strict=True):
-                assert_same_bits(actual, packed[0].transpose(0, 1), "inserted columns")
+                assert_same_bits(actual, packed[layer].transpose(0, 1), "inserted columns")
                 if others:
                     around = [cache[SLOT, :, :start], cache[SLOT, :, start + self.tokens :]]
                     assert all((x == UNTOUCHED).all() for x in around), "other columns were written"
 
         return check
 
-    def per_layer(self, call: Callable[[int], object]) -> list[Callable[[], object]]:
-        return [functools.partial(call, layer) for layer in range(self.layers)]
+    def check_packed(self, result: object, layer: int = 0) -> None:
+        """Checks what was extracted from a layer."""
+        for got, packed in zip(result, (self.key, self.value), strict=True):
+            assert_same_bits(got, packed[layer], "extracted tokens")
+
+    @property
+    def half(self) -> int:
+        """Where peers begin: no way finds in the processor's cache what another has just read."""
+        return self.layers // 2
+
+    def per_layer(self, call: Callable[[int], object], first: int = 0) -> list[Callable]:
+        """Calls for every layer in turn, from layer `first` on."""
+        layers = range(self.layers)
+        return [functools.partial(call, layer) for layer in (*layers[first:], *layers[:first])]
 
 
 def insert(options: Options) -> Iterator[Work]:
@@ -155,8 +167,8 @@ def insert_peers(work: CopyWork) -> list[Way]:
             assert_same_bits(row, packed[0].transpose(0, 1), "inserted columns")
 
     return [
-        Way("torch, one row in place", work.per_layer(in_place), work.check_at(work.start),
-            reset=work.reset),
+        Way("torch, one row in place", work.per_layer(in_place, work.half),
+            work.check_at(work.start, layer=work.half), reset=work.reset),
         Way("preallocated copy of the batch",
             [functools.partial(preallocated, i) for i in range(2)], check_rows),
         Way("pad + concatenate", [functools.partial(concatenated, i) for i in range(2)],
@@ -165,36 +177,81 @@ def insert_peers(work: CopyWork) -> list[Way]:
 
 
 def extract(options: Options) -> Iterator[Work]:
-    """One query leaves, packed; results of a call are memory that has just been allocated."""
+    """One query leaves, packed: into memory that is there already, and into new memory."""
     for dtype in options.dtypes:
         work = CopyWork(options, dtype)
         work.place()
-        index = (work.cu_seqlens, work.slot, work.column)
+        yield extract_into(options, work)
+        # Nothing is freed meanwhile, and nothing is free at the beginning: all results are new.
+        held: list[object] = []
+        yield extract_new(options, work, held)
+        held.clear()
 
-        def one(layer: int, work=work, index=index) -> tuple[torch.Tensor, torch.Tensor]:
-            return extract_kv(*work.cache.layer(layer), *index, total_tokens=work.tokens)
 
-        def with_torch(layer: int, work=work) -> tuple[torch.Tensor, ...]:
-            columns = work.columns(layer, work.start)
-            return tuple(x.transpose(0, 1).contiguous() for x in columns)
+def extract_into(options: Options, work: CopyWork) -> Work:
+    """A server's buffers, of every layer."""
+    index = (work.cu_seqlens, work.slot, work.column)
+    outs = [(key.clone(), value.clone()) for key, value in zip(work.key, work.value, strict=True)]
 
-        def check(result: object, work=work) -> None:
-            for got, packed in zip(result, (work.key, work.value), strict=True):
-                assert_same_bits(got, packed[0], "extracted tokens")
+    def ours(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        caches = work.cache.layer(layer)
+        return extract_kv(*caches, *index, total_tokens=work.tokens, out=outs[layer])
 
-        ways = [
-            Way("extract_kv", kept(work.per_layer(one)), check, OURS),
-            *options.peers(
-                lambda w=work, c=check, f=with_torch: [
-                    Way("torch, slice made contiguous", kept(w.per_layer(f)), c)
-                ]
-            ),
-            *memcpy(options, work.bytes),
-        ]
-        yield Work(
-            f"{work.tokens} tokens, one layer", dtype_name(dtype), ways,
-            bytes=work.bytes, ceiling="memcpy",
-        )  # fmt: skip
+    def with_torch(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        for target, x in zip(outs[layer], work.columns(layer, work.start), strict=True):
+            target.copy_(x.transpose(0, 1))
+        return outs[layer]
+
+    def reset(layer: int) -> None:
+        for x in outs[layer]:
+            x.fill_(UNTOUCHED)
+
+    def way(name: str, call: Callable[[int], object], first: int, kind: str = PEER) -> Way:
+        check = functools.partial(work.check_packed, layer=first)
+        calls = work.per_layer(call, first)
+        return Way(name, calls, check, kind, functools.partial(reset, first))
+
+    ways = [way("extract_kv(out=)", ours, 0, OURS)]
+    ways += options.peers(lambda: [way("torch, copy_", with_torch, work.half)])
+    return Work(
+        f"{work.tokens} tokens, one layer, out=", dtype_name(work.key.dtype),
+        [*ways, *memcpy(options, work.bytes)], bytes=work.bytes, ceiling="memcpy",
+    )  # fmt: skip
+
+
+def extract_new(options: Options, work: CopyWork, held: list[object]) -> Work:
+    """Results that a call allocates; `held` keeps them."""
+    index = (work.cu_seqlens, work.slot, work.column)
+
+    def ours(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return extract_kv(*work.cache.layer(layer), *index, total_tokens=work.tokens)
+
+    def with_torch(layer: int) -> tuple[torch.Tensor, ...]:
+        return tuple(x.transpose(0, 1).contiguous() for x in work.columns(layer, work.start))
+
+    def keep(call: Callable[[], object]) -> object:
+        held.append(call())
+        return held[-1]
+
+    def holding(calls: list[Callable[[], object]]) -> list[Callable[[], object]]:
+        return [functools.partial(keep, call) for call in calls]
+
+    check = work.check_packed
+    theirs = functools.partial(work.check_packed, layer=work.half)
+    # Before the first call; what other works have held is free by then.
+    release = options.device.release_free_memory
+    ways = [Way("extract_kv", holding(work.per_layer(ours)), check, OURS, release)]
+    others = work.per_layer(with_torch, work.half)
+    ways += options.peers(
+        lambda: [Way("torch, slice made contiguous", holding(others), theirs)]
+    )  # fmt: skip
+    copies = holding(options.device.copiers_to_new(work.bytes))
+    if copies:
+        ways.append(Way("C memcpy of the same bytes", copies, kind=LIMIT))
+    return Work(
+        f"{work.tokens} tokens, one layer, new memory", dtype_name(work.key.dtype), ways,
+        bytes=work.bytes, ceiling="memcpy",
+    )  # fmt: skip
 
 
 def move(options: Options) -> Iterator[Work]:
@@ -222,11 +279,12 @@ def move(options: Options) -> Iterator[Work]:
                     to.copy_(source.clone())
 
             check = work.check_at(target, others=False)
+            theirs = work.check_at(target, others=False, layer=work.half)
             ways = [
                 Way("move_kv", work.per_layer(one), check, OURS, work.place),
                 *options.peers(
-                    lambda w=work, c=check, f=with_torch: [
-                        Way("torch, clone and copy", w.per_layer(f), c, reset=w.place)
+                    lambda w=work, c=theirs, f=with_torch: [
+                        Way("torch, clone and copy", w.per_layer(f, w.half), c, reset=w.place)
                     ]
                 ),
                 *memcpy(options, work.bytes),

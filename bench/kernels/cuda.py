@@ -69,6 +69,14 @@ class Cuda:
         target, source = self._target[:num_bytes], self._source[:num_bytes]
         return [functools.partial(target.copy_, source)]
 
+    def copiers_to_new(self, num_bytes: int) -> list[Callable[[], object]]:
+        """None: the caching allocator's memory is never new."""
+        return []
+
+    @staticmethod
+    def release_free_memory() -> None:
+        """Allocation costs no copy."""
+
     @contextlib.contextmanager
     def on_threads(self, count: int) -> Iterator[None]:
         """The host's threads do not matter."""

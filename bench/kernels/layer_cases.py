@@ -1,4 +1,4 @@
-"""Norm, activation and projection, and what calling an op costs."""
+"""Norm, activation and projection."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn import functional
 
 import baton_kernels as bk
 from baton_kernels import reference
-from baton_kernels.testing import Accuracy, cumulative, int32
+from baton_kernels.testing import Accuracy
 
-from .measure import LIMIT, OURS, Row, Way, Work, kept
+from .measure import LIMIT, OURS, Way, Work, kept
 from .options import Options
 from .report import dtype_name
 
-# Bytes of one input: below what malloc hands out as fresh pages, which would be timed instead.
+# Bytes of one input.
 LARGE = 16 << 20
 # Calls in one timing where a call takes microseconds: many for the clock, few for a machine that is
 # disturbed now and then.
@@ -38,11 +38,12 @@ def layers(options: Options) -> Iterator[Work]:
             (f"rms_norm, {rows} x {width}", norms(inputs, weight), 2 * size),
             (f"silu_and_mul, {rows} x {width}", activations(inputs), size + size // 2),
         ):
-            yield Work(
-                label, dtype_name(dtype),
-                [*pair(options, *calls), *copies_of(options, moved // 2)],
-                bytes=moved, ceiling="copy",
-            )  # fmt: skip
+            ways = [*pair(options, *calls), *copies_of(options, moved // 2)]
+            # Results lie in memory that is there, as a server's allocator hands it out.
+            for way in ways:
+                for call in way.calls:
+                    call()
+            yield Work(label, dtype_name(dtype), ways, bytes=moved, ceiling="copy")
 
 
 def rows(options: Options) -> Iterator[Work]:
@@ -125,43 +126,3 @@ def linear(options: Options) -> Iterator[Work]:
                     flops=0 if few else 2 * count * ins * outs,
                     ceiling="read" if few else f"gemm_{dtype_name(dtype)}",
                 )  # fmt: skip
-
-
-def overhead(options: Options) -> Iterator[Work]:
-    """A call of each op with nothing to do, beside torch.cat of as many tensors."""
-    device, none = options.device.name, int32([], options.device.name)
-    cache, index = torch.zeros(1, 2, 8, 16, device=device), cumulative([], device)
-    tokens = torch.zeros(0, 2, 16, device=device)
-    scores, lse = torch.zeros(0, 2, 1, 8, device=device), torch.zeros(0, 2, device=device)
-    weight = torch.ones(16, device=device)
-    empty, square = torch.zeros(0, 16, device=device), torch.zeros(16, 16, device=device)
-    ops = {
-        "insert_kv": (tokens, tokens, cache, cache.clone(), index, none, none),
-        "append_kv": (tokens, tokens, cache, cache.clone(), none, none),
-        "move_kv": (cache, cache.clone(), none, none, none, none, none),
-        "extract_kv": (cache, cache, index, none, none),
-        "ragged_attention": (tokens, cache, cache, index, none, none, none),
-        "merge_attention": (tokens, lse, tokens, lse),
-        "attention_mask": (none, none, 1, 8),
-        "masked_softmax": (scores, none, none),
-        "rms_norm": (empty, weight),
-        "silu_and_mul": (empty,),
-        "linear": (empty, square),
-    }
-    for name, arguments in ops.items():
-        named = {"total_tokens": 0} if name == "extract_kv" else {}
-        call = functools.partial(getattr(bk, name), *arguments, **named)
-        count = sum(isinstance(x, torch.Tensor) for x in arguments)
-        others = functools.partial(torch.cat, [empty] * count)
-        yield Work(
-            name, "float32",
-            [Way(f"{name}, {count} tensors", [call], kind=OURS),
-             Way(f"torch.cat of {count}", [others])],
-            inner=INNER,
-        )  # fmt: skip
-
-
-def overhead_summary(rows: list[Row]) -> list[str]:
-    """What a call costs, in calls of torch."""
-    peers = [row for row in rows if row.kind != OURS and row.ratio]
-    return ["; ".join(f"{row.work} {1 / row.ratio:.2f}x torch.cat" for row in peers)]

@@ -36,30 +36,36 @@ class Ceiling:
     how: str
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled limits.
+def compiled(source: Path, options: Sequence[str], libraries: Sequence[str]) -> Path:
+    """A shared library of one C++ file, compiled when it is not there yet.
 
     Raises:
         RuntimeError: There is no C++ compiler.
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if not compiler:
-        raise RuntimeError("bench.kernels: measuring the ceilings needs a C++ compiler (set CXX)")
-    command = [*compiler.split(), "-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp"]
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-    target = BUILD / f"limits-{key}.so"
+        raise RuntimeError("bench.kernels: measuring the limits needs a C++ compiler (set CXX)")
+    command = [*compiler.split(), "-std=c++20", "-O3", "-march=native", "-fPIC", *options]
+    key = hashlib.sha256(source.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    target = BUILD / f"{source.stem}-{key}.so"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        scratch = BUILD / f"limits-{key}-{os.getpid()}"
-        compiled = scratch.with_suffix(".o")
-        subprocess.run([*command, "-c", str(SOURCE), "-o", str(compiled)], check=True)
-        # Left to be found at load time, OpenMP is torch's own copy: one pool of threads, not two.
-        own = [] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-fopenmp"]
-        link = [*compiler.split(), "-shared", str(compiled), "-o", str(scratch), *own]
+        scratch = BUILD / f"{source.stem}-{key}-{os.getpid()}"
+        made = scratch.with_suffix(".o")
+        subprocess.run([*command, "-c", str(source), "-o", str(made)], check=True)
+        link = [*compiler.split(), "-shared", str(made), "-o", str(scratch), *libraries]
         subprocess.run(link, check=True)
-        compiled.unlink()
+        made.unlink()
         scratch.rename(target)
+    return target
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled limits."""
+    # Left to be found at load time, OpenMP is torch's own copy: one pool of threads, not two.
+    own = [] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-fopenmp"]
+    target = compiled(SOURCE, ["-fopenmp"], own)
     loaded = ctypes.CDLL(str(target))
     pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.limits_read.argtypes = [pointer, number, small, small, number]
@@ -77,6 +83,26 @@ def l3_bytes() -> int:
         return int(text.removesuffix("K")) * 1024
     except (OSError, ValueError):
         return 32 << 20
+
+
+def retain_memory() -> None:
+    """Makes the C library keep memory that is freed, as a server's allocator does.
+
+    By itself it gives large blocks back to the system; each result would then begin with a page
+    fault for every 4 KB, which take longer than the op. Does nothing where there is no glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
+def release_free_memory() -> None:
+    """Gives everything that is free back to the system: what is allocated next is new memory."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def buffer(num_bytes: int, huge_pages: bool) -> torch.Tensor:
@@ -138,6 +164,18 @@ class Limits:
         def call() -> None:
             place = self._place(num_bytes)
             function(target + place, source + place, num_bytes, threads)
+
+        return call
+
+    def memcpy_to_new(self, num_bytes: int) -> Callable[[], torch.Tensor]:
+        """The same into a tensor that the call allocates and returns."""
+        threads, function = torch.get_num_threads(), library().limits_memcpy
+        num_bytes, source = self._whole_lines(num_bytes), self._buffers[True].data_ptr()
+
+        def call() -> torch.Tensor:
+            target = torch.empty(num_bytes, dtype=torch.uint8)
+            function(target.data_ptr(), source + self._place(num_bytes), num_bytes, threads)
+            return target
 
         return call
 

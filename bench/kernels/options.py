@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from .cuda import Cuda
-from .limits import Limits
+from .limits import Limits, release_free_memory
 from .measure import Effort, Way
 from .vllm_peer import Vllm
 
@@ -41,6 +41,15 @@ class Cpu:
     def copiers(self, num_bytes: int) -> list[Callable[[], None]]:
         """Calls that copy as many bytes of cold memory with C's memcpy."""
         return [self.limits.memcpy(num_bytes)]
+
+    def copiers_to_new(self, num_bytes: int) -> list[Callable[[], object]]:
+        """Calls that copy as many bytes into memory that they allocate and return."""
+        return [self.limits.memcpy_to_new(num_bytes)]
+
+    @staticmethod
+    def release_free_memory() -> None:
+        """What is allocated next is new memory."""
+        release_free_memory()
 
     @contextlib.contextmanager
     def on_threads(self, count: int) -> Iterator[None]:

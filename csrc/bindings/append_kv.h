@@ -9,12 +9,14 @@ namespace baton::bindings {
 inline void check_rotary(const Checker& check, const char* name, const Tensor& tensor,
                          const Tensor& key, int64_t num_rows, int64_t head_dim) {
   check.on_device(name, tensor);
-  if (tensor.scalar_type() != ScalarType::Float && tensor.scalar_type() != key.scalar_type()) {
+  const int32_t dtype = tensor.dtype_code();
+  if (dtype != kCodes.float32 && dtype != key.dtype_code()) {
     check.fail(name, format("float32 or ", name_of(key.scalar_type()), " as key"),
                name_of(tensor.scalar_type()));
   }
-  if (tensor.dim() != 2 || tensor.size(0) != num_rows ||
-      (tensor.size(1) != head_dim / 2 && tensor.size(1) != head_dim)) {
+  const Sizes sizes = tensor.sizes();
+  if (sizes.size() != 2 || sizes[0] != num_rows ||
+      (sizes[1] != head_dim / 2 && sizes[1] != head_dim)) {
     check.fail(
         name,
         format("of shape [", num_rows, ", ", head_dim / 2, "] or [", num_rows, ", ", head_dim, "]"),
@@ -24,9 +26,10 @@ inline void check_rotary(const Checker& check, const char* name, const Tensor& t
 }
 
 template <typename Device>
-Tensor append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots,
-                 Tensor columns, std::optional<Tensor> query, std::optional<Tensor> cos,
-                 std::optional<Tensor> sin) {
+Tensor append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                 const Tensor& value_cache, const Tensor& slots, const Tensor& columns,
+                 const std::optional<Tensor>& query, const std::optional<Tensor>& cos,
+                 const std::optional<Tensor>& sin) {
   const Checker check("append_kv", Device::kType, key_cache);
   AppendKvParams p{};
   p.sizes = check.caches(key_cache, value_cache, false, true);
@@ -34,15 +37,15 @@ Tensor append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
   check.dtype_as("key", key, "key_cache", key_cache);
   check.dtype_as("value", value, "key_cache", key_cache);
   check.dims("key", key, 3);
-  p.num_rows = key.size(0);
+  p.num_rows = key.sizes()[0];
   check.shape("key", key, {p.num_rows, p.sizes.num_kv_heads, p.sizes.head_dim});
-  check.shape("value", value, {p.num_rows, p.sizes.num_kv_heads, p.sizes.head_dim});
+  check.shape("value", value, key.sizes());
   check.last_contiguous("key", key);
   check.last_contiguous("value", value);
   if (query) {
     check.dtype_as("query", *query, "key_cache", key_cache);
     check.dims("query", *query, 3);
-    p.num_heads = query->size(1);
+    p.num_heads = query->sizes()[1];
     check.shape("query", *query, {p.num_rows, p.num_heads, p.sizes.head_dim});
     check.last_contiguous("query", *query);
     check.fits_int32("num_heads", p.num_heads);
@@ -54,16 +57,15 @@ Tensor append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
     check_rotary(check, "cos", *cos, key, p.num_rows, p.sizes.head_dim);
     check_rotary(check, "sin", *sin, key, p.num_rows, p.sizes.head_dim);
     check.dtype_as("sin", *sin, "cos", *cos);
-    check.shape("sin", *sin, {p.num_rows, cos->size(1)});
+    check.shape("sin", *sin, cos->sizes());
   }
   p.slots = check.index("slots", slots, p.num_rows);
   p.columns = check.index("columns", columns, p.num_rows);
   Device::check_values(check, p);
 
   const Device device(check, key_cache);
-  Tensor rotated =
-      query ? torch::stable::new_empty(*query, {p.num_rows, p.num_heads, p.sizes.head_dim})
-            : torch::stable::new_empty(key, {0});
+  const int32_t dtype = key.dtype_code();
+  Tensor rotated = query ? allocate(key, query->sizes(), dtype) : no_result(key, dtype);
   p.key = key.const_data_ptr();
   p.value = value.const_data_ptr();
   p.key_strides = token_strides(key);
@@ -77,9 +79,9 @@ Tensor append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
   if (cos) {
     p.cos = cos->const_data_ptr();
     p.sin = sin->const_data_ptr();
-    p.rotary_dim = cos->size(1);
-    p.cos_row_stride = cos->stride(0);
-    p.sin_row_stride = sin->stride(0);
+    p.rotary_dim = cos->sizes()[1];
+    p.cos_row_stride = cos->strides()[0];
+    p.sin_row_stride = sin->strides()[0];
     p.rotary_dtype = check.floating("cos", *cos);
   }
   p.key_cache = key_cache.mutable_data_ptr();

@@ -1,8 +1,7 @@
 // attention_mask: checks and the CPU call.
 #include "common/attention_mask.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/checks.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
@@ -12,26 +11,26 @@ namespace baton::bindings {
 namespace {
 
 // The elements that say visible and hidden: true and false, or 0 and the dtype's lowest finite
-// value.
-void set_elements(const Checker& check, ScalarType dtype, AttentionMaskParams& p) {
+// value. Returns the shim's number of the dtype.
+int32_t set_elements(const Checker& check, ScalarType dtype, AttentionMaskParams& p) {
   switch (dtype) {
     case ScalarType::Bool:
       p.element_size = 1;
       p.visible_bits = 1;
       p.hidden_bits = 0;
-      return;
+      return kCodes.boolean;
     case ScalarType::Float:
       p.element_size = 4;
       p.hidden_bits = 0xff7fffffu;
-      return;
+      return kCodes.float32;
     case ScalarType::Half:
       p.element_size = 2;
       p.hidden_bits = 0xfbffu;
-      return;
+      return kCodes.float16;
     case ScalarType::BFloat16:
       p.element_size = 2;
       p.hidden_bits = 0xff7fu;
-      return;
+      return kCodes.bfloat16;
     default:
       check.fail("dtype", "bool, float32, float16 or bfloat16", name_of(dtype));
   }
@@ -39,11 +38,11 @@ void set_elements(const Checker& check, ScalarType dtype, AttentionMaskParams& p
 
 }  // namespace
 
-Tensor attention_mask(Tensor starts, Tensor lengths, int64_t query_length, int64_t key_length,
-                      ScalarType dtype, std::optional<int64_t> window) {
+Tensor attention_mask(const Tensor& starts, const Tensor& lengths, int64_t query_length,
+                      int64_t key_length, ScalarType dtype, std::optional<int64_t> window) {
   const Checker check("attention_mask");
   AttentionMaskParams p{};
-  set_elements(check, dtype, p);
+  const int32_t code = set_elements(check, dtype, p);
   p.starts = check.index("starts", starts, -1);
   p.num_rows = starts.numel();
   p.lengths = check.index("lengths", lengths, p.num_rows);
@@ -55,20 +54,20 @@ Tensor attention_mask(Tensor starts, Tensor lengths, int64_t query_length, int64
     check.in_range("starts", i, p.starts[i], 0, key_length - p.lengths[i]);
   }
 
-  Tensor mask = torch::stable::new_empty(starts, {p.num_rows, 1, query_length, key_length}, dtype);
+  Tensor mask = allocate(starts, {p.num_rows, 1, query_length, key_length}, code);
   p.mask = mask.mutable_data_ptr();
   p.query_length = query_length;
   p.key_length = key_length;
   p.window = window ? *window : 0;
   const auto& kernel = cpu::kernels().attention_mask;
   for_each_item(
-      attention_mask_work(p), mask.numel() * p.element_size,
+      attention_mask_work(p), attention_mask_work(p) * key_length * p.element_size,
       [&](int64_t begin, int64_t end) { kernel(p, begin, end); }, 16);
   return mask;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("attention_mask", TORCH_BOX(&attention_mask));
+  library.impl("attention_mask", box<&attention_mask>);
 }
 
 }  // namespace baton::bindings

@@ -7,18 +7,15 @@ namespace baton::bindings {
 
 namespace {
 
-std::string shape_text(const int64_t* sizes, size_t count) {
+std::string shape_text(Sizes sizes) {
   std::string text = "[";
-  for (size_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
   return text + "]";
 }
 
 }  // namespace
 
-std::string shape_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return shape_text(sizes.data(), sizes.size());
-}
+std::string shape_of(const Tensor& tensor) { return shape_text(tensor.sizes()); }
 
 const char* name_of(ScalarType type) {
   switch (type) {
@@ -49,31 +46,27 @@ const char* name_of(ScalarType type) {
 
 void Checker::on_device(const char* name, const Tensor& tensor) const {
   if (type_ == DeviceType::CPU) {
-    if (!tensor.is_cpu()) fail(name, "on the cpu, where the other tensors are", "another device");
-  } else if (!tensor.is_cuda() || tensor.get_device_index() != index_) {
+    if (tensor.device_code() != kCodes.cpu)
+      fail(name, "on the cpu, where the other tensors are", "another device");
+  } else if (tensor.device_code() != kCodes.cuda || tensor.get_device_index() != index_) {
     fail(name, "on the cuda device of the other tensors",
-         tensor.is_cpu() ? "the cpu" : "another device");
+         tensor.device_code() == kCodes.cpu ? "the cpu" : "another device");
   }
 }
 
 Dtype Checker::floating(const char* name, const Tensor& tensor) const {
   on_device(name, tensor);
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      fail(name, "float32, float16 or bfloat16", name_of(tensor.scalar_type()));
-  }
+  const int32_t code = tensor.dtype_code();
+  if (code == kCodes.float32) return Dtype::kFloat32;
+  if (code == kCodes.float16) return Dtype::kFloat16;
+  if (code == kCodes.bfloat16) return Dtype::kBFloat16;
+  fail(name, "float32, float16 or bfloat16", name_of(tensor.scalar_type()));
 }
 
 void Checker::dtype_as(const char* name, const Tensor& tensor, const char* other_name,
                        const Tensor& other) const {
   on_device(name, tensor);
-  if (tensor.scalar_type() != other.scalar_type()) {
+  if (tensor.dtype_code() != other.dtype_code()) {
     fail(name, format(name_of(other.scalar_type()), " as ", other_name),
          name_of(tensor.scalar_type()));
   }
@@ -81,7 +74,7 @@ void Checker::dtype_as(const char* name, const Tensor& tensor, const char* other
 
 void Checker::float32(const char* name, const Tensor& tensor) const {
   on_device(name, tensor);
-  if (tensor.scalar_type() != ScalarType::Float) {
+  if (tensor.dtype_code() != kCodes.float32) {
     fail(name, "float32", name_of(tensor.scalar_type()));
   }
 }
@@ -92,20 +85,17 @@ void Checker::dims(const char* name, const Tensor& tensor, int64_t expected) con
   }
 }
 
-void Checker::shape(const char* name, const Tensor& tensor,
-                    const std::vector<int64_t>& expected) const {
-  const auto sizes = tensor.sizes();
-  if (sizes.size() != expected.size() ||
-      !std::equal(expected.begin(), expected.end(), sizes.data())) {
-    fail(name, "of shape " + shape_text(expected.data(), expected.size()), shape_of(tensor));
+void Checker::shape(const char* name, const Tensor& tensor, Sizes expected) const {
+  const Sizes sizes = tensor.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end())) {
+    fail(name, "of shape " + shape_text(expected), shape_of(tensor));
   }
 }
 
 void Checker::last_contiguous(const char* name, const Tensor& tensor) const {
-  const int64_t last = tensor.dim() - 1;
-  if (last >= 0 && tensor.size(last) > 1 && tensor.stride(last) != 1) {
-    fail(name, "contiguous in its last dimension", format("stride ", tensor.stride(last)));
-  }
+  const Sizes strides = tensor.strides();
+  if (strides.size() == 0 || strides.back() == 1 || tensor.sizes().back() <= 1) return;
+  fail(name, "contiguous in its last dimension", format("stride ", strides.back()));
 }
 
 void Checker::contiguous(const char* name, const Tensor& tensor) const {
@@ -113,15 +103,19 @@ void Checker::contiguous(const char* name, const Tensor& tensor) const {
 }
 
 void Checker::not_expanded(const char* name, const Tensor& tensor) const {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  std::vector<std::pair<int64_t, int64_t>> steps;  // stride, size
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides();
+  std::pair<int64_t, int64_t> steps[kMaxCacheDims];  // stride, size; by rising stride
+  size_t count = 0;
   for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] > 1) steps.emplace_back(strides[d], sizes[d]);
+    if (sizes[d] <= 1) continue;
+    const std::pair step{strides[d], sizes[d]};
+    size_t at = count++;
+    for (; at > 0 && steps[at - 1] > step; --at) steps[at] = steps[at - 1];
+    steps[at] = step;
   }
-  std::sort(steps.begin(), steps.end());
   int64_t extent = 0;  // distance from the first to the last element of the dimensions so far
-  for (const auto& [stride, size] : steps) {
+  for (size_t i = 0; i < count; ++i) {
+    const auto [stride, size] = steps[i];
     if (stride <= extent) fail(name, "without overlapping elements", "overlapping strides");
     extent += stride * (size - 1);
   }
@@ -129,12 +123,13 @@ void Checker::not_expanded(const char* name, const Tensor& tensor) const {
 
 const int32_t* Checker::index(const char* name, const Tensor& tensor, int64_t size) const {
   on_device(name, tensor);
-  if (tensor.scalar_type() != ScalarType::Int) {
+  if (tensor.dtype_code() != kCodes.int32) {
     fail(name, "int32", name_of(tensor.scalar_type()));
   }
-  dims(name, tensor, 1);
-  if (size >= 0) shape(name, tensor, {size});
-  fits_int32(name, tensor.numel());
+  const Sizes sizes = tensor.sizes();
+  if (sizes.size() != 1) dims(name, tensor, 1);
+  if (size >= 0 && sizes[0] != size) shape(name, tensor, {size});
+  fits_int32(name, sizes[0]);
   contiguous(name, tensor);
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
@@ -143,16 +138,16 @@ CacheSizes Checker::caches(const Tensor& key_cache, const Tensor& value_cache, b
                            bool written) const {
   floating("key_cache", key_cache);
   dtype_as("value_cache", value_cache, "key_cache", key_cache);
-  const int64_t dims = key_cache.dim();
-  if (dims != 4 && !(with_layers && dims == 5)) {
+  const Sizes sizes = key_cache.sizes();
+  const size_t dims = sizes.size();
+  if (dims != 4 && !(with_layers && dims == kMaxCacheDims)) {
     fail("key_cache",
          with_layers ? "[num_slots, num_kv_heads, capacity, head_dim] with an optional leading "
                        "num_layers"
                      : "[num_slots, num_kv_heads, capacity, head_dim]",
          format("shape ", shape_of(key_cache)));
   }
-  const auto sizes = key_cache.sizes();
-  shape("value_cache", value_cache, std::vector<int64_t>(sizes.data(), sizes.data() + dims));
+  shape("value_cache", value_cache, sizes);
   last_contiguous("key_cache", key_cache);
   last_contiguous("value_cache", value_cache);
   CacheSizes result;
@@ -204,14 +199,15 @@ std::pair<int32_t, int32_t> find_overlap(std::vector<ColumnRange>& ranges) {
 }
 
 CacheStrides cache_strides(const Tensor& cache) {
-  const int64_t d = cache.dim();
-  return {d == 5 ? cache.stride(0) : 0, cache.stride(d - 4), cache.stride(d - 3),
-          cache.stride(d - 2)};
+  const Sizes strides = cache.strides();
+  const int64_t* s = strides.data() + (strides.size() - 4);
+  return {strides.size() == kMaxCacheDims ? strides[0] : 0, s[0], s[1], s[2]};
 }
 
 TokenStrides token_strides(const Tensor& tokens) {
-  const int64_t d = tokens.dim();
-  return {d == 4 ? tokens.stride(0) : 0, tokens.stride(d - 3), tokens.stride(d - 2)};
+  const Sizes strides = tokens.strides();
+  const int64_t* s = strides.data() + (strides.size() - 3);
+  return {strides.size() == 4 ? strides[0] : 0, s[0], s[1]};
 }
 
 }  // namespace baton::bindings

@@ -7,10 +7,10 @@
 // Every failure is std::invalid_argument, which Python sees as ValueError: the stable ABI has no
 // way to name TypeError. The Python functions raise the documented classes
 // (baton_kernels/ops/checks.py).
+//
+// A call that is right pays for these checks with every layer: they allocate nothing, and make text
+// only when they fail.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <sstream>
@@ -18,14 +18,11 @@
 #include <string>
 #include <vector>
 
+#include "bindings/tensors.h"
 #include "common/cache.h"
 #include "common/dtype.h"
 
 namespace baton::bindings {
-
-using torch::headeronly::DeviceType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <typename... Args>
 std::string format(const Args&... args) {
@@ -37,13 +34,17 @@ std::string format(const Args&... args) {
 std::string shape_of(const Tensor& tensor);
 const char* name_of(ScalarType type);
 
+// [num_layers, num_slots, num_kv_heads, capacity, head_dim]
+constexpr size_t kMaxCacheDims = 5;
+
 class Checker {
  public:
   // Tensors must be on the CPU.
   explicit Checker(const char* op) : op_(op) {}
   // Tensors must be on a device of this type, the one that `first` is on.
-  Checker(const char* op, DeviceType type, const Tensor& first)
-      : op_(op), type_(type), index_(first.get_device_index()) {}
+  Checker(const char* op, DeviceType type, const Tensor& first) : op_(op), type_(type) {
+    if (type != DeviceType::CPU) index_ = first.get_device_index();
+  }
 
   const char* op() const { return op_; }
 
@@ -60,10 +61,11 @@ class Checker {
   void float32(const char* name, const Tensor& tensor) const;
   void on_device(const char* name, const Tensor& tensor) const;
   void dims(const char* name, const Tensor& tensor, int64_t expected) const;
-  void shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) const;
+  void shape(const char* name, const Tensor& tensor, Sizes expected) const;
   void last_contiguous(const char* name, const Tensor& tensor) const;
   void contiguous(const char* name, const Tensor& tensor) const;
-  // A tensor that is written must not have two elements in one place.
+  // A tensor that is written must not have two elements in one place. As many dimensions as a
+  // cache.
   void not_expanded(const char* name, const Tensor& tensor) const;
 
   // A contiguous int32 vector of `size` elements (any size with -1).
@@ -104,11 +106,22 @@ struct ColumnRange {
 // Index pair of two overlapping ranges of one slot, or {-1, -1}. Sorts the ranges.
 std::pair<int32_t, int32_t> find_overlap(std::vector<ColumnRange>& ranges);
 
+// The shape of packed tokens that fits a cache: [(num_layers,) total_tokens, num_kv_heads,
+// head_dim].
+class TokenShape {
+ public:
+  TokenShape(const CacheSizes& cache, int64_t total_tokens, size_t dims)
+      : sizes_{cache.num_layers, total_tokens, cache.num_kv_heads, cache.head_dim}, dims_(dims) {}
+  Sizes sizes() const { return {sizes_ + (4 - dims_), dims_}; }
+
+ private:
+  int64_t sizes_[4];
+  size_t dims_;
+};
+
 // Strides of a cache [(num_layers,) num_slots, num_kv_heads, capacity, head_dim].
 CacheStrides cache_strides(const Tensor& cache);
 // Strides of tokens [(num_layers,) total_tokens, num_heads, head_dim].
 TokenStrides token_strides(const Tensor& tokens);
-
-inline bool empty(const Tensor& tensor) { return tensor.numel() == 0; }
 
 }  // namespace baton::bindings

@@ -1,8 +1,7 @@
 // extract_kv: index values and the CPU call.
 #include "bindings/extract_kv.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
@@ -24,15 +23,18 @@ struct Cpu : CpuDevice {
 
   void run(const ExtractKvParams& p, const Tensor&) const {
     const auto& kernel = cpu::kernels().extract_kv;
-    for_each_item(extract_kv_work(p), p.total_tokens * bytes_per_token(p.sizes, p.dtype),
-                  [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    const int64_t items = extract_kv_work(p);
+    for_each_item(
+        items, 2 * extract_kv_bytes(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); },
+        kNeighbours);
   }
 };
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("extract_kv", TORCH_BOX(&extract_kv<Cpu>));
+  library.impl("extract_kv", box<&extract_kv<Cpu>>);
+  library.impl("extract_kv.out", box<&extract_kv_out<Cpu>>);
 }
 
 }  // namespace baton::bindings

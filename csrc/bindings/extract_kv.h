@@ -7,9 +7,10 @@
 namespace baton::bindings {
 
 template <typename Device>
-std::tuple<Tensor, Tensor> extract_kv(Tensor key_cache, Tensor value_cache, Tensor cu_seqlens,
-                                      Tensor slots, Tensor starts, int64_t total_tokens) {
-  const Checker check("extract_kv", Device::kType, key_cache);
+ExtractKvParams checked_extract_kv(const Checker& check, const Tensor& key_cache,
+                                   const Tensor& value_cache, const Tensor& cu_seqlens,
+                                   const Tensor& slots, const Tensor& starts,
+                                   int64_t total_tokens) {
   ExtractKvParams p{};
   p.sizes = check.caches(key_cache, value_cache, true, false);
   p.dtype = check.floating("key_cache", key_cache);
@@ -21,12 +22,12 @@ std::tuple<Tensor, Tensor> extract_kv(Tensor key_cache, Tensor value_cache, Tens
   p.starts = check.index("starts", starts, p.num_queries);
   p.cu_seqlens = check.index("cu_seqlens", cu_seqlens, p.num_queries + 1);
   Device::check_values(check, p);
+  return p;
+}
 
-  const Device device(check, key_cache);
-  std::vector<int64_t> sizes{total_tokens, p.sizes.num_kv_heads, p.sizes.head_dim};
-  if (key_cache.dim() == 5) sizes.insert(sizes.begin(), p.sizes.num_layers);
-  Tensor key = torch::stable::new_empty(key_cache, sizes);
-  Tensor value = torch::stable::new_empty(key_cache, sizes);
+template <typename Device>
+void run_extract_kv(const Device& device, ExtractKvParams& p, const Tensor& key_cache,
+                    const Tensor& value_cache, const Tensor& key, const Tensor& value) {
   p.key_cache = key_cache.const_data_ptr();
   p.value_cache = value_cache.const_data_ptr();
   p.key = key.mutable_data_ptr();
@@ -36,7 +37,40 @@ std::tuple<Tensor, Tensor> extract_kv(Tensor key_cache, Tensor value_cache, Tens
   p.key_cache_strides = cache_strides(key_cache);
   p.value_cache_strides = cache_strides(value_cache);
   device.run(p, key_cache);
-  return {key, value};
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> extract_kv(const Tensor& key_cache, const Tensor& value_cache,
+                                      const Tensor& cu_seqlens, const Tensor& slots,
+                                      const Tensor& starts, int64_t total_tokens) {
+  const Checker check("extract_kv", Device::kType, key_cache);
+  ExtractKvParams p = checked_extract_kv<Device>(check, key_cache, value_cache, cu_seqlens, slots,
+                                                 starts, total_tokens);
+  const Device device(check, key_cache);
+  const TokenShape shape(p.sizes, total_tokens, key_cache.dim() - 1);
+  Tensor key = allocate(key_cache, shape.sizes());
+  Tensor value = allocate(key_cache, shape.sizes());
+  run_extract_kv(device, p, key_cache, value_cache, key, value);
+  return {std::move(key), std::move(value)};
+}
+
+template <typename Device>
+void extract_kv_out(const Tensor& key_cache, const Tensor& value_cache, const Tensor& cu_seqlens,
+                    const Tensor& slots, const Tensor& starts, int64_t total_tokens,
+                    const Tensor& key, const Tensor& value) {
+  const Checker check("extract_kv", Device::kType, key_cache);
+  ExtractKvParams p = checked_extract_kv<Device>(check, key_cache, value_cache, cu_seqlens, slots,
+                                                 starts, total_tokens);
+  const TokenShape shape(p.sizes, total_tokens, key_cache.dim() - 1);
+  for (const auto& [name, tensor] : {std::pair{"out[0]", &key}, {"out[1]", &value}}) {
+    check.dtype_as(name, *tensor, "key_cache", key_cache);
+    check.shape(name, *tensor, shape.sizes());
+    check.last_contiguous(name, *tensor);
+    check.not_expanded(name, *tensor);
+  }
+  const Device device(check, key_cache);
+  p.reuses_memory = true;
+  run_extract_kv(device, p, key_cache, value_cache, key, value);
 }
 
 }  // namespace baton::bindings

@@ -1,8 +1,7 @@
 // insert_kv: index values and the CPU call.
 #include "bindings/insert_kv.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
@@ -32,15 +31,17 @@ struct Cpu : CpuDevice {
 
   void run(const InsertKvParams& p, const Tensor&) const {
     const auto& kernel = cpu::kernels().insert_kv;
-    for_each_item(insert_kv_work(p), p.total_tokens * bytes_per_token(p.sizes, p.dtype),
-                  [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    const int64_t items = insert_kv_work(p);
+    for_each_item(
+        items, 2 * insert_kv_bytes(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); },
+        kNeighbours);
   }
 };
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("insert_kv", TORCH_BOX(&insert_kv<Cpu>));
+  library.impl("insert_kv", box<&insert_kv<Cpu>>);
 }
 
 }  // namespace baton::bindings

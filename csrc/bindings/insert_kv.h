@@ -7,8 +7,9 @@
 namespace baton::bindings {
 
 template <typename Device>
-void insert_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens,
-               Tensor slots, Tensor starts, bool zero_padding) {
+void insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+               const Tensor& value_cache, const Tensor& cu_seqlens, const Tensor& slots,
+               const Tensor& starts, bool zero_padding) {
   const Checker check("insert_kv", Device::kType, key_cache);
   InsertKvParams p{};
   p.sizes = check.caches(key_cache, value_cache, true, true);
@@ -16,12 +17,11 @@ void insert_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, T
   check.dtype_as("key", key, "key_cache", key_cache);
   check.dtype_as("value", value, "key_cache", key_cache);
   check.dims("key", key, key_cache.dim() - 1);
-  p.total_tokens = key.size(key.dim() - 3);
+  const Sizes sizes = key.sizes();
+  p.total_tokens = sizes[sizes.size() - 3];
   check.fits_int32("total_tokens", p.total_tokens);
-  std::vector<int64_t> expected{p.total_tokens, p.sizes.num_kv_heads, p.sizes.head_dim};
-  if (key.dim() == 4) expected.insert(expected.begin(), p.sizes.num_layers);
-  check.shape("key", key, expected);
-  check.shape("value", value, expected);
+  check.shape("key", key, TokenShape(p.sizes, p.total_tokens, sizes.size()).sizes());
+  check.shape("value", value, sizes);
   check.last_contiguous("key", key);
   check.last_contiguous("value", value);
   p.slots = check.index("slots", slots, -1);

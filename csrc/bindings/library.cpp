@@ -2,6 +2,9 @@
 //
 // (a!) marks what a call writes. An optional second result is an empty tensor when it was not asked
 // for, because a schema's results cannot be optional for torch.compile.
+//
+// Options are keyword-only in the Python functions alone: torch needs half a microsecond for each
+// keyword of a call, more than for all checks of its tensors.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -9,20 +12,23 @@
 STABLE_TORCH_LIBRARY(baton_kernels, library) {
   library.def(
       "insert_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor cu_seqlens, Tensor slots, Tensor starts, *, bool zero_padding=False) -> ()");
+      "Tensor cu_seqlens, Tensor slots, Tensor starts, bool zero_padding=False) -> ()");
   library.def(
       "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor slots, Tensor columns, *, Tensor? query=None, Tensor? cos=None, Tensor? sin=None) "
+      "Tensor slots, Tensor columns, Tensor? query=None, Tensor? cos=None, Tensor? sin=None) "
       "-> Tensor");
   library.def(
       "move_kv(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor source_slots, "
       "Tensor source_starts, Tensor target_slots, Tensor target_starts, Tensor lengths) -> ()");
   library.def(
       "extract_kv(Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor slots, "
-      "Tensor starts, *, SymInt total_tokens) -> (Tensor, Tensor)");
+      "Tensor starts, SymInt total_tokens) -> (Tensor, Tensor)");
+  library.def(
+      "extract_kv.out(Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor slots, "
+      "Tensor starts, SymInt total_tokens, Tensor(a!) key, Tensor(b!) value) -> ()");
   library.def(
       "ragged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q, "
-      "Tensor slots, Tensor starts, Tensor lengths, *, float? scale=None, bool causal=True, "
+      "Tensor slots, Tensor starts, Tensor lengths, float? scale=None, bool causal=True, "
       "int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
       "bool return_lse=False, SymInt? max_query_length=None, SymInt? max_length=None) "
       "-> (Tensor, Tensor)");
@@ -30,13 +36,13 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> (Tensor, Tensor)");
   library.def(
-      "attention_mask(Tensor starts, Tensor lengths, SymInt query_length, SymInt key_length, *, "
+      "attention_mask(Tensor starts, Tensor lengths, SymInt query_length, SymInt key_length, "
       "ScalarType dtype, int? window=None) -> Tensor");
   library.def(
-      "masked_softmax(Tensor scores, Tensor starts, Tensor lengths, *, float scale=1.0, "
+      "masked_softmax(Tensor scores, Tensor starts, Tensor lengths, float scale=1.0, "
       "int? window=None) -> Tensor");
   library.def(
-      "rms_norm(Tensor x, Tensor weight, float eps, *, Tensor? residual=None) -> (Tensor, Tensor)");
+      "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual=None) -> (Tensor, Tensor)");
   library.def("silu_and_mul(Tensor x) -> Tensor");
   library.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 

@@ -1,27 +1,27 @@
 // masked_softmax: checks and the CPU call.
 #include "common/masked_softmax.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
 
+#include "bindings/box.h"
 #include "bindings/checks.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
 namespace baton::bindings {
 
-Tensor masked_softmax(Tensor scores, Tensor starts, Tensor lengths, double scale,
-                      std::optional<int64_t> window) {
+Tensor masked_softmax(const Tensor& scores, const Tensor& starts, const Tensor& lengths,
+                      double scale, std::optional<int64_t> window) {
   const Checker check("masked_softmax");
   MaskedSoftmaxParams p{};
   p.dtype = check.floating("scores", scores);
   check.dims("scores", scores, 4);
   check.last_contiguous("scores", scores);
-  p.num_rows = scores.size(0);
-  p.num_heads = scores.size(1);
-  p.query_length = scores.size(2);
-  p.key_length = scores.size(3);
+  const Sizes sizes = scores.sizes(), strides = scores.strides();
+  p.num_rows = sizes[0];
+  p.num_heads = sizes[1];
+  p.query_length = sizes[2];
+  p.key_length = sizes[3];
   p.starts = check.index("starts", starts, p.num_rows);
   p.lengths = check.index("lengths", lengths, p.num_rows);
   if (!std::isfinite(scale)) check.fail("scale", "finite", format(scale));
@@ -31,12 +31,11 @@ Tensor masked_softmax(Tensor scores, Tensor starts, Tensor lengths, double scale
     check.in_range("starts", i, p.starts[i], 0, p.key_length - p.lengths[i]);
   }
 
-  Tensor weights =
-      torch::stable::new_empty(scores, {p.num_rows, p.num_heads, p.query_length, p.key_length});
+  Tensor weights = allocate(scores, sizes);
   p.scores = scores.const_data_ptr();
-  p.row_stride = scores.stride(0);
-  p.head_stride = scores.stride(1);
-  p.query_stride = scores.stride(2);
+  p.row_stride = strides[0];
+  p.head_stride = strides[1];
+  p.query_stride = strides[2];
   p.weights = weights.mutable_data_ptr();
   p.scale = static_cast<float>(scale);
   p.window = window ? *window : 0;
@@ -48,7 +47,7 @@ Tensor masked_softmax(Tensor scores, Tensor starts, Tensor lengths, double scale
 }
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("masked_softmax", TORCH_BOX(&masked_softmax));
+  library.impl("masked_softmax", box<&masked_softmax>);
 }
 
 }  // namespace baton::bindings

@@ -1,8 +1,7 @@
 // merge_attention: the CPU call.
 #include "bindings/merge_attention.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
@@ -25,7 +24,7 @@ struct Cpu : CpuDevice {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("merge_attention", TORCH_BOX(&merge_attention<Cpu>));
+  library.impl("merge_attention", box<&merge_attention<Cpu>>);
 }
 
 }  // namespace baton::bindings

@@ -7,15 +7,17 @@
 namespace baton::bindings {
 
 template <typename Device>
-std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
+std::tuple<Tensor, Tensor> merge_attention(const Tensor& out_a, const Tensor& lse_a,
+                                           const Tensor& out_b, const Tensor& lse_b) {
   const Checker check("merge_attention", Device::kType, out_a);
   MergeAttentionParams p{};
   p.dtype = check.floating("out_a", out_a);
   check.dtype_as("out_b", out_b, "out_a", out_a);
   check.dims("out_a", out_a, 3);
-  p.num_queries = out_a.size(0);
-  p.num_heads = out_a.size(1);
-  p.head_dim = out_a.size(2);
+  const Sizes sizes = out_a.sizes();
+  p.num_queries = sizes[0];
+  p.num_heads = sizes[1];
+  p.head_dim = sizes[2];
   check.shape("out_b", out_b, {p.num_queries, p.num_heads, p.head_dim});
   check.last_contiguous("out_a", out_a);
   check.last_contiguous("out_b", out_b);
@@ -26,8 +28,8 @@ std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor ou
   }
 
   const Device device(check, out_a);
-  Tensor out = torch::stable::new_empty(out_a, {p.num_queries, p.num_heads, p.head_dim});
-  Tensor lse = torch::stable::new_empty(lse_a, {p.num_queries, p.num_heads});
+  Tensor out = allocate(out_a, {p.num_queries, p.num_heads, p.head_dim});
+  Tensor lse = allocate(lse_a, {p.num_queries, p.num_heads});
   p.out_a = out_a.const_data_ptr();
   p.out_b = out_b.const_data_ptr();
   p.lse_a = static_cast<const float*>(lse_a.const_data_ptr());
@@ -37,7 +39,7 @@ std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor ou
   p.out_a_strides = token_strides(out_a);
   p.out_b_strides = token_strides(out_b);
   device.run(p, out_a);
-  return {out, lse};
+  return {std::move(out), std::move(lse)};
 }
 
 }  // namespace baton::bindings

@@ -1,10 +1,9 @@
 // move_kv: index values and the CPU call.
 #include "bindings/move_kv.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
+#include "bindings/box.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
@@ -58,10 +57,8 @@ struct Cpu : CpuDevice {
   }
 
   void run(const MoveKvParams& p, const Tensor&) const {
-    int64_t columns = 0;
-    for (int64_t i = 0; i < p.num_moves; ++i) columns += p.lengths[i];
     const auto& kernel = cpu::kernels().move_kv;
-    for_each_item(move_kv_work(p), columns * bytes_per_token(p.sizes, p.dtype),
+    for_each_item(move_kv_work(p), 2 * move_kv_bytes(p),
                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 };
@@ -69,7 +66,7 @@ struct Cpu : CpuDevice {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("move_kv", TORCH_BOX(&move_kv<Cpu>));
+  library.impl("move_kv", box<&move_kv<Cpu>>);
 }
 
 }  // namespace baton::bindings

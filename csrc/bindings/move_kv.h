@@ -7,8 +7,9 @@
 namespace baton::bindings {
 
 template <typename Device>
-void move_kv(Tensor key_cache, Tensor value_cache, Tensor source_slots, Tensor source_starts,
-             Tensor target_slots, Tensor target_starts, Tensor lengths) {
+void move_kv(const Tensor& key_cache, const Tensor& value_cache, const Tensor& source_slots,
+             const Tensor& source_starts, const Tensor& target_slots, const Tensor& target_starts,
+             const Tensor& lengths) {
   const Checker check("move_kv", Device::kType, key_cache);
   MoveKvParams p{};
   p.sizes = check.caches(key_cache, value_cache, true, true);

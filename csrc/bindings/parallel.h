@@ -26,6 +26,10 @@ inline int64_t bytes_per_token(const CacheSizes& sizes, Dtype dtype) {
   return sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * size_of(dtype) * 2;
 }
 
+// Most items that a thread takes at a time where neighbouring ones ask memory for each other's
+// data.
+constexpr int64_t kNeighbours = 16;
+
 // Calls run(begin, end) over [0, num_items). Threads take items from a common counter: items may
 // differ in cost, and each writes only its own results, so order is free. At most `chunk` items at
 // a time, and fewer towards the end, so that no thread ends with many while the others have none.
@@ -33,7 +37,7 @@ template <typename Fn>
 void for_each_item(int64_t num_items, int64_t total_bytes, const Fn& run, int64_t chunk = 1) {
   if (num_items == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
-  if (threads == 1 || num_items <= chunk || total_bytes < kSerialBytes) {
+  if (threads == 1 || num_items == 1 || total_bytes < kSerialBytes) {
     run(0, num_items);
     return;
   }

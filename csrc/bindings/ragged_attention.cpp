@@ -1,16 +1,32 @@
 // ragged_attention: index values, the plan of work, and the CPU call.
 #include "bindings/ragged_attention.h"
 
-#include <torch/csrc/stable/library.h>
-
-#include <algorithm>
-
+#include "bindings/box.h"
+#include "bindings/index_memo.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
 namespace baton::bindings {
 
 namespace {
+
+void check_rows(const Checker& check, const RaggedAttentionParams& p) {
+  check.cumulative("cu_seqlens_q", p.cu_seqlens, p.num_rows + 1, p.total_queries, "total_queries");
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    const int64_t query_length = p.cu_seqlens[i + 1] - p.cu_seqlens[i];
+    check.in_range("slots", i, p.slots[i], 0, p.sizes.num_slots - 1);
+    check.in_range("lengths", i, p.lengths[i], 0, p.sizes.capacity);
+    check.in_range("starts", i, p.starts[i], 0, p.sizes.capacity - p.lengths[i]);
+    if (query_length > p.max_query_length) {
+      check.fail("max_query_length", format("at least the longest query, ", query_length),
+                 format(p.max_query_length));
+    }
+    if (p.lengths[i] > p.max_length) {
+      check.fail("max_length", format("at least the longest row, ", p.lengths[i]),
+                 format(p.max_length));
+    }
+  }
+}
 
 // Items of all rows, the offsets of their partial results, and how many columns they read.
 struct Plan {
@@ -20,9 +36,10 @@ struct Plan {
   int64_t columns = 0;
 };
 
-Plan make_plan(const RaggedAttentionParams& p) {
-  Plan plan;
+void make_plan(const RaggedAttentionParams& p, Plan& plan) {
+  plan.items.clear();
   plan.partial_offsets.assign(p.num_rows, -1);
+  plan.partial_floats = plan.columns = 0;
   const int64_t group = p.num_heads / p.sizes.num_kv_heads;
   for (int32_t row = 0; row < p.num_rows; ++row) {
     const int64_t query_length = p.cu_seqlens[row + 1] - p.cu_seqlens[row];
@@ -42,57 +59,76 @@ Plan make_plan(const RaggedAttentionParams& p) {
       }
     }
   }
-  return plan;
 }
+
+// The rows that this thread has checked and planned last: those of all layers of a step.
+struct PlannedRows {
+  IndexMemo checked;
+  Plan plan;
+
+  void update(const Checker& check, const RaggedAttentionParams& p) {
+    const std::initializer_list<int64_t> limits{
+        p.total_queries,      p.max_query_length, p.max_length,     p.num_heads,
+        p.sizes.num_kv_heads, p.sizes.num_slots,  p.sizes.capacity, p.sizes.head_dim};
+    const std::initializer_list<IndexMemo::Values> values{{p.cu_seqlens, p.num_rows + 1},
+                                                          {p.slots, p.num_rows},
+                                                          {p.starts, p.num_rows},
+                                                          {p.lengths, p.num_rows}};
+    if (checked.holds(limits, values)) return;
+    checked.forget();
+    check_rows(check, p);
+    make_plan(p, plan);
+    checked.keep(limits, values);
+  }
+
+  // Bounds the memory that stays with the thread: 1 MiB of items.
+  void trim() {
+    if (plan.items.capacity() * sizeof(AttentionItem) > 1024 * 1024) *this = {};
+  }
+
+  static PlannedRows& of_this_thread() {
+    thread_local PlannedRows rows;
+    return rows;
+  }
+};
 
 struct Cpu : CpuDevice {
   using CpuDevice::CpuDevice;
 
   static void check_values(const Checker& check, const RaggedAttentionParams& p) {
-    check.cumulative("cu_seqlens_q", p.cu_seqlens, p.num_rows + 1, p.total_queries,
-                     "total_queries");
-    for (int64_t i = 0; i < p.num_rows; ++i) {
-      const int64_t query_length = p.cu_seqlens[i + 1] - p.cu_seqlens[i];
-      check.in_range("slots", i, p.slots[i], 0, p.sizes.num_slots - 1);
-      check.in_range("lengths", i, p.lengths[i], 0, p.sizes.capacity);
-      check.in_range("starts", i, p.starts[i], 0, p.sizes.capacity - p.lengths[i]);
-      if (query_length > p.max_query_length) {
-        check.fail("max_query_length", format("at least the longest query, ", query_length),
-                   format(p.max_query_length));
-      }
-      if (p.lengths[i] > p.max_length) {
-        check.fail("max_length", format("at least the longest row, ", p.lengths[i]),
-                   format(p.max_length));
-      }
-    }
+    PlannedRows::of_this_thread().update(check, p);
   }
 
   void run(const RaggedAttentionParams& p, const Tensor& query) const {
-    const Plan plan = make_plan(p);
-    Tensor partials = torch::stable::new_empty(query, {plan.partial_floats}, ScalarType::Float);
-    const AttentionWork work{plan.items.data(), static_cast<int64_t>(plan.items.size()),
-                             plan.partial_offsets.data(),
-                             static_cast<float*>(partials.mutable_data_ptr())};
+    PlannedRows& rows = PlannedRows::of_this_thread();
+    const Plan& plan = rows.plan;
+    std::optional<Tensor> partials;
+    AttentionWork work{plan.items.data(), static_cast<int64_t>(plan.items.size()),
+                       plan.partial_offsets.data(), nullptr};
+    if (plan.partial_floats > 0) {
+      partials.emplace(allocate(query, {plan.partial_floats}, kCodes.float32));
+      work.partials = static_cast<float*>(partials->mutable_data_ptr());
+    }
     const int64_t bytes = plan.columns * bytes_per_token(p.sizes, p.dtype);
     const cpu::KernelTable& kernels = cpu::kernels();
-    // Neighbouring items of one thread ask memory for each other's keys and values.
-    constexpr int64_t chunk = 16;
     for_each_item(
         work.num_items, bytes,
-        [&](int64_t begin, int64_t end) { kernels.ragged_attention(p, work, begin, end); }, chunk);
+        [&](int64_t begin, int64_t end) { kernels.ragged_attention(p, work, begin, end); },
+        kNeighbours);
     if (plan.partial_floats > 0) {
       for_each_item(
           p.num_rows * p.sizes.num_kv_heads, plan.partial_floats * 4,
           [&](int64_t begin, int64_t end) { kernels.ragged_attention_merge(p, work, begin, end); },
-          chunk);
+          kNeighbours);
     }
+    rows.trim();
   }
 };
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("ragged_attention", TORCH_BOX(&ragged_attention<Cpu>));
+  library.impl("ragged_attention", box<&ragged_attention<Cpu>>);
 }
 
 }  // namespace baton::bindings

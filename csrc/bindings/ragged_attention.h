@@ -9,22 +9,20 @@
 namespace baton::bindings {
 
 template <typename Device>
-std::tuple<Tensor, Tensor> ragged_attention(Tensor query, Tensor key_cache, Tensor value_cache,
-                                            Tensor cu_seqlens_q, Tensor slots, Tensor starts,
-                                            Tensor lengths, std::optional<double> scale,
-                                            bool causal, std::optional<int64_t> window,
-                                            double softcap, std::optional<Tensor> alibi_slopes,
-                                            std::optional<Tensor> sinks, bool return_lse,
-                                            std::optional<int64_t> max_query_length,
-                                            std::optional<int64_t> max_length) {
+std::tuple<Tensor, Tensor> ragged_attention(
+    const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+    const Tensor& cu_seqlens_q, const Tensor& slots, const Tensor& starts, const Tensor& lengths,
+    std::optional<double> scale, bool causal, std::optional<int64_t> window, double softcap,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, bool return_lse,
+    std::optional<int64_t> max_query_length, std::optional<int64_t> max_length) {
   const Checker check("ragged_attention", Device::kType, key_cache);
   RaggedAttentionParams p{};
   p.sizes = check.caches(key_cache, value_cache, false, false);
   p.dtype = check.floating("query", query);
   check.dtype_as("query", query, "key_cache", key_cache);
   check.dims("query", query, 3);
-  p.total_queries = query.size(0);
-  p.num_heads = query.size(1);
+  p.total_queries = query.sizes()[0];
+  p.num_heads = query.sizes()[1];
   check.shape("query", query, {p.total_queries, p.num_heads, p.sizes.head_dim});
   check.last_contiguous("query", query);
   check.fits_int32("total_queries", p.total_queries);
@@ -58,9 +56,9 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor query, Tensor key_cache, Tens
   Device::check_values(check, p);
 
   const Device device(check, query);
-  Tensor out = torch::stable::new_empty(query, {p.total_queries, p.num_heads, p.sizes.head_dim});
-  Tensor lse = torch::stable::new_empty(query, {return_lse ? p.total_queries : 0, p.num_heads},
-                                        ScalarType::Float);
+  Tensor out = allocate(query, {p.total_queries, p.num_heads, p.sizes.head_dim});
+  Tensor lse = return_lse ? allocate(query, {p.total_queries, p.num_heads}, kCodes.float32)
+                          : no_result(query, kCodes.float32, p.num_heads);
   p.query = query.const_data_ptr();
   p.key_cache = key_cache.const_data_ptr();
   p.value_cache = value_cache.const_data_ptr();
@@ -77,7 +75,7 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor query, Tensor key_cache, Tens
   p.window = window ? *window : 0;
   p.causal = causal;
   device.run(p, query);
-  return {out, lse};
+  return {std::move(out), std::move(lse)};
 }
 
 }  // namespace baton::bindings

@@ -4,6 +4,7 @@
 
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "common/token_blocks.h"
 
 namespace baton {
 
@@ -21,11 +22,17 @@ struct ExtractKvParams {
   CacheStrides key_cache_strides, value_cache_strides;
   TokenStrides key_strides, value_strides;
   Dtype dtype;
+  bool reuses_memory = false;  // key and value lie in the caller's memory, not in pages just mapped
 };
 
-// One work item is one (layer, query, KV head).
+// One work item is one (layer, block of packed tokens).
 static inline int64_t extract_kv_work(const ExtractKvParams& p) {
-  return p.sizes.num_layers * p.num_queries * p.sizes.num_kv_heads;
+  return p.sizes.num_layers * num_token_blocks(p.sizes, p.dtype, p.total_tokens);
+}
+
+// Of keys, and of values as many.
+static inline int64_t extract_kv_bytes(const ExtractKvParams& p) {
+  return p.sizes.num_layers * p.total_tokens * token_bytes(p.sizes, p.dtype);
 }
 
 }  // namespace baton

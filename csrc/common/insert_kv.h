@@ -4,6 +4,7 @@
 
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "common/token_blocks.h"
 
 namespace baton {
 
@@ -24,9 +25,19 @@ struct InsertKvParams {
   bool zero_padding;  // also clear columns [0, starts[i])
 };
 
-// One work item is one (layer, query, KV head).
+// One work item is one (layer, block of packed tokens); with zero_padding one (layer, query) more
+// each, which come first.
+static inline int64_t insert_kv_clearing_work(const InsertKvParams& p) {
+  return p.zero_padding ? p.sizes.num_layers * p.num_queries : 0;
+}
 static inline int64_t insert_kv_work(const InsertKvParams& p) {
-  return p.sizes.num_layers * p.num_queries * p.sizes.num_kv_heads;
+  return insert_kv_clearing_work(p) +
+         p.sizes.num_layers * num_token_blocks(p.sizes, p.dtype, p.total_tokens);
+}
+
+// Of keys, and of values as many.
+static inline int64_t insert_kv_bytes(const InsertKvParams& p) {
+  return p.sizes.num_layers * p.total_tokens * token_bytes(p.sizes, p.dtype);
 }
 
 }  // namespace baton

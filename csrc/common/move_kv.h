@@ -5,6 +5,7 @@
 
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "common/token_blocks.h"
 
 namespace baton {
 
@@ -25,6 +26,13 @@ struct MoveKvParams {
 // One work item is one (layer, move, KV head).
 static inline int64_t move_kv_work(const MoveKvParams& p) {
   return p.sizes.num_layers * p.num_moves * p.sizes.num_kv_heads;
+}
+
+// Of keys, and of values as many. Reads the lengths: on the CPU alone.
+static inline int64_t move_kv_bytes(const MoveKvParams& p) {
+  int64_t columns = 0;
+  for (int64_t i = 0; i < p.num_moves; ++i) columns += p.lengths[i];
+  return p.sizes.num_layers * columns * token_bytes(p.sizes, p.dtype);
 }
 
 }  // namespace baton

@@ -5,17 +5,9 @@
 
 #include "common/cache.h"
 #include "cpu/simd.h"
+#include "cpu/stream.h"
 
 namespace baton::cpu::BATON_ISA {
-
-// Which (layer, query, head) a work item is.
-struct CopyItem {
-  int64_t layer, query, head;
-};
-
-static inline CopyItem copy_item(int64_t index, int64_t num_queries, int64_t num_heads) {
-  return {index / (num_queries * num_heads), index / num_heads % num_queries, index % num_heads};
-}
 
 static inline int64_t offset(const CacheStrides& s, int64_t layer, int64_t slot, int64_t head,
                              int64_t column) {
@@ -25,6 +17,23 @@ static inline int64_t offset(const CacheStrides& s, int64_t layer, int64_t slot,
 
 static inline int64_t offset(const TokenStrides& s, int64_t layer, int64_t token, int64_t head) {
   return layer * s.layer_stride + token * s.token_stride + head * s.head_stride;
+}
+
+// Calls fn(query, begin, end) for the packed tokens [begin, end) of each query in a block of them.
+template <typename Fn>
+BATON_INLINE void for_each_query(const int32_t* cu_seqlens, int64_t num_queries, int64_t begin,
+                                 int64_t end, const Fn& fn) {
+  // The last query that begins at or before `begin` and is not empty.
+  int64_t low = 0, high = num_queries;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (cu_seqlens[middle] <= begin ? low : high) = middle;
+  }
+  for (int64_t query = low; begin < end; ++query) {
+    const int64_t stop = cu_seqlens[query + 1] < end ? cu_seqlens[query + 1] : end;
+    if (begin < stop) fn(query, begin, stop);
+    begin = stop;
+  }
 }
 
 // Copies `rows` runs of `bytes` bytes; adjacent runs become one.
@@ -39,21 +48,9 @@ static inline void copy_rows(char* target, int64_t target_stride, const char* so
   }
 }
 
-// What is longer than this has left the core's caches before it is read again: written past them,
-// it need not be fetched first.
-constexpr int64_t kStreamBytes = 32 * 1024;
-
-#if defined(__AVX2__)
-BATON_INLINE void stream_line(char* target, const char* source) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(target), _mm512_loadu_si512(source));
-#else
-  for (int i = 0; i < 64; i += 32) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
-  }
-#endif
-}
+// A call that writes more than this to each cache is not read again before it has left the core's
+// own caches: written past them, it need not be fetched first.
+constexpr int64_t kStreamBytes = 256 * 1024;
 
 // Runs of whole cache lines. Rows of another head lie between two of the source's, so the hardware
 // does not foresee them: each row asks for one that comes later.
@@ -67,21 +64,16 @@ static inline void stream_rows(char* target, int64_t target_stride, const char* 
     target += target_stride;
     source += source_stride;
   }
-  // Streaming stores are not ordered by what hands the tensor to another thread.
-  _mm_sfence();
 }
-#endif
 
-// copy_rows into memory that is there already and is read much later, if at all by this core. Pages
-// that the kernel has just cleared are better written through the caches they lie in.
-static inline void copy_rows_away(char* target, int64_t target_stride, const char* source,
-                                  int64_t source_stride, int64_t rows, int64_t bytes) {
-#if defined(__AVX2__)
-  if (rows * bytes >= kStreamBytes &&
-      (reinterpret_cast<uintptr_t>(target) | target_stride | bytes) % 64 == 0) {
+// copy_rows, past the caches if `streams` and the lines are whole. End a range of work that may
+// have streamed with end_stream.
+static inline void copy_rows_away(bool streams, char* target, int64_t target_stride,
+                                  const char* source, int64_t source_stride, int64_t rows,
+                                  int64_t bytes) {
+  if (streams && (reinterpret_cast<uintptr_t>(target) | target_stride | bytes) % 64 == 0) {
     return stream_rows(target, target_stride, source, source_stride, rows, bytes);
   }
-#endif
   copy_rows(target, target_stride, source, source_stride, rows, bytes);
 }
 

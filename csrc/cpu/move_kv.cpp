@@ -7,20 +7,30 @@ namespace baton::cpu::BATON_ISA {
 
 namespace {
 
-void move_one(const MoveKvParams& p, const CopyItem& item, void* cache,
+// Which (layer, move, head) a work item is.
+struct MoveItem {
+  int64_t layer, move, head;
+};
+
+void move_one(const MoveKvParams& p, const MoveItem& item, bool streams, void* cache,
               const CacheStrides& strides) {
   const int64_t bytes = size_of(p.dtype);
   const int64_t row_bytes = bytes * p.sizes.head_dim;
   const int64_t column_bytes = bytes * strides.column_stride;
-  const int64_t count = p.lengths[item.query];
-  const int64_t source_start = p.source_starts[item.query];
-  const int64_t target_start = p.target_starts[item.query];
+  const int64_t count = p.lengths[item.move];
+  const int64_t source_start = p.source_starts[item.move];
+  const int64_t target_start = p.target_starts[item.move];
   char* base = static_cast<char*>(cache);
-  const char* source = base + bytes * offset(strides, item.layer, p.source_slots[item.query],
+  const char* source = base + bytes * offset(strides, item.layer, p.source_slots[item.move],
                                              item.head, source_start);
-  char* target = base + bytes * offset(strides, item.layer, p.target_slots[item.query], item.head,
+  char* target = base + bytes * offset(strides, item.layer, p.target_slots[item.move], item.head,
                                        target_start);
   if (source == target) return;
+  const bool is_apart = p.source_slots[item.move] != p.target_slots[item.move] ||
+                        target_start + count <= source_start ||
+                        source_start + count <= target_start;
+  if (is_apart)
+    return copy_rows_away(streams, target, column_bytes, source, column_bytes, count, row_bytes);
   if (column_bytes == row_bytes) {
     __builtin_memmove(target, source, count * row_bytes);
     return;
@@ -36,11 +46,14 @@ void move_one(const MoveKvParams& p, const CopyItem& item, void* cache,
 }  // namespace
 
 void move_kv(const MoveKvParams& p, int64_t begin, int64_t end) {
+  const int64_t heads = p.sizes.num_kv_heads;
+  const bool streams = move_kv_bytes(p) >= kStreamBytes;
   for (int64_t i = begin; i < end; ++i) {
-    const CopyItem item = copy_item(i, p.num_moves, p.sizes.num_kv_heads);
-    move_one(p, item, p.key_cache, p.key_cache_strides);
-    move_one(p, item, p.value_cache, p.value_cache_strides);
+    const MoveItem item{i / (p.num_moves * heads), i / heads % p.num_moves, i % heads};
+    move_one(p, item, streams, p.key_cache, p.key_cache_strides);
+    move_one(p, item, streams, p.value_cache, p.value_cache_strides);
   }
+  if (streams) end_stream();
 }
 
 }  // namespace baton::cpu::BATON_ISA

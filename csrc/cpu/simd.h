@@ -50,6 +50,19 @@ BATON_INLINE UintVec as_bits(Vec x) { return reinterpret_cast<UintVec>(x); }
 
 BATON_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// x within [low, high]; NaN passes. The intrinsics return their second operand for NaN, which the
+// compiler does not make of the comparisons.
+BATON_INLINE Vec clamp(Vec x, Vec low, Vec high) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)x));
+#else
+  x = x < low ? low : x;
+  return x > high ? high : x;
+#endif
+}
+
 // a * b + c. Explicit, because contraction left to the compiler could differ between two inlined
 // copies of a kernel and with it the bits of a row.
 BATON_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
@@ -167,9 +180,30 @@ BATON_INLINE Vec load(const float* p) {
   return x;
 }
 
-BATON_INLINE Vec from_bfloat16(ShortVec x) {
-  return as_float(__builtin_convertvector(x, UintVec) << 16);
+// Between 16 and 32 bits; narrow takes values below 2^16. GCC 12 makes five instructions of
+// __builtin_convertvector where there is one.
+BATON_INLINE UintVec widen(ShortVec x) {
+#if defined(__AVX512F__)
+  return (UintVec)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (UintVec)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, UintVec);
+#endif
 }
+
+BATON_INLINE ShortVec narrow(UintVec x) {
+#if defined(__AVX512F__)
+  return (ShortVec)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (ShortVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0xd8));
+#else
+  return __builtin_convertvector(x, ShortVec);
+#endif
+}
+
+BATON_INLINE Vec from_bfloat16(ShortVec x) { return as_float(widen(x) << 16); }
 
 BATON_INLINE Vec load(const BFloat16* p) {
   ShortVec x;
@@ -187,7 +221,7 @@ BATON_INLINE Vec from_half(ShortVec x) {
 #else
   // Exponent and mantissa move into place by one multiplication, which also normalises subnormals;
   // infinities and NaN get the exponent that the multiplication cannot give them.
-  const UintVec bits = __builtin_convertvector(x, UintVec);
+  const UintVec bits = widen(x);
   const UintVec sign = (bits & 0x8000u) << 16;
   const Vec scaled = as_float((bits & 0x7fffu) << 13) * set1(0x1p112f);
   const UintVec special = (bits & 0x7c00u) == 0x7c00u;
@@ -219,10 +253,9 @@ BATON_INLINE void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof(x)); }
 // By integer arithmetic: the CPU's own conversion flushes subnormal numbers to 0.
 BATON_INLINE ShortVec to_bfloat16(Vec x) {
   const UintVec bits = as_bits(x);
-  const UintVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const UintVec quiet_nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((UintVec)(x == x) & rounded | (UintVec)(x != x) & quiet_nan,
-                                 ShortVec);
+  const UintVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const UintVec quiet_nan = bits | 0x400000u;
+  return narrow((x == x ? rounded : quiet_nan) >> 16);
 }
 
 BATON_INLINE void store(BFloat16* p, Vec x) {
@@ -251,7 +284,7 @@ BATON_INLINE ShortVec to_half(Vec x) {
   UintVec half = is_subnormal & subnormal | ~is_subnormal & normal;
   half = overflows & 0x7c00u | ~overflows & half;
   half = is_nan & (0x7e00u | (magnitude >> 13 & 0x3ffu)) | ~is_nan & half;
-  return __builtin_convertvector(half | sign, ShortVec);
+  return narrow(half | sign);
 #endif
 }
 
@@ -350,10 +383,8 @@ BATON_INLINE float to_float(float x) { return x; }
 // exp(x) to about one unit in the last place: x log2(e) = n + r, |r| <= 1/2, a polynomial for 2^r.
 // exp(-inf) = 0 and results below the smallest normal float may be 0; NaN stays NaN.
 BATON_INLINE Vec exp(Vec x) {
-  // Beyond these bounds the result is 0 or infinity anyway; written so that NaN passes.
-  const Vec low = set1(-104.0f), high = set1(89.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  // Beyond these bounds the result is 0 or infinity anyway.
+  x = clamp(x, set1(-104.0f), set1(89.0f));
   // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low mantissa bits.
   const Vec magic = set1(12582912.0f);
   const Vec shifted = fmadd(x, set1(1.44269502f), magic);

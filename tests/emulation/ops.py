@@ -150,13 +150,15 @@ class EmulatedOps:
             dtype=DTYPES[key.dtype], zero_padding=zero_padding,
         )  # fmt: skip
 
-    def extract_kv(self, key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens):
+    def extract_kv(
+        self, key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens, out=None
+    ):
         check(extract_kv_op)(
             key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens
         )
         *layers, _, num_kv_heads, _, head_dim = key_cache.shape
-        key = output(key_cache, [*layers, total_tokens, num_kv_heads, head_dim])
-        value = output(key_cache, [*layers, total_tokens, num_kv_heads, head_dim])
+        shape = [*layers, total_tokens, num_kv_heads, head_dim]
+        key, value = out or (output(key_cache, shape), output(key_cache, shape))
         self.run(
             "extract_kv",
             {"key_cache": key_cache, "value_cache": value_cache, "cu_seqlens": cu_seqlens,

@@ -1,14 +1,13 @@
 // append_kv: the CUDA call.
 #include "bindings/append_kv.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/cuda/cuda_device.h"
 
 namespace baton::bindings {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CUDA, library) {
-  library.impl("append_kv", TORCH_BOX(&append_kv<CudaDevice<cuda::append_kv>>));
+  library.impl("append_kv", box<&append_kv<CudaDevice<cuda::append_kv>>>);
 }
 
 }  // namespace baton::bindings

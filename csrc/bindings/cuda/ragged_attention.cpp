@@ -1,8 +1,7 @@
 // ragged_attention: the workspace of its split rows and the CUDA call.
 #include "bindings/ragged_attention.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "bindings/box.h"
 #include "bindings/cuda/cuda_device.h"
 
 namespace baton::bindings {
@@ -15,8 +14,7 @@ struct Cuda : CudaDevice<cuda::ragged_attention> {
   void run(RaggedAttentionParams& p, const Tensor& query) const {
     // Of torch's allocator, which serves a CUDA graph's capture too and gives the memory to nobody
     // on another stream before these kernels are done with it.
-    Tensor workspace =
-        torch::stable::new_empty(query, {cuda::ragged_attention_workspace(p)}, ScalarType::Float);
+    Tensor workspace = allocate(query, {cuda::ragged_attention_workspace(p)}, kCodes.float32);
     p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
     CudaDevice::run(p, query);
   }
@@ -25,7 +23,7 @@ struct Cuda : CudaDevice<cuda::ragged_attention> {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CUDA, library) {
-  library.impl("ragged_attention", TORCH_BOX(&ragged_attention<Cuda>));
+  library.impl("ragged_attention", box<&ragged_attention<Cuda>>);
 }
 
 }  // namespace baton::bindings

@@ -1,0 +1,93 @@
+// Tensors as the bindings see them: torch's stable ABI, and how results are allocated.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <utility>
+
+namespace baton::bindings {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Owns the handle of a tensor. torch::stable::Tensor shares it, which takes an allocation for each
+// argument of a call and each result.
+class Tensor {
+ public:
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+  Tensor(Tensor&& other) noexcept : handle_(other.release()) {}
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+  ~Tensor() {
+    if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  AtenTensorHandle get() const { return handle_; }
+  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
+
+  int64_t dim() const { return ask<int64_t, aoti_torch_get_dim>(); }
+  int64_t numel() const { return ask<int64_t, aoti_torch_get_numel>(); }
+  bool is_contiguous() const { return ask<bool, aoti_torch_is_contiguous>(); }
+  Sizes sizes() const { return Sizes(ask<int64_t*, aoti_torch_get_sizes>(), dim()); }
+  Sizes strides() const { return Sizes(ask<int64_t*, aoti_torch_get_strides>(), dim()); }
+  const void* const_data_ptr() const { return ask<const void*, torch_get_const_data_ptr>(); }
+  void* mutable_data_ptr() const { return ask<void*, torch_get_mutable_data_ptr>(); }
+  // The shim's numbers of dtype and device: see kCodes.
+  int32_t dtype_code() const { return ask<int32_t, aoti_torch_get_dtype>(); }
+  int32_t device_code() const { return ask<int32_t, aoti_torch_get_device_type>(); }
+  int32_t get_device_index() const { return ask<int32_t, aoti_torch_get_device_index>(); }
+  ScalarType scalar_type() const {
+    return torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype_code()));
+  }
+
+ private:
+  template <typename T, AOTITorchError (*kQuestion)(AtenTensorHandle, T*)>
+  T ask() const {
+    T answer;
+    TORCH_ERROR_CODE_CHECK(kQuestion(handle_, &answer));
+    return answer;
+  }
+
+  AtenTensorHandle handle_;
+};
+
+// The shim's numbers of devices and dtypes, which torch's are told apart by: asked for once.
+struct Codes {
+  int32_t cpu = aoti_torch_device_type_cpu();
+  int32_t cuda = aoti_torch_device_type_cuda();
+  int32_t float32 = aoti_torch_dtype_float32();
+  int32_t float16 = aoti_torch_dtype_float16();
+  int32_t bfloat16 = aoti_torch_dtype_bfloat16();
+  int32_t int32 = aoti_torch_dtype_int32();
+  int32_t boolean = aoti_torch_dtype_bool();
+};
+inline const Codes kCodes;
+
+// An uninitialized tensor on the device of `like`. torch::stable::new_empty does the same by the
+// name of the operator, and takes twice as long to find it as to allocate; this entry of the shim
+// is what it called until torch 2.10, and calls the operator itself.
+inline Tensor allocate(const Tensor& like, Sizes sizes, int32_t dtype) {
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
+                                                   static_cast<int64_t>(sizes.size()), &dtype,
+                                                   nullptr, nullptr, 0, nullptr, &result));
+  return Tensor(result);
+}
+inline Tensor allocate(const Tensor& like, Sizes sizes) {
+  return allocate(like, sizes, like.dtype_code());
+}
+
+// A result of a schema that was not asked for: [0] or [0, width], and no memory.
+inline Tensor no_result(const Tensor& like, int32_t dtype, int64_t width = -1) {
+  const int64_t sizes[] = {0, width}, strides[] = {width > 1 ? width : 1, 1};
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(width < 0 ? 1 : 2, sizes, strides, dtype,
+                                                  like.device_code(), like.get_device_index(),
+                                                  &result));
+  return Tensor(result);
+}
+
+}  // namespace baton::bindings
