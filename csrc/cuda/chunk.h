@@ -50,9 +50,36 @@ using Chunk = typename ChunkType<kBytes>::type;
 // A chunk and the elements it holds.
 template <typename T, int kElements>
 union Elements {
+  static constexpr int kWords = (kElements * int{sizeof(T)} + 3) / 4;
   Chunk<kElements* int{sizeof(T)}> chunk;
   T values[kElements];
+  uint32_t words[kWords];
   __device__ __forceinline__ Elements() {}
+
+  // 16-bit elements go two at a time, which takes half of the instructions.
+  static constexpr bool kInPairs = sizeof(T) == 2 && kElements % 2 == 0;
+  __device__ __forceinline__ void load(float (&x)[kElements]) const {
+    if constexpr (kInPairs) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const float2 pair = unpack<T>(words[i]);
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) x[i] = to_float(values[i]);
+    }
+  }
+  __device__ __forceinline__ void store(const float (&x)[kElements]) {
+    if constexpr (kInPairs) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) values[i] = from_float<T>(x[i]);
+    }
+  }
 };
 
 // What is loaded here is read once per call, so it would only push others out of the L1 cache.

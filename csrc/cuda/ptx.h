@@ -185,6 +185,27 @@ __device__ __forceinline__ void clear(float& x, float& y) {
   asm volatile("mov.b64 {%0, %1}, 0;" : "=f"(x), "=f"(y));
 }
 
+// Two 16-bit elements of a register, the first one in the low half. bfloat16 is the upper half of a
+// float. T is __half or __nv_bfloat16.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  float2 x;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.f32.f16 %0, low;\n"
+        "cvt.f32.f16 %1, high;\n"
+        "}"
+        : "=f"(x.x), "=f"(x.y)
+        : "r"(pair));
+  } else {
+    asm("shl.b32 %0, %1, 16;" : "=f"(x.x) : "r"(pair));
+    asm("and.b32 %0, %1, 0xffff0000;" : "=f"(x.y) : "r"(pair));
+  }
+  return x;
+}
+
 // 2^x and the reciprocal, as the special function unit gives them.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

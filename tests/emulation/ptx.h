@@ -203,6 +203,12 @@ EMULATION_UNTRACKED float shuffle_xor(float x, EMULATION_WHERE) {
 }
 inline void clear(float& x, float& y) { x = y = 0.0f; }
 
+// Two 16-bit elements of a register, the first one in the low half.
+template <typename T>
+float2 unpack(uint32_t pair) {
+  return {twin::element<T>(pair, 0), twin::element<T>(pair, 1)};
+}
+
 // 2^x and the reciprocal, as the special function unit gives them.
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
