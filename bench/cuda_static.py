@@ -61,7 +61,7 @@ def decode() -> None:
 
 
 def flight() -> str:
-    """Least and most bytes on their way per multiprocessor in the decode loop, sm_90."""
+    """Least, mean and most bytes on their way per multiprocessor in the decode loop, sm_90."""
     source = cuda_static.ROOT / "csrc" / "cuda" / "ragged_attention_bfloat16.cu"
     kernel = next(
         kernel
@@ -69,8 +69,7 @@ def flight() -> str:
         if kernel.architecture == 90 and "decode_kernel<__nv_bfloat16, 128, 1>" in kernel.name
     )
     threads = 128 * kernel.blocks_per_sm(128)
-    least, most = kernel.loop_flight()
-    return f"{threads * least // 1024}-{threads * most // 1024} KB"
+    return "-".join(f"{threads * level / 1024:.0f}" for level in kernel.loop_flight()) + " KB"
 
 
 def compiled() -> None:

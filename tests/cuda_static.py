@@ -99,9 +99,10 @@ class Kernel:
     def has_products(self) -> bool:
         return self.count("HMMA") > 0
 
-    def loop_flight(self) -> tuple[int, int]:
-        """Least and most bytes per thread on their way at any point of the longest loop with
-        tensor core products: loads of 8 or 16 bytes, from their issue to the first use."""
+    def loop_flight(self) -> tuple[int, float, int]:
+        """Least, mean and most bytes per thread on their way in the longest loop with tensor core
+        products: loads of 8 or 16 bytes, from their issue to the first use. The mean is over the
+        loop's instructions."""
         place = {address: i for i, (address, _, _) in enumerate(self.lines)}
         loops = []
         for i, (address, opcode, operands) in enumerate(self.lines):
@@ -132,7 +133,7 @@ class Kernel:
                     flying |= {first + k: (first, size) for k in range(size // 4)}
                 if turn:
                     levels.append(sum(size for _, size in set(flying.values())))
-        return min(levels), max(levels)
+        return min(levels), sum(levels) / len(levels), max(levels)
 
     def blocks_per_sm(self, threads: int, dynamic_shared: int = 0) -> int:
         """Resident blocks: registers go in units of 256 per warp, shared memory in 128 bytes."""
@@ -268,7 +269,7 @@ def occupancy_table(kernels: list[Kernel], threads: dict[str, int]) -> list[str]
         size = next(n for prefix, n in threads.items() if kernel.name.startswith(prefix))
         dynamic = dynamic_shared(kernel.name)
         blocks = kernel.blocks_per_sm(size, dynamic)
-        # In a loop the least counts as well: memory must be busy all the time.
+        # In a loop least, mean and most: memory must be busy all the time.
         loop = "decode" in kernel.name and kernel.has_products()
         levels = kernel.loop_flight() if loop else (kernel.loads_in_flight(),)
         in_flight = "-".join(f"{blocks * size * level / 1024:.0f}" for level in levels)

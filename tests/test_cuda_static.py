@@ -134,7 +134,7 @@ def test_decode_has_loads_on_their_way_all_the_time():
         if kernel.architecture in (80, 90, 100) and re.search(
             r"decode_kernel<\w+, 128, 1>", kernel.name
         ):
-            least, most = kernel.loop_flight()
+            least, mean, most = kernel.loop_flight()
             shared = cuda_static.dynamic_shared(kernel.name)
             threads = 128 * kernel.blocks_per_sm(128, shared)
             assert threads * least >= 32 << 10, kernel.name

@@ -82,13 +82,14 @@ union Elements {
   }
 };
 
-// What is loaded here is read once per call, so it would only push others out of the L1 cache.
-template <int kBytes>
-__device__ __forceinline__ Chunk<kBytes> load_chunk(const void* address) {
+// What is loaded here is read once per call, so it would only push others out of the L1 cache. An
+// offset in bytes is part of the instruction.
+template <int kBytes, int kOffset = 0>
+__device__ __forceinline__ Chunk<kBytes> load_chunk(const char* address) {
   if constexpr (kBytes == 16) {
-    return load_16_once(address);
+    return load_16_once<kOffset>(address);
   } else {
-    return *static_cast<const Chunk<kBytes>*>(address);
+    return *reinterpret_cast<const Chunk<kBytes>*>(address + kOffset);
   }
 }
 
@@ -98,6 +99,27 @@ __device__ __forceinline__ void store_chunk(void* address, Chunk<kBytes> value) 
     store_16(address, value);
   } else {
     *static_cast<Chunk<kBytes>*>(address) = value;
+  }
+}
+
+// Load and store of one chunk after another, `step` apart, with one addition each.
+template <int kBytes, typename Pointer>
+__device__ __forceinline__ Chunk<kBytes> load_and_advance(Pointer& address, int64_t step) {
+  const Chunk<kBytes> value = load_chunk<kBytes>(address);
+  address += step;
+  if constexpr (kBytes == 16) hide(address);
+  return value;
+}
+template <int kBytes>
+__device__ __forceinline__ void store_and_advance(char*& address, int64_t step,
+                                                  Chunk<kBytes> value) {
+  if constexpr (kBytes == 16) {
+    store_16_global(address, value);
+    address += step;
+    hide(address);
+  } else {
+    store_chunk<kBytes>(address, value);
+    address += step;
   }
 }
 

@@ -61,8 +61,7 @@ __device__ __forceinline__ void move_run(Place x, int32_t count) {
     for (int i = 0; i < kUnroll; ++i) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        chunks[i][j] = load_chunk<kBytes>(x.source[j]);
-        x.source[j] += x.step[j];
+        chunks[i][j] = load_and_advance<kBytes>(x.source[j], x.step[j]);
       }
     }
     // Nobody stores into the tile before all of it is loaded. What the next tile loads is not
@@ -72,8 +71,7 @@ __device__ __forceinline__ void move_run(Place x, int32_t count) {
     for (int i = 0; i < kUnroll; ++i) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        store_chunk<kBytes>(target[j], chunks[i][j]);
-        target[j] += x.step[j];
+        store_and_advance<kBytes>(target[j], x.step[j], chunks[i][j]);
       }
     }
   }

@@ -57,6 +57,12 @@ __device__ __forceinline__ void store_16(void* address, uint4 value) {
 __device__ __forceinline__ void store_16(void* address, float4 value) {
   *static_cast<float4*>(address) = value;
 }
+// Where the compiler cannot see that the address is one of global memory.
+__device__ __forceinline__ void store_16_global(void* address, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
 __device__ __forceinline__ void store_8(void* address, uint2 value) {
   *static_cast<uint2*>(address) = value;
 }
@@ -178,6 +184,15 @@ __device__ __forceinline__ float shuffle_xor(float x) {
   float y;
   asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, -1;" : "=f"(y) : "f"(x), "n"(kBits));
   return y;
+}
+
+// Makes a number or an address something that the compiler knows nothing about. Left alone, nvcc
+// turns a chain of additions into products with constants and derives loop counters anew from what
+// they were made of, which costs more instructions and registers than it saves.
+__device__ __forceinline__ void hide(int32_t& x) { asm volatile("" : "+r"(x)); }
+template <typename T>
+__device__ __forceinline__ void hide(T*& x) {
+  asm volatile("" : "+l"(x));
 }
 
 // Zeros for a pair of registers, which stay where they are.
