@@ -174,6 +174,12 @@ def benchmark_cases() -> list[Case]:
     return [
         insert_case(512, 32, 1),
         insert_case(2048, 8, 4),
+        insert_case(16, 32, 1),
+        insert_case(16, 32, 16),
+        insert_case(64, 32, 16),
+        insert_case(128, 32, 16),
+        insert_case(16, 1, 16),
+        insert_case(64, 1, 16),
         extract_case(512, 32, 1),
         move_case(8, 4, 256, 1),
         move_case(8, 4, 256, 64),

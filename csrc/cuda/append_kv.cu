@@ -84,6 +84,37 @@ __device__ __forceinline__ void load_angles(const Rotary* x, bool wide,
   for (int k = 0; k < kElements; ++k) angles[k] = to_float(x[k]);
 }
 
+// Whether a warp that has all heads of a row exchanges the row's angles: two chunks of float angles
+// for each of 16-bit elements, and four threads to a pair. Each loads one chunk of its pair's, so
+// that no sector is asked for twice.
+template <typename Rotary, int kElements, Angles kAngles, int kHeadDim>
+constexpr bool kExchangesAngles =
+    kAngles == Angles::kHalf && kHeadDim / 2 / kElements * 4 == kWarp &&
+    kElements * sizeof(Rotary) == 2 * kMaxChunkBytes;
+constexpr std::size_t kExchangeBytes = kWarp * kMaxChunkBytes;
+
+template <typename Rotary, int kElements>
+__device__ __forceinline__ void exchange_angles(const AppendArgs& a, int32_t row, void* shared,
+                                                float (&cos)[kElements], float (&sin)[kElements]) {
+  const int32_t pair = threadIdx.x, part = threadIdx.y;
+  const bool is_sin = part >= 2;
+  const auto* angles = static_cast<const Rotary*>(is_sin ? a.sin : a.cos) +
+                       row * (is_sin ? a.sin_row_stride : a.cos_row_stride);
+  // [part][pair]
+  uint4* chunks = static_cast<uint4*>(shared) + pair;
+  store_16(chunks + part * (kWarp / 4), load_16(angles + (2 * pair + part % 2) * (kElements / 2)));
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    Elements<Rotary, kElements / 2> chunk;
+    chunk.chunk = load_16(chunks + i * (kWarp / 4));
+#pragma unroll
+    for (int k = 0; k < kElements / 2; ++k) {
+      (i < 2 ? cos : sin)[i % 2 * (kElements / 2) + k] = to_float(chunk.values[k]);
+    }
+  }
+}
+
 // Written out as in the CPU kernel, whose bits these are.
 template <Angles kAngles, typename T, int kElements>
 __device__ __forceinline__ void rotate(Elements<T, kElements>& x1, Elements<T, kElements>& x2,
@@ -207,8 +238,13 @@ __global__ void __launch_bounds__(kThreads)
     const Rotary* cos = static_cast<const Rotary*>(a.cos) + row * a.cos_row_stride + i;
     const Rotary* sin = static_cast<const Rotary*>(a.sin) + row * a.sin_row_stride + i;
     const bool wide = kFixed || a.wide_angles;
-    load_angles(cos, wide, angles.cos1);
-    load_angles(sin, wide, angles.sin2);
+    if constexpr (kExchangesAngles<Rotary, kElements, kAngles, kHeadDim>) {
+      BATON_DYNAMIC_SHARED(memory);
+      exchange_angles<Rotary>(a, row, memory, angles.cos1, angles.sin2);
+    } else {
+      load_angles(cos, wide, angles.cos1);
+      load_angles(sin, wide, angles.sin2);
+    }
 #pragma unroll
     for (int k = 0; k < kElements; ++k) angles.minus_sin1[k] = -angles.sin2[k];
     if constexpr (kAngles == Angles::kFull) {
@@ -275,8 +311,10 @@ cudaError_t launch_append(const AppendArgs& args, const Shape& shape, cudaStream
   if constexpr (kAngles == Angles::kHalf && kPairs < kWarp) {
     if (2 * args.half == kHeadDim && args.wide_angles && shape.block.x == kPairs &&
         shape.block.y == kWarp / kPairs) {
+      const std::size_t shared =
+          kExchangesAngles<Rotary, kElements, kAngles, kHeadDim> ? kExchangeBytes : 0;
       return launch(append_kv_kernel<T, Rotary, kElements, kAngles, kHeadDim>, shape.grid,
-                    shape.block, 0, stream, args);
+                    shape.block, shared, stream, args);
     }
   }
   return launch(append_kv_kernel<T, Rotary, kElements, kAngles, 0>, shape.grid, shape.block, 0,
