@@ -169,7 +169,9 @@ class Kernel:
                 if size:
                     first = int(re.match(r"R(\d+)", line.operands)[1])
                     # Addresses are read, the target is not.
-                    used = {int(r) + k for r in re.findall(r"\[R(\d+)", line.operands) for k in (0, 1)}
+                    used = {
+                        int(r) + k for r in re.findall(r"\[R(\d+)", line.operands) for k in (0, 1)
+                    }
                 for base in {flying[r] for r in used & flying.keys()}:
                     flying = {r: b for r, b in flying.items() if b != base}
                 if size:

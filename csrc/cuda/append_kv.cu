@@ -154,7 +154,7 @@ class Pairs {
     for (int h = 0; h < kCount; ++h) {
       x1_[h].chunk = load_chunk<kBytes>(heads.source);
       if constexpr (kHalf > 0) {
-        x2_[h].chunk = load_chunk<kBytes, kHalf * int{sizeof(T)}>(heads.source);
+        x2_[h].chunk = load_chunk<kBytes, kHalf* int{sizeof(T)}>(heads.source);
       } else {
         x2_[h].chunk = load_chunk<kBytes>(heads.source + half_bytes);
       }
@@ -204,20 +204,21 @@ __device__ __forceinline__ void put_both(Heads& keys, Heads& values, int32_t cou
   }
   if constexpr (kAtOnce > 1) {
     if (count <= 0) return;
-    put_both<T, kElements, kAngles, kHalf, kAtOnce / 2>(keys, values, count, step, half_bytes, angles);
+    put_both<T, kElements, kAngles, kHalf, kAtOnce / 2>(keys, values, count, step, half_bytes,
+                                                        angles);
   }
 }
 
 // kHeadDim: known at compile time, which makes the distances to the second half and between heads
 // of the rotated query parts of the instructions; 0: any.
 template <typename T, typename Rotary, int kElements, Angles kAngles, int kHeadDim>
-__global__ void __launch_bounds__(kThreads)
-    append_kv_kernel(const __grid_constant__ AppendArgs a) {
+__global__ void __launch_bounds__(kThreads) append_kv_kernel(const __grid_constant__ AppendArgs a) {
   constexpr bool kRotate = kAngles != Angles::kNone, kFixed = kHeadDim > 0;
   constexpr int kBytes = kElements * int{sizeof(T)}, kHalf = kHeadDim / 2;
   constexpr int kAtOnce = kRotate ? kRotatedHeadsAtOnce : kHeadsAtOnce;
   const int32_t row = kRotate ? blockIdx.x : blockIdx.x * blockDim.y + threadIdx.y;
-  if (!kRotate && row >= a.num_rows) return;
+  // Past the last row, where 32 bits may have wrapped around.
+  if (!kRotate && unsigned(row) >= unsigned(a.num_rows)) return;
   const int32_t first = kRotate ? threadIdx.y : 0;
   int32_t pair = threadIdx.x, step = 1, half = kHalf;
   if constexpr (!kFixed) {
@@ -256,11 +257,11 @@ __global__ void __launch_bounds__(kThreads)
     return x.data + row * x.row_stride + first * x.head_stride + pair * kBytes;
   };
   const int32_t head_bytes = 2 * half_bytes;
-  Heads queries{
-      source(a.query), a.query.step,
-      a.rotated_query + (int64_t{row} * a.num_heads + first) * head_bytes + pair * kBytes,
-      int64_t{step} * head_bytes};
-  put<T, kElements, kAngles, kHalf, kAtOnce>(queries, a.num_heads - first, step, half_bytes, angles);
+  Heads queries{source(a.query), a.query.step,
+                a.rotated_query + (int64_t{row} * a.num_heads + first) * head_bytes + pair * kBytes,
+                int64_t{step} * head_bytes};
+  put<T, kElements, kAngles, kHalf, kAtOnce>(queries, a.num_heads - first, step, half_bytes,
+                                             angles);
   if (slot < 0 || slot >= a.num_slots || column < 0 || column >= a.capacity) return;
   const auto heads = [&](const TokenHeads& x, const CacheHeads& cache) {
     return Heads{source(x), x.step,
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(kThreads)
   };
   Heads keys = heads(a.key, a.key_cache), values = heads(a.value, a.value_cache);
   put_both<T, kElements, kAngles, kHalf, kAtOnce / 2>(keys, values, a.num_kv_heads - first, step,
-                                               half_bytes, angles);
+                                                      half_bytes, angles);
 }
 
 // Bytes of a chunk that all addresses allow and that fill half a head evenly.
@@ -298,7 +299,8 @@ Shape shape_of(const AppendKvParams& p, int64_t pairs, int64_t bytes) {
   if (p.cos) {
     threads = std::clamp<int64_t>(kWarp / pairs, 1, heads);
   } else {
-    threads = rows = std::max<int64_t>((p.num_rows < kFewRows * kWarp ? kWarp : kThreads) / pairs, 1);
+    threads = rows =
+        std::max<int64_t>((p.num_rows < kFewRows * kWarp ? kWarp : kThreads) / pairs, 1);
   }
   return {dim3(static_cast<unsigned>(divide_up(p.num_rows, rows)), static_cast<unsigned>(parts)),
           dim3(static_cast<unsigned>(pairs), static_cast<unsigned>(threads))};

@@ -1,9 +1,10 @@
 // Copies packed tokens into a cache or out of it: the common part of insert_kv and extract_kv.
 //
-// A head of a token is cut into chunks. A thread has one chunk and walks over a run, keys and values
-// together: consecutive tokens of a tile, or one token's heads, or its layers, whichever makes the
-// longest run; addresses advance by one stride each. Neighboring lanes have neighboring chunks, then
-// the next tile. Which query a tile's tokens belong to is found on the device, once per run.
+// A head of a token is cut into chunks. A thread has one chunk and walks over a run, keys and
+// values together: consecutive tokens of a tile, or one token's heads, or its layers, whichever
+// makes the longest run; addresses advance by one stride each. Neighboring lanes have neighboring
+// chunks, then the next tile. Which query a tile's tokens belong to is found on the device, once
+// per run.
 //   threadIdx  x: chunk of the head, then tile
 //   blockIdx   x: tiles, y: layers and z: heads; for runs of heads the other way round
 #pragma once
@@ -23,14 +24,15 @@ struct CopySide {
 };
 
 struct CopyTokensArgs {
-  CopySide packed[2], cache[2];           // keys and values
+  CopySide packed[2], cache[2];             // keys and values
   int64_t packed_distance, cache_distance;  // from keys to values, where their strides are the same
   const int32_t* cu_seqlens;
   const int32_t* slots;
   const int32_t* starts;
   int32_t num_queries, num_slots, total_tokens, capacity;
   int32_t tile_tokens;  // of a thread: more than one when the run is one of tokens
-  int32_t run, length;  // of a thread, and of all along y, when it is one of layers or heads; else 1
+  int32_t run;          // of a thread, when it is one of layers or heads; else 1
+  int32_t length;       // of all threads' runs along y
   int32_t num_tiles, block_tiles;
   int32_t chunks;       // of a head
   int32_t chunk_magic;  // (x * chunk_magic) >> 16 is x / chunks for any thread
@@ -59,8 +61,8 @@ __device__ __forceinline__ int32_t find_query(const int32_t* cu_seqlens, int32_t
   while (left > 32) {
     const int32_t step = (left + 31) / 32, passed = ended(place * step) * step;
     found += passed;
-    // The next end after those is known to come later.
-    left = min(left - passed, step) - 1;
+    // The last of the next `step` ends is known to come later, if there are so many.
+    left = min(left - passed, step - 1);
   }
   // A lone query needs no search, and is the most frequent case of all.
   if (left > 1) found += ended(place);
@@ -120,12 +122,13 @@ __device__ __forceinline__ int32_t run_of(const CopyTokensArgs& a) {
   return min(a.run, a.length - static_cast<int32_t>(blockIdx.y) * a.run);
 }
 
-// Whether a query of so many tokens has a place. The length is at most the capacity.
+// Whether the query of tokens [begin, end) has a place.
 __device__ __forceinline__ bool fits(const CopyTokensArgs& a, int32_t slot, int32_t start,
-                                     int32_t length) {
+                                     int32_t begin, int32_t end) {
   // As unsigned numbers, negative ones are too large.
-  return unsigned(slot) < unsigned(a.num_slots) && unsigned(length) <= unsigned(a.capacity) &&
-         unsigned(start) <= unsigned(a.capacity) - unsigned(length);
+  const unsigned length = unsigned(end) - unsigned(begin), capacity = a.capacity;
+  return unsigned(slot) < unsigned(a.num_slots) && length <= capacity &&
+         unsigned(start) <= capacity - length;
 }
 
 // kSame: the strides of keys are those of values, which saves half of the address arithmetic.
@@ -152,7 +155,7 @@ __device__ __forceinline__ void copy_tile(const CopyTokensArgs& a, int32_t block
     const auto start = static_cast<int32_t>(load_4(a.starts + query));
     const int32_t tokens = min(end, next) - t;
     // Bounds that do not ascend are none.
-    if (begin <= t && fits(a, slot, start, next - begin)) {
+    if (begin <= t && fits(a, slot, start, begin, next)) {
       const auto in_cache = [&](const CopySide& x) {
         return place.address(x, start + (t - begin)) + slot * x.slot_stride;
       };
@@ -213,7 +216,8 @@ inline CopyLaunch prepare_copy(CopyTokensArgs& a, const void* const (&packed)[2]
 
   // The longest run of all, as long as there are enough blocks.
   const int64_t layers = sizes.num_layers, heads = sizes.num_kv_heads;
-  const int64_t tokens = total_tokens / std::max<int64_t>(num_queries, 1);
+  // Consecutive tokens of a query, and for a thread if all threads of a block are to have some.
+  const int64_t tokens = total_tokens / std::max<int64_t>(num_queries, a.block_tiles);
   const bool of_tokens = tokens >= std::max(layers, heads), of_layers = layers >= heads;
   const int64_t along_y = of_tokens || of_layers ? layers : heads;
   const int64_t along_z = layers * heads / along_y;
@@ -224,9 +228,9 @@ inline CopyLaunch prepare_copy(CopyTokensArgs& a, const void* const (&packed)[2]
     a.tile_tokens = static_cast<int32_t>(of_tokens ? run : 1);
     a.run = static_cast<int32_t>(of_tokens ? 1 : run);
     a.num_tiles = narrow(divide_up(a.total_tokens, a.tile_tokens));
-    launch.grid = dim3(static_cast<unsigned>(divide_up(a.num_tiles, a.block_tiles)),
-                       static_cast<unsigned>(divide_up(along_y, a.run)),
-                       static_cast<unsigned>(along_z));
+    launch.grid =
+        dim3(static_cast<unsigned>(divide_up(a.num_tiles, a.block_tiles)),
+             static_cast<unsigned>(divide_up(along_y, a.run)), static_cast<unsigned>(along_z));
     const int64_t blocks = int64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
     if (blocks >= kCopyBlocks || run <= kMinRun) break;
   }
@@ -236,11 +240,15 @@ inline CopyLaunch prepare_copy(CopyTokensArgs& a, const void* const (&packed)[2]
                           int64_t slot) {
       const int64_t y = of_tokens || of_layers ? layer : head, z = layer + head - y;
       // One set of arguments serves both directions; the kernel writes one side only.
-      return CopySide{static_cast<char*>(const_cast<void*>(data)), y * a.run, z, in_query, slot,
+      return CopySide{static_cast<char*>(const_cast<void*>(data)),
+                      y * a.run,
+                      z,
+                      in_query,
+                      slot,
                       of_tokens ? in_query : y};
     };
-    a.packed[j] = side(packed[j], token[j].layer_stride, token[j].head_stride,
-                       token[j].token_stride, 0);
+    a.packed[j] =
+        side(packed[j], token[j].layer_stride, token[j].head_stride, token[j].token_stride, 0);
     a.cache[j] = side(cache[j], column[j].layer_stride, column[j].head_stride,
                       column[j].column_stride, column[j].slot_stride);
   }

@@ -2,8 +2,8 @@
 // likewise, of all layers in one launch. Tokens of a query whose place is out of range are left
 // unwritten.
 //
-// A block has 128 threads, each of which has one chunk, 16 bytes where alignment allows, of a run of
-// tokens, layers or heads (copy_tokens.h), keys and values together.
+// A block has 128 threads, each of which has one chunk, 16 bytes where alignment allows, of a run
+// of tokens, layers or heads (copy_tokens.h), keys and values together.
 #include "cuda/copy_tokens.h"
 #include "cuda/kernels.h"
 
@@ -28,10 +28,9 @@ cudaError_t extract_kv(const ExtractKvParams& p, cudaStream_t stream) {
       p.sizes.num_layers == 0) {
     return cudaSuccess;
   }
-  const CopyLaunch copy =
-      prepare_copy(a, {p.key, p.value}, {p.key_cache, p.value_cache}, p.key_strides,
-                   p.value_strides, p.key_cache_strides, p.value_cache_strides, p.sizes,
-                   p.num_queries, p.total_tokens, p.dtype);
+  const CopyLaunch copy = prepare_copy(
+      a, {p.key, p.value}, {p.key_cache, p.value_cache}, p.key_strides, p.value_strides,
+      p.key_cache_strides, p.value_cache_strides, p.sizes, p.num_queries, p.total_tokens, p.dtype);
   if (copy.grid.y > kMaxGridYZ || copy.grid.z > kMaxGridYZ) return cudaErrorInvalidConfiguration;
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_int<16, 4, 2>(copy.chunk_bytes, [&]<int kBytes>() {

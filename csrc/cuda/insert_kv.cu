@@ -1,10 +1,11 @@
 // insert_kv: key_cache[l, slots[i], h, starts[i] + t] = key[l, cu_seqlens[i] + t, h], value
 // likewise, of all layers in one launch.
 //
-// A block has 128 threads, each of which has one chunk, 16 bytes where alignment allows, of a run of
-// tokens, layers or heads (copy_tokens.h), keys and values together. With zero_padding, blocks after
-// those clear the columns before the tokens: a thread has one chunk of a tile of columns of one
-// query's padding; tiles are laid over the whole capacity, since the host does not know the starts.
+// A block has 128 threads, each of which has one chunk, 16 bytes where alignment allows, of a run
+// of tokens, layers or heads (copy_tokens.h), keys and values together. With zero_padding, blocks
+// after those clear the columns before the tokens: a thread has one chunk of a tile of columns of
+// one query's padding; tiles are laid over the whole capacity, since the host does not know the
+// starts.
 #include "cuda/copy_tokens.h"
 #include "cuda/kernels.h"
 
@@ -28,7 +29,7 @@ __device__ __forceinline__ void clear_tile(const InsertArgs& args, int32_t block
   if (!place.exists) return;
   const int32_t query = place.tile / args.padding_tiles;
   const int32_t slot = a.slots[query], start = a.starts[query];
-  if (!fits(a, slot, start, a.cu_seqlens[query + 1] - a.cu_seqlens[query])) return;
+  if (!fits(a, slot, start, a.cu_seqlens[query], a.cu_seqlens[query + 1])) return;
   const int32_t first = place.tile % args.padding_tiles * kClearColumns;
   const int32_t count = min(kClearColumns, start - first), run = run_of(a);
 #pragma unroll

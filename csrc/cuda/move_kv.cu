@@ -4,8 +4,8 @@
 //
 // A block has a strip: the keys and values of one head and layer of one move. It takes a tile of
 // columns at a time, the strip's ends first that the target does not overwrite: all of the tile is
-// loaded into registers, then stored. A barrier between the two is all that overlap asks for: what a
-// tile overwrites lies in itself or in tiles before it. Blocks do not touch one another's strips.
+// loaded into registers, then stored. A barrier between the two is all that overlap asks for: what
+// a tile overwrites lies in itself or in tiles before it. Blocks do not touch one another's strips.
 //
 // Few strips alone would leave a large device idle. A move by `distance` columns only ever writes
 // column c where c + distance is read, so the columns of one residue modulo the distance depend on
