@@ -33,7 +33,7 @@ def test_copies_and_merge(case):
     assert len(ops.machines) == 1 and ops.written
     for name, x in ops.written.items():
         y = ops.emulated[name]
-        if "rotary" in case.what or case.op == "merge_attention":
+        if case.op == "merge_attention":
             # nvcc contracts to fused multiply-adds, and its exp is its own.
             torch.testing.assert_close(x.float(), y.float(), rtol=2**-7, atol=2**-7)
         else:

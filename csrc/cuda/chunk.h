@@ -110,17 +110,21 @@ __device__ __forceinline__ Chunk<kBytes> load_and_advance(Pointer& address, int6
   if constexpr (kBytes == 16) hide(address);
   return value;
 }
+// Where the address has been hidden.
+template <int kBytes>
+__device__ __forceinline__ void store_hidden(char* address, Chunk<kBytes> value) {
+  if constexpr (kBytes == 16) {
+    store_16_global(address, value);
+  } else {
+    store_chunk<kBytes>(address, value);
+  }
+}
 template <int kBytes>
 __device__ __forceinline__ void store_and_advance(char*& address, int64_t step,
                                                   Chunk<kBytes> value) {
-  if constexpr (kBytes == 16) {
-    store_16_global(address, value);
-    address += step;
-    hide(address);
-  } else {
-    store_chunk<kBytes>(address, value);
-    address += step;
-  }
+  store_hidden<kBytes>(address, value);
+  address += step;
+  if constexpr (kBytes == 16) hide(address);
 }
 
 // Strides in bytes.

@@ -91,7 +91,7 @@ __device__ __forceinline__ void move_run(Place x, int32_t count) {
     if (column + i * between >= count) break;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      store_chunk<kBytes>(x.source[j] + x.delta[j] + i * x.step[j], chunks[i][j]);
+      store_hidden<kBytes>(x.source[j] + x.delta[j] + i * x.step[j], chunks[i][j]);
     }
   }
 }
