@@ -20,7 +20,8 @@ from baton_kernels.testing import Accuracy, assert_same_bits, random_attention_p
 
 CASES = [
     insert_case(60, 2, 3), extract_case(60, 2, 3), move_case(2, 2, 50, 7), append_case(20),
-    append_case(20, 16), merge_case(9, 8),
+    append_case(20, 16), append_case(66, 12), merge_case(9, 8), insert_case(6, 20, 3),
+    extract_case(6, 1, 3), insert_case(40, 1, 40), move_case(1, 1, 300, 140),
 ]  # fmt: skip
 
 
