@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import fcntl
 import hashlib
+import inspect
 import math
 import re
 import subprocess
@@ -212,7 +213,7 @@ def _demangle(names: list[str]) -> dict[str, str]:
     for name, full in zip(names, done.stdout.splitlines(), strict=True):
         full = re.sub(r"^void ", "", full)
         full = re.sub(r"\(anonymous namespace\)::|baton::cuda::", "", full)
-        short[name] = re.sub(r"\((int|bool)\)", "", full).partition("(")[0]
+        short[name] = re.sub(r"\((int|bool|Angles)\)", "", full).partition("(")[0]
     return short
 
 
@@ -223,8 +224,9 @@ def _compile(source: Path) -> tuple[str, str]:
         raise FileNotFoundError(
             f"{INSTALL}; cuobjdump: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
         )
-    digest = hashlib.sha256(nvcc.encode())
-    for path in [Path(__file__), *with_includes(source, (ROOT / "csrc",))]:
+    made_by = [nvcc, *FLAGS, *map(str, ARCHITECTURES), inspect.getsource(shortened)]
+    digest = hashlib.sha256(" ".join(made_by).encode())
+    for path in with_includes(source, (ROOT / "csrc",)):
         digest.update(path.read_bytes())
     BUILD.mkdir(parents=True, exist_ok=True)
     report = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.txt"

@@ -21,7 +21,7 @@ COPIES += [source for source in cuda_static.SOURCES if source.stem == "merge_att
 def is_wide(kernel: Kernel) -> bool:
     """Whether its chunks have 16 bytes: 16, eight 16-bit elements or four floats."""
     name = kernel.name
-    return bool(re.search(r"kernel<16>|(half|bfloat16), 8\b|float, 4\b", name))
+    return bool(re.search(r"kernel<16\b|(half|bfloat16), (\w+, )?8\b|float, 4\b", name))
 
 
 @pytest.mark.parametrize("source", cuda_static.SOURCES, ids=lambda source: source.stem)
@@ -153,7 +153,7 @@ def test_decode_has_loads_on_their_way_all_the_time():
             allowed, real = kernel.loop_flight(), kernel.loop_waits()
             assert threads * allowed.least >= 36 << 10, kernel.name
             assert threads * allowed.mean >= 64 << 10, kernel.name
-            assert threads * real.mean >= 32 << 10 and real.most == allowed.most, kernel.name
+            assert threads * real.mean >= 32 << 10, kernel.name
 
 
 # The judge itself.
@@ -200,14 +200,11 @@ def test_narrow_accesses_are_seen(tmp_path):
 
 
 LOOP = """
-    #include <mma.h>
-    using namespace nvcuda;
     __global__ void f(const uint4* x, float* out, int n) {
       float d[4] = {};
       uint4 next = x[threadIdx.x];
       for (int i = 0; i < n; ++i) {
         const uint4 a = next;
-        %s
         next = x[(i + 1) * 32 + threadIdx.x];
         %s
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%%0, %%1, %%2, %%3}, "
@@ -221,11 +218,11 @@ LOOP = """
 
 def test_what_a_loop_waits_for_is_seen(tmp_path):
     """A load that waits at once for its result leaves nothing on its way."""
-    late = compile_text(tmp_path, LOOP % ("", ""))
-    assert late.loop_flight().most == 16 and late.loop_flight().mean > 4
+    late = compile_text(tmp_path, LOOP % "").loop_waits()
     use = "if (next.x == 12345) out[0] = 1;"
-    early = compile_text(tmp_path, LOOP % ("", use))
-    assert early.loop_waits().mean < late.loop_waits().mean
+    early = compile_text(tmp_path, LOOP % use).loop_waits()
+    assert late.least >= 16
+    assert early.least == 0 and early.mean < late.mean
 
 
 def test_occupancy_is_that_of_the_cuda_calculator():
