@@ -51,26 +51,30 @@ def decode() -> None:
         c = cuda_counts.count_decode(length)
         print(
             f"{f'ours, {length} keys':32} {c.instructions:<8.2f} {c.products:<6.2f}"
-            f"{c.wavefronts:<11.2f} {c.loop_sectors:<8.3f} {c.fixed:<12,.0f} {flight()}"
+            f"{c.wavefronts:<11.2f} {c.loop_sectors:<8.3f} {c.fixed:,.0f}"
         )
         print(
             f"  with queries, results, splits and merge: {c.sectors:.3f} sectors / useful; "
             f"{c.all_wavefronts} shared wavefronts, {c.all_wavefronts / c.ideal_wavefronts:.3f} of "
             f"ideal; merge {c.merge:,.0f} instructions per KV head"
         )
+    flight()
 
 
-def flight() -> str:
-    """Least and most bytes on their way per multiprocessor in the decode loop, sm_90."""
+def flight() -> None:
+    """Bytes on their way per multiprocessor in the decode loop."""
     source = cuda_static.ROOT / "csrc" / "cuda" / "ragged_attention_bfloat16.cu"
-    kernel = next(
-        kernel
-        for kernel in cuda_static.compile_kernels(source)
-        if kernel.architecture == 90 and "decode_kernel<__nv_bfloat16, 128, 1>" in kernel.name
-    )
-    threads = 128 * kernel.blocks_per_sm(128)
-    least, most = kernel.loop_flight()
-    return f"{threads * least // 1024}-{threads * most // 1024} KB"
+    print("KB on their way per SM in the loop: least-mean-most over its instructions,")
+    print("as the flow of data allows and as the code's scoreboards have it")
+    for kernel in cuda_static.compile_kernels(source):
+        if "decode_kernel<__nv_bfloat16, 128, 1>" in kernel.name and kernel.has_products():
+            shared = cuda_static.dynamic_shared(kernel.name)
+            threads = 128 * kernel.blocks_per_sm(128, shared)
+            allowed, real = kernel.loop_flight(), kernel.loop_waits()
+            print(
+                f"  sm_{kernel.architecture}: {cuda_static.kilobytes(threads, allowed)}, "
+                f"{cuda_static.kilobytes(threads, real)}; {kernel.registers} registers"
+            )
 
 
 def compiled() -> None:

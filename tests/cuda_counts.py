@@ -70,9 +70,9 @@ def move_case(layers: int, rows: int, length: int, shift: int) -> Case:
     return Case("move_kv", what, arguments, payload)
 
 
-def append_case(rows: int, num_heads: int = 0) -> Case:
-    slot = (rows, NUM_KV_HEADS, 4, HEAD_DIM)
-    token = (rows, NUM_KV_HEADS, HEAD_DIM)
+def append_case(rows: int, num_heads: int = 0, head_dim: int = HEAD_DIM) -> Case:
+    slot = (rows, NUM_KV_HEADS, 4, head_dim)
+    token = (rows, NUM_KV_HEADS, head_dim)
     arguments = {
         "key": numbers(*token), "value": numbers(*token),
         "key_cache": numbers(*slot), "value_cache": numbers(*slot),
@@ -80,11 +80,13 @@ def append_case(rows: int, num_heads: int = 0) -> Case:
     }  # fmt: skip
     what = f"{rows} rows"
     if num_heads:
-        angle = numbers(rows, HEAD_DIM // 2).float()
-        arguments |= {"query": numbers(rows, num_heads, HEAD_DIM)}
+        angle = numbers(rows, head_dim // 2).float()
+        arguments |= {"query": numbers(rows, num_heads, head_dim)}
         arguments |= {"cos": angle.cos(), "sin": angle.sin()}
         what = f"{rows} rows, rotary, query"
-    payload = 2 * rows * (2 * NUM_KV_HEADS + num_heads) * HEAD_DIM
+    if head_dim != HEAD_DIM:
+        what += f", {head_dim} dims"
+    payload = 2 * rows * (2 * NUM_KV_HEADS + num_heads) * head_dim
     return Case("append_kv", what, arguments, payload)
 
 
@@ -174,10 +176,18 @@ def benchmark_cases() -> list[Case]:
     return [
         insert_case(512, 32, 1),
         insert_case(2048, 8, 4),
+        insert_case(16, 32, 1),
+        insert_case(16, 32, 16),
+        insert_case(64, 32, 16),
+        insert_case(128, 32, 16),
+        insert_case(16, 1, 16),
+        insert_case(64, 1, 16),
         extract_case(512, 32, 1),
         move_case(8, 4, 256, 1),
         move_case(8, 4, 256, 64),
         append_case(64),
         append_case(64, 32),
+        append_case(16, 32),
+        append_case(64, 32, 64),
         merge_case(64, 32),
     ]

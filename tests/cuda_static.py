@@ -8,10 +8,13 @@ import collections
 import dataclasses
 import fcntl
 import hashlib
+import inspect
 import math
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from cuda_tools import INSTALL, tool, with_includes
 
@@ -67,6 +70,37 @@ CARDS = [
 ]
 
 
+class Line(NamedTuple):
+    """One instruction. Bits 46 to 48 of the second half of its code name the scoreboard that it
+    raises until its result is there (7: none), bits 52 to 57 those that it waits for."""
+
+    address: int
+    opcode: str
+    operands: str
+    code: int
+
+    @property
+    def scoreboard(self) -> int:
+        return self.code >> 46 & 7
+
+    def waits_for(self, scoreboard: int) -> bool:
+        return bool(self.code >> 52 + scoreboard & 1)
+
+    def loaded_bytes(self) -> int:
+        """Of a load from global memory, per thread; 0 for anything else."""
+        if not self.opcode.startswith("LDG."):
+            return 0
+        return 16 if ".128" in self.opcode else 8 if ".64" in self.opcode else 4
+
+
+class Flight(NamedTuple):
+    """Bytes per thread on their way in a loop; the mean is over its instructions."""
+
+    least: int
+    mean: float
+    most: int
+
+
 @dataclasses.dataclass
 class Kernel:
     """One compiled kernel: ``name`` is like ``insert_kv_kernel<16>``."""
@@ -78,8 +112,7 @@ class Kernel:
     spills: int = 0
     shared: int = 0
     opcodes: list[str] = dataclasses.field(default_factory=list)
-    # (address, opcode, operands) of the same instructions.
-    lines: list[tuple[int, str, str]] = dataclasses.field(default_factory=list, repr=False)
+    lines: list[Line] = dataclasses.field(default_factory=list, repr=False)
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches from its beginning, as `LDG.*128`."""
@@ -99,40 +132,68 @@ class Kernel:
     def has_products(self) -> bool:
         return self.count("HMMA") > 0
 
-    def loop_flight(self) -> tuple[int, int]:
-        """Least and most bytes per thread on their way at any point of the longest loop with
-        tensor core products: loads of 8 or 16 bytes, from their issue to the first use."""
-        place = {address: i for i, (address, _, _) in enumerate(self.lines)}
-        loops = []
-        for i, (address, opcode, operands) in enumerate(self.lines):
-            target = re.search(r"0x([0-9a-f]+)$", operands)
-            if opcode.startswith("BRA") and target and int(target[1], 16) < address:
-                body = self.lines[place[int(target[1], 16)] : i + 1]
-                if any(name.startswith("HMMA") for _, name, _ in body):
-                    loops.append(body)
-        body = max(loops, key=len)
+    def product_loop(self) -> list[Line]:
+        """The longest loop with tensor core products, without what its branches may skip and that
+        has neither products nor wide loads: masks, rescaling, options."""
+        place = {line.address: i for i, line in enumerate(self.lines)}
+        target_of = {}
+        for i, line in enumerate(self.lines):
+            found = re.search(r"0x([0-9a-f]+)$", line.operands)
+            if line.opcode.startswith("BRA") and found and int(found[1], 16) in place:
+                target_of[i] = place[int(found[1], 16)]
+
+        def matters(lines: list[Line]) -> bool:
+            return any(x.opcode.startswith("HMMA") or x.loaded_bytes() >= 8 for x in lines)
+
+        loops = [(i - first, first, i) for i, first in target_of.items() if first < i]
+        _, i, last = max(loop for loop in loops if matters(self.lines[loop[1] : loop[2]]))
+        body = []
+        while i <= last:
+            body.append(self.lines[i])
+            to = target_of.get(i, 0)
+            i = to if i < to <= last and not matters(self.lines[i + 1 : to]) else i + 1
+        return body
+
+    def loop_flight(self) -> Flight:
+        """What the flow of data allows: a load is on its way until the first use of its result."""
         flying: dict[int, tuple[int, int]] = {}  # register -> first register and bytes of its load
         levels = []
         for turn in range(2):  # the first finds out what is on its way when the loop begins again
-            for _, opcode, operands in body:
+            for line in self.product_loop():
                 used = set()
-                for register, wide in re.findall(r"\bR(\d+)(\.64)?", operands):
+                for register, wide in re.findall(r"\bR(\d+)(\.64)?", line.operands):
                     used |= {int(register), int(register) + bool(wide)}
-                if opcode.startswith(("HMMA", "STG", "STS")):
+                if line.opcode.startswith(("HMMA", "STG", "STS")):
                     # A, or what is stored, takes registers that follow the one named.
                     used |= {r + k for r in set(used) for k in (1, 2, 3)}
-                if opcode.startswith("LDG"):
-                    size = 16 if ".128" in opcode else 8 if ".64" in opcode else 4
-                    first = int(re.match(r"R(\d+)", operands)[1])
+                size = line.loaded_bytes()
+                if size:
+                    first = int(re.match(r"R(\d+)", line.operands)[1])
                     # Addresses are read, the target is not.
-                    used = {int(r) + k for r in re.findall(r"\[R(\d+)", operands) for k in (0, 1)}
+                    used = {
+                        int(r) + k for r in re.findall(r"\[R(\d+)", line.operands) for k in (0, 1)
+                    }
                 for base in {flying[r] for r in used & flying.keys()}:
                     flying = {r: b for r, b in flying.items() if b != base}
-                if opcode.startswith("LDG"):
+                if size:
                     flying |= {first + k: (first, size) for k in range(size // 4)}
                 if turn:
                     levels.append(sum(size for _, size in set(flying.values())))
-        return min(levels), max(levels)
+        return Flight(min(levels), sum(levels) / len(levels), max(levels))
+
+    def loop_waits(self) -> Flight:
+        """What the code waits for: a load is on its way until an instruction waits for its
+        scoreboard, which it may share with loads that are needed earlier."""
+        flying: list[Line] = []
+        levels = []
+        for turn in range(2):
+            for line in self.product_loop():
+                flying = [load for load in flying if not line.waits_for(load.scoreboard)]
+                if line.loaded_bytes():
+                    flying.append(line)
+                if turn:
+                    levels.append(sum(load.loaded_bytes() for load in flying))
+        return Flight(min(levels), sum(levels) / len(levels), max(levels))
 
     def blocks_per_sm(self, threads: int, dynamic_shared: int = 0) -> int:
         """Resident blocks: registers go in units of 256 per warp, shared memory in 128 bytes."""
@@ -152,7 +213,7 @@ def _demangle(names: list[str]) -> dict[str, str]:
     for name, full in zip(names, done.stdout.splitlines(), strict=True):
         full = re.sub(r"^void ", "", full)
         full = re.sub(r"\(anonymous namespace\)::|baton::cuda::", "", full)
-        short[name] = re.sub(r"\((int|bool)\)", "", full).partition("(")[0]
+        short[name] = re.sub(r"\((int|bool|Angles)\)", "", full).partition("(")[0]
     return short
 
 
@@ -163,7 +224,8 @@ def _compile(source: Path) -> tuple[str, str]:
         raise FileNotFoundError(
             f"{INSTALL}; cuobjdump: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
         )
-    digest = hashlib.sha256(" ".join([nvcc, *FLAGS, *map(str, ARCHITECTURES)]).encode())
+    made_by = [nvcc, *FLAGS, *map(str, ARCHITECTURES), inspect.getsource(shortened)]
+    digest = hashlib.sha256(" ".join(made_by).encode())
     for path in with_includes(source, (ROOT / "csrc",)):
         digest.update(path.read_bytes())
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -193,15 +255,22 @@ def _compile(source: Path) -> tuple[str, str]:
             sass = subprocess.run(
                 [cuobjdump, "-sass", str(fatbin)], capture_output=True, text=True, check=True
             ).stdout
-            # Opcodes are what is asked for; encodings make up most of the text.
-            kept = [
-                line
-                for line in sass.splitlines()
-                if re.search(r"Function :|code for|\*/ +\S.*;", line)
-            ]
-            listing.write_text("\n".join(kept))
+            listing.write_text("\n".join(shortened(sass)))
             fatbin.unlink()
     return report.read_text(), listing.read_text()
+
+
+def shortened(sass: str) -> list[str]:
+    """cuobjdump's lines without encodings, but for the half that has the scoreboards."""
+    lines = sass.splitlines()
+    kept = []
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if re.search(r"Function :|code for", line):
+            kept.append(line)
+        elif found := re.match(r"(.*\*/ +\S.*;)", line):
+            half = re.match(r"\s*/\* (0x[0-9a-f]{16}) \*/", after)
+            kept.append(f"{found[1]} {half[1]}")
+    return kept
 
 
 def compile_kernels(source: Path) -> list[Kernel]:
@@ -230,10 +299,10 @@ def parse(report: str, listing: str) -> list[Kernel]:
         elif found := re.search(r"Function : (\w+)", line):
             kernel = kernels[found[1], architecture]
         elif found := re.search(
-            r"/\*([0-9a-f]+)\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *(.*?) *;", line
+            r"/\*([0-9a-f]+)\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *(.*?) *; (0x\w+)", line
         ):
             kernel.opcodes.append(found[2])
-            kernel.lines.append((int(found[1], 16), found[2], found[3]))
+            kernel.lines.append(Line(int(found[1], 16), found[2], found[3], int(found[4], 16)))
     names = _demangle(sorted({name for name, _ in kernels}))
     for found in kernels.values():
         found.name = names[found.name]
@@ -257,10 +326,15 @@ def dynamic_shared(name: str) -> int:
     return 2 * (2 * 2 * keys * (head_dim + 8) + queries)
 
 
+def kilobytes(threads: int, levels: Sequence[float]) -> str:
+    """Bytes per thread as `least-mean-most` of so many threads."""
+    return "-".join(f"{threads * level / 1024:.0f}" for level in levels)
+
+
 def occupancy_table(kernels: list[Kernel], threads: dict[str, int]) -> list[str]:
     """Registers, shared memory and residency of each kernel and architecture, as lines of text."""
     lines = [f"{'kernel':56} {'sm':>4} {'regs':>4} {'shared':>6} {'blocks/SM':>9} {'warps/SM':>8} "
-             f"{'in flight/SM':>12}  needed (card)"]  # fmt: skip
+             f"{'in flight/SM':>24}  needed (card)"]  # fmt: skip
     cards = collections.defaultdict(list)
     for card in CARDS:
         cards[card.architecture].append(card)
@@ -268,16 +342,18 @@ def occupancy_table(kernels: list[Kernel], threads: dict[str, int]) -> list[str]
         size = next(n for prefix, n in threads.items() if kernel.name.startswith(prefix))
         dynamic = dynamic_shared(kernel.name)
         blocks = kernel.blocks_per_sm(size, dynamic)
-        # In a loop the least counts as well: memory must be busy all the time.
-        loop = "decode" in kernel.name and kernel.has_products()
-        levels = kernel.loop_flight() if loop else (kernel.loads_in_flight(),)
-        in_flight = "-".join(f"{blocks * size * level / 1024:.0f}" for level in levels)
+        # In a loop least, mean and most, as data allow and as scoreboards have it.
+        if "decode" in kernel.name and kernel.has_products():
+            levels = [kernel.loop_flight(), kernel.loop_waits()]
+        else:
+            levels = [(kernel.loads_in_flight(),)]
+        in_flight = ", ".join(kilobytes(blocks * size, level) for level in levels)
         needed = ", ".join(
             f"{c.needed_bytes / 1024:.0f} KB ({c.name})" for c in cards[kernel.architecture]
         )
         lines.append(
             f"{kernel.name:56} {kernel.architecture:>4} {kernel.registers:>4} "
             f"{kernel.shared + dynamic:>6} {blocks:>9} {blocks * math.ceil(size / 32):>8} "
-            f"{in_flight:>9} KB  {needed}"
+            f"{in_flight:>21} KB  {needed}"
         )
     return lines

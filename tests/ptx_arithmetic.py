@@ -167,4 +167,8 @@ def _leading_zeros(x: np.ndarray) -> np.ndarray:
     return np.where(x == 0, 0xFFFFFFFF, 31 - highest).astype(np.uint32)
 
 
-_BITS = {"bfi": _insert, "brev": _reverse, "bfind": _leading_zeros}
+def _count_ones(x: np.ndarray) -> np.ndarray:
+    return np.unpackbits(x.view(np.uint8).reshape(*x.shape, 4), axis=-1).sum(-1, dtype=np.uint32)
+
+
+_BITS = {"bfi": _insert, "brev": _reverse, "bfind": _leading_zeros, "popc": _count_ones}

@@ -117,6 +117,21 @@ def test_head_dims(ops, head_dim, rotary):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(14, 5), (1, 1), (32, 8)])
+def test_the_same_bits_in_a_large_batch(ops, dtype, num_heads, num_kv_heads):
+    """Kernels may treat many rows of 128 dims in a way of their own."""
+    arguments = problem(
+        65, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128, dtype=dtype
+    )
+    few = {name: twin(x) for name, x in arguments.items()}
+    out = check(ops, arguments)
+    few |= {name: few[name][3:5] for name in few if not name.endswith("cache")}
+    assert_same_bits(ops.append_kv(**few), out[3:5])
+    places = few["slots"], slice(None), few["columns"]
+    assert_same_bits(few["key_cache"][places], arguments["key_cache"][places])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotary", ["half", "full"])
 @pytest.mark.parametrize(("columns_first", "margin"), [(True, 8), (False, 3)])
 def test_layouts(ops, dtype, rotary, columns_first, margin):

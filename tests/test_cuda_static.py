@@ -21,7 +21,7 @@ COPIES += [source for source in cuda_static.SOURCES if source.stem == "merge_att
 def is_wide(kernel: Kernel) -> bool:
     """Whether its chunks have 16 bytes: 16, eight 16-bit elements or four floats."""
     name = kernel.name
-    return bool(re.search(r"kernel<16>|(half|bfloat16), 8\b|float, 4\b", name))
+    return bool(re.search(r"kernel<16\b|(half|bfloat16), (\w+, )?8\b|float, 4\b", name))
 
 
 @pytest.mark.parametrize("source", cuda_static.SOURCES, ids=lambda source: source.stem)
@@ -74,14 +74,26 @@ def test_judge_and_ptx_machine_count_the_same_sectors(case):
     assert counted == pytest.approx(judged, rel=0.1)
 
 
+# Warp instructions per 128 bytes, and sectors over useful ones. Rotation takes 7 of the former and
+# angles that are read once 0.021 of the latter (docs/cuda.md).
+TARGETS = [
+    (insert_case(512, 32, 1), 2, 1.02), (insert_case(64, 32, 16), 2, 1.02),
+    (insert_case(16, 32, 1), 2, 1.02), (extract_case(512, 32, 1), 2, 1.02),
+    (move_case(8, 4, 256, 1), 2, 1.02), (move_case(8, 4, 256, 64), 2, 1.02),
+    (append_case(64), 2, 1.02), (append_case(64, 32), 8, 1.025),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "case", [insert_case(512, 32, 1), append_case(64)], ids=lambda case: f"{case.op}-{case.what}"
+    ("case", "instructions", "sectors"),
+    TARGETS,
+    ids=[f"{case.op}-{case.what}" for case, *_ in TARGETS],
 )
-def test_insert_and_append_meet_their_targets(case):
+def test_copies_meet_their_targets(case, instructions, sectors):
     counts = cuda_counts.count(case)
     assert counts.launches == 1
-    assert counts.instructions <= 2
-    assert counts.sectors <= 1.02
+    assert counts.instructions <= instructions
+    assert counts.sectors <= sectors
 
 
 def test_decode_step_meets_its_targets():
@@ -128,17 +140,20 @@ def test_attention_fits_the_occupancy_it_was_cut_for(source):
 
 
 def test_decode_has_loads_on_their_way_all_the_time():
-    """32 KB at any moment, which is what an H100 needs and more, and 64 KB at best."""
+    """Data allow 36 KB at any moment and 64 KB on average. Warps that wait for keys and values
+    together have none on their way just then, and 32 KB on average, which is what an A100 and an
+    H100 need and more."""
     source = next(s for s in cuda_static.SOURCES if s.stem == "ragged_attention_bfloat16")
     for kernel in compile_kernels(source):
         if kernel.architecture in (80, 90, 100) and re.search(
             r"decode_kernel<\w+, 128, 1>", kernel.name
         ):
-            least, most = kernel.loop_flight()
             shared = cuda_static.dynamic_shared(kernel.name)
             threads = 128 * kernel.blocks_per_sm(128, shared)
-            assert threads * least >= 32 << 10, kernel.name
-            assert threads * most >= 64 << 10, kernel.name
+            allowed, real = kernel.loop_flight(), kernel.loop_waits()
+            assert threads * allowed.least >= 36 << 10, kernel.name
+            assert threads * allowed.mean >= 64 << 10, kernel.name
+            assert threads * real.mean >= 32 << 10, kernel.name
 
 
 # The judge itself.
@@ -154,7 +169,8 @@ def compile_text(tmp_path, text: str) -> Kernel:
     sass = subprocess.run(
         [tool("cuobjdump"), "-sass", tmp_path / "cubin"], capture_output=True, text=True, check=True
     )
-    return cuda_static.parse(done.stderr, sass.stdout)[0]
+    listing = "\n".join(cuda_static.shortened(sass.stdout))
+    return cuda_static.parse(done.stderr, listing)[0]
 
 
 def test_local_memory_is_seen(tmp_path):
@@ -181,6 +197,32 @@ def test_spills_are_seen(tmp_path):
 def test_narrow_accesses_are_seen(tmp_path):
     kernel = compile_text(tmp_path, "__global__ void f(float* x) { x[threadIdx.x] += 1; }")
     assert kernel.count(r"LDG") == 1 and kernel.count(r"LDG\..*128") == 0
+
+
+LOOP = """
+    __global__ void f(const uint4* x, float* out, int n) {
+      float d[4] = {};
+      uint4 next = x[threadIdx.x];
+      for (int i = 0; i < n; ++i) {
+        const uint4 a = next;
+        next = x[(i + 1) * 32 + threadIdx.x];
+        %s
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%%0, %%1, %%2, %%3}, "
+                     "{%%4, %%5, %%6, %%7}, {%%4, %%5}, {%%0, %%1, %%2, %%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w));
+      }
+      out[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+    }"""
+
+
+def test_what_a_loop_waits_for_is_seen(tmp_path):
+    """A load that waits at once for its result leaves nothing on its way."""
+    late = compile_text(tmp_path, LOOP % "").loop_waits()
+    use = "if (next.x == 12345) out[0] = 1;"
+    early = compile_text(tmp_path, LOOP % use).loop_waits()
+    assert late.least >= 16
+    assert early.least == 0 and early.mean < late.mean
 
 
 def test_occupancy_is_that_of_the_cuda_calculator():

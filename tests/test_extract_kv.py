@@ -148,6 +148,16 @@ def test_out_is_returned():
     assert actual[0] is out[0] and actual[1] is out[1]
 
 
+@pytest.mark.parametrize(("layers", "num_kv_heads"), [((21,), 3), ((), 9)])
+def test_more_layers_or_heads_than_tokens(ops, layers, num_kv_heads):
+    check(ops, problem([1, 4, 0, 2], layers=layers, num_kv_heads=num_kv_heads))
+
+
+def test_many_queries(ops):
+    """Most of them empty here and there, for those who look for a token's query."""
+    check(ops, problem([0 if i % 7 > 2 else i % 4 for i in range(1100)], capacity=5))
+
+
 # 2. Edges.
 
 

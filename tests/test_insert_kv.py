@@ -89,6 +89,20 @@ def test_rows_aligned_to_nothing(ops, dtype):
     check(ops, problem([6, 33], dtype=dtype, margin=3), zero_padding=True)
 
 
+@pytest.mark.parametrize(("layers", "num_kv_heads"), [((21,), 3), ((), 9), ((2,), 35)])
+@pytest.mark.parametrize("zero_padding", [False, True])
+def test_more_layers_or_heads_than_tokens(ops, layers, num_kv_heads, zero_padding):
+    arguments = problem([1, 4, 0, 2], layers=layers, num_kv_heads=num_kv_heads)
+    check(ops, arguments, zero_padding=zero_padding)
+
+
+@pytest.mark.parametrize("num_queries", [40, 1100])
+def test_many_queries(ops, num_queries):
+    """Most of them empty here and there, for those who look for a token's query."""
+    lengths = [0 if i % 7 > 2 else i % 4 for i in range(num_queries)]
+    check(ops, problem(lengths, num_slots=num_queries, capacity=5))
+
+
 def test_contiguous_tensors_and_caches_of_different_strides(ops):
     arguments = problem([6, 33], columns_first=True)
     arguments |= {name: arguments[name].contiguous() for name in ("key", "key_cache")}

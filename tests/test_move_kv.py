@@ -73,6 +73,13 @@ def test_overlap_with_itself(ops, shift, columns_first):
     check(ops, problem(moves, columns_first=columns_first, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("shift", [70, 131, 300])
+def test_long_overlap(ops, shift):
+    """Shifts so long that several blocks may share a row."""
+    moves = [(0, 0, 0, shift, 333), (1, shift, 1, 2, 333)]
+    check(ops, problem(moves, head_dim=256, num_kv_heads=1, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 128, 256])
 def test_head_dims(ops, head_dim):
     check(ops, problem(everywhere(9), head_dim=head_dim, dtype=torch.bfloat16))

@@ -12,6 +12,8 @@ struct CacheStrides {
   int64_t slot_stride = 0;
   int64_t head_stride = 0;
   int64_t column_stride = 0;
+
+  bool operator==(const CacheStrides&) const = default;
 };
 
 // [num_layers, total_tokens, num_heads, head_dim], last dimension contiguous.
@@ -19,6 +21,8 @@ struct TokenStrides {
   int64_t layer_stride = 0;
   int64_t token_stride = 0;
   int64_t head_stride = 0;
+
+  bool operator==(const TokenStrides&) const = default;
 };
 
 struct CacheSizes {

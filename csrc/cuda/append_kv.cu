@@ -2,11 +2,15 @@
 //   x1 = x[: d / 2], x2 = x[d / 2 :];  rotated = [x1 cos - x2 sin, x2 cos + x1 sin]
 //
 // A thread has a pair of chunks of one row: elements [i, i + n) of x1 and of x2, n filling 16
-// bytes. It walks over a group of heads, keys and values, so that finding the row's place and
-// loading its angles is paid once for all of them. Neighboring lanes have neighboring chunks, then
-// the next row.
-//   threadIdx  x: chunk pair, y: row
-//   blockIdx   x: rows, y: groups of KV heads, then groups of query heads
+// bytes. It walks over heads of the queries, then of keys and values together, so that finding the
+// row's place and loading its angles is paid once for all of them. With angles, a block has one row
+// and about one warp: the threads of a pair share the heads, and a row's angles are read once. When
+// there are few rows, several blocks have a part of the pairs each. Without angles, a thread has
+// all heads of a row, and a block several rows.
+//   threadIdx  x: chunk pair, y: first head (with angles) or row
+//   blockIdx   x: rows, y: part of the pairs
+#include <algorithm>
+
 #include "cuda/chunk.h"
 #include "cuda/kernels.h"
 
@@ -14,25 +18,47 @@ namespace baton::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;
-// Heads whose loads are on their way together: 16 chunks, or 8 that then wait for their rotation in
-// float, are what the registers of four or more blocks per SM hold.
-template <bool kRotate>
-constexpr int kHeadsAtOnce = kRotate ? 4 : 8;
-// Heads of a thread. A query head is one tensor, a KV head two: twice as many make as much work.
-constexpr int kHeads = 8;
-constexpr int kQueryHeads = 2 * kHeads;
+constexpr int kThreads = 128, kWarp = 32;
+// Query heads whose loads are on their way together, and twice the heads of keys and values: 16
+// chunks, or 8 that then wait for their rotation in float, are what the registers of four or more
+// blocks per SM hold.
+constexpr int kHeadsAtOnce = 8, kRotatedHeadsAtOnce = 4;
+// Fewer rows than this leave most SMs of a large device without a warp: they get several each.
+constexpr int64_t kFewRows = 64;
+
+// How many angles a row has: none, head_dim / 2 for both halves, or head_dim.
+enum class Angles { kNone, kHalf, kFull };
+
+// Tensors of one token per row, and caches; in bytes. A step is what lies between the heads that
+// one thread walks over.
+struct TokenHeads {
+  const char* data;
+  int64_t row_stride, head_stride, step;
+};
+struct CacheHeads {
+  char* data;
+  int64_t slot_stride, head_stride, column_stride, step;
+};
 
 struct AppendArgs {
-  AppendKvParams p;   // strides of keys, values, queries and caches in bytes
-  int32_t kv_groups;  // of blockIdx.y
+  TokenHeads key, value, query;
+  CacheHeads key_cache, value_cache;
+  char* rotated_query;
+  const int32_t* slots;
+  const int32_t* columns;
+  const void* cos;
+  const void* sin;
+  int64_t cos_row_stride, sin_row_stride;
+  int64_t capacity;
+  int32_t num_rows, num_heads, num_kv_heads, num_slots;
+  int32_t half;      // elements of half a head
   bool wide_angles;  // rows of cos and sin, and their second halves, begin at multiples of 16 bytes
 };
 
 // The angles of one chunk pair.
 template <int kElements>
-struct Angles {
-  float cos1[kElements], cos2[kElements], sin1[kElements], sin2[kElements];
+struct PairAngles {
+  float cos1[kElements], minus_sin1[kElements], cos2[kElements], sin2[kElements];
 };
 
 // `wide`: the row may be read 16 bytes at a time.
@@ -46,8 +72,10 @@ __device__ __forceinline__ void load_angles(const Rotary* x, bool wide,
       for (int k = 0; k < kElements; k += kInChunk) {
         Elements<Rotary, kInChunk> chunk;
         chunk.chunk = load_16(x + k);
+        float part[kInChunk];
+        chunk.load(part);
 #pragma unroll
-        for (int i = 0; i < kInChunk; ++i) angles[k + i] = to_float(chunk.values[i]);
+        for (int i = 0; i < kInChunk; ++i) angles[k + i] = part[i];
       }
       return;
     }
@@ -56,164 +84,287 @@ __device__ __forceinline__ void load_angles(const Rotary* x, bool wide,
   for (int k = 0; k < kElements; ++k) angles[k] = to_float(x[k]);
 }
 
-template <typename T, int kElements>
+// Whether a warp that has all heads of a row exchanges the row's angles: two chunks of float angles
+// for each of 16-bit elements, and four threads to a pair. Each loads one chunk of its pair's, so
+// that no sector is asked for twice.
+template <typename Rotary, int kElements, Angles kAngles, int kHeadDim>
+constexpr bool kExchangesAngles =
+    kAngles == Angles::kHalf && kHeadDim / 2 / kElements * 4 == kWarp &&
+    kElements * sizeof(Rotary) == 2 * kMaxChunkBytes;
+constexpr std::size_t kExchangeBytes = kWarp * kMaxChunkBytes;
+
+template <typename Rotary, int kElements>
+__device__ __forceinline__ void exchange_angles(const AppendArgs& a, int32_t row, void* shared,
+                                                float (&cos)[kElements], float (&sin)[kElements]) {
+  const int32_t pair = threadIdx.x, part = threadIdx.y;
+  const bool is_sin = part >= 2;
+  const auto* angles = static_cast<const Rotary*>(is_sin ? a.sin : a.cos) +
+                       row * (is_sin ? a.sin_row_stride : a.cos_row_stride);
+  // [part][pair]
+  uint4* chunks = static_cast<uint4*>(shared) + pair;
+  store_16(chunks + part * (kWarp / 4), load_16(angles + (2 * pair + part % 2) * (kElements / 2)));
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    Elements<Rotary, kElements / 2> chunk;
+    chunk.chunk = load_16(chunks + i * (kWarp / 4));
+#pragma unroll
+    for (int k = 0; k < kElements / 2; ++k) {
+      (i < 2 ? cos : sin)[i % 2 * (kElements / 2) + k] = to_float(chunk.values[k]);
+    }
+  }
+}
+
+// Written out as in the CPU kernel, whose bits these are.
+template <Angles kAngles, typename T, int kElements>
 __device__ __forceinline__ void rotate(Elements<T, kElements>& x1, Elements<T, kElements>& x2,
-                                       const Angles<kElements>& angles) {
+                                       const PairAngles<kElements>& angles) {
+  const auto& cos2 = kAngles == Angles::kFull ? angles.cos2 : angles.cos1;
+  float a[kElements], b[kElements];
+  x1.load(a);
+  x2.load(b);
 #pragma unroll
   for (int k = 0; k < kElements; ++k) {
-    const float a = to_float(x1.values[k]), b = to_float(x2.values[k]);
-    x1.values[k] = from_float<T>(a * angles.cos1[k] - b * angles.sin1[k]);
-    x2.values[k] = from_float<T>(b * angles.cos2[k] + a * angles.sin2[k]);
+    const float rotated = fmaf(a[k], angles.cos1[k], __fmul_rn(b[k], angles.minus_sin1[k]));
+    b[k] = fmaf(b[k], cos2[k], __fmul_rn(a[k], angles.sin2[k]));
+    a[k] = rotated;
   }
+  x1.store(a);
+  x2.store(b);
 }
 
 // A chunk pair of one head after another, in memory.
 struct Heads {
   const char* source;
-  int64_t source_stride;
+  int64_t source_step;
   char* target;
-  int64_t target_stride;
+  int64_t target_step;
 };
 
-// kCount heads; all loads come before the first store.
-template <typename T, int kElements, bool kRotate, int kCount>
-__device__ __forceinline__ void put_at_once(Heads& heads, int32_t half_bytes,
-                                            const Angles<kElements>& angles) {
-  constexpr int kBytes = kElements * int{sizeof(T)};
-  Elements<T, kElements> x1[kCount], x2[kCount];
+// The chunk pairs of kCount heads, in registers. kHalf: elements of half a head, or 0 when only
+// half_bytes says so.
+template <typename T, int kElements, int kHalf, int kCount>
+class Pairs {
+  static constexpr int kBytes = kElements * int{sizeof(T)};
+  Elements<T, kElements> x1_[kCount], x2_[kCount];
+
+ public:
+  __device__ __forceinline__ void load(Heads& heads, int32_t half_bytes) {
 #pragma unroll
-  for (int h = 0; h < kCount; ++h) {
-    x1[h].chunk = load_chunk<kBytes>(heads.source);
-    x2[h].chunk = load_chunk<kBytes>(heads.source + half_bytes);
-    heads.source += heads.source_stride;
+    for (int h = 0; h < kCount; ++h) {
+      x1_[h].chunk = load_chunk<kBytes>(heads.source);
+      if constexpr (kHalf > 0) {
+        x2_[h].chunk = load_chunk<kBytes, kHalf* int{sizeof(T)}>(heads.source);
+      } else {
+        x2_[h].chunk = load_chunk<kBytes>(heads.source + half_bytes);
+      }
+      heads.source += heads.source_step;
+    }
   }
+  template <Angles kAngles>
+  __device__ __forceinline__ void store(Heads& heads, int32_t half_bytes,
+                                        const PairAngles<kElements>& angles) {
 #pragma unroll
-  for (int h = 0; h < kCount; ++h) {
-    if constexpr (kRotate) rotate(x1[h], x2[h], angles);
-    store_chunk<kBytes>(heads.target, x1[h].chunk);
-    store_chunk<kBytes>(heads.target + half_bytes, x2[h].chunk);
-    heads.target += heads.target_stride;
+    for (int h = 0; h < kCount; ++h) {
+      if constexpr (kAngles != Angles::kNone) rotate<kAngles>(x1_[h], x2_[h], angles);
+      store_chunk<kBytes>(heads.target, x1_[h].chunk);
+      store_chunk<kBytes>(heads.target + half_bytes, x2_[h].chunk);
+      heads.target += heads.target_step;
+    }
+  }
+};
+
+// Walks over every `step`-th of so many heads; all loads of kAtOnce come before the first store.
+template <typename T, int kElements, Angles kAngles, int kHalf, int kAtOnce>
+__device__ __forceinline__ void put(Heads& heads, int32_t count, int32_t step, int32_t half_bytes,
+                                    const PairAngles<kElements>& angles) {
+#pragma unroll 1
+  for (; count > (kAtOnce - 1) * step; count -= kAtOnce * step) {
+    Pairs<T, kElements, kHalf, kAtOnce> x;
+    x.load(heads, half_bytes);
+    x.template store<kAngles>(heads, half_bytes, angles);
+  }
+  if constexpr (kAtOnce > 1) {
+    if (count <= 0) return;
+    put<T, kElements, kAngles, kHalf, kAtOnce / 2>(heads, count, step, half_bytes, angles);
   }
 }
 
-template <typename T, int kElements, bool kRotate>
-__device__ __forceinline__ void put(Heads heads, int32_t half_bytes, int32_t count,
-                                    const Angles<kElements>& angles) {
-  constexpr int kAtOnce = kHeadsAtOnce<kRotate>;
+// As put(), of keys and values.
+template <typename T, int kElements, Angles kAngles, int kHalf, int kAtOnce>
+__device__ __forceinline__ void put_both(Heads& keys, Heads& values, int32_t count, int32_t step,
+                                         int32_t half_bytes, const PairAngles<kElements>& angles) {
 #pragma unroll 1
-  for (; count >= kAtOnce; count -= kAtOnce) {
-    put_at_once<T, kElements, kRotate, kAtOnce>(heads, half_bytes, angles);
+  for (; count > (kAtOnce - 1) * step; count -= kAtOnce * step) {
+    Pairs<T, kElements, kHalf, kAtOnce> key, value;
+    key.load(keys, half_bytes);
+    value.load(values, half_bytes);
+    key.template store<kAngles>(keys, half_bytes, angles);
+    value.template store<Angles::kNone>(values, half_bytes, angles);
   }
-#pragma unroll 1
-  for (; count > 0; --count) put_at_once<T, kElements, kRotate, 1>(heads, half_bytes, angles);
+  if constexpr (kAtOnce > 1) {
+    if (count <= 0) return;
+    put_both<T, kElements, kAngles, kHalf, kAtOnce / 2>(keys, values, count, step, half_bytes,
+                                                        angles);
+  }
 }
 
-template <typename T, typename Rotary, int kElements, bool kRotate>
-__global__ void __launch_bounds__(kThreads)
-    append_kv_kernel(const __grid_constant__ AppendArgs args) {
-  constexpr int kBytes = kElements * int{sizeof(T)};
-  const AppendKvParams& p = args.p;
-  const int32_t pair = threadIdx.x;
-  const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  if (row >= p.num_rows) return;
-  const int32_t half = static_cast<int32_t>(p.sizes.head_dim) / 2;
+// kHeadDim: known at compile time, which makes the distances to the second half and between heads
+// of the rotated query parts of the instructions; 0: any.
+template <typename T, typename Rotary, int kElements, Angles kAngles, int kHeadDim>
+__global__ void __launch_bounds__(kThreads) append_kv_kernel(const __grid_constant__ AppendArgs a) {
+  constexpr bool kRotate = kAngles != Angles::kNone, kFixed = kHeadDim > 0;
+  constexpr int kBytes = kElements * int{sizeof(T)}, kHalf = kHeadDim / 2;
+  constexpr int kAtOnce = kRotate ? kRotatedHeadsAtOnce : kHeadsAtOnce;
+  const int32_t row = kRotate ? blockIdx.x : blockIdx.x * blockDim.y + threadIdx.y;
+  // Past the last row, where 32 bits may have wrapped around.
+  if (!kRotate && unsigned(row) >= unsigned(a.num_rows)) return;
+  const int32_t first = kRotate ? threadIdx.y : 0;
+  int32_t pair = threadIdx.x, step = 1, half = kHalf;
+  if constexpr (!kFixed) {
+    pair += blockIdx.y * blockDim.x;
+    half = a.half;
+    if (kRotate) step = blockDim.y;
+  } else if constexpr (kRotate) {
+    step = kWarp / (kHalf / kElements);
+  }
   const int32_t half_bytes = half * int{sizeof(T)};
+  // Asked for early; needed at the end.
+  const auto slot = static_cast<int32_t>(load_4(a.slots + row));
+  const auto column = static_cast<int32_t>(load_4(a.columns + row));
 
-  Angles<kElements> angles;
+  PairAngles<kElements> angles;
   if constexpr (kRotate) {
     const int32_t i = pair * kElements;
-    const Rotary* cos = static_cast<const Rotary*>(p.cos) + row * p.cos_row_stride + i;
-    const Rotary* sin = static_cast<const Rotary*>(p.sin) + row * p.sin_row_stride + i;
-    load_angles(cos, args.wide_angles, angles.cos1);
-    load_angles(sin, args.wide_angles, angles.sin1);
-    // With rotary_dim = head_dim / 2 both halves share one set of angles.
+    const Rotary* cos = static_cast<const Rotary*>(a.cos) + row * a.cos_row_stride + i;
+    const Rotary* sin = static_cast<const Rotary*>(a.sin) + row * a.sin_row_stride + i;
+    const bool wide = kFixed || a.wide_angles;
+    if constexpr (kExchangesAngles<Rotary, kElements, kAngles, kHeadDim>) {
+      BATON_DYNAMIC_SHARED(memory);
+      exchange_angles<Rotary>(a, row, memory, angles.cos1, angles.sin2);
+    } else {
+      load_angles(cos, wide, angles.cos1);
+      load_angles(sin, wide, angles.sin2);
+    }
 #pragma unroll
-    for (int k = 0; k < kElements; ++k) {
-      angles.cos2[k] = angles.cos1[k];
-      angles.sin2[k] = angles.sin1[k];
-    }
-    if (p.rotary_dim != half) {
-      load_angles(cos + half, args.wide_angles, angles.cos2);
-      load_angles(sin + half, args.wide_angles, angles.sin2);
+    for (int k = 0; k < kElements; ++k) angles.minus_sin1[k] = -angles.sin2[k];
+    if constexpr (kAngles == Angles::kFull) {
+      load_angles(cos + half, wide, angles.cos2);
+      load_angles(sin + half, wide, angles.sin2);
     }
   }
-
-  const int32_t group = blockIdx.y;
-  if (group >= args.kv_groups) {
-    const int32_t head = (group - args.kv_groups) * kQueryHeads;
-    const int64_t head_bytes = p.sizes.head_dim * int{sizeof(T)};
-    const int32_t count = min(static_cast<int32_t>(p.num_heads) - head, kQueryHeads);
-    put<T, kElements, kRotate>(
-        {static_cast<const char*>(p.query) + row * p.query_strides.token_stride +
-             head * p.query_strides.head_stride + pair * kBytes,
-         p.query_strides.head_stride,
-         static_cast<char*>(p.rotated_query) + (row * p.num_heads + head) * head_bytes +
-             pair * kBytes,
-         head_bytes},
-        half_bytes, count, angles);
-    return;
-  }
-  const int32_t slot = p.slots[row], column = p.columns[row];
-  if (slot < 0 || slot >= p.sizes.num_slots || column < 0 || column >= p.sizes.capacity) return;
-  const int32_t head = group * kHeads;
-  const int32_t count = min(static_cast<int32_t>(p.sizes.num_kv_heads) - head, kHeads);
-  const auto heads = [&](const void* x, const TokenStrides& token, void* cache,
-                         const CacheStrides& s) {
-    return Heads{static_cast<const char*>(x) + row * token.token_stride + head * token.head_stride +
-                     pair * kBytes,
-                 token.head_stride,
-                 static_cast<char*>(cache) + slot * s.slot_stride + head * s.head_stride +
-                     column * s.column_stride + pair * kBytes,
-                 s.head_stride};
+  const auto source = [&](const TokenHeads& x) {
+    return x.data + row * x.row_stride + first * x.head_stride + pair * kBytes;
   };
-  put<T, kElements, kRotate>(heads(p.key, p.key_strides, p.key_cache, p.key_cache_strides),
-                             half_bytes, count, angles);
-  put<T, kElements, false>(heads(p.value, p.value_strides, p.value_cache, p.value_cache_strides),
-                           half_bytes, count, angles);
+  const int32_t head_bytes = 2 * half_bytes;
+  Heads queries{source(a.query), a.query.step,
+                a.rotated_query + (int64_t{row} * a.num_heads + first) * head_bytes + pair * kBytes,
+                int64_t{step} * head_bytes};
+  put<T, kElements, kAngles, kHalf, kAtOnce>(queries, a.num_heads - first, step, half_bytes,
+                                             angles);
+  if (slot < 0 || slot >= a.num_slots || column < 0 || column >= a.capacity) return;
+  const auto heads = [&](const TokenHeads& x, const CacheHeads& cache) {
+    return Heads{source(x), x.step,
+                 cache.data + slot * cache.slot_stride + first * cache.head_stride +
+                     column * cache.column_stride + pair * kBytes,
+                 cache.step};
+  };
+  Heads keys = heads(a.key, a.key_cache), values = heads(a.value, a.value_cache);
+  put_both<T, kElements, kAngles, kHalf, kAtOnce / 2>(keys, values, a.num_kv_heads - first, step,
+                                                      half_bytes, angles);
 }
 
 // Bytes of a chunk that all addresses allow and that fill half a head evenly.
 int chunk_bytes(const AppendKvParams& p) {
   ChunkSize size;
   size << p.sizes.head_dim / 2 * size_of(p.dtype) << p.key << p.value << p.query << p.rotated_query
-       << p.key_cache << p.value_cache << p.key_strides << p.value_strides << p.query_strides
-       << p.key_cache_strides << p.value_cache_strides;
+       << p.key_cache << p.value_cache << in_bytes(p.key_strides, p.dtype)
+       << in_bytes(p.value_strides, p.dtype) << in_bytes(p.query_strides, p.dtype)
+       << in_bytes(p.key_cache_strides, p.dtype) << in_bytes(p.value_cache_strides, p.dtype);
   return size.bytes();
 }
 
-template <typename T, typename Rotary, int kElements>
-cudaError_t launch_append(const AppendArgs& args, dim3 grid, dim3 block, cudaStream_t stream) {
-  return args.p.cos
-             ? launch(append_kv_kernel<T, Rotary, kElements, true>, grid, block, 0, stream, args)
-             : launch(append_kv_kernel<T, T, kElements, false>, grid, block, 0, stream, args);
+struct Shape {
+  dim3 grid, block;
+};
+
+// How rows, heads and chunk pairs of so many bytes are laid over the device.
+Shape shape_of(const AppendKvParams& p, int64_t pairs, int64_t bytes) {
+  const int64_t heads = std::max(p.num_heads, p.sizes.num_kv_heads);
+  int64_t parts = 1, rows = 1, threads = 1;
+  // Whole sectors of 32 bytes.
+  for (; p.num_rows * parts < kFewRows && pairs % 2 == 0 && pairs * bytes >= 64; pairs /= 2) {
+    parts *= 2;
+  }
+  if (p.cos) {
+    threads = std::clamp<int64_t>(kWarp / pairs, 1, heads);
+  } else {
+    threads = rows =
+        std::max<int64_t>((p.num_rows < kFewRows * kWarp ? kWarp : kThreads) / pairs, 1);
+  }
+  return {dim3(static_cast<unsigned>(divide_up(p.num_rows, rows)), static_cast<unsigned>(parts)),
+          dim3(static_cast<unsigned>(pairs), static_cast<unsigned>(threads))};
+}
+
+template <typename T, typename Rotary, int kElements, Angles kAngles>
+cudaError_t launch_append(const AppendArgs& args, const Shape& shape, cudaStream_t stream) {
+  // The most frequent shape of all. Groups of fewer heads than a warp has room for are another.
+  constexpr int kHeadDim = 128, kPairs = kHeadDim / 2 / kElements;
+  if constexpr (kAngles == Angles::kHalf && kPairs < kWarp) {
+    if (2 * args.half == kHeadDim && args.wide_angles && shape.block.x == kPairs &&
+        shape.block.y == kWarp / kPairs) {
+      const std::size_t shared =
+          kExchangesAngles<Rotary, kElements, kAngles, kHeadDim> ? kExchangeBytes : 0;
+      return launch(append_kv_kernel<T, Rotary, kElements, kAngles, kHeadDim>, shape.grid,
+                    shape.block, shared, stream, args);
+    }
+  }
+  return launch(append_kv_kernel<T, Rotary, kElements, kAngles, 0>, shape.grid, shape.block, 0,
+                stream, args);
 }
 
 }  // namespace
 
-cudaError_t append_kv(const AppendKvParams& params, cudaStream_t stream) {
-  AppendArgs args{};
-  AppendKvParams& p = args.p = params;
-  p.key_strides = in_bytes(p.key_strides, p.dtype);
-  p.value_strides = in_bytes(p.value_strides, p.dtype);
-  p.query_strides = in_bytes(p.query_strides, p.dtype);
-  p.key_cache_strides = in_bytes(p.key_cache_strides, p.dtype);
-  p.value_cache_strides = in_bytes(p.value_cache_strides, p.dtype);
-  if (!p.query) p.num_heads = 0;
+cudaError_t append_kv(const AppendKvParams& p, cudaStream_t stream) {
+  const int64_t num_heads = p.query ? p.num_heads : 0, num_kv_heads = p.sizes.num_kv_heads;
+  if (p.num_rows == 0 || num_heads + num_kv_heads == 0) return cudaSuccess;
+  if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
   const int bytes = chunk_bytes(p);
-  const int64_t pairs = p.sizes.head_dim / 2 * size_of(p.dtype) / bytes;
-  const int64_t rows = kThreads / pairs;
-  args.kv_groups = static_cast<int32_t>(divide_up(p.sizes.num_kv_heads, kHeads));
-  const int64_t rotary_bytes = size_of(p.rotary_dtype);
+  const int64_t half = p.sizes.head_dim / 2, rotary_bytes = size_of(p.rotary_dtype);
+  const Shape shape = shape_of(p, half * size_of(p.dtype) / bytes, bytes);
+  const int64_t step = p.cos ? shape.block.y : 1;
+  const auto tokens = [&](const void* x, const TokenStrides& strides) {
+    const TokenStrides s = in_bytes(strides, p.dtype);
+    return TokenHeads{static_cast<const char*>(x), s.token_stride, s.head_stride,
+                      step * s.head_stride};
+  };
+  const auto cache = [&](void* x, const CacheStrides& strides) {
+    const CacheStrides s = in_bytes(strides, p.dtype);
+    return CacheHeads{static_cast<char*>(x), s.slot_stride, s.head_stride, s.column_stride,
+                      step * s.head_stride};
+  };
   ChunkSize angles;
   angles << p.cos << p.sin << p.cos_row_stride * rotary_bytes << p.sin_row_stride * rotary_bytes
-         << p.sizes.head_dim / 2 * rotary_bytes;
-  args.wide_angles = angles.bytes() == kMaxChunkBytes;
-  const int64_t groups = args.kv_groups + divide_up(p.num_heads, kQueryHeads);
-  const int64_t blocks = divide_up(p.num_rows, rows);
-  if (blocks == 0 || groups == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || groups > 65535) return cudaErrorInvalidConfiguration;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
-  const dim3 block(static_cast<unsigned>(pairs), static_cast<unsigned>(rows));
+         << half * rotary_bytes;
+  const AppendArgs args{.key = tokens(p.key, p.key_strides),
+                        .value = tokens(p.value, p.value_strides),
+                        .query = tokens(p.query, p.query_strides),
+                        .key_cache = cache(p.key_cache, p.key_cache_strides),
+                        .value_cache = cache(p.value_cache, p.value_cache_strides),
+                        .rotated_query = static_cast<char*>(p.rotated_query),
+                        .slots = p.slots,
+                        .columns = p.columns,
+                        .cos = p.cos,
+                        .sin = p.sin,
+                        .cos_row_stride = p.cos_row_stride,
+                        .sin_row_stride = p.sin_row_stride,
+                        .capacity = p.sizes.capacity,
+                        .num_rows = static_cast<int32_t>(p.num_rows),
+                        .num_heads = static_cast<int32_t>(num_heads),
+                        .num_kv_heads = static_cast<int32_t>(num_kv_heads),
+                        .num_slots = static_cast<int32_t>(p.sizes.num_slots),
+                        .half = static_cast<int32_t>(half),
+                        .wide_angles = angles.bytes() == kMaxChunkBytes};
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_dtype(p.dtype, [&]<typename Storage>() {
     using T = device_t<Storage>;
@@ -221,9 +372,18 @@ cudaError_t append_kv(const AppendKvParams& params, cudaStream_t stream) {
       // A chunk never splits an element.
       if constexpr (kBytes >= int{sizeof(T)}) {
         constexpr int kElements = kBytes / int{sizeof(T)};
-        error = p.rotary_dtype == Dtype::kFloat32
-                    ? launch_append<T, float, kElements>(args, grid, block, stream)
-                    : launch_append<T, T, kElements>(args, grid, block, stream);
+        const auto with = [&]<typename Rotary>() {
+          error = p.rotary_dim == half
+                      ? launch_append<T, Rotary, kElements, Angles::kHalf>(args, shape, stream)
+                      : launch_append<T, Rotary, kElements, Angles::kFull>(args, shape, stream);
+        };
+        if (!p.cos) {
+          error = launch_append<T, T, kElements, Angles::kNone>(args, shape, stream);
+        } else if (p.rotary_dtype == Dtype::kFloat32) {
+          with.template operator()<float>();
+        } else {
+          with.template operator()<T>();
+        }
       }
     });
   });

@@ -19,9 +19,6 @@ __device__ __forceinline__ void multiply_16(float (&sums)[4], const uint32_t (&a
     mma<T, 8>(sums, {a[2], a[3]}, {b[1]});
   } else {
     const int lane = threadIdx.x % 32, rows = lane & ~3, columns = lane % 4 * 8;
-    // bfloat16 is the upper half of a float.
-    const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
-    const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Not unrolled: the shuffles of all turns at once would take more registers than there are.
@@ -31,10 +28,12 @@ __device__ __forceinline__ void multiply_16(float (&sums)[4], const uint32_t (&a
         const uint32_t a1 = __shfl_sync(~0u, a[2 * half + 1], rows + t);
         const uint32_t b0 = __shfl_sync(~0u, b[half], columns + t);
         const uint32_t b1 = __shfl_sync(~0u, b[half], columns + 4 + t);
-        sums[0] = fmaf(high(a0), high(b0), fmaf(low(a0), low(b0), sums[0]));
-        sums[1] = fmaf(high(a0), high(b1), fmaf(low(a0), low(b1), sums[1]));
-        sums[2] = fmaf(high(a1), high(b0), fmaf(low(a1), low(b0), sums[2]));
-        sums[3] = fmaf(high(a1), high(b1), fmaf(low(a1), low(b1), sums[3]));
+        const float2 top = unpack<T>(a0), bottom = unpack<T>(a1);
+        const float2 left = unpack<T>(b0), right = unpack<T>(b1);
+        sums[0] = fmaf(top.y, left.y, fmaf(top.x, left.x, sums[0]));
+        sums[1] = fmaf(top.y, right.y, fmaf(top.x, right.x, sums[1]));
+        sums[2] = fmaf(bottom.y, left.y, fmaf(bottom.x, left.x, sums[2]));
+        sums[3] = fmaf(bottom.y, right.y, fmaf(bottom.x, right.x, sums[3]));
       }
     }
   }

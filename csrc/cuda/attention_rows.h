@@ -207,20 +207,6 @@ __device__ __forceinline__ float weight_of(float x, float top) {
   return x == -INFINITY ? 0.0f : exp2f(x - top);
 }
 
-// Two 16-bit elements of a register, the first one in the low half.
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    memcpy(&bits, &pair, sizeof(bits));
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    memcpy(&bits, &pair, sizeof(bits));
-  }
-  return bits;
-}
-
 __device__ __forceinline__ uint4 as_bits(float a, float b, float c, float d) {
   return {__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)};
 }

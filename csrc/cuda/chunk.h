@@ -50,18 +50,46 @@ using Chunk = typename ChunkType<kBytes>::type;
 // A chunk and the elements it holds.
 template <typename T, int kElements>
 union Elements {
+  static constexpr int kWords = (kElements * int{sizeof(T)} + 3) / 4;
   Chunk<kElements* int{sizeof(T)}> chunk;
   T values[kElements];
+  uint32_t words[kWords];
   __device__ __forceinline__ Elements() {}
+
+  // 16-bit elements go two at a time, which takes half of the instructions.
+  static constexpr bool kInPairs = sizeof(T) == 2 && kElements % 2 == 0;
+  __device__ __forceinline__ void load(float (&x)[kElements]) const {
+    if constexpr (kInPairs) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const float2 pair = unpack<T>(words[i]);
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) x[i] = to_float(values[i]);
+    }
+  }
+  __device__ __forceinline__ void store(const float (&x)[kElements]) {
+    if constexpr (kInPairs) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) values[i] = from_float<T>(x[i]);
+    }
+  }
 };
 
-// What is loaded here is read once per call, so it would only push others out of the L1 cache.
-template <int kBytes>
-__device__ __forceinline__ Chunk<kBytes> load_chunk(const void* address) {
+// What is loaded here is read once per call, so it would only push others out of the L1 cache. An
+// offset in bytes is part of the instruction.
+template <int kBytes, int kOffset = 0>
+__device__ __forceinline__ Chunk<kBytes> load_chunk(const char* address) {
   if constexpr (kBytes == 16) {
-    return load_16_once(address);
+    return load_16_once<kOffset>(address);
   } else {
-    return *static_cast<const Chunk<kBytes>*>(address);
+    return *reinterpret_cast<const Chunk<kBytes>*>(address + kOffset);
   }
 }
 
@@ -72,6 +100,31 @@ __device__ __forceinline__ void store_chunk(void* address, Chunk<kBytes> value) 
   } else {
     *static_cast<Chunk<kBytes>*>(address) = value;
   }
+}
+
+// Load and store of one chunk after another, `step` apart, with one addition each.
+template <int kBytes, typename Pointer>
+__device__ __forceinline__ Chunk<kBytes> load_and_advance(Pointer& address, int64_t step) {
+  const Chunk<kBytes> value = load_chunk<kBytes>(address);
+  address += step;
+  if constexpr (kBytes == 16) hide(address);
+  return value;
+}
+// Where the address has been hidden.
+template <int kBytes>
+__device__ __forceinline__ void store_hidden(char* address, Chunk<kBytes> value) {
+  if constexpr (kBytes == 16) {
+    store_16_global(address, value);
+  } else {
+    store_chunk<kBytes>(address, value);
+  }
+}
+template <int kBytes>
+__device__ __forceinline__ void store_and_advance(char*& address, int64_t step,
+                                                  Chunk<kBytes> value) {
+  store_hidden<kBytes>(address, value);
+  address += step;
+  if constexpr (kBytes == 16) hide(address);
 }
 
 // Strides in bytes.

@@ -33,6 +33,8 @@ namespace baton::cuda {
 
 // Without asking, a block gets this much dynamic shared memory.
 constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
+// Blocks of a grid along y, and along z.
+constexpr int64_t kMaxGridYZ = 65535;
 
 // Every launch goes through here. Returns the launch's own error and leaves errors of earlier work
 // to whoever looks for them.
@@ -85,6 +87,20 @@ __device__ __forceinline__ T from_float(float x) {
   } else {
     return __float2bfloat16_rn(x);
   }
+}
+
+// Two 16-bit elements of a register, the first one in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  }
+  return bits;
 }
 
 }  // namespace baton::cuda

@@ -54,11 +54,12 @@ __global__ void __launch_bounds__(kThreads)
     if (has_a) a.chunk = load_chunk<kBytes>(out_a + chunk * kBytes);
     if (has_b) b.chunk = load_chunk<kBytes>(out_b + chunk * kBytes);
     if (has_a && has_b) {
+      float x[kElements], y[kElements];
+      a.load(x);
+      b.load(y);
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        a.values[i] =
-            from_float<T>(to_float(a.values[i]) * share_a + to_float(b.values[i]) * share_b);
-      }
+      for (int i = 0; i < kElements; ++i) x[i] = x[i] * share_a + y[i] * share_b;
+      a.store(x);
     } else if (has_b) {
       a.chunk = b.chunk;  // its bits, unchanged
     }

@@ -2,16 +2,17 @@
 // [target_start, ...) of another or the same slot, in place, as if the source were read whole
 // before the target is written.
 //
-// A thread has a line: one chunk (16 bytes where alignment allows) of one head and layer of one
-// move's keys or values, in all its columns. Lines do not touch one another, so no thread waits for
-// another, however source and target overlap: a line only has to be walked from the end that its
-// target does not overwrite, kUnroll columns loaded before the first of them is stored. Neighboring
-// lanes have neighboring chunks.
+// A block has a strip: the keys and values of one head and layer of one move. It takes a tile of
+// columns at a time, the strip's ends first that the target does not overwrite: all of the tile is
+// loaded into registers, then stored. A barrier between the two is all that overlap asks for: what
+// a tile overwrites lies in itself or in tiles before it. Blocks do not touch one another's strips.
 //
-// Short lines alone would leave a large device idle. A move by `distance` columns only ever writes
+// Few strips alone would leave a large device idle. A move by `distance` columns only ever writes
 // column c where c + distance is read, so the columns of one residue modulo the distance depend on
-// no others: `slices` threads share a line, each with a range of residues. A move between slots, or
-// past its own length, has one column per residue and splits freely.
+// no others: `slices` blocks share a strip, each with a range of residues, as long as every range
+// fills a tile. A move between slots, or past its own length, has one column per residue.
+//   threadIdx  x: chunk (16 bytes where alignment allows), y: column
+//   blockIdx   x: move, then slice; y: layer; z: head
 #include "cuda/chunk.h"
 #include "cuda/kernels.h"
 
@@ -19,13 +20,14 @@ namespace baton::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;
-// Loads on their way per thread: 128 bytes.
+// Threads of a block, and the most it has when a head alone has more chunks than that.
+constexpr int kThreads = 128, kMaxThreads = 256;
+// Columns of a thread whose keys and values are on their way together: 256 bytes. A tile has so
+// many columns for every row of threads.
 constexpr int kUnroll = 8;
-// Threads that keep the largest device busy with kUnroll loads each, and the fewest columns of the
-// capacity that make a slice worth its start.
-constexpr int64_t kWantedThreads = 128 * 1024;
-constexpr int64_t kSliceColumns = 64;
+// Threads that keep the largest device (B200) busy with so much each: 43 KB for each of 148 SMs,
+// and some more.
+constexpr int64_t kWantedThreads = 32 * 1024;
 
 struct MoveArgs {
   char* cache[2];  // keys and values, [num_layers, num_slots, num_kv_heads, capacity, head_dim]
@@ -37,37 +39,67 @@ struct MoveArgs {
   const int32_t* lengths;
   int32_t num_moves, num_slots;
   int64_t capacity;
-  int32_t chunks_per_head, chunks;  // of a column, all heads
-  int32_t lines;                    // of a move and layer: keys and values
-  int32_t blocks_per_move;          // and layer and slice
   int32_t slices;
 };
 
-// The columns of a slice in the order they are moved: residues first, then one distance further.
-struct Walk {
-  int32_t first, num_residues, distance;
-  int32_t residue = 0, base = 0;
-
-  __device__ __forceinline__ int32_t next() {
-    const int32_t column = base + first + residue;
-    if (++residue == num_residues) {
-      residue = 0;
-      base += distance;
-    }
-    return column;
-  }
+// A thread's place in keys and in values.
+struct Place {
+  char* source[2];
+  int64_t delta[2];  // to the target
+  int64_t step[2];   // to this thread's next column
 };
 
+// Consecutive columns, so many; all threads of the block take part.
 template <int kBytes>
-__global__ void __launch_bounds__(kThreads) move_kv_kernel(const __grid_constant__ MoveArgs a) {
-  int32_t block = blockIdx.x;
-  int32_t line = block % a.blocks_per_move * kThreads + threadIdx.x;
-  block /= a.blocks_per_move;
-  const int32_t slice = block % a.slices;
-  block /= a.slices;
-  const int32_t move = block % a.num_moves;
-  const int64_t layer = block / a.num_moves;
-  if (line >= a.lines) return;
+__device__ __forceinline__ void move_run(Place x, int32_t count) {
+  const int32_t between = blockDim.y, tile = between * kUnroll;
+  Chunk<kBytes> chunks[kUnroll][2];
+#pragma unroll 1
+  for (; count >= tile; count -= tile) {
+    char* target[2] = {x.source[0] + x.delta[0], x.source[1] + x.delta[1]};
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        chunks[i][j] = load_and_advance<kBytes>(x.source[j], x.step[j]);
+      }
+    }
+    // Nobody stores into the tile before all of it is loaded. What the next tile loads is not
+    // stored by this one, so one barrier is enough.
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        store_and_advance<kBytes>(target[j], x.step[j], chunks[i][j]);
+      }
+    }
+  }
+  if (count == 0) return;
+  const int32_t column = threadIdx.y;
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    if (column + i * between >= count) break;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      chunks[i][j] = load_chunk<kBytes>(x.source[j] + i * x.step[j]);
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    if (column + i * between >= count) break;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      store_hidden<kBytes>(x.source[j] + x.delta[j] + i * x.step[j], chunks[i][j]);
+    }
+  }
+}
+
+template <int kBytes>
+__global__ void __launch_bounds__(kMaxThreads) move_kv_kernel(const __grid_constant__ MoveArgs a) {
+  const int32_t slice = static_cast<int32_t>(blockIdx.x) / a.num_moves;
+  const int32_t move = static_cast<int32_t>(blockIdx.x) - slice * a.num_moves;
   const int32_t source_slot = a.source_slots[move], target_slot = a.target_slots[move];
   const int32_t source_start = a.source_starts[move], target_start = a.target_starts[move];
   const int32_t length = a.lengths[move];
@@ -79,51 +111,44 @@ __global__ void __launch_bounds__(kThreads) move_kv_kernel(const __grid_constant
   const int32_t shift = target_start - source_start;
   const bool same_slot = source_slot == target_slot;
   if (same_slot && shift == 0) return;
-  int32_t distance = length;
+
+  // This slice's residues [first, first + count), of every `distance` columns.
+  unsigned distance = length, first = 0, count = length;
   if (same_slot) distance = min(length, abs(shift));
-
-  // This slice's residues; their columns are walked backwards when the target lies behind the
-  // source.
-  Walk walk;
-  walk.first = static_cast<int32_t>(int64_t{distance} * slice / a.slices);
-  walk.num_residues = static_cast<int32_t>(int64_t{distance} * (slice + 1) / a.slices) - walk.first;
-  walk.distance = distance;
-  if (walk.num_residues == 0) return;
-  const int32_t full = length / distance, rest = length % distance;
-  // Columns in full rows of residues, and those of the last, partial one.
-  const int32_t last = min(max(rest - walk.first, 0), walk.num_residues);
-  int32_t count = full * walk.num_residues + last;
-  const bool backwards = same_slot && shift > 0;
-
-  const int32_t which = line >= a.chunks ? 1 : 0;
-  const int32_t c = line - which * a.chunks;
-  const CacheStrides& s = a.cache_strides[which];
-  char* base = a.cache[which] + layer * s.layer_stride + c / a.chunks_per_head * s.head_stride +
-               c % a.chunks_per_head * kBytes;
-  const char* source = base + source_slot * s.slot_stride + source_start * s.column_stride;
-  char* target = base + target_slot * s.slot_stride + target_start * s.column_stride;
-  // The end of the line mirrors its beginning, residues included.
-  int64_t stride = s.column_stride;
-  if (backwards) {
-    source += (length - 1) * stride;
-    target += (length - 1) * stride;
-    stride = -stride;
+  const unsigned tile = blockDim.y * kUnroll;
+  const unsigned slices = min(static_cast<unsigned>(a.slices), distance / tile);
+  if (slices <= 1) {
+    // One block has them all, which is the same as all columns in order.
+    if (slice > 0) return;
+    distance = length;
+  } else {
+    count = ((distance - 1) / (slices * tile) + 1) * tile;
+    first = slice * count;
+    if (unsigned(slice) >= slices || first >= distance) return;
+    count = min(count, distance - first);
   }
 
-  for (; count > 0; count -= kUnroll) {
-    Chunk<kBytes> chunks[kUnroll];
-    int32_t columns[kUnroll];
+  // From the end when the target lies behind the source; residues count from there as well.
+  const bool backwards = same_slot && shift > 0;
+  Place x;
+  int64_t stride[2];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      if (i < count) {
-        columns[i] = walk.next();
-        chunks[i] = load_chunk<kBytes>(source + columns[i] * stride);
-      }
-    }
+  for (int j = 0; j < 2; ++j) {
+    const CacheStrides& s = a.cache_strides[j];
+    stride[j] = backwards ? -s.column_stride : s.column_stride;
+    x.step[j] = blockDim.y * stride[j];
+    x.delta[j] = (target_slot - source_slot) * s.slot_stride + shift * s.column_stride;
+    x.source[j] = a.cache[j] + blockIdx.y * s.layer_stride + source_slot * s.slot_stride +
+                  blockIdx.z * s.head_stride +
+                  (int64_t{source_start} + (backwards ? length - 1 : 0)) * s.column_stride +
+                  (first + threadIdx.y) * stride[j] + threadIdx.x * kBytes;
+  }
+  while (true) {
+    move_run<kBytes>(x, static_cast<int32_t>(min(count, length - first)));
+    if (distance >= unsigned(length) - first) return;
+    first += distance;
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      if (i < count) store_chunk<kBytes>(target + columns[i] * stride, chunks[i]);
-    }
+    for (int j = 0; j < 2; ++j) x.source[j] += distance * stride[j];
   }
 }
 
@@ -146,21 +171,25 @@ cudaError_t move_kv(const MoveKvParams& p, cudaStream_t stream) {
   a.capacity = p.sizes.capacity;
   ChunkSize size;
   size << head_bytes << p.key_cache << p.value_cache << a.cache_strides[0] << a.cache_strides[1];
-  a.chunks_per_head = static_cast<int32_t>(head_bytes / size.bytes());
-  a.chunks = static_cast<int32_t>(a.chunks_per_head * p.sizes.num_kv_heads);
-  a.lines = 2 * a.chunks;
-  a.blocks_per_move = static_cast<int32_t>(divide_up(a.lines, kThreads));
-  const int64_t move_blocks = p.sizes.num_layers * p.num_moves * a.blocks_per_move;
-  if (move_blocks == 0) return cudaSuccess;
-  const int64_t wanted = divide_up(kWantedThreads, move_blocks * kThreads);
-  const int64_t most = divide_up(p.sizes.capacity, kSliceColumns);
-  a.slices = static_cast<int32_t>(wanted < most ? wanted : most);
-  if (a.slices < 1) a.slices = 1;
-  if (move_blocks * a.slices > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const int64_t strips = p.sizes.num_layers * p.num_moves * p.sizes.num_kv_heads;
+  if (strips == 0) return cudaSuccess;
+  const int64_t chunks = head_bytes / size.bytes();
+  const int64_t columns = chunks < kThreads ? kThreads / chunks : 1;
+  const int64_t wanted = divide_up(kWantedThreads, strips * chunks * columns);
+  const int64_t most = divide_up(p.sizes.capacity, columns * kUnroll);
+  const int64_t slices = wanted < most ? wanted : most;
+  a.slices = static_cast<int32_t>(slices);
+  if (p.num_moves * slices > INT32_MAX || p.sizes.num_layers > kMaxGridYZ ||
+      p.sizes.num_kv_heads > kMaxGridYZ) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const dim3 grid(static_cast<unsigned>(p.num_moves * slices),
+                  static_cast<unsigned>(p.sizes.num_layers),
+                  static_cast<unsigned>(p.sizes.num_kv_heads));
+  const dim3 block(static_cast<unsigned>(chunks), static_cast<unsigned>(columns));
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_int<16, 4, 2>(size.bytes(), [&]<int kBytes>() {
-    error = launch(move_kv_kernel<kBytes>, dim3(static_cast<unsigned>(move_blocks * a.slices)),
-                   dim3(kThreads), 0, stream, a);
+    error = launch(move_kv_kernel<kBytes>, grid, block, 0, stream, a);
   });
   return error;
 }

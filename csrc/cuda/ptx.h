@@ -57,6 +57,12 @@ __device__ __forceinline__ void store_16(void* address, uint4 value) {
 __device__ __forceinline__ void store_16(void* address, float4 value) {
   *static_cast<float4*>(address) = value;
 }
+// Where the compiler cannot see that the address is one of global memory.
+__device__ __forceinline__ void store_16_global(void* address, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
 __device__ __forceinline__ void store_8(void* address, uint2 value) {
   *static_cast<uint2*>(address) = value;
 }
@@ -180,9 +186,39 @@ __device__ __forceinline__ float shuffle_xor(float x) {
   return y;
 }
 
+// Makes a number or an address something that the compiler knows nothing about. Left alone, nvcc
+// turns a chain of additions into products with constants and derives loop counters anew from what
+// they were made of, which costs more instructions and registers than it saves.
+__device__ __forceinline__ void hide(int32_t& x) { asm volatile("" : "+r"(x)); }
+template <typename T>
+__device__ __forceinline__ void hide(T*& x) {
+  asm volatile("" : "+l"(x));
+}
+
 // Zeros for a pair of registers, which stay where they are.
 __device__ __forceinline__ void clear(float& x, float& y) {
   asm volatile("mov.b64 {%0, %1}, 0;" : "=f"(x), "=f"(y));
+}
+
+// Two 16-bit elements of a register, the first one in the low half. bfloat16 is the upper half of a
+// float. T is __half or __nv_bfloat16.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  float2 x;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.f32.f16 %0, low;\n"
+        "cvt.f32.f16 %1, high;\n"
+        "}"
+        : "=f"(x.x), "=f"(x.y)
+        : "r"(pair));
+  } else {
+    asm("shl.b32 %0, %1, 16;" : "=f"(x.x) : "r"(pair));
+    asm("and.b32 %0, %1, 0xffff0000;" : "=f"(x.y) : "r"(pair));
+  }
+  return x;
 }
 
 // 2^x and the reciprocal, as the special function unit gives them.

@@ -14,7 +14,6 @@ namespace baton::cuda {
 namespace {
 
 constexpr double kLn2 = 0.6931471805599453094;
-constexpr int64_t kMaxGridY = 65535;
 // Vectors of an item of the generic kernel.
 constexpr int kGenericQueries = 4;
 
@@ -130,7 +129,7 @@ int64_t ragged_attention_workspace(const RaggedAttentionParams& p) {
 cudaError_t ragged_attention(const RaggedAttentionParams& p, cudaStream_t stream) {
   if (p.num_rows == 0 || p.total_queries == 0 || p.max_query_length == 0) return cudaSuccess;
   const Bounds bounds(p);
-  if (p.sizes.num_kv_heads > kMaxGridY || p.num_rows > INT32_MAX ||
+  if (p.sizes.num_kv_heads > kMaxGridYZ || p.num_rows > INT32_MAX ||
       bounds.query_length * bounds.group > INT32_MAX || bounds.length > INT32_MAX - kSplitUnit) {
     return cudaErrorInvalidConfiguration;
   }

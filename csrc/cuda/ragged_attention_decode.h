@@ -6,19 +6,18 @@
 //   O^T += V^T P^T [head_dim, 8 vectors], summed over 16 keys
 // so that keys, then dims, fill the 16 rows of m16n8k16 and vectors its 8 columns. With g = lane /
 // 4 and t = lane % 4:
-//   K  lane has 8 dims at 32 j + 8 t of keys g and g + 8, one 16-byte load each. Its registers are
-//   mma
-//      operands as they come, because a sum over dims may take them in any order and Q takes the
-//      same.
-//   V  lane has 8 dims at 64 i + 8 g of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9. A register of two
-//   keys'
-//      same dim takes one byte permutation.
-//   P  comes out of the first product with vectors side by side and is needed with keys side by
-//   side:
-//      movmatrix.
+//
+// - K: a lane has 8 dims at 32 j + 8 t of keys g and g + 8, one 16-byte load each. Its registers
+//   are mma operands as they come, because a sum over dims may take them in any order and Q takes
+//   the same.
+// - V: a lane has 8 dims at 64 i + 8 g of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9. A register of two
+//   keys' same dim takes one byte permutation.
+// - P comes out of the first product with vectors side by side and is needed with keys side by
+//   side: movmatrix.
+//
 // Nothing but that goes between loads and products: no shared memory in the loop. The next keys are
-// asked for as soon as the products have used the registers of these, and the values likewise, so
-// that at any time keys or values are on their way. Warps meet once, at the end, in shared memory.
+// asked for as soon as the products have used the registers of these, and the values likewise;
+// docs/cuda.md counts what is on its way. Warps meet once, at the end, in shared memory.
 #pragma once
 
 #include "cuda/attention_launch.h"

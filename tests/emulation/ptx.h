@@ -47,6 +47,9 @@ template <int kOffset = 0>
 [[gnu::noinline]] EMULATION_UNTRACKED inline void store_16(void* address, float4 value) {
   emulation::store(address, &value, 16, EMULATION_SITE);
 }
+[[gnu::noinline]] EMULATION_UNTRACKED inline void store_16_global(void* address, uint4 value) {
+  emulation::store(address, &value, 16, EMULATION_SITE);
+}
 [[gnu::noinline]] EMULATION_UNTRACKED inline void store_8(void* address, uint2 value) {
   emulation::store(address, &value, 8, EMULATION_SITE);
 }
@@ -201,7 +204,15 @@ template <int kBits>
 EMULATION_UNTRACKED float shuffle_xor(float x, EMULATION_WHERE) {
   return __shfl_xor_sync(~0u, x, kBits, 32, where);
 }
+template <typename T>
+void hide(T&) {}
 inline void clear(float& x, float& y) { x = y = 0.0f; }
+
+// Two 16-bit elements of a register, the first one in the low half.
+template <typename T>
+float2 unpack(uint32_t pair) {
+  return {twin::element<T>(pair, 0), twin::element<T>(pair, 1)};
+}
 
 // 2^x and the reciprocal, as the special function unit gives them.
 inline float exp2_fast(float x) { return exp2f(x); }
