@@ -217,9 +217,32 @@ def attention_case(dtype, query_length):
 
 
 # The decode, the prefill and the generic kernel.
-@pytest.mark.parametrize(
+ATTENTION_KERNELS = pytest.mark.parametrize(
     ("dtype", "query_length"), [(torch.bfloat16, 1), (torch.bfloat16, 20), (torch.float32, 2)]
 )
+
+
+@pytest.mark.parametrize("late_copies", [False, True])
+@pytest.mark.parametrize(
+    ("threads", "warps", "blocks"),
+    [(FORWARD, FORWARD, FORWARD), (BACKWARD, FORWARD, SHUFFLED), (SHUFFLED, BACKWARD, BACKWARD),
+     (FORWARD, SHUFFLED, FORWARD), (SHUFFLED, SHUFFLED, SHUFFLED)],
+)  # fmt: skip
+@ATTENTION_KERNELS
+def test_attention_does_not_depend_on_the_schedule(
+    dtype, query_length, threads, warps, blocks, late_copies
+):
+    arguments, expected = attention_case(dtype, query_length)
+    ops = EmulatedOps(
+        build.FAST, threads=threads, warps=warps, blocks=blocks, late_copies=late_copies, seed=11
+    )
+    with ops.entered():
+        actual = ops.ragged_attention(**arguments, return_lse=True)
+    for got, want in zip(actual, expected, strict=True):
+        assert_same_bits(got, want)
+
+
+@ATTENTION_KERNELS
 @pytest.mark.parametrize(
     "bad",
     [
