@@ -98,7 +98,8 @@ def pair(options: Options, mine: Calls, others: Calls, truth: Accuracy) -> list[
 
 def copies_of(options: Options, num_bytes: int) -> list[Way]:
     calls = options.device.copiers(num_bytes)
-    return [Way("C memcpy: as many bytes read and written", calls, kind=LIMIT)] if calls else []
+    name = f"{options.device.copier}: as many bytes read and written"
+    return [Way(name, calls, kind=LIMIT)] if calls else []
 
 
 def linear(options: Options) -> Iterator[Work]:
@@ -129,6 +130,8 @@ def linear(options: Options) -> Iterator[Work]:
 
 def overhead(options: Options) -> Iterator[Work]:
     """A call of each op with nothing to do, beside torch.cat of as many tensors."""
+    if options.device.name != "cpu":
+        return  # nothing is launched, and the device's clock sees nothing
     device, none = options.device.name, int32([], options.device.name)
     cache, index = torch.zeros(1, 2, 8, 16, device=device), cumulative([], device)
     tokens = torch.zeros(0, 2, 16, device=device)
