@@ -131,6 +131,13 @@ def test_a_mistake_in_the_attention_kernels_is_caught(mutant):
         assert "ThreadSanitizer: data race" in report("thread")
 
 
+@pytest.mark.parametrize("kernels", ["generic", "tensor_core"])
+def test_attention_of_sm_75_gives_no_report(kernels):
+    """Its copies go through registers, and bfloat16 products through shuffles."""
+    done = run(mutants.program(build.JUDGED_75), "0", kernels)
+    assert done.returncode == 0 and done.stdout + done.stderr == ""
+
+
 def test_table_of_mutants_has_no_name_too_many():
     assert MUTANTS.keys() <= {str(mutant) for mutant in mutants.all_mutants()}
 

@@ -55,6 +55,8 @@ JUDGED = Variant(
     every=("-O1", "-DEMULATION_JUDGE"),
     runtime=(*RUNTIME, *JUDGE),
 )
+# The branch without cp.async and bfloat16 products.
+JUDGED_75 = dataclasses.replace(JUDGED, name="judged75", every=(*JUDGED.every, "-DBATON_ARCH=750"))
 _ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 ADDRESS = Variant("address", every=("-O1", *_ADDRESS), link=_ADDRESS)
 THREAD = Variant(
