@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: builds the CUDA kernels, runs the tests on the device, captures CUDA
 # graphs, measures beside what is installed of flash-attn and flashinfer, and last runs the tests
-# that need none. GPU_PYTHON names an environment that has a CUDA torch, the extras `engines` and
-# `dev` of pyproject.toml, setuptools, cmake and ninja already; else one is made.
+# that need none. GPU_PYTHON names an environment that has a CUDA torch, the extra `engines` of
+# pyproject.toml, setuptools, cmake, ninja, pytest, hypothesis, psutil and pybind11 already; else one
+# is made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! nvidia-smi -L 2>/dev/null; then
