@@ -7,11 +7,11 @@
 // Which line of the copy is wrong. 0: none.
 static int mutant = 0;
 
-// clang-format off: specializations come before ragged_attention.cu, which uses them.
 #include "cuda/ragged_attention_decode.h"
 #include "cuda/ragged_attention_prefill.h"
 
 // The one head_dim whose kernels have every barrier there is; all of them take a minute to compile.
+// Specializations come before ragged_attention.cu, which uses them.
 namespace baton::cuda {
 template <>
 cudaError_t launch_decode<__half>(const AttentionArgs&, dim3, cudaStream_t) {
@@ -22,7 +22,8 @@ cudaError_t launch_prefill<__half>(const AttentionArgs&, dim3, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 template <>
-cudaError_t launch_decode<__nv_bfloat16>(const AttentionArgs& args, dim3 grid, cudaStream_t stream) {
+cudaError_t launch_decode<__nv_bfloat16>(const AttentionArgs& args, dim3 grid,
+                                         cudaStream_t stream) {
   return launch(ragged_attention_decode_kernel<__nv_bfloat16, 256, 1>, grid,
                 dim3(kAttentionThreads), sizeof(DecodeShared<256, 1>), stream, args);
 }
@@ -36,7 +37,6 @@ cudaError_t launch_prefill<__nv_bfloat16>(const AttentionArgs& args, dim3 grid,
 
 #include "cuda/ragged_attention.cu"
 #include "emulation/attention_call.h"
-// clang-format on
 
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
