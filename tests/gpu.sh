@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: builds the CUDA kernels, runs the ops' tests on the device, captures
-# CUDA graphs, measures. GPU_PYTHON names an environment that has a CUDA torch and the tools
-# already (setuptools, cmake, ninja, numpy, pytest, hypothesis, psutil); else one is made.
+# Everything that needs a GPU: builds the CUDA kernels, runs the tests on the device, captures CUDA
+# graphs, measures beside what is installed of flash-attn and flashinfer, and last runs the tests
+# that need none. GPU_PYTHON names an environment that has a CUDA torch, the extra `engines` of
+# pyproject.toml, setuptools, cmake, ninja, pytest, hypothesis, psutil and pybind11 already; else one
+# is made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! nvidia-smi -L 2>/dev/null; then
@@ -12,6 +14,9 @@ if [ -n "${GPU_PYTHON:-}" ]; then
   cuda_python=$GPU_PYTHON
 else
   . tests/cuda_env.sh
+  # Triton came with torch; the tables and figures of bench, and what the relay runs.
+  cuda_pip install -c "$CUDA_VENV/constraints.txt" transformers accelerate gguf rich typer \
+    matplotlib pybind11 nvidia-cuda-nvdisasm
 fi
 BATON_CUDA=1 "$cuda_python" -m pip install --quiet --no-build-isolation --no-deps -e .
 "$cuda_python" - <<'PYTHON'
@@ -29,5 +34,7 @@ ops=$("$cuda_python" -c 'import baton_kernels
 print(*(f"tests/test_{op}.py" for op in baton_kernels.ops.__all__))')
 "$cuda_python" -m pytest --backend cuda $ops
 "$cuda_python" -m pytest tests/test_cuda_library.py
-"$cuda_python" -m pytest tests/test_cuda_graph.py -k test_gpu
-"$cuda_python" -m bench.kernels --device cuda
+"$cuda_python" -m pytest -k test_gpu tests/test_cuda_graph.py tests/test_relay_exactness.py
+"$cuda_python" -m bench.kernels --device cuda --json gpu.json
+# The last and the longest: what the device changes for those that do not ask for it.
+"$cuda_python" -m pytest

@@ -333,13 +333,31 @@ def test_broken_vllm_is_named(options, modules, tmp_path):
     assert way.missing == "the process of vLLM ended with code 3"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu_says_so(main):
-    with pytest.raises(SystemExit) as stopped:
-        main.main(["--device", "cuda"])
-    assert str(stopped.value) == (
-        "bench.kernels: --device cuda needs a GPU that torch can use, and finds none"
-    )
+def test_a_peer_that_fails_is_missing_and_ours_is_an_error(modules):
+    measure = modules("measure")
+
+    def fails():
+        raise RuntimeError("no kernel\nfor this")
+
+    for kind in (measure.PEER, measure.OURS):
+        way = measure.Way("it", [fails], check=lambda result: None, kind=kind)
+        if kind == measure.PEER:
+            assert measure.refused(way) == "missing: RuntimeError: no kernel"
+        else:
+            with pytest.raises(RuntimeError):
+                measure.refused(way)
+
+
+def test_a_small_card_ends_a_table_early(main, options, monkeypatch):
+    whole = main.CASES["decode"].works
+
+    def works(options):
+        yield next(whole(options))
+        raise torch.OutOfMemoryError("17 GiB are not there")
+
+    monkeypatch.setattr(main.CASES["decode"], "works", works)
+    rows, lines = main.run_case("decode", options)
+    assert rows and lines[0] == "ended early: OutOfMemoryError: 17 GiB are not there"
 
 
 def test_benchmarks_are_listed(capsys):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulation.backends import EMULATED
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -11,7 +12,7 @@ from baton_kernels import kv_cache
 from baton_kernels.kv_cache import KVCache
 from baton_kernels.testing import assert_same_bits, cumulative, int32, storage
 
-LAYERS, HEADS, CAPACITY, HEAD_DIM = 2, 2, 9, 16
+LAYERS, HEADS, CAPACITY = 2, 2, 9
 MAX_SLOTS = 6
 ANY_SLOT = st.integers(-1, MAX_SLOTS)
 # Most often a free one, else most calls would be refused.
@@ -31,11 +32,13 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     aligned = False
     dtype = torch.float32
+    head_dim = 16
+    ops = baton_kernels
 
     def __init__(self):
         super().__init__()
         self.cache = KVCache(
-            LAYERS, 3, HEADS, CAPACITY, HEAD_DIM, dtype=self.dtype, aligned=self.aligned
+            LAYERS, 3, HEADS, CAPACITY, self.head_dim, dtype=self.dtype, aligned=self.aligned
         )
         self.rows: dict[int, list[int]] = {}
         self.parked: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
@@ -52,7 +55,7 @@ class KVCacheMachine(RuleBasedStateMachine):
     def vectors(self, tokens):
         """Keys and values ``[layers, tokens, heads, head_dim]`` of these tokens."""
         number = torch.tensor(tokens, dtype=torch.float64).view(1, -1, 1, 1)
-        place = torch.arange(LAYERS * HEADS * HEAD_DIM).view(LAYERS, 1, HEADS, HEAD_DIM)
+        place = torch.arange(LAYERS * HEADS * self.head_dim).view(LAYERS, 1, HEADS, self.head_dim)
         angle = 1.0 + number * 0.37 + place * 1.91
         return angle.sin().to(self.dtype), angle.cos().to(self.dtype)
 
@@ -60,7 +63,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         """The last tokens of a row through the op, as a prefill into the slot does."""
         start = self.cache.shape.end(slot) - len(tokens)
         index = cumulative([len(tokens)]), int32([slot]), int32([start])
-        baton_kernels.insert_kv(*self.vectors(tokens), self.cache.keys, self.cache.values, *index)
+        self.ops.insert_kv(*self.vectors(tokens), self.cache.keys, self.cache.values, *index)
 
     def padding(self):
         return (self.common_start() if self.rows else self.width) if self.aligned else 0
@@ -149,7 +152,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         columns = int32([self.cache.shape.end(slot) - 1 for slot in slots])
         for layer in range(LAYERS):
             caches = self.cache.layer(layer)
-            baton_kernels.append_kv(key[layer], value[layer], *caches, int32(slots), columns)
+            self.ops.append_kv(key[layer], value[layer], *caches, int32(slots), columns)
 
     @rule(data=st.data(), count=st.integers(0, 4), equal=st.booleans(), everyone=st.booleans())
     def extend_by_chunks(self, data, count, equal, everyone):
@@ -210,9 +213,36 @@ class KVCacheMachine(RuleBasedStateMachine):
         shape = self.cache.shape
         places = (slot, shape.start(slot), target, shape.start(target), len(tokens))
         index = [int32([place]) for place in places]
-        baton_kernels.move_kv(self.cache.keys, self.cache.values, *index)
+        self.ops.move_kv(self.cache.keys, self.cache.values, *index)
         self.place(target, tokens, None)
         self.free(slot)
+
+    @rule(data=st.data())
+    def attend(self, data):
+        """The last tokens of some rows, in any order: each has the bits of a cache of its own."""
+        slots = data.draw(st.permutations([slot for slot, row in self.rows.items() if row]))
+        slots = slots[: data.draw(st.integers(0, len(slots)))]
+        if not slots:
+            return
+        shape = self.cache.shape
+        counts = [data.draw(st.integers(1, shape.length(slot))) for slot in slots]
+        query = torch.cat(
+            [self.vectors(self.rows[s][-n:])[0][0] for s, n in zip(slots, counts, strict=True)]
+        ).repeat_interleave(2, 1)
+        index = [int32(list(map(of, slots))) for of in (int, shape.start, shape.length)]
+        out, lse = self.ops.ragged_attention(
+            query, *self.cache.layer(LAYERS - 1), cumulative(counts), *index, return_lse=True
+        )
+        place = slots.index(data.draw(st.sampled_from(slots)))
+        mine = slice(sum(counts[:place]), sum(counts[: place + 1]))
+        key, value = (x[-1].transpose(0, 1)[None] for x in self.vectors(self.rows[slots[place]]))
+        alone = self.ops.ragged_attention(
+            query[mine], key, value, cumulative([counts[place]]), int32([0]), int32([0]),
+            index[2][place, None], return_lse=True,
+        )  # fmt: skip
+        for got, want in zip((out, lse), alone, strict=True):
+            assert not want.isnan().any()
+            assert_same_bits(got[mine], want, f"slot {slots[place]} in a batch")
 
     @rule()
     def trim(self):
@@ -310,6 +340,33 @@ class AlignedMachine(KVCacheMachine):
     aligned = True
 
 
+class EmulatedMachine(KVCacheMachine):
+    """The cache and its user on emulated CUDA kernels."""
+
+    ops = EMULATED["cuda-emulated"]
+    dtype = torch.float16
+    head_dim = 64
+
+    def __init__(self):
+        self.patch = pytest.MonkeyPatch()
+        for op in ("insert_kv", "extract_kv", "move_kv"):
+            self.patch.setattr(kv_cache, op, getattr(self.ops, op))
+        self.ops.module.set_options(*self.ops.schedule)
+        super().__init__()
+
+    def teardown(self):
+        self.patch.undo()
+
+
+class JudgedMachine(EmulatedMachine):
+    """Every access watched, lanes and blocks in another order."""
+
+    ops = EMULATED["cuda-judged"]
+    aligned = True
+    dtype = torch.float32
+    head_dim = 16
+
+
 class HalfAlignedMachine(AlignedMachine):
     dtype = torch.bfloat16
 
@@ -321,5 +378,9 @@ TestRagged = KVCacheMachine.TestCase
 TestRagged.settings = MANY
 TestAligned = AlignedMachine.TestCase
 TestAligned.settings = MANY
+TestEmulated = EmulatedMachine.TestCase
+TestEmulated.settings = MANY
+TestJudged = JudgedMachine.TestCase
+TestJudged.settings = settings(MANY, max_examples=40)
 TestHalfAligned = HalfAlignedMachine.TestCase
 TestHalfAligned.settings = settings(MANY, max_examples=20)

@@ -93,6 +93,22 @@ def test_logits_are_those_of_the_unpatched_model_alone(model, unpatched, policy,
     with Relay(model, 5, CAPACITY, policy, aligned=aligned) as relay:
         workload = Workload(relay, seed=1)
         workload.run()
+    check_logits(workload, unpatched)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("prefill", ["serial", "overlapped"])
+@LAYOUTS
+@torch.inference_mode()
+def test_gpu_logits_are_those_of_the_unpatched_model_on_the_cpu(unpatched, aligned, prefill):
+    model = copy.deepcopy(unpatched).to("cuda")
+    with Relay(model, 5, CAPACITY, aligned=aligned, prefill=prefill) as relay:
+        workload = Workload(relay, seed=1)
+        workload.run()
+    check_logits(workload, unpatched)
+
+
+def check_logits(workload: Workload, unpatched: LlamaForCausalLM) -> None:
     worst = 0.0
     for query in workload.queries:
         if not query.tokens:
@@ -100,7 +116,7 @@ def test_logits_are_those_of_the_unpatched_model_alone(model, unpatched, policy,
             continue
         whole = torch.tensor([query.prompt + query.tokens[:-1]])
         expected = unpatched(whole).logits[0, len(query.prompt) - 1 :]
-        found = torch.stack(workload.logits[query.id])
+        found = torch.stack(workload.logits[query.id]).cpu()
         assert found.dtype == torch.float32 and found.shape == expected.shape
         worst = max(worst, ((found - expected).abs().max() / expected.abs().max()).item())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

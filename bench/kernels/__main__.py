@@ -19,7 +19,7 @@ from rich.console import Console
 from . import attention_cases, call_cases, copy_cases, figures, layer_cases, prefill_cases, report
 from .cuda import Cuda
 from .limits import Limits, l3_bytes, retain_memory
-from .measure import Effort, Row, Work, measure
+from .measure import Effort, Row, Work, describe, measure
 from .options import Cpu, Options
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -76,15 +76,21 @@ def run_case(name: str, options: Options) -> tuple[list[Row], list[str]]:
         )
     ]
     before = options.device.ceilings(names)
-    rows = []
-    for work in case.works(options):
-        if options.only not in work.label:
-            continue
-        threads = torch.get_num_threads()
-        rows += measure(name, work, options.effort, options.device.clock, threads)
+    rows, lines = [], []
+    try:
+        for work in case.works(options):
+            if options.only not in work.label:
+                continue
+            threads = torch.get_num_threads()
+            rows += measure(name, work, options.effort, options.device.clock, threads)
+    except torch.OutOfMemoryError as error:
+        # A smaller card's table ends here; the next ones may fit.
+        lines.append(f"ended early: {describe(error)}")
+        work = None
+        torch.cuda.empty_cache()
     after = options.device.ceilings(names)
     report.add_shares(rows, {one: max(before[one].rate, after[one].rate) for one in names})
-    lines = [report.ceiling_line(one, before[one], after[one]) for one in names]
+    lines += [report.ceiling_line(one, before[one], after[one]) for one in names]
     return rows, [*lines, *case.summary(rows)]
 
 
@@ -100,7 +106,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="bfloat16 alone, short runs")
     parser.add_argument("--no-peers", action="store_true", help="ours and the limits alone")
-    parser.add_argument("--flex", action="store_true", help="FlexAttention too (slow to compile)")
+    parser.add_argument("--flex", action="store_true", help="FlexAttention on a CPU too (slow)")
     parser.add_argument("--json", type=Path, help="write the record of the run here")
     parser.add_argument("--output", type=Path, help="draw the figures into this folder")
     parser.add_argument("--fill", type=Path, help="write the tables into this document")
@@ -134,7 +140,7 @@ def make_options(args: argparse.Namespace) -> Options:
         size="tiny" if args.tiny else "quick" if args.quick else "full",
         only=args.only,
         with_peers=not args.no_peers,
-        flex=args.flex,
+        flex=args.flex or args.device == "cuda",
     )
 
 

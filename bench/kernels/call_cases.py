@@ -24,6 +24,8 @@ LAYERS = 30
 
 def overhead(options: Options) -> Iterator[Work]:
     """A call of each op with nothing to do, beside calls of torch's own ops."""
+    if options.device.name != "cpu":
+        return  # nothing is launched, and the device's clock sees nothing
     device, none = options.device.name, int32([], options.device.name)
     cache, index = torch.zeros(1, 2, 8, 16, device=device), cumulative([], device)
     other = cache.clone()
@@ -66,12 +68,11 @@ def overhead(options: Options) -> Iterator[Work]:
         ways.append(Way(f"torch.cat of {count}", [others]))
         if peer is not None:
             ways.append(Way(f"torch: {like}", [peer]))
-        if device == "cpu":
-            # As the Python function calls the op: its own options come behind.
-            behind = {"extract_kv": (0,), "attention_mask": (torch.bool,), "rms_norm": (1e-6,)}
-            empty_op = getattr(empty_ops(), name).default
-            nothing = functools.partial(empty_op, *arguments, *behind.get(name, ()))
-            ways.append(Way("torch.ops, an op that does nothing", [nothing], kind=LIMIT))
+        # As the Python function calls the op: its own options come behind.
+        behind = {"extract_kv": (0,), "attention_mask": (torch.bool,), "rms_norm": (1e-6,)}
+        empty_op = getattr(empty_ops(), name).default
+        nothing = functools.partial(empty_op, *arguments, *behind.get(name, ()))
+        ways.append(Way("torch.ops, an op that does nothing", [nothing], kind=LIMIT))
         yield Work(name, "float32", ways, inner=INNER)
 
 

@@ -128,7 +128,7 @@ def insert(options: Options) -> Iterator[Work]:
 
 def memcpy(options: Options, num_bytes: int) -> list[Way]:
     calls = options.device.copiers(num_bytes)
-    return [Way("C memcpy of the same bytes", calls, kind=LIMIT)] if calls else []
+    return [Way(f"{options.device.copier} of the same bytes", calls, kind=LIMIT)] if calls else []
 
 
 def insert_peers(work: CopyWork) -> list[Way]:

@@ -15,13 +15,18 @@ import torch
 
 from .attention_work import AttentionWork
 from .limits import Ceiling
-from .measure import Way
+from .measure import Way, describe
+
+# Half a millisecond.
+SLEEP_CYCLES = 1_000_000
 
 
 class Cuda:
     """The current GPU: events for a clock, and the bandwidth of a copy for a ceiling."""
 
     name = "cuda"
+    copier = "device copy"
+    gemm_size = 4096
 
     def __init__(self, num_bytes: int, repeats: int):
         self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
@@ -34,6 +39,8 @@ class Cuda:
         """Seconds of a call on the GPU, its L2 cache cold."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
+        # Until the host has launched all of the call: what it takes for that is not the kernels'.
+        torch.cuda._sleep(SLEEP_CYCLES)
         begin.record()
         call()
         end.record()
@@ -47,9 +54,10 @@ class Cuda:
     def _ceiling(self, name: str) -> Ceiling:
         if name.startswith("gemm_"):
             dtype = getattr(torch, name.removeprefix("gemm_"))
-            a, b = (torch.randn(4096, 4096, device="cuda").to(dtype) for _ in range(2))
-            rate = 2 * 4096**3 / self._seconds(lambda: a @ b) / 1e12
-            return Ceiling(name, rate, "TFLOP/s", "torch matmul of 4096 x 4096")
+            n = self.gemm_size
+            a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
+            rate = 2 * n**3 / self._seconds(lambda: a @ b) / 1e12
+            return Ceiling(name, rate, "TFLOP/s", f"torch matmul of {n} x {n}")
         took = self._seconds(lambda: self._target.copy_(self._source))
         # What a memcpy copies is half of what it moves.
         moved = self._source.nbytes * (1 if name == "memcpy" else 2)
@@ -98,7 +106,7 @@ def _installed(module: str, name: str, make: Callable, work: AttentionWork) -> W
         calls = make(work)
         calls[0]()
     except Exception as error:  # whatever it refuses is its answer
-        return Way(name, missing=f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
+        return Way(name, missing=describe(error))
     return Way(name, calls, work.check, reset=work.finite_padding)
 
 

@@ -99,7 +99,8 @@ def pair(options: Options, mine: Calls, others: Calls, truth: Accuracy) -> list[
 
 def copies_of(options: Options, num_bytes: int) -> list[Way]:
     calls = options.device.copiers(num_bytes)
-    return [Way("C memcpy: as many bytes read and written", calls, kind=LIMIT)] if calls else []
+    name = f"{options.device.copier}: as many bytes read and written"
+    return [Way(name, calls, kind=LIMIT)] if calls else []
 
 
 def linear(options: Options) -> Iterator[Work]:

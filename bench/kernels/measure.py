@@ -98,7 +98,7 @@ class Effort:
 
 
 def refused(way: Way) -> str:
-    """Why a way's result is wrong; empty when it is right."""
+    """Why a way's result is wrong, or a peer gives none; empty when it is right."""
     if way.check is None:
         return ""
     way.reset()
@@ -106,7 +106,18 @@ def refused(way: Way) -> str:
         way.check(way.calls[0]())
     except AssertionError as error:
         return f"refused: {str(error).splitlines()[0]}"
+    except Exception as error:
+        if way.kind != PEER:
+            raise
+        # A dtype that it does not have, memory that is not there: its own affair.
+        return f"missing: {describe(error)}"
     return ""
+
+
+def describe(error: Exception) -> str:
+    """One short line."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:80]}"
 
 
 def kept(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:

@@ -22,6 +22,7 @@ class Cpu:
     """The host: its clock, its ceilings, and the size of its caches."""
 
     name = "cpu"
+    copier = "C memcpy"
 
     def __init__(self, limits: Limits, cache_bytes: int):
         self.limits, self.cache_bytes = limits, cache_bytes

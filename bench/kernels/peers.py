@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .attention_work import AttentionWork
-from .measure import Way
+from .measure import Way, describe
 
 # Bytes that a peer may repeat keys and values to: more does not fit the memory of a small machine.
 MAX_REPEATED = 6 << 30
@@ -129,5 +129,5 @@ def flex_attention(work: AttentionWork) -> Way:
         with torch.inference_mode():
             calls[0]()
     except Exception as error:  # a compiler may fail in any way
-        return Way(name, missing=f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
+        return Way(name, missing=describe(error))
     return Way(name, calls, work.check, reset=work.finite_padding)

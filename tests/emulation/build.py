@@ -55,6 +55,8 @@ JUDGED = Variant(
     every=("-O1", "-DEMULATION_JUDGE"),
     runtime=(*RUNTIME, *JUDGE),
 )
+# The branch without cp.async and bfloat16 products.
+JUDGED_75 = dataclasses.replace(JUDGED, name="judged75", every=(*JUDGED.every, "-DBATON_ARCH=750"))
 _ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 ADDRESS = Variant("address", every=("-O1", *_ADDRESS), link=_ADDRESS)
 THREAD = Variant(
@@ -105,9 +107,9 @@ def compile_object(source: Path, variant: Variant, *flags: str) -> Path:
     return _cached(command, made_from, ".o", f"{variant.name}-{source.stem}")
 
 
-def build_program(name: str, sources: Iterable[Path], variant: Variant) -> Path:
-    """An executable of the sources and the emulator."""
-    objects = [compile_object(source, variant) for source in (*sources, *variant.runtime)]
+def build_program(name: str, sources: Iterable[Path], variant: Variant, *objects: Path) -> Path:
+    """An executable of the sources, the emulator, and what is compiled already."""
+    objects += tuple(compile_object(source, variant) for source in (*sources, *variant.runtime))
     command = [COMPILER, *variant.link, *map(str, objects)]
     return _cached(command, _hash_of(objects), ".run", f"{variant.name}-{name}")
 

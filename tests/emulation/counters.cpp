@@ -64,7 +64,6 @@ uint64_t ideal_wavefronts(const Request& r) {
 void finish(const Request& r) {
   Traffic& t = (r.write ? counters().stores : counters().loads)[r.region];
   ++t.requests;
-  t.bytes += uint64_t{r.bytes} * __builtin_popcount(r.mask);
   if (r.shared) {
     t.wavefronts += wavefronts(r);
     t.ideal += ideal_wavefronts(r);
@@ -91,6 +90,8 @@ Counters& counters() {
 
 void access(const std::string& region, bool shared, uint64_t address, unsigned bytes, bool write,
             const void* site) {
+  // Not by requests: lanes that skip a turn bring later turns of two regions together.
+  (write ? counters().stores : counters().loads)[region].bytes += bytes;
   auto& warp = requests[place.warp];
   const Key key{site, turns[place.linear][site]++};
   Request& request = warp[key];

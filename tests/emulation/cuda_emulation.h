@@ -150,7 +150,7 @@ inline int __all_sync(unsigned mask, int predicate, EMULATION_WHERE) {
 namespace emulation {
 template <typename T, typename Fn>
 [[gnu::noinline]] EMULATION_UNTRACKED T atomic_update(T* address, Fn update) {
-  judge::atomic(address, sizeof(T), __builtin_return_address(0));
+  announce_atomic(address, sizeof(T), __builtin_return_address(0));
   const T old = *address;
   *address = update(old);
   return old;
@@ -181,7 +181,7 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
   return emulation::atomic_update(address,
                                   [=](unsigned old) { return old >= limit ? 0u : old + 1; });
 }
-inline void __threadfence() { emulation::judge::fence(); }
+inline void __threadfence() { emulation::fence(); }
 inline void __threadfence_block() {}
 
 // Memory and bits.

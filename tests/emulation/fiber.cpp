@@ -1,12 +1,17 @@
 #include "emulation/fiber.h"
 
+#include <sys/mman.h>
+
 #include <cstdint>
+#include <cstdlib>
+#include <vector>
+
+#include "emulation/runtime.h"
+#include "emulation/tsan.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#endif
-#if defined(EMULATION_TSAN)
-#include <sanitizer/tsan_interface.h>
 #endif
 
 #if defined(__x86_64__)
@@ -99,16 +104,62 @@ void entered_fiber() {
 #endif
 }
 
-void create_sanitizer_fiber([[maybe_unused]] Fiber& fiber) {
+namespace {
+
+constexpr std::size_t kStackBytes = 128 * 1024;
+// ThreadSanitizer would take a stack that passes from one fiber to the next for shared memory.
+constexpr std::size_t kStacks = (tsan::kEnabled ? 64 : 1) * kMaxThreads;
+unsigned char* stacks = nullptr;  // one behind the other
+
+void* stack(std::size_t index) {
+  if (!stacks) {
+    void* memory = mmap(nullptr, kStacks * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) std::abort();
+    stacks = static_cast<unsigned char*>(memory);
+  }
+  return stacks + index % kStacks * kStackBytes;
+}
+
 #if defined(EMULATION_TSAN)
-  fiber.sanitizer_fiber = __tsan_create_fiber(0);
+// Fibers that ThreadSanitizer knows at a time, the last ones of a launch: 16 blocks of 128 threads.
+// A new fiber may get the number of one that was destroyed, and the two are then not seen to race.
+constexpr std::size_t kKnownFibers = 2 * kMaxThreads;
+std::vector<Fiber> known_fibers;  // their stacks and what the sanitizer calls them
+#endif
+std::size_t num_fibers = 0;  // of this launch
+
+}  // namespace
+
+void begin_fibers() { num_fibers = 0; }
+
+void give_stack(Fiber& fiber, [[maybe_unused]] unsigned thread) {
+#if defined(EMULATION_TSAN)
+  // Blocks of one launch may race, launches may not: the next one may have the same fibers.
+  static std::size_t num_created = 0;
+  const std::size_t index = num_fibers++ % kKnownFibers;
+  const bool is_used = num_fibers > kKnownFibers;
+  if (index == known_fibers.size()) known_fibers.emplace_back();
+  Fiber& known = known_fibers[index];
+  if (is_used) __tsan_destroy_fiber(known.sanitizer_fiber);
+  if (is_used || !known.stack) {
+    known.stack = stack(num_created++);
+    known.sanitizer_fiber = __tsan_create_fiber(0);
+  }
+  fiber = known;
+#else
+  fiber.stack = stack(thread);
+#endif
+  fiber.stack_bytes = kStackBytes;
+#if defined(__SANITIZE_ADDRESS__)
+  // A launch that ended early left frames behind.
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);
 #endif
 }
 
-void destroy_sanitizer_fiber([[maybe_unused]] Fiber& fiber) {
-#if defined(EMULATION_TSAN)
-  __tsan_destroy_fiber(fiber.sanitizer_fiber);
-#endif
+bool is_stack(uintptr_t address) {
+  const auto begin = reinterpret_cast<uintptr_t>(stacks);
+  return address >= begin && address < begin + kStacks * kStackBytes;
 }
 
 }  // namespace emulation

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -30,8 +31,11 @@ void switch_fiber(Fiber& from, Fiber& to, bool last);
 // The first thing a new fiber does.
 void entered_fiber();
 
-// What a sanitizer keeps per fiber.
-void create_sanitizer_fiber(Fiber& fiber);
-void destroy_sanitizer_fiber(Fiber& fiber);
+// A stack, and what a sanitizer keeps per fiber, for a thread by its number in the block.
+void give_stack(Fiber& fiber, unsigned thread);
+// Before the first block of a launch.
+void begin_fibers();
+// Whether an address lies in a fiber's stack, that is, in a thread's local memory.
+bool is_stack(uintptr_t address);
 
 }  // namespace emulation

@@ -15,6 +15,7 @@
 #include <unordered_map>
 
 #include "emulation/counters.h"
+#include "emulation/fiber.h"
 #include "emulation/runtime.h"
 
 namespace emulation::judge {
@@ -65,6 +66,9 @@ uintptr_t image_begin = 0, image_end = 0;
 uintptr_t launch_frame = 0;  // of the launching thread: the arguments lie in the frames above it
 constexpr uintptr_t kLaunchFrames = 1 << 20;
 std::set<std::pair<std::string, const void*>> reported;
+// While a report is written: the linker may have chosen a kernel's copy of what strings are made
+// with, which announces its accesses.
+bool writing_report = false;
 
 Cell& cell(uintptr_t address) {
   const uintptr_t key = address / kPageBytes;
@@ -95,7 +99,11 @@ bool ordered(const Stamp& stamp) {
 
 void complain(const std::string& kind, const void* site, uintptr_t address, unsigned bytes,
               bool write, const Stamp* other) {
-  if (!reported.insert({kind, site}).second) return;
+  writing_report = true;
+  if (!reported.insert({kind, site}).second) {
+    writing_report = false;
+    return;
+  }
   std::ostringstream text;
   text << kind << ": " << (write ? "write" : "read") << " of " << bytes << " bytes at ";
   const auto region = std::find_if(regions.begin(), regions.end(), [&](const Region& r) {
@@ -112,6 +120,7 @@ void complain(const std::string& kind, const void* site, uintptr_t address, unsi
   if (other) text << "; block " << other->block << " thread " << other->thread << " was there";
   text << " [+0x" << std::hex << reinterpret_cast<uintptr_t>(site) - image_begin << "]";
   report(text.str());
+  writing_report = false;
 }
 
 void find_image() {
@@ -235,7 +244,7 @@ void end_block() { counting::end_block(); }
 
 void access(const void* memory, unsigned bytes, bool write, const void* site) {
   const auto address = reinterpret_cast<uintptr_t>(memory);
-  if (!dynamic_shared || of_the_emulator(address)) return;
+  if (!dynamic_shared || writing_report || of_the_emulator(address)) return;
   std::string name;
   const Space space = classify(address, bytes, write, site, name);
   if (space == Space::kIgnored) return;

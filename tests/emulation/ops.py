@@ -66,6 +66,7 @@ class EmulatedOps:
         self.judged = variant is build.JUDGED
         self.schedule = (threads, warps, blocks, late_copies, seed)
         self.captured: list[Callable[[], None]] | None = None
+        self.parts: dict[str, dict[str, torch.Tensor]] = {}
 
     @property
     def module(self) -> ModuleType:
@@ -80,6 +81,18 @@ class EmulatedOps:
     def traffic(self) -> tuple[dict, dict]:
         """Loads and stores by tensor since the last call (judged builds count them)."""
         return self.module.take_counters()
+
+    @contextlib.contextmanager
+    def only(self, **parts: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Of these tensors kernels may touch the given parts alone, which `traffic()` tells apart.
+
+        A part's columns lie side by side: what is between its first and last element is its own.
+        """
+        self.parts = parts
+        try:
+            yield
+        finally:
+            self.parts = {}
 
     def capture(self, function: Callable[[], object]) -> tuple[object, Callable[[], None]]:
         """What a CUDA graph does with the calls of a function.
@@ -120,12 +133,13 @@ class EmulatedOps:
 
     def judge(self, op: str, run: Callable[[], tuple], tensors: dict, outputs: dict) -> None:
         """Runs launches; the tensors are what they may touch."""
-        for name, x in tensors.items() if self.judged else ():
-            if x is not None and x.numel():
-                last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-                self.module.add_region(
-                    name, x.data_ptr(), (last + 1) * x.element_size(), name in outputs
-                )
+        for name, whole in tensors.items() if self.judged else ():
+            for part, x in self.parts.get(name, {name: whole}).items():
+                if x is not None and x.numel():
+                    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+                    self.module.add_region(
+                        part, x.data_ptr(), (last + 1) * x.element_size(), name in outputs
+                    )
         try:
             error, reports = run()
         finally:

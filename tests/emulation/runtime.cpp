@@ -1,25 +1,16 @@
 #include "emulation/runtime.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <numeric>
 #include <random>
 #include <sstream>
 
 #include "emulation/fiber.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
-#if defined(EMULATION_TSAN)
-#include <sanitizer/tsan_interface.h>
-extern "C" void __tsan_read_range(void*, unsigned long);
-extern "C" void __tsan_write_range(void*, unsigned long);
-#endif
+#include "emulation/tsan.h"
 
 namespace emulation {
 
@@ -29,14 +20,6 @@ std::vector<Recording>* recordings = nullptr;
 bool capturing = false;
 
 namespace {
-
-constexpr std::size_t kStackBytes = 128 * 1024;
-#if defined(EMULATION_TSAN)
-// ThreadSanitizer would take a stack that passes from one fiber to the next for shared memory.
-constexpr std::size_t kStacks = 64 * kMaxThreads;
-#else
-constexpr std::size_t kStacks = kMaxThreads;
-#endif
 
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
 
@@ -78,10 +61,16 @@ std::vector<void*> used_shared;  // of finished blocks
 // The judge takes what lies this near to shared memory for an access past its end: nothing else
 // may.
 constexpr std::size_t kSharedMargin = judge::kEnabled ? 4096 : 0;
-unsigned char* stacks = nullptr;  // of all fibers, one behind the other
 std::vector<std::string> reports;
-// Two words per use, since a thread may be in the next barrier before another has left the last.
-[[maybe_unused]] char launch_word, barrier_words[2], warp_words[kMaxThreads / kWarpSize][2];
+// What ThreadSanitizer is told that order came through. A block has words of its own, since a
+// barrier orders nothing between blocks; two per use, since a thread may be in the next barrier
+// before another has left the last.
+struct SyncWords {
+  char barrier[2], warp[kMaxThreads / kWarpSize][2];
+  bool fenced;
+};
+std::deque<SyncWords> sync_words;  // of the blocks of this launch
+char start_word, launch_word;
 
 Thread& current() { return threads[place.linear]; }
 
@@ -157,9 +146,7 @@ void land(Thread& thread, unsigned before_group) {
   std::erase_if(thread.copies, [&](const Copy& copy) {
     if (copy.group >= before_group) return false;
     if (options().late_copies) {
-#if defined(EMULATION_TSAN)
-      __tsan_write_range(copy.target, copy.bytes);
-#endif
+      tsan::write(copy.target, copy.bytes);
       std::memcpy(copy.target, copy.source, copy.source_bytes);
       std::memset(copy.target + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
     }
@@ -170,13 +157,12 @@ void land(Thread& thread, unsigned before_group) {
 
 void thread_main() {
   entered_fiber();
+  tsan::acquire(&start_word);
   kernel->invoke(kernel->function, kernel->arguments);
   Thread& thread = current();
   // The hardware finishes what is on its way before the block's memory is given back.
   land(thread, ~0u);
-#if defined(EMULATION_TSAN)
-  __tsan_release(&launch_word);
-#endif
+  tsan::release(&launch_word);
   thread.state = State::kDone;
   ++num_done;
   if (num_waiting > 0 && num_waiting + num_done == num_threads) {
@@ -206,26 +192,10 @@ void make_order(std::mt19937_64& random) {
   }
 }
 
-void give_stack(Thread& thread) {
-  if (!stacks) {
-    void* memory = mmap(nullptr, kStacks * kStackBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) std::abort();
-    stacks = static_cast<unsigned char*>(memory);
-  }
-  static std::size_t next = 0;
-  const std::size_t index = kStacks > kMaxThreads ? next++ % kStacks : thread.linear;
-  thread.fiber.stack = stacks + index * kStackBytes;
-  thread.fiber.stack_bytes = kStackBytes;
-#if defined(__SANITIZE_ADDRESS__)
-  // A launch that ended early left frames behind.
-  __asan_unpoison_memory_region(thread.fiber.stack, kStackBytes);
-#endif
-}
-
-void free_shared() {
+void free_block_memory() {
   for (void* memory : used_shared) std::free(memory);
   used_shared.clear();
+  sync_words.clear();
 }
 
 void run_block(std::size_t shared_bytes, std::mt19937_64& random) {
@@ -237,6 +207,7 @@ void run_block(std::size_t shared_bytes, std::mt19937_64& random) {
   if (shared_bytes) std::memset(dynamic_shared, 0xff, shared_bytes);
   judge::begin_block(dynamic_shared, shared_bytes);
   make_order(random);
+  sync_words.emplace_back();
   num_done = num_waiting = 0;
   std::fill(std::begin(in_warp), std::end(in_warp), 0u);
   for (unsigned i = 0; i < num_threads; ++i) {
@@ -248,19 +219,17 @@ void run_block(std::size_t shared_bytes, std::mt19937_64& random) {
     thread.linear = i;
     thread.index = {i % place.block_size.x, i / place.block_size.x % place.block_size.y,
                     i / place.block_size.x / place.block_size.y};
-    give_stack(thread);
+    give_stack(thread.fiber, i);
     prepare(thread.fiber, thread_main);
-    create_sanitizer_fiber(thread.fiber);
   }
+  // After the launching thread's work, not after that of other blocks.
+  tsan::release(&start_word);
   step_into(0);
   switch_fiber(caller, threads[order[0]].fiber, false);
-  for (unsigned i = 0; i < num_threads; ++i) destroy_sanitizer_fiber(threads[i].fiber);
   judge::end_block();
   used_shared.push_back(dynamic_shared - kSharedMargin);
   dynamic_shared = nullptr;
-#if !defined(EMULATION_TSAN)
-  free_shared();
-#endif
+  if (!tsan::kEnabled) free_block_memory();
 }
 
 // cp.async has its own wording of what a warp-wide operation must be.
@@ -300,10 +269,8 @@ void block_barrier(Where where) {
     fail("divergent barrier: " + describe(thread) + " at " + describe(where) + ", " +
          describe(first) + " at " + describe(first.where));
   }
-  [[maybe_unused]] char* word = &barrier_words[thread.num_barriers++ % 2];
-#if defined(EMULATION_TSAN)
-  __tsan_release(word);
-#endif
+  char* word = &sync_words.back().barrier[thread.num_barriers++ % 2];
+  tsan::release(word);
   if (num_waiting + num_done == num_threads) {
     if (num_done > 0) {
       report("divergent barrier: " + describe(thread) + " waits at " + describe(where) +
@@ -314,9 +281,7 @@ void block_barrier(Where where) {
     thread.state = State::kAtBarrier;
     switch_to_next(thread);
   }
-#if defined(EMULATION_TSAN)
-  __tsan_acquire(word);
-#endif
+  tsan::acquire(word);
 }
 
 void warp_operation(unsigned mask, WarpFunction run, void* data, const char* name, Where where,
@@ -331,12 +296,10 @@ void warp_operation(unsigned mask, WarpFunction run, void* data, const char* nam
     fail(std::string(name) + ": " + describe(thread) + " is not in its own mask at " +
          describe(where));
   }
-  [[maybe_unused]] char* word = &warp_words[place.warp][thread.num_warp_syncs % 2];
+  char* word = &sync_words.back().warp[place.warp][thread.num_warp_syncs % 2];
   if (orders_memory) {
     ++thread.num_warp_syncs;
-#if defined(EMULATION_TSAN)
-    __tsan_release(word);
-#endif
+    tsan::release(word);
   }
   Thread* warp = &threads[place.warp * kWarpSize];
   unsigned& waiting = in_warp[place.warp];
@@ -361,17 +324,13 @@ void warp_operation(unsigned mask, WarpFunction run, void* data, const char* nam
       other.state = State::kReady;
     }
     waiting &= ~mask;
+    // Operands lie on other fibers' stacks, where they stand for registers.
+    tsan::ignore_begin();
     run(lanes, mask);
+    tsan::ignore_end();
     if (orders_memory) judge::sync_warp(place.warp, mask);
   }
-#if defined(EMULATION_TSAN)
-  if (orders_memory) __tsan_acquire(word);
-#endif
-}
-
-bool is_stack(uintptr_t address) {
-  const auto begin = reinterpret_cast<uintptr_t>(stacks);
-  return address >= begin && address < begin + kStacks * kStackBytes;
+  if (orders_memory) tsan::acquire(word);
 }
 
 void copy_async(void* target, const void* source, unsigned bytes, unsigned source_bytes,
@@ -381,9 +340,8 @@ void copy_async(void* target, const void* source, unsigned bytes, unsigned sourc
     fail("misaligned cp.async of " + std::to_string(bytes) + " bytes in " + describe(thread));
   }
   judge::copy_begins(target, source, bytes, source_bytes, site);
-#if defined(EMULATION_TSAN)
-  __tsan_read_range(const_cast<void*>(source), source_bytes);
-#endif
+  tsan::read(source, source_bytes);
+  tsan::write(target, bytes);
   auto* to = static_cast<unsigned char*>(target);
   const auto* from = static_cast<const unsigned char*>(source);
   if (options().late_copies) {
@@ -403,6 +361,16 @@ void copy_async_wait(unsigned groups_left) {
   if (thread.groups > groups_left) land(thread, thread.groups - groups_left);
 }
 
+void announce_atomic(void* address, unsigned bytes, const void* site) {
+  judge::atomic(address, bytes, site);
+  tsan::atomic(address, bytes, sync_words.back().fenced);
+}
+
+void fence() {
+  judge::fence();
+  sync_words.back().fenced = true;
+}
+
 cudaError_t run(const Kernel& started, dim3 grid, dim3 block, std::size_t shared_bytes) {
   const uint64_t count = uint64_t{block.x} * block.y * block.z;
   if (count == 0 || count > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 ||
@@ -417,6 +385,7 @@ cudaError_t run(const Kernel& started, dim3 grid, dim3 block, std::size_t shared
   failed = false;
   std::mt19937_64 random(options().seed);
   judge::begin_launch();
+  begin_fibers();
   const uint64_t num_blocks = uint64_t{grid.x} * grid.y * grid.z;
   const bool shuffled = options().blocks == Order::kShuffled && num_blocks < (1u << 20);
   std::vector<unsigned> blocks;
@@ -430,11 +399,9 @@ cudaError_t run(const Kernel& started, dim3 grid, dim3 block, std::size_t shared
     run_block(shared_bytes, random);
   }
   judge::end_launch();
-#if defined(EMULATION_TSAN)
   // Only the end of a launch orders its blocks before what follows.
-  __tsan_acquire(&launch_word);
-  free_shared();
-#endif
+  tsan::acquire(&launch_word);
+  free_block_memory();
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 

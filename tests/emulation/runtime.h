@@ -70,11 +70,13 @@ void copy_async(void* target, const void* source, unsigned bytes, unsigned sourc
 void copy_async_commit();
 void copy_async_wait(unsigned groups_left);
 
+// An atomic is about to happen. After a fence of its block, other blocks' atomics at the same
+// address come after what the block has done.
+void announce_atomic(void* address, unsigned bytes, const void* site);
+void fence();
+
 // Dynamic shared memory of the running block: exactly the bytes asked for.
 extern unsigned char* dynamic_shared;
-
-// Whether an address lies in a fiber's stack, that is, in a thread's local memory.
-bool is_stack(uintptr_t address);
 
 // A load or store of `bytes` in one instruction, which must be aligned to them.
 void load(void* registers, const void* memory, unsigned bytes, const void* site);

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "emulation/defects/block_race.cu"
+#include "emulation/defects/block_race_across_barrier.cu"
 #include "emulation/defects/defect.h"
 #include "emulation/defects/divergent_barrier.cu"
 #include "emulation/defects/divergent_shuffle.cu"
@@ -13,6 +14,7 @@
 #include "emulation/defects/misaligned_vector.cu"
 #include "emulation/defects/missing_barrier.cu"
 #include "emulation/defects/missing_fence.cu"
+#include "emulation/defects/missing_sync_before_ldmatrix.cu"
 #include "emulation/defects/missing_trailing_barrier.cu"
 #include "emulation/defects/missing_wait.cu"
 #include "emulation/defects/missing_warp_sync.cu"

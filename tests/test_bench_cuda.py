@@ -1,0 +1,112 @@
+"""The kernel benchmark on a GPU, tried out with the CPU in the GPU's place."""
+
+import importlib.machinery
+import sys
+import types
+
+import pytest
+import torch
+from bench_package import import_bench
+from fake_cuda import fake_cuda
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """A module of bench.kernels by its name."""
+    return lambda name: import_bench(f"kernels.{name}")
+
+
+@pytest.fixture(scope="module")
+def main(modules):
+    return modules("__main__")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def options(main, monkeypatch):
+    with fake_cuda(monkeypatch):
+        arguments = ["--tiny", "--dtype", "float32", "--device", "cuda"]
+        made = main.make_options(main.arguments(arguments))
+        assert made.flex
+        made.flex = False  # minutes on a CPU
+        made.device.gemm_size = 32
+        yield made
+
+
+@pytest.mark.parametrize("case", import_bench("kernels.__main__").CASES)
+def test_case_runs_on_a_gpu_as_far_as_a_cpu_can_tell(main, options, case):
+    rows, lines = main.run_case(case, options)
+    assert len(lines) >= len(main.CASES[case].ceilings)
+    assert all(row.median_us or row.note.startswith("missing: ") for row in rows)
+    assert bool(rows) == (case not in ("ceilings", "overhead"))
+    if case == "decode":
+        ways = {row.way for row in rows}
+        assert {"flash-attn, with_kvcache", "FlashInfer, a page per slot"} <= ways
+        assert "read of the same bytes" not in ways
+    if case == "insert":
+        assert "device copy of the same bytes" in {row.way for row in rows}
+
+
+def flash_attn(q, k_cache, v_cache, *, cache_seqlens):
+    """flash_attn_with_kvcache by its documentation: [batch, columns, heads, dim]."""
+    outs = []
+    for query, key, value, length in zip(q, k_cache, v_cache, cache_seqlens.tolist(), strict=True):
+        group = query.shape[1] // key.shape[1]
+        k, v = (x[:length].repeat_interleave(group, 1).transpose(0, 1) for x in (key, value))
+        outs.append(scaled_dot_product_attention(query.transpose(0, 1), k, v).transpose(0, 1))
+    return torch.stack(outs)
+
+
+class FlashInferWrapper:
+    """FlashInfer's decode wrapper by its documentation: [pages, heads, page size, dim]."""
+
+    def __init__(self, workspace, layout):
+        assert workspace.dtype == torch.uint8 and layout == "HND"
+
+    def plan(self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim,
+             page_size, *, q_data_type, kv_data_type):  # fmt: skip
+        assert q_data_type == kv_data_type == torch.float32
+        assert indptr.tolist() == list(range(len(indices) + 1))
+        self.pages, self.lengths = indices.long(), last_page_len
+        self.shape = num_kv_heads, page_size, head_dim
+
+    def run(self, query, caches):
+        keys, values = (x[self.pages] for x in caches)
+        assert keys.shape[1:] == self.shape
+        return flash_attn(
+            query[:, None], keys.transpose(1, 2), values.transpose(1, 2),
+            cache_seqlens=self.lengths,
+        )[:, 0]  # fmt: skip
+
+
+def test_gpu_peers_are_called_by_their_documentation(options, modules, monkeypatch):
+    fakes = {
+        "flash_attn": {"flash_attn_with_kvcache": flash_attn},
+        "flashinfer": {"BatchDecodeWithPagedKVCacheWrapper": FlashInferWrapper},
+    }
+    for name, content in fakes.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    works = [work for work in modules("attention_cases").decode(options)]
+    for work in works:
+        peers = {way.name: way for way in work.ways}
+        for name in ("flash-attn, with_kvcache", "FlashInfer, a page per slot"):
+            assert peers[name].calls, peers[name].missing
+            assert modules("measure").refused(peers[name]) == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_says_so(main):
+    with pytest.raises(SystemExit) as stopped:
+        main.main(["--device", "cuda"])
+    assert str(stopped.value) == (
+        "bench.kernels: --device cuda needs a GPU that torch can use, and finds none"
+    )
