@@ -24,7 +24,8 @@ Line read_chunk(const char* begin, int64_t bytes, int64_t prefetch) {
   for (int64_t i = 0; i < run; i += kLine) {
     for (int s = 0; s < kStreams; ++s) {
       const char* line = begin + s * run + i;
-      if (prefetch > 0) __builtin_prefetch(line + prefetch, 0, 3);
+      // Into the second-level cache: faster here than into the first one.
+      if (prefetch > 0) __builtin_prefetch(line + prefetch, 0, 2);
       sum[s] ^= *reinterpret_cast<const Line*>(line);
     }
   }

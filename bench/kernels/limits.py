@@ -23,7 +23,7 @@ import torch
 SOURCE = Path(__file__).with_name("limits.cpp")
 BUILD = SOURCE.parents[2] / "build" / "bench"
 # (runs read side by side, bytes of software prefetch ahead): the best one is this machine's.
-READERS = tuple((streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 4096))
+READERS = tuple((streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 2048, 4096))
 
 
 @dataclass
