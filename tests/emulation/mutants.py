@@ -1,7 +1,7 @@
 """The attention kernels with one line wrong, for the judges to find.
 
-A copy of ``csrc/cuda`` has a number at every barrier and wait, and at some indices; the program
-that is made of it leaves out, or spoils, the one that it is told.
+A copy of attention's files in ``csrc/cuda`` has a number at every barrier and wait, and at some indices;
+the program that is made of it leaves out, or spoils, the one that it is told.
 """
 
 from __future__ import annotations
@@ -72,10 +72,8 @@ def _copies() -> tuple[tuple[Mutant, ...], dict[str, str]]:
     """All mutants, and the copies' text by name."""
     found: list[Mutant] = []
     texts = {
-        # ptx.h has what the calls are made of.
         path.name: _number_barriers(path.name, path.read_text(), found)
-        for path in sorted(CUDA.glob("*"))
-        if path.name != "ptx.h"
+        for path in sorted(CUDA.glob("*attention*"))
     }
     for file, right, wrong, what in SPOILT:
         if texts[file].count(right) != 1:
