@@ -1,7 +1,7 @@
 """The attention kernels with one line wrong, for the judges to find.
 
-A copy of attention's files in ``csrc/cuda`` has a number at every barrier and wait, and at some indices;
-the program that is made of it leaves out, or spoils, the one that it is told.
+A copy of attention's files has a number at every barrier and wait, and at some indices; the program
+that is made of it leaves out, or spoils, the one that it is told.
 """
 
 from __future__ import annotations
