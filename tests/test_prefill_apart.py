@@ -236,6 +236,8 @@ def test_a_worker_outlives_neither_its_parent_nor_a_ctrl_c(tmp_path):
         from baton_engines.relay import Relay
         from baton_engines.testing import FakeLlama
 
+        # A shell that runs the tests in the background has them ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         relay = Relay(FakeLlama(), 2, 32, prefill=Apart(always=True))
         try:
             os.killpg(0, signal.SIGINT)
