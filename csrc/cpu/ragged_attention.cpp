@@ -5,6 +5,7 @@
 #include "cpu/attention_ahead.h"
 #include "cpu/attention_item.h"
 #include "cpu/attention_tile_amx.h"
+#include "cpu/exponential.h"
 #include "cpu/kernels.h"
 
 namespace baton::cpu::BATON_ISA {

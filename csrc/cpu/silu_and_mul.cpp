@@ -1,6 +1,6 @@
 // silu_and_mul on the CPU: one work item is one row.
+#include "cpu/exponential.h"
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
 #include "cpu/stream.h"
 
 namespace baton::cpu::BATON_ISA {
