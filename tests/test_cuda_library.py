@@ -45,12 +45,7 @@ class ClaimsCuda(torch.Tensor):
 
 def call_cuda(op, arguments):
     """The op's CUDA kernel itself, whatever its arguments are."""
-    overload = getattr(torch.ops.baton_kernels, op).default
-    keywords = {a.name for a in overload._schema.arguments if a.kwarg_only}
-    positional = [value for name, value in arguments.items() if name not in keywords]
-    return overload.redispatch(
-        CUDA, *positional, **{name: arguments[name] for name in keywords if name in arguments}
-    )
+    return getattr(torch.ops.baton_kernels, op).default.redispatch(CUDA, **arguments)
 
 
 # The library.
