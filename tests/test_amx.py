@@ -84,6 +84,19 @@ def tdpbf16ps(total, a, b):
     return flush(flush(total) + flush(sums[0] + sums[1]))
 
 
+def multiply_in_tiles(total, a, b):
+    """total += a b in the model's tiles; b holds pairs."""
+    (rows, columns), pairs = total.shape, b.shape[0]
+    configure({0: (rows, 4 * columns), 4: (rows, 4 * pairs), 6: (pairs, 4 * columns)})
+    load(0, total)
+    load(4, a)
+    load(6, b)
+    amx.library().model_multiply(0, 4, 6)
+    store(0, total)
+    amx.library().model_release()
+    amx.check_faults()
+
+
 @modelled
 @pytest.mark.parametrize("spread", [1.0, 40.0, 120.0])
 @pytest.mark.parametrize("shape", [(16, 16, 16), (1, 16, 5), (7, 3, 16), (16, 1, 1)], ids=str)
@@ -101,14 +114,7 @@ def test_multiplies_as_the_manual_says(shape, spread):
     a, b = a[:, 3 : 3 + 2 * pairs], b[:, : 2 * columns]
     total = numbers(rows, columns)
     expected = tdpbf16ps(total, a, b)
-    configure({0: (rows, 4 * columns), 4: (rows, 4 * pairs), 6: (pairs, 4 * columns)})
-    load(0, total)
-    load(4, a)
-    load(6, b)
-    amx.library().model_multiply(0, 4, 6)
-    store(0, total)
-    amx.library().model_release()
-    amx.check_faults()
+    multiply_in_tiles(total, a, b)
     assert_same_bits(total, expected)
 
 
@@ -118,15 +124,7 @@ def test_denormal_numbers_count_as_zero():
     a, b = torch.tensor([[2.0**-130, 1.0]]), torch.tensor([[2.0**100, 2.0**-130]])
     total = torch.tensor([[2.0**-140]])
     assert tdpbf16ps(total, a.bfloat16(), b.bfloat16()).item() == 0.0
-    configure({0: (1, 4), 4: (1, 4), 6: (1, 4)})
-    a, b = a.bfloat16(), b.bfloat16()
-    load(0, total)
-    load(4, a)
-    load(6, b)
-    amx.library().model_multiply(0, 4, 6)
-    store(0, total)
-    amx.library().model_release()
-    amx.check_faults()
+    multiply_in_tiles(total, a.bfloat16(), b.bfloat16())
     assert total.item() == 0.0
 
 

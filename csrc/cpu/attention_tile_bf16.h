@@ -144,10 +144,10 @@ struct BlockProducts<BFloat16> {
                       alone ? Pairs{} : load_pairs(odd, rows.dim - d));
   }
 
-  template <int kTile, typename Source>
+  template <typename Source>
   static void weigh_tiles(int count, int64_t num_pairs, int64_t dim, const Source& source,
                           AttentionScratch& scratch) {
-    for_query_tiles<kTile>(count, [&]<int kQueries>(int m) {
+    for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
       int64_t d = 0;
       for (; d + 2 * kPairStep <= dim; d += 2 * kPairStep) {
         weigh_pairs<kQueries, 2>(scratch.scores + m, num_pairs, source, scratch.out + m, d);
@@ -172,7 +172,7 @@ struct BlockProducts<BFloat16> {
     const auto source = [&](int64_t k, int64_t d) BATON_INLINE_LAMBDA {
       return ValuePairs{load_pairs(&pairs[k][d]), load_pairs(&pairs[k][d + kLanes])};
     };
-    weigh_tiles<kPackedTile>(count, num_pairs, values.dim, source, scratch);
+    weigh_tiles(count, num_pairs, values.dim, source, scratch);
   }
 };
 
