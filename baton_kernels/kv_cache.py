@@ -42,6 +42,10 @@ class KVCache:
         dtype: float32, float16 or bfloat16.
         device: where keys and values live.
         aligned: bool; whether all rows end in the same column, see `BatchShape`.
+        huge_pages: bool; CPU: asks Linux for huge pages, in which attention reads a few percent
+            faster. Each slot of each layer is then whole huge pages (mostly 2 MiB), and memory is
+            committed in these: for slots that are large and will be filled. Without effect
+            elsewhere.
 
     Attributes:
         keys: `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`, last dimension
@@ -71,6 +75,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         aligned: bool = False,
+        huge_pages: bool = False,
     ) -> None:
         self._num_layers = checked_int("KVCache", "num_layers", num_layers, 1)
         self._num_kv_heads = checked_int("KVCache", "num_kv_heads", num_kv_heads, 1)
@@ -83,6 +88,7 @@ class KVCache:
         check.caches(column, column, with_layers=True, written=True)
         self._dtype = dtype
         self._device = torch.device(device)
+        self._huge_pages = huge_pages
         self._shape = BatchShape(num_slots, capacity, aligned=aligned)
         self._key_memory, self._value_memory = self._new_memory(self._shape.num_slots)
         # With its index: "cuda" would follow the current device, and the tensors do not.
@@ -326,10 +332,11 @@ class KVCache:
     def _new_memory(self, num_slots: int) -> tuple[SlotMemory, SlotMemory]:
         capacity = self._shape.capacity
         sizes = (self._num_layers, num_slots, self._num_kv_heads, capacity, self._head_dim)
-        return (
-            SlotMemory(sizes, self._dtype, self._device),
-            SlotMemory(sizes, self._dtype, self._device),
+        keys, values = (
+            SlotMemory(sizes, self._dtype, self._device, huge_pages=self._huge_pages)
+            for _ in range(2)
         )
+        return keys, values
 
     def _index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=self._device)

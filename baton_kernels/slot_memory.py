@@ -7,10 +7,22 @@ one for its values.
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+
+
+@functools.cache
+def huge_page_bytes() -> int:
+    """Bytes of one of Linux's transparent huge pages; those of a page where it has none."""
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text()
+        return max(int(text), mmap.PAGESIZE)
+    except (OSError, ValueError):
+        return mmap.PAGESIZE
 
 
 class SlotMemory:
@@ -24,6 +36,8 @@ class SlotMemory:
         sizes: num_layers, num_slots, num_kv_heads, capacity, head_dim; each at least 1.
         dtype: of the elements.
         device: where the tensor lives.
+        huge_pages: CPU: asks for huge pages. Each slot of each layer is then whole huge pages,
+            committed one by one; where the kernel has none to spare it takes small ones.
 
     Attributes:
         tensor: of these sizes, uninitialized; the last three dimensions are contiguous.
@@ -34,7 +48,12 @@ class SlotMemory:
     """
 
     def __init__(
-        self, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+        self,
+        sizes: tuple[int, int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        huge_pages: bool = False,
     ) -> None:
         num_layers, num_slots, num_kv_heads, capacity, head_dim = sizes
         self._sizes = sizes
@@ -44,18 +63,25 @@ class SlotMemory:
             self.tensor = torch.empty(sizes, dtype=dtype, device=device)
             self.num_bytes = self.tensor.numel() * dtype.itemsize
             return
-        pages_per_slot = -(-num_kv_heads * capacity * self._column_bytes // mmap.PAGESIZE)
-        self._slot_bytes = pages_per_slot * mmap.PAGESIZE
+        self._page = huge_page_bytes() if huge_pages else mmap.PAGESIZE
+        pages_per_slot = -(-num_kv_heads * capacity * self._column_bytes // self._page)
+        self._slot_bytes = pages_per_slot * self._page
         self.num_bytes = num_layers * num_slots * self._slot_bytes
+        # A mapping begins on a small page: room to begin on a huge one.
+        room = self._page - mmap.PAGESIZE
         try:
             self._mapping = mmap.mmap(
-                -1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                -1, self.num_bytes + room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             )
         except (OSError, OverflowError) as error:
             raise MemoryError(f"KVCache: {self.num_bytes} bytes could not be reserved") from error
-        self._refuse_huge_pages()
+        self._advise(huge_pages)
+        address = torch.frombuffer(self._mapping, dtype=torch.uint8).data_ptr()
+        self._begin = -address % self._page
         # The tensor keeps the mapping alive, so a view may outlive the cache.
-        flat = torch.frombuffer(self._mapping, dtype=dtype)
+        flat = torch.frombuffer(
+            self._mapping, dtype=dtype, offset=self._begin, count=self.num_bytes // dtype.itemsize
+        )
         slot_stride = self._slot_bytes // dtype.itemsize
         strides = (num_slots * slot_stride, slot_stride, capacity * head_dim, head_dim, 1)
         self.tensor = flat.as_strided(sizes, strides)
@@ -66,7 +92,7 @@ class SlotMemory:
             return
         num_layers, num_slots = self._sizes[:2]
         for layer in range(num_layers):
-            begin = (layer * num_slots + slot) * self._slot_bytes
+            begin = self._begin + (layer * num_slots + slot) * self._slot_bytes
             self._mapping.madvise(mmap.MADV_DONTNEED, begin, self._slot_bytes)
 
     def committed(self, columns: Iterable[tuple[int, int]]) -> int:
@@ -85,19 +111,19 @@ class SlotMemory:
             last = -1
             for head in range(num_kv_heads):
                 # Neighboring heads share a page where a head's columns are not whole pages.
-                first = max((head * capacity + low) * self._column_bytes // mmap.PAGESIZE, last + 1)
-                last = ((head * capacity + high) * self._column_bytes - 1) // mmap.PAGESIZE
+                first = max((head * capacity + low) * self._column_bytes // self._page, last + 1)
+                last = ((head * capacity + high) * self._column_bytes - 1) // self._page
                 pages += last + 1 - first
-        return pages * num_layers * mmap.PAGESIZE
+        return pages * num_layers * self._page
 
-    def _refuse_huge_pages(self) -> None:
-        """Keeps the kernel to small pages, even where transparent huge pages are on for everybody.
+    def _advise(self, huge_pages: bool) -> None:
+        """Tells the kernel which pages to take, whatever it does where nobody says.
 
-        With huge pages the first column written would commit 2 MiB per layer and head: the stripes
-        of several heads, or even slots, where `capacity * head_dim` is small, and thousands of
-        columns where it is large. What they spare is address translation, and a kernel that streams
-        through long rows feels little of it: about a tenth of its time at most.
+        By default small ones: with huge pages the first column written commits 2 MiB per layer and
+        head, which are the stripes of several heads where `capacity * head_dim` is small, and
+        thousands of columns where it is large. What they spare is address translation: a few
+        percent of the time that attention takes (docs/performance.md).
         """
-        # Kernels built without transparent huge pages refuse the advice: nothing to prevent there.
+        # Kernels built without transparent huge pages refuse the advice, and have none to take.
         with contextlib.suppress(AttributeError, OSError):
-            self._mapping.madvise(mmap.MADV_NOHUGEPAGE)
+            self._mapping.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)

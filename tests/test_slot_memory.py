@@ -13,7 +13,7 @@ import torch
 
 from baton_kernels import kv_cache
 from baton_kernels.kv_cache import KVCache
-from baton_kernels.slot_memory import SlotMemory
+from baton_kernels.slot_memory import SlotMemory, huge_page_bytes
 from baton_kernels.testing import storage
 
 MIB = 2**20
@@ -217,3 +217,41 @@ def test_no_page_belongs_to_two_slots():
             assert memory.tensor[layer, slot].is_contiguous()
     assert memory.num_bytes == 2 * 3 * mmap.PAGESIZE * -(-5 * 7 * 24 * 2 // mmap.PAGESIZE)
     assert storage(memory.tensor).numel() * 2 == memory.num_bytes
+
+
+@linux
+def test_huge_pages_are_whole_slots():
+    """Committed, counted and given back huge page by huge page."""
+    huge = huge_page_bytes()
+    sizes = (2, 3, 2, 100, 64)
+    memory = SlotMemory(sizes, torch.bfloat16, torch.device("cpu"), huge_pages=True)
+    assert memory.num_bytes == 2 * 3 * huge
+    for layer in range(2):
+        for slot in range(3):
+            assert memory.tensor[layer, slot].data_ptr() % huge == 0
+            assert memory.tensor[layer, slot].is_contiguous()
+    assert memory.committed([(0, 1)]) == memory.committed([(3, 99)]) == 2 * huge
+    memory.tensor.fill_(1.0)
+    memory.release(1)
+    # A kernel with no huge page to spare commits small ones, as many as were written.
+    assert resident_pages(memory.tensor) * mmap.PAGESIZE <= 2 * 2 * huge
+    assert (memory.tensor[:, 0] == 1).all() and (memory.tensor[:, 2] == 1).all()
+
+
+@linux
+def test_cache_of_huge_pages_is_a_cache():
+    """Rows come, grow, go and are given back as in small pages, to the same bits."""
+    caches = [KVCache(2, 3, 2, 100, 64, huge_pages=huge) for huge in (False, True)]
+    kept = []
+    for cache in caches:
+        generator = torch.Generator().manual_seed(0)
+        for tokens in (40, 100, 7):
+            key = torch.randn(2, tokens, 2, 64, generator=generator)
+            cache.insert(key, -key)
+        cache.free(1)
+        cache.release()
+        cache.resize(4)
+        kept.append([*cache.extract(0), *cache.extract(2)])
+    for small, huge in zip(*kept, strict=True):
+        assert torch.equal(small, huge)
+    assert caches[1].bytes_committed == 2 * 2 * 2 * huge_page_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 
@@ -69,11 +70,14 @@ def decode(options: Options) -> Iterator[Work]:
         for label, (heads, lengths, capacity) in shapes(options).items():
             if options.only not in label:
                 continue
-            work = AttentionWork(
-                heads, [1] * len(lengths), lengths, capacity=capacity, dtype=dtype,
+            make = functools.partial(
+                AttentionWork, heads, [1] * len(lengths), lengths, capacity=capacity, dtype=dtype,
                 device=options.device,
             )  # fmt: skip
+            work = make()
             ways = [ours(work), *options.peers(lambda w=work: decode_ways(w, options))]
+            if options.device.name == "cpu":
+                ways.insert(1, ours(make(huge_pages=True), "ragged_attention, huge pages"))
             yield Work(
                 label, dtype_name(dtype), [*ways, *limit(options, work.bytes)],
                 bytes=work.bytes, ceiling="read",

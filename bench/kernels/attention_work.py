@@ -50,6 +50,7 @@ class AttentionWork:
         dtype: Of everything.
         device: Where: `options.Cpu` or `cuda.Cuda`.
         aligned: Rows end in the last column; otherwise they begin in column 0.
+        huge_pages: Of the cache.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class AttentionWork:
         dtype: torch.dtype,
         device: Cpu | Cuda,
         aligned: bool = False,
+        huge_pages: bool = False,
     ):
         self.heads, self.dtype, self.device = heads, dtype, device.name
         self.query_lengths, self.lengths = list(query_lengths), list(lengths)
@@ -86,7 +88,7 @@ class AttentionWork:
         self.dense_layers = copies(self.bytes // self.columns * len(lengths) * self.capacity)
         self.cache = KVCache(
             self.layers, len(lengths), heads.kv, self.capacity, heads.dim,
-            dtype=dtype, device=self.device,
+            dtype=dtype, device=self.device, huge_pages=huge_pages,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
 

@@ -56,15 +56,18 @@ struct DirectProducts {
   // [chunk of 16 elements][query of 4][element]; what is missing is 0.
   static void interleave_queries(const BFloat16* const* query, int count, int64_t dim,
                                  BFloat16* out) {
-    const int64_t size = (dim + kChunk - 1) / kChunk * kChunk * kDirectTile;
-    for (int64_t i = 0; i < size; i += kPairStep) _mm512_storeu_si512(out + i, Pairs{});
-    for (int m = 0; m < kDirectTile && m < count; ++m) {
-      BFloat16* place = out + m * kChunk;
-      int64_t d = 0;
-      for (; d + kChunk <= dim; d += kChunk, place += kDirectTile * kChunk) {
-        __builtin_memcpy(place, query[m] + d, kChunk * sizeof(BFloat16));
+    for (int64_t d = 0; d < dim; d += kPairStep, out += kDirectTile * kPairStep) {
+      __m512i x[kDirectTile];
+      BATON_UNROLL
+      for (int m = 0; m < kDirectTile; ++m) {
+        x[m] = m >= count             ? Pairs{}
+               : dim - d >= kPairStep ? load_pairs(query[m] + d)
+                                      : load_pairs(query[m] + d, dim - d);
       }
-      __builtin_memcpy(place, query[m] + d, (dim - d) * sizeof(BFloat16));
+      _mm512_storeu_si512(out, _mm512_shuffle_i64x2(x[0], x[1], 0x44));
+      _mm512_storeu_si512(out + kPairStep, _mm512_shuffle_i64x2(x[2], x[3], 0x44));
+      _mm512_storeu_si512(out + 2 * kPairStep, _mm512_shuffle_i64x2(x[0], x[1], 0xee));
+      _mm512_storeu_si512(out + 3 * kPairStep, _mm512_shuffle_i64x2(x[2], x[3], 0xee));
     }
   }
 
@@ -184,18 +187,30 @@ struct DirectProducts {
   // row is loaded once, and the sums of all query vectors live in the core's cache. Passes over a
   // whole block for a few query vectors at a time would load every line again, at a pace that
   // memory cannot follow in the first pass and does not use in the others.
-  static constexpr int kGroupPairs = 4;
+  static constexpr int kGroupPairs = 4, kGroupRows = 2 * kGroupPairs;
 
   template <int kDim>
   static void weigh_groups(int count, const BlockRows& values, AttentionScratch& scratch) {
     int64_t k = 0;
-    for (; k + 2 * kGroupPairs <= values.count; k += 2 * kGroupPairs) {
-      values.template used<2 * kGroupPairs, kDim>(k);
+    if (values.count >= kGroupRows) touch_group<kDim>(values, 0);
+    for (; k + kGroupRows <= values.count; k += kGroupRows) {
+      if (k + 2 * kGroupRows <= values.count) touch_group<kDim>(values, k + kGroupRows);
       weigh_group<kGroupPairs, kDim>(count, values, k, scratch);
     }
-    for (; k < values.count; k += 2) {
-      values.template used<2, kDim>(k);
-      weigh_group<1, kDim>(count, values, k, scratch);
+    for (; k < values.count; k += 2) weigh_group<1, kDim>(count, values, k, scratch);
+  }
+
+  // A group uses its lines down the rows, an order that the hardware does not foresee: they are
+  // brought into the first-level cache a group before, in the order of addresses. Where head_dim
+  // is not known that is left out.
+  template <int kDim>
+  static BATON_INLINE void touch_group(const BlockRows& values, int64_t k) {
+    BATON_UNROLL
+    for (int i = 0; i < kGroupRows; ++i) {
+      BATON_UNROLL
+      for (int d = 0; d < kDim; d += kPairStep) {
+        __builtin_prefetch(values.data + (k + i) * values.stride + d, 0, 3);
+      }
     }
   }
 
@@ -203,24 +218,29 @@ struct DirectProducts {
   template <int kPairs, int kDim>
   static BATON_INLINE void weigh_group(int count, const BlockRows& values, int64_t k,
                                        AttentionScratch& scratch) {
-    // The row behind an odd count is not read: it is padding or another row's.
-    const bool alone = k + 1 == values.count;
     for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
-      weigh_rows<kPairs, kQueries>(scratch.scores + m, k / 2, values.data + k * values.stride,
-                                   values.stride, kDim != 0 ? kDim : values.dim, alone,
-                                   scratch.out + m);
+      const auto rows = [&]<bool kAsk>() {
+        weigh_rows<kPairs, kQueries, kDim, kAsk>(scratch.scores + m, k, values, scratch.out + m);
+      };
+      m == 0 ? rows.template operator()<true>() : rows.template operator()<false>();
     });
   }
 
-  template <int kPairs, int kQueries>
-  static BATON_INLINE void weigh_rows(const float (*p)[kBlockKeys], int64_t pair,
-                                      const BFloat16* rows, int64_t stride, int64_t dim, bool alone,
-                                      float (*out)[kMaxHeadDim]) {
+  // kAsk: whether the rows ask for others, spread over the steps through head_dim.
+  template <int kPairs, int kQueries, int kDim, bool kAsk>
+  static BATON_INLINE void weigh_rows(const float (*p)[kBlockKeys], int64_t k,
+                                      const BlockRows& values, float (*out)[kMaxHeadDim]) {
+    constexpr int kSteps = kDim == 0 ? 1 : kDim / kPairStep;
+    constexpr int kAskRows = 2 * kPairs / kSteps > 0 ? 2 * kPairs / kSteps : 1;
+    const BFloat16* rows = values.data + k * values.stride;
+    const int64_t stride = values.stride, dim = kDim != 0 ? kDim : values.dim;
+    // The row behind an odd count is not read: it is padding or another row's.
+    const bool alone = k + 1 == values.count;
     Pairs weight[kQueries][kPairs];
     BATON_UNROLL
     for (int m = 0; m < kQueries; ++m) {
       BATON_UNROLL
-      for (int j = 0; j < kPairs; ++j) weight[m][j] = broadcast_pair(&p[m][pair + j]);
+      for (int j = 0; j < kPairs; ++j) weight[m][j] = broadcast_pair(&p[m][k / 2 + j]);
     }
     const auto step = [&](int64_t d, const auto& load_row) BATON_INLINE_LAMBDA {
       Vec low[kQueries] = {}, high[kQueries] = {};
@@ -243,6 +263,10 @@ struct DirectProducts {
     };
     int64_t d = 0;
     for (; d + kPairStep <= dim; d += kPairStep) {
+      if constexpr (kAsk) {
+        const int64_t row = d / kPairStep * kAskRows;
+        if (row < 2 * kPairs) values.template used<kAskRows, kDim>(k + row);
+      }
       step(d, [](const BFloat16* row) BATON_INLINE_LAMBDA { return load_pairs(row); });
     }
     if (d < dim) {

@@ -63,16 +63,18 @@ void norm_row(const RmsNormParams& p, int64_t row) {
   const Vec inverse = set1(1.0f / __builtin_sqrtf(sum / static_cast<float>(p.size) + p.eps));
 
   const T* source = r.residual ? r.sum : r.x;
-  for (i = 0; i < whole; i += kLanes) {
-    const Vec y = load(source + i) * inverse * load(r.weight + i);
-    if constexpr (kStreams) {
-      stream(r.y + i, y);
+  const auto result = [&](int64_t at) BATON_INLINE_LAMBDA {
+    return load(source + at) * inverse * load(r.weight + at);
+  };
+  if constexpr (kStreams) {
+    for (i = 0; i < p.size; i += kStreamStep) {
+      stream(r.y + i, result(i), result(i + kLanes));
       // The next row comes from memory meanwhile: this loop reads what is in the core's cache.
       __builtin_prefetch(r.x + p.x_row_stride + i, 0, 2);
-    } else {
-      store(r.y + i, y);
     }
+    return;
   }
+  for (i = 0; i < whole; i += kLanes) store(r.y + i, result(i));
   if (rest > 0) {
     store_partial(
         r.y + whole,

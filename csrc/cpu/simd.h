@@ -250,12 +250,22 @@ BATON_INLINE Vec load_partial(const T* p, int64_t n) {
 // Stores, rounding to nearest even.
 BATON_INLINE void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof(x)); }
 
-// By integer arithmetic: the CPU's own conversion flushes subnormal numbers to 0.
-BATON_INLINE ShortVec to_bfloat16(Vec x) {
+BATON_INLINE ShortVec round_to_bfloat16(Vec x) {
   const UintVec bits = as_bits(x);
   const UintVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const UintVec quiet_nan = bits | 0x400000u;
   return narrow((x == x ? rounded : quiet_nan) >> 16);
+}
+
+BATON_INLINE ShortVec to_bfloat16(Vec x) {
+#if defined(__AVX512BF16__)
+  // The CPU's own conversion flushes subnormal numbers to 0: they go the long way.
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, kSubnormal) == 0, true)) {
+    return (ShortVec)_mm512_cvtneps_pbh((__m512)x);
+  }
+#endif
+  return round_to_bfloat16(x);
 }
 
 BATON_INLINE void store(BFloat16* p, Vec x) {

@@ -128,6 +128,7 @@ class PatchedLlama:
         *,
         aligned: bool = False,
         dtype: torch.dtype | None = None,
+        huge_pages: bool = False,
     ) -> kernels.KVCache:
         """A cache that fits the model.
 
@@ -136,6 +137,7 @@ class PatchedLlama:
             capacity: int, at least 1; columns of a slot.
             aligned: bool; whether all rows end in the same column.
             dtype: of keys and values; None, or the model's own.
+            huge_pages: bool; see `KVCache`.
 
         Raises:
             ValueError: num_slots or capacity is below 1.
@@ -154,6 +156,7 @@ class PatchedLlama:
             dtype=self.dtype,
             device=self.device,
             aligned=aligned,
+            huge_pages=huge_pages,
         )
 
     @torch.inference_mode()
