@@ -79,9 +79,14 @@ struct AttentionWork {
   int64_t num_items;
   const int64_t*
       partial_offsets;  // [num_rows]: first float of the row's partials, -1 without splits
-  float* partials;      // per (token, head, split): head_dim sums, then maximum and sum
+  float* partials;      // per (token, head, split): sums, then maximum and sum
 };
 
-static inline int64_t attention_partial_size(int64_t head_dim) { return head_dim + 2; }
+// Sums of one query vector on the CPU: head_dim of them, in an order of the kernel's own inside
+// every 32.
+static inline int64_t attention_sums(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+static inline int64_t attention_partial_size(int64_t head_dim) {
+  return attention_sums(head_dim) + 2;
+}
 
 }  // namespace baton

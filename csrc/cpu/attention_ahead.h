@@ -14,8 +14,8 @@ namespace baton::cpu::BATON_ISA {
 // Keys of one block: scores of a tile stay in the core's own cache.
 constexpr int kBlockKeys = static_cast<int>(kAttentionBlockColumns);
 
-// How long before their use. Measured: 4 to 9 KB are slower, 14 to 18 KB too.
-constexpr int64_t kAheadBytes = 11 * 1024;
+// How long before their use. Measured: 4 to 9 KB are slower, 16 and 18 KB too.
+constexpr int64_t kAheadBytes = 12 * 1024;
 
 // Rows to ask for while the rows of one block are used, in at most two runs.
 template <typename T>

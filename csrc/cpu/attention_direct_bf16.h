@@ -29,12 +29,16 @@ struct DirectProducts {
     }
   }
 
-  static void weigh(int count, const BlockRows& values, AttentionScratch& scratch) {
+  template <typename Softmax>
+  static void weigh(int count, const BlockRows& values, Softmax& softmax,
+                    AttentionScratch& scratch) {
     const auto whole = [&]<int kDim>() {
       // As many query vectors as their sums find registers stream the block once.
       constexpr int kHeld = 256 / kDim;
-      if (count > kHeld) return weigh_groups<kDim>(count, values, scratch);
-      const auto stream = [&]<int kQueries>() { weigh_stream<kDim, kQueries>(values, scratch); };
+      if (count > kHeld) return weigh_groups<kDim>(count, values, softmax, scratch);
+      const auto stream = [&]<int kQueries>() {
+        weigh_stream<kDim, kQueries>(values, softmax, scratch);
+      };
       if constexpr (kHeld == 4) {
         dispatch_int<1, 2, 3, 4>(count, stream);
       } else {
@@ -43,7 +47,7 @@ struct DirectProducts {
     };
     if (values.dim == 64) return whole.template operator()<64>();
     if (values.dim == 128) return whole.template operator()<128>();
-    weigh_groups<0>(count, values, scratch);
+    weigh_groups<0>(count, values, softmax, scratch);
   }
 
  private:
@@ -145,8 +149,8 @@ struct DirectProducts {
     return (Vec)_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
   }
 
-  template <int kDim, int kQueries>
-  static void weigh_stream(const BlockRows& values, AttentionScratch& scratch) {
+  template <int kDim, int kQueries, typename Softmax>
+  static void weigh_stream(const BlockRows& values, Softmax& softmax, AttentionScratch& scratch) {
     constexpr int kSteps = kDim / kPairStep;
     Vec sums[kQueries][2 * kSteps] = {};
     const auto add = [&](int64_t k, bool alone) BATON_INLINE_LAMBDA {
@@ -168,11 +172,15 @@ struct DirectProducts {
     };
     int64_t k = 0;
     for (; k + 2 <= values.count; k += 2) {
+      softmax.until(k + 2);
       values.template used<2, kDim>(k);
       add(k, false);
     }
     // The row behind an odd count is not read: it is padding or another row's.
-    if (k < values.count) add(k, true);
+    if (k < values.count) {
+      softmax.until(k + 1);
+      add(k, true);
+    }
     BATON_UNROLL
     for (int m = 0; m < kQueries; ++m) {
       BATON_UNROLL
@@ -189,15 +197,20 @@ struct DirectProducts {
   // memory cannot follow in the first pass and does not use in the others.
   static constexpr int kGroupPairs = 4, kGroupRows = 2 * kGroupPairs;
 
-  template <int kDim>
-  static void weigh_groups(int count, const BlockRows& values, AttentionScratch& scratch) {
+  template <int kDim, typename Softmax>
+  static void weigh_groups(int count, const BlockRows& values, Softmax& softmax,
+                           AttentionScratch& scratch) {
     int64_t k = 0;
     if (values.count >= kGroupRows) touch_group<kDim>(values, 0);
     for (; k + kGroupRows <= values.count; k += kGroupRows) {
+      softmax.until(k + kGroupRows);
       if (k + 2 * kGroupRows <= values.count) touch_group<kDim>(values, k + kGroupRows);
       weigh_group<kGroupPairs, kDim>(count, values, k, scratch);
     }
-    for (; k < values.count; k += 2) weigh_group<1, kDim>(count, values, k, scratch);
+    for (; k < values.count; k += 2) {
+      softmax.until(k + 1);
+      weigh_group<1, kDim>(count, values, k, scratch);
+    }
   }
 
   // A group uses its lines down the rows, an order that the hardware does not foresee: they are

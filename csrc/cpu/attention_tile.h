@@ -51,7 +51,11 @@ struct Rows {
   // See Ask::used.
   template <int kRows, int kDim = 0>
   BATON_INLINE void used(int64_t k) const {
-    ask.template used<kRows, kDim>(k, dim);
+    if constexpr (kDim != 0) return ask.template used<kRows, kDim>(k, dim);
+    // The usual ones without a loop.
+    if (dim == 128) return ask.template used<kRows, 128>(k, dim);
+    if (dim == 64) return ask.template used<kRows, 64>(k, dim);
+    ask.template used<kRows, 0>(k, dim);
   }
 };
 
@@ -64,9 +68,11 @@ BATON_INLINE void for_query_tiles(int count, Fn&& fn) {
   const auto rest = [&]<int kRest>() { fn.template operator()<kRest>(first); };
   if constexpr (kTile == 6) {
     dispatch_int<1, 2, 3, 4, 5>(count - first, rest);
-  } else {
-    static_assert(kTile == 4);
+  } else if constexpr (kTile == 4) {
     dispatch_int<1, 2, 3>(count - first, rest);
+  } else {
+    static_assert(kTile == 2);
+    rest.template operator()<1>();
   }
 }
 
@@ -127,17 +133,37 @@ void score_direct_block(const T* const* query, int count, const Rows<T>& keys,
   });
 }
 
-// out[m][d ..] += sum_k p[m][k] value[k][d ..] for kQueries query vectors and kVecs vectors of d.
-// kAsk: whether the rows ask for others.
-template <typename T, int kQueries, int kVecs, bool kAsk = false>
-BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values,
-                        float (*out)[kMaxHeadDim], int64_t d) {
+// Probabilities that are there already.
+struct Ready {
+  void until(int64_t) const {}
+};
+
+// Columns of a block.
+struct Columns {
+  int64_t begin, end;
+};
+
+// Which requests a pass over rows makes: none, its rows' own, or half of them, so that a second
+// pass over the same rows makes the others.
+enum class Asks { kNone, kAll, kFirst, kSecond };
+
+// out[m][d ..] += sum_k p[m][k] value[k][d ..] over these columns, for kQueries query vectors and
+// kVecs vectors of d.
+template <typename T, int kQueries, int kVecs, Asks kAsks = Asks::kNone,
+          typename Softmax = const Ready>
+BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values, Columns columns,
+                        float (*out)[kMaxHeadDim], int64_t d, Softmax&& softmax = {}) {
   // A block's sum starts from zero: added one by one to a long row's total, small terms would
   // drown.
   Vec sums[kQueries][kVecs] = {};
-  const T* value = values.data + d;
-  for (int64_t k = 0; k < values.count; ++k, value += values.stride) {
-    if constexpr (kAsk) values.template used<1>(k);
+  const T* value = values.data + columns.begin * values.stride + d;
+  for (int64_t k = columns.begin; k < columns.end; ++k, value += values.stride) {
+    softmax.until(k + 1);
+    if constexpr (kAsks == Asks::kAll) {
+      values.template used<1>(k);
+    } else if constexpr (kAsks != Asks::kNone) {
+      if (k % 2 == (kAsks == Asks::kSecond)) values.template used<2>(k - k % 2);
+    }
     Vec v[kVecs];
     BATON_UNROLL
     for (int i = 0; i < kVecs; ++i) v[i] = load(value + i * kLanes);
@@ -160,11 +186,11 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values,
 
 // The same for the last elements of head_dim, fewer than a vector.
 template <typename T, int kQueries>
-BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const Rows<T>& values,
+BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const Rows<T>& values, Columns columns,
                              float (*out)[kMaxHeadDim], int64_t d) {
   for (int m = 0; m < kQueries; ++m) {
     Vec sum = zero();
-    for (int64_t k = 0; k < values.count; ++k) {
+    for (int64_t k = columns.begin; k < columns.end; ++k) {
       sum = fmadd(set1(p[m][k]), load_partial(values.data + k * values.stride + d, values.dim - d),
                   sum);
     }
@@ -172,73 +198,69 @@ BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const Rows<T>& values
   }
 }
 
+// All of head_dim, kVecs vectors of it at a time.
+template <typename T, int kQueries, int kVecs, Asks kAsks = Asks::kNone>
+BATON_INLINE void weigh_columns(const float (*p)[kBlockKeys], const Rows<T>& values,
+                                Columns columns, float (*out)[kMaxHeadDim]) {
+  int64_t d = 0;
+  // The first pass asks.
+  if (kVecs * kLanes <= values.dim) {
+    weigh<T, kQueries, kVecs, kAsks>(p, values, columns, out, d);
+    d += kVecs * kLanes;
+  } else {
+    weigh<T, kQueries, 1, kAsks>(p, values, columns, out, d);
+    d += kLanes;
+  }
+  for (; d + kVecs * kLanes <= values.dim; d += kVecs * kLanes) {
+    weigh<T, kQueries, kVecs>(p, values, columns, out, d);
+  }
+  for (; d + kLanes <= values.dim; d += kLanes) {
+    weigh<T, kQueries, 1>(p, values, columns, out, d);
+  }
+  if (d < values.dim) weigh_rest<T, kQueries>(p, values, columns, out, d);
+}
+
 // Many query vectors: each pass over the block's rows serves as many sums as there are registers.
 template <typename T>
 void weigh_packed(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
                   float (*out)[kMaxHeadDim]) {
   for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
-    int64_t d = 0;
-    for (; d + kPackedVecs * kLanes <= values.dim; d += kPackedVecs * kLanes) {
-      weigh<T, kQueries, kPackedVecs>(p + m, values, out + m, d);
-    }
-    for (; d + kLanes <= values.dim; d += kLanes) {
-      weigh<T, kQueries, 1>(p + m, values, out + m, d);
-    }
-    if (d < values.dim) weigh_rest<T, kQueries>(p + m, values, out + m, d);
+    weigh_columns<T, kQueries, kPackedVecs>(p + m, values, {0, values.count}, out + m);
   });
 }
 
-// out[m] += sum_j p[m][k + j] value[k + j] over kRows rows; kAsk: whether they ask for others.
-template <typename T, int kQueries, int kRows, bool kAsk>
-BATON_INLINE void weigh_rows(const float (*p)[kBlockKeys], const Rows<T>& values, int64_t k,
-                             float (*out)[kMaxHeadDim]) {
-  const T* rows = values.data + k * values.stride;
-  const int64_t stride = values.stride, dim = values.dim;
-  const auto add = [&](int64_t d, const auto& load_row) BATON_INLINE_LAMBDA {
-    Vec sums[kQueries] = {};
-    BATON_UNROLL
-    for (int j = 0; j < kRows; ++j) {
-      const Vec v = load_row(rows + j * stride + d);
-      BATON_UNROLL
-      for (int m = 0; m < kQueries; ++m) sums[m] = fmadd(set1(p[m][k + j]), v, sums[m]);
-    }
-    BATON_UNROLL
-    for (int m = 0; m < kQueries; ++m) store(&out[m][d], load(&out[m][d]) + sums[m]);
-  };
-  int asked = kAsk ? 0 : kRows;
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    // Spread over the steps through head_dim.
-    if (asked < kRows) values.template used<1>(k + asked++);
-    add(d, [](const T* row) BATON_INLINE_LAMBDA { return load(row); });
-  }
-  if (d < dim) add(d, [&](const T* row) BATON_INLINE_LAMBDA { return load_partial(row, dim - d); });
-  for (; asked < kRows; ++asked) values.template used<1>(k + asked);
-}
-
-// Few query vectors: each line of a row is loaded once, and nearly in the order of addresses. Where
-// all sums find registers the block is streamed; else it is taken eight rows at a time, while the
-// sums live in the core's cache.
-template <typename T>
-void weigh_direct(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
+// Few query vectors. Where all sums find registers the block is streamed; else sixteen rows at a
+// time, which stay in the first-level cache while two query vectors after another pass over them.
+// Two, because the sums of whole rows then find registers: rows come in the order of addresses.
+template <typename T, typename Softmax>
+void weigh_direct(const float (*p)[kBlockKeys], int count, const Rows<T>& values, Softmax& softmax,
                   float (*out)[kMaxHeadDim]) {
   if (values.dim == kPackedVecs * kLanes && count <= kDirectTile) {
-    dispatch_int<1, 2, 3, 4>(
-        count, [&]<int kQueries>() { weigh<T, kQueries, kPackedVecs, true>(p, values, out, 0); });
+    dispatch_int<1, 2, 3, 4>(count, [&]<int kQueries>() {
+      weigh<T, kQueries, kPackedVecs, Asks::kAll>(p, values, {0, values.count}, out, 0, softmax);
+    });
     return;
   }
-  const auto group = [&]<int kRows>(int64_t k) BATON_INLINE_LAMBDA {
-    for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
-      if (m == 0) {
-        weigh_rows<T, kQueries, kRows, true>(p, values, k, out);
+  constexpr int64_t kColumns = 16;
+  constexpr int kTile = 2, kVecs = 2 * kPackedVecs;
+  for (int64_t k = 0; k < values.count; k += kColumns) {
+    const Columns columns{k, values.count - k < kColumns ? values.count : k + kColumns};
+    softmax.until(columns.end);
+    const auto pass = [&]<int kQueries, Asks kAsks>(int m) BATON_INLINE_LAMBDA {
+      weigh_columns<T, kQueries, kVecs, kAsks>(p + m, values, columns, out + m);
+    };
+    for_query_tiles<kTile>(count, [&]<int kQueries>(int m) {
+      if (m == 0 && count <= kTile) {
+        pass.template operator()<kQueries, Asks::kAll>(m);
+      } else if (m == 0) {
+        pass.template operator()<kQueries, Asks::kFirst>(m);
+      } else if (m == kTile) {
+        pass.template operator()<kQueries, Asks::kSecond>(m);
       } else {
-        weigh_rows<T, kQueries, kRows, false>(p + m, values, k, out + m);
+        pass.template operator()<kQueries, Asks::kNone>(m);
       }
     });
-  };
-  int64_t k = 0;
-  for (; k + 8 <= values.count; k += 8) group.template operator()<8>(k);
-  for (; k < values.count; ++k) group.template operator()<1>(k);
+  }
 }
 
 // keys[d][k] = key[k][d]; columns past count are 0, so that no stale float enters a product.
@@ -328,10 +350,19 @@ struct BlockProducts {
     });
   }
 
-  // scratch.out[m] += sum_k scratch.scores[m][k] value[k].
-  static void weigh(int count, const Rows<T>& values, AttentionScratch& scratch) {
+  // Whether weigh asks for probabilities as it goes through the block.
+  static bool uses_block_in_place(int count) { return count <= kDirectQueries; }
+
+  // Vector i of a query vector's scores is replaced by these.
+  static BATON_INLINE void put_probabilities(float* scores, int i, Vec probabilities) {
+    store(scores + i * kLanes, probabilities);
+  }
+
+  // scratch.out[m] += sum_k p[m][k] value[k]; p: the scores, once softmax has been through them.
+  template <typename Softmax>
+  static void weigh(int count, const Rows<T>& values, Softmax& softmax, AttentionScratch& scratch) {
     if (count <= kDirectQueries) {
-      weigh_direct<T>(scratch.scores, count, values, scratch.out);
+      weigh_direct<T>(scratch.scores, count, values, softmax, scratch.out);
     } else if constexpr (sizeof(T) == sizeof(float)) {
       weigh_packed<T>(scratch.scores, count, values, scratch.out);
     } else {
@@ -341,8 +372,13 @@ struct BlockProducts {
     }
   }
 
-  // Brings scratch.out into the order of head_dim.
-  static void finish(int, int64_t, AttentionScratch&) {}
+  // A query vector's result: factor times its sums, in the order of head_dim.
+  static void put_result(const float* sums, int64_t dim, float factor, T* out) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(out + d, load(sums + d) * set1(factor));
+    if (d == dim) return;
+    store_partial(out + d, load_partial(sums + d, dim - d) * set1(factor), dim - d);
+  }
 };
 
 }  // namespace baton::cpu::BATON_ISA

@@ -78,9 +78,12 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     for_each_block(num_tiles(keys.count), num_tiles(count), block);
   }
 
-  static void weigh(int count, const BlockRows& values, AttentionScratch& scratch) {
-    if (count < kFewest) return Few::weigh(count, values, scratch);
-    for (int m = 0; m < count; ++m) round_probabilities(scratch.scores[m]);
+  static bool uses_block_in_place(int count) { return count < kFewest; }
+
+  template <typename Softmax>
+  static void weigh(int count, const BlockRows& values, Softmax& softmax,
+                    AttentionScratch& scratch) {
+    if (count < kFewest) return Few::weigh(count, values, softmax, scratch);
     float* pairs = &scratch.values[0][0];
     const int64_t steps = tile_steps(values.count), size = packed_size(steps);
     pack_values(values, pairs);

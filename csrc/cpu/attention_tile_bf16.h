@@ -3,7 +3,7 @@
 // Probabilities are rounded to bfloat16 for the product with values, as every tensor-core attention
 // does; their sum is taken before rounding. Two rows of values interleave to pairs of keys with one
 // unpack per half, which leaves the sums in a permuted order of head_dim (inside every 32 elements:
-// 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...); finish() puts them right once per tile.
+// 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...); put_result() puts them right.
 #pragma once
 
 #include "cpu/attention_direct_bf16.h"
@@ -11,14 +11,6 @@
 #if defined(__AVX512BF16__)
 
 namespace baton::cpu::BATON_ISA {
-
-// A row of scores becomes bfloat16 pairs of keys, in place: the first half of the row holds them.
-BATON_INLINE void round_probabilities(float* scores) {
-  for (int k = 0; k < kBlockKeys; k += kPairStep) {
-    const __m512 low = _mm512_loadu_ps(scores + k), high = _mm512_loadu_ps(scores + k + 16);
-    _mm512_storeu_si512(scores + k / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-  }
-}
 
 // out[m][d ..] += p value over kSteps * 32 elements of head_dim; source(k, i) gives a row pair.
 template <int kQueries, int kSteps, typename Source>
@@ -81,28 +73,34 @@ struct BlockProducts<BFloat16> {
     });
   }
 
-  static void weigh(int count, const BlockRows& values, AttentionScratch& scratch) {
-    for (int m = 0; m < count; ++m) round_probabilities(scratch.scores[m]);
+  static bool uses_block_in_place(int count) { return count <= kDirectQueries; }
+
+  // As bfloat16 pairs of keys: the first half of the row holds them, where scores have been used.
+  static BATON_INLINE void put_probabilities(float* scores, int i, Vec probabilities) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)probabilities);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(scores + i * kLanes / 2), rounded);
+  }
+
+  template <typename Softmax>
+  static void weigh(int count, const BlockRows& values, Softmax& softmax,
+                    AttentionScratch& scratch) {
     if (count <= kDirectQueries) {
-      DirectProducts::weigh(count, values, scratch);
+      DirectProducts::weigh(count, values, softmax, scratch);
     } else {
       weigh_packed(count, values, scratch);
     }
   }
 
   // Undoes the permutation of the sums.
-  static void finish(int count, int64_t dim, AttentionScratch& scratch) {
-    for (int m = 0; m < count; ++m) {
-      for (int64_t d = 0; d < dim; d += kPairStep) {
-        float* sums = &scratch.out[m][d];
-        const __m512 low = _mm512_loadu_ps(sums), high = _mm512_loadu_ps(sums + 16);
-        const __m512i first =
-            _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        const __m512i second =
-            _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-        _mm512_storeu_ps(sums, _mm512_permutex2var_ps(low, first, high));
-        _mm512_storeu_ps(sums + 16, _mm512_permutex2var_ps(low, second, high));
-      }
+  static void put_result(const float* sums, int64_t dim, float factor, BFloat16* out) {
+    for (int64_t d = 0; d < dim; d += kPairStep) {
+      const auto low = (__m256i)to_bfloat16(load(sums + d) * set1(factor));
+      const auto high = (__m256i)to_bfloat16(load(sums + d + kLanes) * set1(factor));
+      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+      const __m512i fours = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+      const int64_t here = dim - d < kPairStep ? dim - d : kPairStep;
+      _mm512_mask_storeu_epi16(out + d, static_cast<__mmask32>((uint64_t{1} << here) - 1),
+                               _mm512_permutexvar_epi64(fours, both));
     }
   }
 

@@ -2,111 +2,13 @@
 // its columns once, in blocks of kBlockKeys, with a running maximum and sum, so that scores exist
 // for one block only. Padding columns are never loaded; hidden ones are skipped where a whole block
 // is hidden.
-#include "cpu/attention_ahead.h"
-#include "cpu/attention_item.h"
+#include "cpu/attention_softmax.h"
 #include "cpu/attention_tile_amx.h"
-#include "cpu/exponential.h"
 #include "cpu/kernels.h"
 
 namespace baton::cpu::BATON_ISA {
 
 namespace {
-
-constexpr float kNothing = -__builtin_inff();
-
-// What turns the scores of one query vector into probabilities.
-struct Softmax {
-  Range range;       // keys that it sees
-  int64_t position;  // its own
-  float slope;
-};
-
-// Scale, softcap, ALiBi and mask of one query vector's scores for the block that begins at
-// first_key.
-BATON_INLINE void finish_scores(const RaggedAttentionParams& p, const float* scores,
-                                const Softmax& softmax, int64_t first_key, int num_vecs,
-                                Vec (&out)[kBlockVecs]) {
-  const Vec scale = set1(p.scale);
-  // Relative to the block, so that 32 bits are enough.
-  const int64_t low = softmax.range.begin - first_key, high = softmax.range.end - first_key;
-  BATON_UNROLL
-  for (int i = 0; i < num_vecs; ++i) out[i] = load(scores + i * kLanes) * scale;
-  if (low <= 0 && high >= kBlockKeys && p.softcap == 0.0f && !p.alibi_slopes) return;
-  const int32_t from = low > 0 ? static_cast<int32_t>(low < kBlockKeys ? low : kBlockKeys) : 0;
-  const int32_t to = high > 0 ? static_cast<int32_t>(high < kBlockKeys ? high : kBlockKeys) : 0;
-  const float distance = static_cast<float>(softmax.position - first_key);
-  IntVec key;
-  for (int i = 0; i < kLanes; ++i) key[i] = i;
-  for (int i = 0; i < num_vecs; ++i) {
-    Vec s = out[i];
-    if (p.softcap > 0.0f) s = set1(p.softcap) * tanh(s / set1(p.softcap));
-    if (p.alibi_slopes) {
-      s = s - set1(softmax.slope) * (set1(distance) - __builtin_convertvector(key, Vec));
-    }
-    out[i] = (key >= from) & (key < to) ? s : set1(kNothing);
-    key += kLanes;
-  }
-}
-
-// Probabilities are relative to a reference that follows the largest score lazily: what was summed
-// before is rescaled only when a score exceeds it by this much. e^10 more costs a float nothing.
-constexpr float kSlack = 10.0f;
-
-// Turns the block's scores of query vector m, num_vecs vectors of them, into probabilities, and
-// adds them to its sum.
-BATON_INLINE void update_softmax(const RaggedAttentionParams& p, const Softmax& softmax,
-                                 int64_t first_key, int num_vecs, int m,
-                                 AttentionScratch& scratch) {
-  float* scores = scratch.scores[m];
-  Vec s[kBlockVecs];
-  finish_scores(p, scores, softmax, first_key, num_vecs, s);
-  Vec top = s[0];
-  BATON_UNROLL
-  for (int i = 1; i < num_vecs; ++i) top = max(s[i], top);
-  const float old = scratch.maximum[m];
-  if (any(top > set1(old + kSlack))) {
-    const float now = reduce_max(top);
-    scratch.maximum[m] = now;
-    if (old != kNothing) {
-      const Vec correction = exp(set1(old - now));
-      store(scratch.sum[m], load(scratch.sum[m]) * correction);
-      // To the end of the last 32: the sums may lie in an order of their own until finish().
-      for (int64_t d = 0; d < (p.sizes.head_dim + 31) / 32 * 32; d += kLanes) {
-        store(&scratch.out[m][d], load(&scratch.out[m][d]) * correction);
-      }
-    }
-  }
-  // Nothing seen yet: subtracting 0 keeps exp(-inf) = 0, and a NaN score stays one.
-  const float reference = scratch.maximum[m];
-  const Vec shift = set1(reference == kNothing ? 0.0f : reference);
-  Vec total = load(scratch.sum[m]);
-  BATON_UNROLL
-  for (int i = 0; i < num_vecs; ++i) {
-    const Vec probability = exp(s[i] - shift);
-    store(scores + i * kLanes, probability);
-    total = total + probability;
-  }
-  store(scratch.sum[m], total);
-}
-
-template <typename T>
-const T* query_vector(const RaggedAttentionParams& p, const Tile& t, int64_t m) {
-  const int64_t token = p.cu_seqlens[t.row] + t.token + m / t.num_heads;
-  return static_cast<const T*>(p.query) +
-         offset(p.query_strides, 0, token, t.first_head + m % t.num_heads);
-}
-
-// The same for a block of `count` keys: whole blocks in a loop that is unrolled, others in one that
-// leaves out what they do not have.
-void update_softmax_of(const RaggedAttentionParams& p, const Softmax& softmax, int64_t first_key,
-                       int64_t count, int m, AttentionScratch& scratch) {
-  if (count == kBlockKeys) {
-    update_softmax(p, softmax, first_key, kBlockVecs, m, scratch);
-  } else {
-    update_softmax(p, softmax, first_key, static_cast<int>((count + kLanes - 1) / kLanes), m,
-                   scratch);
-  }
-}
 
 // Streams the tile's keys and values; leaves sums, maxima and totals in scratch. `ahead` asks for
 // what will be streamed next; null where keys and values are not used straight from the cache.
@@ -117,7 +19,7 @@ void stream(const RaggedAttentionParams& p, const Tile& t, const Streams<T>& fro
   const int64_t dim = p.sizes.head_dim;
   const int count = static_cast<int>(t.count);
   const T* query[kMaxQueries];
-  Softmax softmax[kMaxQueries];
+  View views[kMaxQueries];
   int m = 0;
   for (int64_t token = t.token; token < t.token + t.num_tokens; ++token) {
     Range range = visible(p, t, token);
@@ -126,13 +28,11 @@ void stream(const RaggedAttentionParams& p, const Tile& t, const Streams<T>& fro
     for (int64_t head = t.first_head; head < t.first_head + t.num_heads; ++head, ++m) {
       query[m] = static_cast<const T*>(p.query) +
                  offset(p.query_strides, 0, p.cu_seqlens[t.row] + token, head);
-      softmax[m].range = range;
-      softmax[m].position = t.length - t.query_length + token;
-      softmax[m].slope = p.alibi_slopes ? p.alibi_slopes[head] : 0.0f;
+      views[m] = {range, t.length - t.query_length + token,
+                  p.alibi_slopes ? p.alibi_slopes[head] : 0.0f};
       scratch.maximum[m] = kNothing;
       store(scratch.sum[m], zero());
-      // To the end of the last 32, as below.
-      for (int64_t d = 0; d < (dim + 31) / 32 * 32; d += kLanes) store(&scratch.out[m][d], zero());
+      for (int64_t d = 0; d < attention_sums(dim); d += kLanes) store(&scratch.out[m][d], zero());
     }
   }
   Products::load_queries(query, count, dim, scratch);
@@ -144,12 +44,11 @@ void stream(const RaggedAttentionParams& p, const Tile& t, const Streams<T>& fro
     const Rows<T> keys{from.keys + done * key_stride, key_stride, here, dim,
                        ahead ? ahead->step(here) : Ask<T>{}};
     Products::score(query, count, keys, scratch);
-    for (int i = 0; i < count; ++i) update_softmax_of(p, softmax[i], first, here, i, scratch);
+    BlockSoftmax<Products> softmax(p, views, count, first, here, scratch);
     const Rows<T> values{from.values + done * value_stride, value_stride, here, dim,
                          ahead ? ahead->step(here) : Ask<T>{}};
-    Products::weigh(count, values, scratch);
+    Products::weigh(count, values, softmax, scratch);
   }
-  Products::finish(count, dim, scratch);
 }
 
 // Divides by the softmax denominator, the sink included, and writes the result of one query vector.
@@ -171,10 +70,7 @@ void write_result(const RaggedAttentionParams& p, int64_t token, int64_t head, c
     __builtin_memset(out, 0, dim * sizeof(T));
     return;
   }
-  const Vec factor = set1(weight / total);
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(sums + d) * factor);
-  if (d < dim) store_partial(out + d, load_partial(sums + d, dim - d) * factor, dim - d);
+  AttentionProducts<T>::put_result(sums, dim, weight / total, out);
 }
 
 template <typename T>
@@ -195,9 +91,10 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
       float* partial = work.partials + work.partial_offsets[item.row] +
                        ((token * p.num_heads + head) * plan.num_splits + item.split) *
                            attention_partial_size(dim);
-      __builtin_memcpy(partial, scratch.out[m], dim * sizeof(float));
-      partial[dim] = scratch.maximum[m];
-      partial[dim + 1] = sum;
+      const int64_t num_sums = attention_sums(dim);
+      __builtin_memcpy(partial, scratch.out[m], num_sums * sizeof(float));
+      partial[num_sums] = scratch.maximum[m];
+      partial[num_sums + 1] = sum;
     }
   }
 }
@@ -223,22 +120,23 @@ void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const A
 template <typename T>
 void merge_splits(const RaggedAttentionParams& p, const float* partials, int64_t num_splits,
                   int64_t token, int64_t head) {
-  const int64_t dim = p.sizes.head_dim, size = attention_partial_size(dim);
+  const int64_t num_sums = attention_sums(p.sizes.head_dim);
+  const int64_t size = attention_partial_size(p.sizes.head_dim);
   float top = kNothing;
   bool saw = false;
   for (int64_t s = 0; s < num_splits; ++s) {
-    const float maximum = partials[s * size + dim];
+    const float maximum = partials[s * size + num_sums];
     top = maximum > top ? maximum : top;
-    saw = saw || partials[s * size + dim + 1] != 0.0f;
+    saw = saw || partials[s * size + num_sums + 1] != 0.0f;
   }
   alignas(64) float sums[kMaxHeadDim] = {};
   float sum = 0.0f;
   for (int64_t s = 0; s < num_splits && saw; ++s) {
     const float* partial = partials + s * size;
-    if (partial[dim + 1] == 0.0f) continue;
-    const float weight = exp(set1(partial[dim] - top))[0];
-    sum += partial[dim + 1] * weight;
-    for (int64_t d = 0; d < dim; ++d) sums[d] += partial[d] * weight;
+    if (partial[num_sums + 1] == 0.0f) continue;
+    const float weight = exp(set1(partial[num_sums] - top))[0];
+    sum += partial[num_sums + 1] * weight;
+    for (int64_t d = 0; d < num_sums; ++d) sums[d] += partial[d] * weight;
   }
   write_result<T>(p, token, head, sums, top, sum);
 }

@@ -122,8 +122,7 @@ AttentionArgs make_args(const RaggedAttentionParams& p, const Bounds& bounds) {
 
 int64_t ragged_attention_workspace(const RaggedAttentionParams& p) {
   const Bounds bounds(p);
-  return bounds.partial_vectors * p.sizes.num_kv_heads * bounds.splits *
-         attention_partial_size(p.sizes.head_dim);
+  return bounds.partial_vectors * p.sizes.num_kv_heads * bounds.splits * (p.sizes.head_dim + 2);
 }
 
 cudaError_t ragged_attention(const RaggedAttentionParams& p, cudaStream_t stream) {
