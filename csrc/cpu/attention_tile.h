@@ -57,7 +57,26 @@ struct Rows {
     if (dim == 64) return ask.template used<kRows, 64>(k, dim);
     ask.template used<kRows, 0>(k, dim);
   }
+
+  // What query vectors [m, m + n) of `all` ask for.
+  BATON_INLINE auto share(int m, int n, int all) const;
 };
+
+// A share of a block's requests: one row with every fourth step, because bursts are dropped.
+template <typename T>
+struct Share {
+  const Rows<T>& rows;
+  int64_t next, end;
+
+  BATON_INLINE void operator()(int64_t step) {
+    if (step % 4 == 0 && next < end) rows.template used<1>(next++);
+  }
+};
+
+template <typename T>
+BATON_INLINE auto Rows<T>::share(int m, int n, int all) const {
+  return Share<T>{*this, count * m / all, count * (m + n) / all};
+}
 
 // Calls fn.operator()<m>(first) for tiles of at most kTile of `count` query vectors.
 template <int kTile, typename Fn>
@@ -133,37 +152,22 @@ void score_direct_block(const T* const* query, int count, const Rows<T>& keys,
   });
 }
 
-// Probabilities that are there already.
-struct Ready {
-  void until(int64_t) const {}
-};
-
 // Columns of a block.
 struct Columns {
   int64_t begin, end;
 };
 
-// Which requests a pass over rows makes: none, its rows' own, or half of them, so that a second
-// pass over the same rows makes the others.
-enum class Asks { kNone, kAll, kFirst, kSecond };
-
 // out[m][d ..] += sum_k p[m][k] value[k][d ..] over these columns, for kQueries query vectors and
-// kVecs vectors of d.
-template <typename T, int kQueries, int kVecs, Asks kAsks = Asks::kNone,
-          typename Softmax = const Ready>
+// kVecs vectors of d; before(k) comes before column k.
+template <typename T, int kQueries, int kVecs, typename Before>
 BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values, Columns columns,
-                        float (*out)[kMaxHeadDim], int64_t d, Softmax&& softmax = {}) {
+                        float (*out)[kMaxHeadDim], int64_t d, Before&& before) {
   // A block's sum starts from zero: added one by one to a long row's total, small terms would
   // drown.
   Vec sums[kQueries][kVecs] = {};
   const T* value = values.data + columns.begin * values.stride + d;
   for (int64_t k = columns.begin; k < columns.end; ++k, value += values.stride) {
-    softmax.until(k + 1);
-    if constexpr (kAsks == Asks::kAll) {
-      values.template used<1>(k);
-    } else if constexpr (kAsks != Asks::kNone) {
-      if (k % 2 == (kAsks == Asks::kSecond)) values.template used<2>(k - k % 2);
-    }
+    before(k);
     Vec v[kVecs];
     BATON_UNROLL
     for (int i = 0; i < kVecs; ++i) v[i] = load(value + i * kLanes);
@@ -199,33 +203,27 @@ BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const Rows<T>& values
 }
 
 // All of head_dim, kVecs vectors of it at a time.
-template <typename T, int kQueries, int kVecs, Asks kAsks = Asks::kNone>
+template <typename T, int kQueries, int kVecs, typename Before>
 BATON_INLINE void weigh_columns(const float (*p)[kBlockKeys], const Rows<T>& values,
-                                Columns columns, float (*out)[kMaxHeadDim]) {
+                                Columns columns, float (*out)[kMaxHeadDim], Before&& before) {
   int64_t d = 0;
-  // The first pass asks.
-  if (kVecs * kLanes <= values.dim) {
-    weigh<T, kQueries, kVecs, kAsks>(p, values, columns, out, d);
-    d += kVecs * kLanes;
-  } else {
-    weigh<T, kQueries, 1, kAsks>(p, values, columns, out, d);
-    d += kLanes;
-  }
   for (; d + kVecs * kLanes <= values.dim; d += kVecs * kLanes) {
-    weigh<T, kQueries, kVecs>(p, values, columns, out, d);
+    weigh<T, kQueries, kVecs>(p, values, columns, out, d, before);
   }
   for (; d + kLanes <= values.dim; d += kLanes) {
-    weigh<T, kQueries, 1>(p, values, columns, out, d);
+    weigh<T, kQueries, 1>(p, values, columns, out, d, before);
   }
   if (d < values.dim) weigh_rest<T, kQueries>(p, values, columns, out, d);
 }
 
 // Many query vectors: each pass over the block's rows serves as many sums as there are registers.
-template <typename T>
+// `stored`: what the rows have been unpacked from.
+template <typename T, typename Stored>
 void weigh_packed(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
-                  float (*out)[kMaxHeadDim]) {
+                  const Rows<Stored>& stored, float (*out)[kMaxHeadDim]) {
   for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
-    weigh_columns<T, kQueries, kPackedVecs>(p + m, values, {0, values.count}, out + m);
+    weigh_columns<T, kQueries, kPackedVecs>(p + m, values, {0, values.count}, out + m,
+                                            stored.share(m, kQueries, count));
   });
 }
 
@@ -236,29 +234,29 @@ template <typename T, typename Softmax>
 void weigh_direct(const float (*p)[kBlockKeys], int count, const Rows<T>& values, Softmax& softmax,
                   float (*out)[kMaxHeadDim]) {
   if (values.dim == kPackedVecs * kLanes && count <= kDirectTile) {
+    const auto before = [&](int64_t k) BATON_INLINE_LAMBDA {
+      softmax.until(k + 1);
+      values.template used<1>(k);
+    };
     dispatch_int<1, 2, 3, 4>(count, [&]<int kQueries>() {
-      weigh<T, kQueries, kPackedVecs, Asks::kAll>(p, values, {0, values.count}, out, 0, softmax);
+      weigh<T, kQueries, kPackedVecs>(p, values, {0, values.count}, out, 0, before);
     });
     return;
   }
   constexpr int64_t kColumns = 16;
-  constexpr int kTile = 2, kVecs = 2 * kPackedVecs;
   for (int64_t k = 0; k < values.count; k += kColumns) {
     const Columns columns{k, values.count - k < kColumns ? values.count : k + kColumns};
     softmax.until(columns.end);
-    const auto pass = [&]<int kQueries, Asks kAsks>(int m) BATON_INLINE_LAMBDA {
-      weigh_columns<T, kQueries, kVecs, kAsks>(p + m, values, columns, out + m);
-    };
-    for_query_tiles<kTile>(count, [&]<int kQueries>(int m) {
-      if (m == 0 && count <= kTile) {
-        pass.template operator()<kQueries, Asks::kAll>(m);
-      } else if (m == 0) {
-        pass.template operator()<kQueries, Asks::kFirst>(m);
-      } else if (m == kTile) {
-        pass.template operator()<kQueries, Asks::kSecond>(m);
-      } else {
-        pass.template operator()<kQueries, Asks::kNone>(m);
-      }
+    for_query_tiles<2>(count, [&]<int kQueries>(int m) {
+      // The first two passes ask, each for half of the rows.
+      weigh_columns<T, kQueries, 2 * kPackedVecs>(p + m, values, columns, out + m,
+                                                  [&](int64_t row) BATON_INLINE_LAMBDA {
+                                                    if (count <= 2) {
+                                                      values.template used<1>(row);
+                                                    } else if (m <= 2 && row % 2 == m / 2) {
+                                                      values.template used<2>(row - row % 2);
+                                                    }
+                                                  });
     });
   }
 }
@@ -294,15 +292,16 @@ void unpack_values(const Rows<T>& rows, float (*values)[kMaxHeadDim]) {
 
 // scores[m][k] = query[m] . keys[.][k], lanes are keys; in stretches of kStretch elements, because
 // one long chain of additions would round more than a sum in lanes does.
-template <int kQueries>
+template <int kQueries, typename Before>
 void score_packed(const float (*query)[kMaxHeadDim], const float (*keys)[kBlockKeys], int64_t dim,
-                  float (*scores)[kBlockKeys]) {
+                  float (*scores)[kBlockKeys], Before&& before) {
   constexpr int64_t kStretch = 64;
   for (int k = 0; k < kBlockKeys; k += kPackedVecs * kLanes) {
     for (int64_t first = 0; first < dim; first += kStretch) {
       const int64_t last = first + kStretch < dim ? first + kStretch : dim;
       Vec sums[kQueries][kPackedVecs] = {};
       for (int64_t d = first; d < last; ++d) {
+        before(d);
         Vec v[kPackedVecs];
         BATON_UNROLL
         for (int i = 0; i < kPackedVecs; ++i) v[i] = load(&keys[d][k + i * kLanes]);
@@ -346,7 +345,8 @@ struct BlockProducts {
     }
     unpack_keys(keys, scratch.keys);
     for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
-      score_packed<kQueries>(scratch.query + m, scratch.keys, keys.dim, scratch.scores + m);
+      score_packed<kQueries>(scratch.query + m, scratch.keys, keys.dim, scratch.scores + m,
+                             keys.share(m, kQueries, count));
     });
   }
 
@@ -364,11 +364,11 @@ struct BlockProducts {
     if (count <= kDirectQueries) {
       weigh_direct<T>(scratch.scores, count, values, softmax, scratch.out);
     } else if constexpr (sizeof(T) == sizeof(float)) {
-      weigh_packed<T>(scratch.scores, count, values, scratch.out);
+      weigh_packed(scratch.scores, count, values, values, scratch.out);
     } else {
       unpack_values(values, scratch.values);
       const Rows<float> unpacked{&scratch.values[0][0], kMaxHeadDim, values.count, values.dim, {}};
-      weigh_packed<float>(scratch.scores, count, unpacked, scratch.out);
+      weigh_packed(scratch.scores, count, unpacked, values, scratch.out);
     }
   }
 

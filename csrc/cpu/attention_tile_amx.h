@@ -19,9 +19,6 @@ namespace baton::cpu::BATON_ISA {
 template <typename T>
 struct AttentionProducts : BlockProducts<T> {
   struct Scope {};
-
-  // Whether keys and values of a tile with so many query vectors are used straight from the cache.
-  static bool is_direct(int64_t count) { return count <= kDirectQueries; }
 };
 
 #if defined(BATON_HAS_TILES)
@@ -38,8 +35,6 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   struct Scope {
     TileScope tiles{kAmxRows};
   };
-
-  static bool is_direct(int64_t) { return true; }
 
   static void load_queries(const BFloat16* const* query, int count, int64_t dim,
                            AttentionScratch& scratch) {

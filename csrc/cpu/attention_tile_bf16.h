@@ -12,12 +12,14 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// out[m][d ..] += p value over kSteps * 32 elements of head_dim; source(k, i) gives a row pair.
-template <int kQueries, int kSteps, typename Source>
+// out[m][d ..] += p value over kSteps * 32 elements of head_dim; source(k, i) gives a row pair,
+// before(k) comes before it.
+template <int kQueries, int kSteps, typename Source, typename Before>
 BATON_INLINE void weigh_pairs(const float (*p)[kBlockKeys], int64_t num_pairs, const Source& source,
-                              float (*out)[kMaxHeadDim], int64_t d) {
+                              Before& before, float (*out)[kMaxHeadDim], int64_t d) {
   Vec sums[kQueries][2 * kSteps] = {};
   for (int64_t k = 0; k < num_pairs; ++k) {
+    before(k);
     ValuePairs v[kSteps];
     BATON_UNROLL
     for (int i = 0; i < kSteps; ++i) v[i] = source(k, d + i * kPairStep);
@@ -69,7 +71,8 @@ struct BlockProducts<BFloat16> {
                   scratch.keys);
     }
     for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
-      score_pairs<kQueries>(scratch.query + m, scratch.keys, keys.dim / 2, scratch.scores + m);
+      score_pairs<kQueries>(scratch.query + m, scratch.keys, keys.dim / 2, scratch.scores + m,
+                            keys.share(m, kQueries, count));
     });
   }
 
@@ -106,12 +109,13 @@ struct BlockProducts<BFloat16> {
 
  private:
   // scores[m][k] = sum over pairs of elements of query[m] . keys[.][k], lanes are keys.
-  template <int kQueries>
+  template <int kQueries, typename Before>
   static void score_pairs(const float (*query)[kMaxHeadDim], const float (*keys)[kBlockKeys],
-                          int64_t num_pairs, float (*scores)[kBlockKeys]) {
+                          int64_t num_pairs, float (*scores)[kBlockKeys], Before before) {
     static_assert(kPackedVecs * kLanes == kBlockKeys);
     Vec sums[kQueries][kPackedVecs] = {};
     for (int64_t d = 0; d < num_pairs; ++d) {
+      before(d);
       Pairs v[kPackedVecs];
       BATON_UNROLL
       for (int i = 0; i < kPackedVecs; ++i) v[i] = load_pairs(&keys[d][i * kLanes]);
@@ -143,15 +147,16 @@ struct BlockProducts<BFloat16> {
   }
 
   template <typename Source>
-  static void weigh_tiles(int count, int64_t num_pairs, int64_t dim, const Source& source,
-                          AttentionScratch& scratch) {
+  static void weigh_tiles(int count, int64_t num_pairs, const BlockRows& values,
+                          const Source& source, AttentionScratch& scratch) {
     for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
+      auto before = values.share(m, kQueries, count);
       int64_t d = 0;
-      for (; d + 2 * kPairStep <= dim; d += 2 * kPairStep) {
-        weigh_pairs<kQueries, 2>(scratch.scores + m, num_pairs, source, scratch.out + m, d);
+      for (; d + 2 * kPairStep <= values.dim; d += 2 * kPairStep) {
+        weigh_pairs<kQueries, 2>(scratch.scores + m, num_pairs, source, before, scratch.out + m, d);
       }
-      for (; d < dim; d += kPairStep) {
-        weigh_pairs<kQueries, 1>(scratch.scores + m, num_pairs, source, scratch.out + m, d);
+      for (; d < values.dim; d += kPairStep) {
+        weigh_pairs<kQueries, 1>(scratch.scores + m, num_pairs, source, before, scratch.out + m, d);
       }
     });
   }
@@ -170,7 +175,7 @@ struct BlockProducts<BFloat16> {
     const auto source = [&](int64_t k, int64_t d) BATON_INLINE_LAMBDA {
       return ValuePairs{load_pairs(&pairs[k][d]), load_pairs(&pairs[k][d + kLanes])};
     };
-    weigh_tiles(count, num_pairs, values.dim, source, scratch);
+    weigh_tiles(count, num_pairs, values, source, scratch);
   }
 };
 

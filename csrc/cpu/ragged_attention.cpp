@@ -11,7 +11,7 @@ namespace baton::cpu::BATON_ISA {
 namespace {
 
 // Streams the tile's keys and values; leaves sums, maxima and totals in scratch. `ahead` asks for
-// what will be streamed next; null where keys and values are not used straight from the cache.
+// what will be streamed next; null where the tile before had the same keys and values.
 template <typename T>
 void stream(const RaggedAttentionParams& p, const Tile& t, const Streams<T>& from,
             ReadAhead<T>* ahead, AttentionScratch& scratch) {
@@ -111,8 +111,7 @@ void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const A
     tile.first_head = item.kv_head * group + head;
     tile.num_heads = group - head < kAttentionTileQueries ? group - head : kAttentionTileQueries;
     tile.count = tile.num_tokens * tile.num_heads;
-    const bool direct = AttentionProducts<T>::is_direct(tile.count) && head == 0;
-    run_tile<T>(p, work, item, plan, tile, direct ? &ahead : nullptr, scratch);
+    run_tile<T>(p, work, item, plan, tile, head == 0 ? &ahead : nullptr, scratch);
   }
 }
 
