@@ -97,10 +97,11 @@ struct DirectProducts {
         q[i][1] = load_pairs(query + (4 * i + 2) * kChunk);
       }
     }
-    const auto products = [&](int64_t k) BATON_INLINE_LAMBDA {
+    // Of one key, queries 0 and 1 in the halves of low, 2 and 3 in those of high.
+    const auto multiply = [&](int64_t k, Vec& low, Vec& high) BATON_INLINE_LAMBDA {
       keys.template used<1, kDim>(k);
       const BFloat16* key = keys.data + k * keys.stride;
-      Vec low = zero(), high = zero();
+      low = high = zero();
       if constexpr (kDim != 0) {
         BATON_UNROLL
         for (int i = 0; i < kHeld; ++i) {
@@ -118,35 +119,47 @@ struct DirectProducts {
           high = dot_pairs(high, load_pairs(query + 4 * d + 2 * kChunk), chunk);
         }
       }
-      // Lanes 4m .. 4m + 3 belong to query m.
-      return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4((__m512)low, (__m512)high, 0x88),
-                                _mm512_shuffle_f32x4((__m512)low, (__m512)high, 0xdd));
     };
-    const auto put = [&](Vec folded, int64_t k, int64_t bytes) BATON_INLINE_LAMBDA {
+    for (int64_t k = 0; k < keys.count; k += kLanes) {
+      Vec low[4], high[4];
       BATON_UNROLL
-      for (int m = 0; m < kDirectTile; ++m) {
-        const __m128 quad = _mm512_extractf32x4_ps((__m512)folded, m);
-        __builtin_memcpy(&scores[m][k], &quad, bytes);
+      for (int i = 0; i < 4; ++i) {
+        Vec x[4] = {}, y[4] = {};
+        const int64_t first = k + 4 * i;
+        if (first + 4 <= keys.count) {
+          BATON_UNROLL
+          for (int j = 0; j < 4; ++j) multiply(first + j, x[j], y[j]);
+        } else {
+          for (int j = 0; first + j < keys.count; ++j) multiply(first + j, x[j], y[j]);
+        }
+        low[i] = fold_keys(x);
+        high[i] = fold_keys(y);
       }
-    };
-    int64_t k = 0;
-    for (; k + 4 <= keys.count; k += 4) {
-      const Vec a = products(k), b = products(k + 1), c = products(k + 2), d = products(k + 3);
-      put(fold4(a, b, c, d), k, 16);
-    }
-    for (; k < keys.count; ++k) {
-      put(fold4(products(k), zero(), zero(), zero()), k, 4);
+      fold_halves(low, scores[0] + k, scores[1] + k);
+      fold_halves(high, scores[2] + k, scores[3] + k);
     }
   }
 
-  // Lanes 4m .. 4m + 3 of the result: the sums of lanes 4m .. 4m + 3 of a, b, c and d.
-  static BATON_INLINE Vec fold4(Vec a, Vec b, Vec c, Vec d) {
-    const auto fold = [](Vec x, Vec y) BATON_INLINE_LAMBDA {
-      return _mm512_add_ps(_mm512_unpacklo_ps((__m512)x, (__m512)y),
-                           _mm512_unpackhi_ps((__m512)x, (__m512)y));
+  // Lane 4 i + j of the result: the sum of lanes 4 i to 4 i + 3 of x[j].
+  static BATON_INLINE Vec fold_keys(const Vec (&x)[4]) {
+    const auto fold = [](Vec a, Vec b) BATON_INLINE_LAMBDA {
+      return _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b),
+                           _mm512_unpackhi_ps((__m512)a, (__m512)b));
     };
-    const __m512 ab = fold(a, b), cd = fold(c, d);
+    const __m512 ab = fold(x[0], x[1]), cd = fold(x[2], x[3]);
     return (Vec)_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  }
+
+  // Of four keys each: the quarters of either half are added; the first halves are one query's
+  // sixteen scores, the second ones another's.
+  static BATON_INLINE void fold_halves(const Vec (&x)[4], float* first, float* second) {
+    const auto fold = [](Vec a, Vec b) BATON_INLINE_LAMBDA {
+      return _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88),
+                           _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd));
+    };
+    const __m512 a = fold(x[0], x[1]), b = fold(x[2], x[3]);
+    _mm512_storeu_ps(first, _mm512_shuffle_f32x4(a, b, 0x88));
+    _mm512_storeu_ps(second, _mm512_shuffle_f32x4(a, b, 0xdd));
   }
 
   template <int kDim, int kQueries, typename Softmax>
