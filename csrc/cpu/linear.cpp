@@ -1,20 +1,22 @@
 // linear on the CPU: y = x weight^T + bias from the weights as they are, row-major. bfloat16 on
 // CPUs with AMX: linear_amx.h.
 //
-// A register tile of kTileRows x kTileFeatures dot products runs along in_features, lanes along the
-// sum. Every dot product adds its terms in the same order whatever the tile it falls in, so a row's
-// bits do not depend on the number of rows. Weights stream from memory once per block of rows.
+// A register tile of dot products runs along in_features, lanes along the sum: tile() here, two
+// rows to a vector in linear_pairs.h where vectors are long. Every dot product adds its terms in
+// the same order whatever the tile it falls in, so a row's bits do not depend on the number of
+// rows. Weights stream from memory once per block of rows.
 #include "cpu/dot.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_amx.h"
+#include "cpu/linear_pairs.h"
 
 namespace baton::cpu::BATON_ISA {
 
 namespace {
 
 #if defined(__AVX512F__)
-// 24 accumulators, 4 weight vectors and one row vector of 32 registers.
-constexpr int kTileRows = 6, kTileFeatures = 4;
+// What pair_column leaves: fewer than eight features.
+constexpr int kTileRows = 6, kTileFeatures = 1;
 #elif defined(__AVX2__)
 // 8 accumulators, 2 weight vectors, row vectors from memory, of 16 registers.
 constexpr int kTileRows = 4, kTileFeatures = 2;
@@ -71,36 +73,11 @@ void tile(const LinearParams& p, int64_t row, int64_t feature) {
   }
   T* y = static_cast<T*>(p.y) + row * p.out_features + feature;
   const T* bias = p.bias ? static_cast<const T*>(p.bias) + feature : nullptr;
-  if constexpr (kFeatures == 4) {
-    alignas(64) float totals[16];
-    BATON_UNROLL
-    for (int m = 0; m < kRows; m += 4) {
-      Vec four[4][4] = {};
-      BATON_UNROLL
-      for (int j = 0; j < 4 && m + j < kRows; ++j) {
-        BATON_UNROLL
-        for (int n = 0; n < 4; ++n) four[j][n] = sums[m + j][n];
-      }
-      reduce_add4x4(four, totals);
-      if (bias) {
-        for (int i = 0; i < 16; ++i) totals[i] += to_float(bias[i % 4]);
-      }
-      // Rounded all at once.
-      alignas(64) T rounded[16];
-      BATON_UNROLL
-      for (int i = 0; i < 16; i += kLanes) store(rounded + i, load(totals + i));
-      BATON_UNROLL
-      for (int j = 0; j < 4 && m + j < kRows; ++j) {
-        __builtin_memcpy(y + (m + j) * p.out_features, rounded + 4 * j, 4 * sizeof(T));
-      }
-    }
-  } else {
-    for (int m = 0; m < kRows; ++m) {
-      for (int n = 0; n < kFeatures; ++n) {
-        float total = reduce_add(sums[m][n]);
-        if (bias) total += to_float(bias[n]);
-        store_partial(y + m * p.out_features + n, set1(total), 1);
-      }
+  for (int m = 0; m < kRows; ++m) {
+    for (int n = 0; n < kFeatures; ++n) {
+      float total = reduce_add(sums[m][n]);
+      if (bias) total += to_float(bias[n]);
+      store_partial(y + m * p.out_features + n, set1(total), 1);
     }
   }
 }
@@ -126,6 +103,11 @@ void tile_column(const LinearParams& p, int64_t row, int64_t row_end, int64_t fe
 template <typename T>
 void block(const LinearParams& p, int64_t row, int64_t row_end, int64_t feature,
            int64_t feature_end) {
+#if defined(__AVX512F__)
+  for (; feature + kPairFeatures <= feature_end; feature += kPairFeatures) {
+    pair_column<T>(p, row, row_end, feature);
+  }
+#endif
   for (; feature + kTileFeatures <= feature_end; feature += kTileFeatures) {
     tile_column<T, kTileFeatures>(p, row, row_end, feature);
   }

@@ -78,8 +78,7 @@ BATON_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
 }
 
 // Sum of the lanes: halves are folded onto each other. reduce_add4 does the same for four vectors
-// at once and reduce_add4x4 for sixteen, in fewer instructions and with the same order of
-// additions.
+// at once, in fewer instructions and with the same order of additions.
 BATON_INLINE Quad fold_to_quad(Vec x) {
 #if defined(__AVX512F__)
   const __m256 half =
@@ -125,28 +124,6 @@ BATON_INLINE Quad reduce_add4(Vec a, Vec b, Vec c, Vec d) {
   return (Quad)_mm_add_ps(_mm_shuffle_ps(ab, cd, 0x44), _mm_shuffle_ps(ab, cd, 0xee));
 #else
   return Quad{reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)};
-#endif
-}
-
-// sums[4 j + i] = sum of the lanes of x[j][i], in the order of reduce_add4.
-BATON_INLINE void reduce_add4x4(const Vec (&x)[4][4], float (&sums)[16]) {
-#if defined(__AVX512F__)
-  const auto fold = [](__m512 a, __m512 b) BATON_INLINE_LAMBDA {
-    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  };
-  const __m512 low = fold(fold_four(x[0]), fold_four(x[1]));
-  const __m512 high = fold(fold_four(x[2]), fold_four(x[3]));
-  // [i][j]
-  const __m512 columns =
-      _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
-  const __m512i transposed =
-      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_ps(sums, _mm512_permutexvar_ps(transposed, columns));
-#else
-  for (int j = 0; j < 4; ++j) {
-    const Quad row = reduce_add4(x[j][0], x[j][1], x[j][2], x[j][3]);
-    __builtin_memcpy(sums + 4 * j, &row, sizeof(row));
-  }
 #endif
 }
 
