@@ -45,7 +45,7 @@ def ceilings(options: Options) -> Iterator[Work]:
 
 CASES = {
     "ceilings": Case(ceilings, ("read", "memcpy", "copy", "gemm")),
-    "decode": Case(attention_cases.decode, ("read",)),
+    "decode": Case(attention_cases.decode, ("read",), attention_cases.decode_summary),
     "padding": Case(attention_cases.padding, ("read",), attention_cases.padding_summary),
     "scaling": Case(attention_cases.scaling, (), attention_cases.scaling_summary),
     "prefill": Case(prefill_cases.prefill, ("gemm",)),

@@ -86,6 +86,22 @@ def decode(options: Options) -> Iterator[Work]:
             del work, ways
 
 
+def decode_summary(rows: list[Row]) -> list[str]:
+    """How close to reading the same bytes, whose runs took turns with ours: of a machine whose
+    bandwidth changes between two works, the share of its ceiling says less."""
+    lines = []
+    for dtype, way in dict.fromkeys((r.dtype, r.way) for r in rows if r.kind == OURS):
+        shares = []
+        for row in rows:
+            reads = [r.median_us for r in rows if r.kind == LIMIT and r.median_us
+                     and (r.dtype, r.work) == (dtype, row.work)]  # fmt: skip
+            if (row.dtype, row.way) == (dtype, way) and row.median_us and reads:
+                shares.append(f"{row.work} {reads[0] / row.median_us:.0%}")
+        if shares:
+            lines.append(f"{dtype}, {way}, of reading as many bytes in turns: {'; '.join(shares)}")
+    return lines
+
+
 def decode_ways(work: AttentionWork, options: Options) -> list[Way]:
     """Every peer that runs where the work is."""
     ways = peers.decode_peers(work, flex=options.flex)
