@@ -80,14 +80,4 @@ inline Tensor allocate(const Tensor& like, Sizes sizes) {
   return allocate(like, sizes, like.dtype_code());
 }
 
-// A result of a schema that was not asked for: [0] or [0, width], and no memory.
-inline Tensor no_result(const Tensor& like, int32_t dtype, int64_t width = -1) {
-  const int64_t sizes[] = {0, width}, strides[] = {width > 1 ? width : 1, 1};
-  AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(width < 0 ? 1 : 2, sizes, strides, dtype,
-                                                  like.device_code(), like.get_device_index(),
-                                                  &result));
-  return Tensor(result);
-}
-
 }  // namespace baton::bindings

@@ -23,7 +23,8 @@ struct Cuda : CudaDevice<cuda::ragged_attention> {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CUDA, library) {
-  library.impl("ragged_attention", box<&ragged_attention<Cuda>>);
+  library.impl("ragged_attention", box<&ragged_attention<Cuda, false>>);
+  library.impl("ragged_attention.lse", box<&ragged_attention<Cuda, true>>);
 }
 
 }  // namespace baton::bindings
