@@ -8,24 +8,23 @@ namespace {
 
 namespace stable = torch::stable::detail;
 
-constexpr int64_t kSizes[3] = {0, 1, 16};
+constexpr int64_t kSizes[3] = {0, 1, 16}, kStrides[3] = {16, 16, 1};
 
 // A result that an op allocates as baton_kernels does (bindings/tensors.h).
-AtenTensorHandle result_of(AtenTensorHandle like) {
+AtenTensorHandle new_result() {
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_aten_new_empty(like, kSizes, 3, nullptr, nullptr, nullptr, 0, nullptr, &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(3, kSizes, kStrides, aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &result));
   return result;
 }
 
 // The first kTensors arguments are tensors, the options behind them are at their defaults.
 template <int kTensors, int kResults>
 void empty_op(StableIValue* stack, uint64_t, uint64_t) {
-  AtenTensorHandle arguments[kTensors], results[kResults + 1];
+  AtenTensorHandle arguments[kTensors];
   for (int i = 0; i < kTensors; ++i) arguments[i] = stable::to<AtenTensorHandle>(stack[i]);
-  for (int i = 0; i < kResults; ++i) results[i] = result_of(arguments[0]);
   for (AtenTensorHandle argument : arguments) aoti_torch_delete_tensor_object(argument);
-  for (int i = 0; i < kResults; ++i) stack[i] = stable::from(results[i]);
+  for (int i = 0; i < kResults; ++i) stack[i] = stable::from(new_result());
 }
 
 }  // namespace
