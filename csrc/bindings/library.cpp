@@ -44,7 +44,7 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "-> (Tensor, Tensor)");
   library.def(
       "attention_mask(Tensor starts, Tensor lengths, SymInt query_length, SymInt key_length, "
-      "ScalarType dtype, int? window=None) -> Tensor");
+      "ScalarType dtype=bool, int? window=None) -> Tensor");
   library.def(
       "masked_softmax(Tensor scores, Tensor starts, Tensor lengths, float scale=1.0, "
       "int? window=None) -> Tensor");
