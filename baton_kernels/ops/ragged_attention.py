@@ -10,6 +10,7 @@ from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
 
 _native = ops.ragged_attention.default
+_native_options = ops.ragged_attention.options
 _native_lse = ops.ragged_attention.lse
 
 
@@ -92,17 +93,17 @@ def ragged_attention(
     in FlashAttention-2 and Flash-Decoding; sinks as in gpt-oss.
     """
     # Converting eight options takes most of a microsecond: not where they are the defaults.
-    options = ()
+    native, options = _native, ()
     if not (
         scale is None and causal is True and window is None and softcap == 0.0
         and alibi_slopes is None and sinks is None
         and max_query_length is None and max_length is None
     ):  # fmt: skip
-        options = (
+        native, options = _native_options, (
             scale, causal, window, softcap, alibi_slopes, sinks, max_query_length, max_length
         )  # fmt: skip
     return call(
-        "ragged_attention", _native_lse if return_lse else _native, _check,
+        "ragged_attention", _native_lse if return_lse else native, _check,
         query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, *options,
     )  # fmt: skip
 
@@ -145,9 +146,13 @@ def _check(
 
 
 @torch.library.register_fake("baton_kernels::ragged_attention")
+@torch.library.register_fake("baton_kernels::ragged_attention.options")
 def _fake(query, *args, **options) -> torch.Tensor:
     _check(query, *args, **options)
     return query.new_empty(query.shape)
+
+
+_fake_options = _fake
 
 
 @torch.library.register_fake("baton_kernels::ragged_attention.lse")

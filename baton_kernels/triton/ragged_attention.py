@@ -73,16 +73,19 @@ def ragged_attention(
     max_length: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`baton_kernels.ragged_attention` in Triton."""
-    return (run_lse if return_lse else run)(
+    return (run_lse if return_lse else run_options)(
         query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
         softcap, alibi_slopes, sinks, max_query_length, max_length,
     )  # fmt: skip
 
 
-def run(*args, **options) -> torch.Tensor:
-    """With the result of torch.ops.baton_kernels.ragged_attention."""
+def run_options(*args, **options) -> torch.Tensor:
+    """With the result of torch.ops.baton_kernels.ragged_attention and its overload `options`."""
     out, _ = _attend(False, *args, **options)
     return out
+
+
+run = run_options
 
 
 def run_lse(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:

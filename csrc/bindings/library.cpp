@@ -1,7 +1,8 @@
 // Every schema of the library, and the Python module that loads it.
 //
-// (a!) marks what a call writes. An overload gives a result more than the op without a name: a
-// schema's results cannot be optional, and one that nobody asked for costs half a microsecond.
+// (a!) marks what a call writes. Overloads give a result more or take options: a schema's results
+// cannot be optional, one that nobody asked for costs a call half a microsecond, and as much cost
+// the eight options of attention when all are left out.
 //
 // Options are keyword-only in the Python functions alone: torch needs half a microsecond for each
 // keyword of a call, more than for all checks of its tensors.
@@ -30,9 +31,12 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "Tensor starts, SymInt total_tokens, Tensor(a!) key, Tensor(b!) value) -> ()");
   library.def(
       "ragged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q, "
-      "Tensor slots, Tensor starts, Tensor lengths, float? scale=None, bool causal=True, "
-      "int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
-      "SymInt? max_query_length=None, SymInt? max_length=None) -> Tensor");
+      "Tensor slots, Tensor starts, Tensor lengths) -> Tensor");
+  library.def(
+      "ragged_attention.options(Tensor query, Tensor key_cache, Tensor value_cache, "
+      "Tensor cu_seqlens_q, Tensor slots, Tensor starts, Tensor lengths, float? scale=None, "
+      "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
+      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None) -> Tensor");
   library.def(
       "ragged_attention.lse(Tensor query, Tensor key_cache, Tensor value_cache, "
       "Tensor cu_seqlens_q, Tensor slots, Tensor starts, Tensor lengths, float? scale=None, "

@@ -10,7 +10,7 @@ namespace baton::bindings {
 
 // Returns out, with kLse also lse.
 template <typename Device, bool kLse>
-std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> ragged_attention(
+std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attend(
     const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
     const Tensor& cu_seqlens_q, const Tensor& slots, const Tensor& starts, const Tensor& lengths,
     std::optional<double> scale, bool causal, std::optional<int64_t> window, double softcap,
@@ -83,6 +83,14 @@ std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> ragged_attention(
   } else {
     return out;
   }
+}
+
+template <typename Device>
+Tensor ragged_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                        const Tensor& cu_seqlens_q, const Tensor& slots, const Tensor& starts,
+                        const Tensor& lengths) {
+  return attend<Device, false>(query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
+                               {}, true, {}, 0.0, {}, {}, {}, {});
 }
 
 }  // namespace baton::bindings

@@ -23,8 +23,9 @@ struct Cuda : CudaDevice<cuda::ragged_attention> {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CUDA, library) {
-  library.impl("ragged_attention", box<&ragged_attention<Cuda, false>>);
-  library.impl("ragged_attention.lse", box<&ragged_attention<Cuda, true>>);
+  library.impl("ragged_attention", box<&ragged_attention<Cuda>>);
+  library.impl("ragged_attention.options", box<&attend<Cuda, false>>);
+  library.impl("ragged_attention.lse", box<&attend<Cuda, true>>);
 }
 
 }  // namespace baton::bindings
