@@ -214,11 +214,21 @@ def _root_mean_square(x: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def nan_in_empty() -> Iterator[None]:
-    """Within the block every tensor that torch makes uninitialized is full of NaN."""
+    """Within the block memory that torch allocates and nobody has written is no result.
+
+    What torch's operators make uninitialized is full of NaN, and what comes straight from its
+    allocator of the CPU, as these kernels' results do, of a pattern that is NaN in float32, and
+    every other number in half of it.
+    """
+    junk = ctypes.c_bool.in_dll(
+        ctypes.CDLL(torch._C.__file__), "FLAGS_caffe2_cpu_allocator_do_junk_fill"
+    )
     torch.use_deterministic_algorithms(True)
+    junk.value = True
     try:
         yield
     finally:
+        junk.value = False
         torch.use_deterministic_algorithms(False)
 
 

@@ -1,7 +1,9 @@
-"""The tables of bad arguments of the ops' own tests, for tests of other ways to call an op."""
+"""The ops' overloads and their tests' tables of bad arguments, for other ways to call them."""
 
 import importlib.util
 from pathlib import Path
+
+import torch
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -18,3 +20,17 @@ def table(op):
         "silu_and_mul": lambda: {"x": module.problem(3, 4)},
     }
     return module.BAD, special.get(op) or module.arguments_to_spoil
+
+
+def schemas(op):
+    """An op's schemas by overload, without `out`, which writes into tensors of the caller."""
+    packet = getattr(torch.ops.baton_kernels, op)
+    return {name: getattr(packet, name)._schema for name in packet.overloads() if name != "out"}
+
+
+def overload(op, arguments):
+    """The overload of an op that takes these arguments, each by name."""
+    for name, schema in schemas(op).items():
+        if arguments.keys() <= {argument.name for argument in schema.arguments}:
+            return getattr(getattr(torch.ops.baton_kernels, op), name)
+    raise AssertionError(f"{op} takes no {arguments.keys()}")

@@ -80,6 +80,14 @@ def test_more_queries_than_tokens(ops):
     check(ops, problem(3, 20, 8), dtype=torch.bfloat16, window=4)
 
 
+@pytest.mark.parametrize("size", [2**31, 2**40])
+def test_a_mask_that_no_memory_holds(size):
+    """More bytes, or more elements, than 64 bits count."""
+    arguments = problem(1, size, size, end=8)
+    with pytest.raises(RuntimeError):
+        baton_kernels.attention_mask(**arguments, dtype=torch.float32)
+
+
 # 3. Poison: the mask is made in uninitialized memory, which nan_in_empty fills.
 
 

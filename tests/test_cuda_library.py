@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_tools import tool
-from op_tables import table
+from op_tables import overload, table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import baton_kernels
@@ -45,7 +45,7 @@ class ClaimsCuda(torch.Tensor):
 
 def call_cuda(op, arguments):
     """The op's CUDA kernel itself, whatever its arguments are."""
-    return getattr(torch.ops.baton_kernels, op).default.redispatch(CUDA, **arguments)
+    return overload(op, arguments).redispatch(CUDA, **arguments)
 
 
 # The library.

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from op_tables import schemas
 
 import baton_kernels
 from baton_kernels import reference
@@ -112,17 +113,26 @@ def has_out(op):
     return "out" in getattr(torch.ops.baton_kernels, op).overloads()
 
 
+# Arguments of a Python function that choose an overload, whose schema then has them not.
+CHOICES = {"out": "out", "return_lse": "lse"}
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_signatures_agree(op):
-    """The Python function, the reference and the schema name the same arguments in one order."""
+    """The Python function, the reference and the schemas name the same arguments in one order."""
     function = inspect.signature(getattr(baton_kernels, op)).parameters
     definition = inspect.signature(getattr(reference, op)).parameters
-    schema = getattr(torch.ops.baton_kernels, op).default._schema
     assert [(p.name, p.kind, p.default) for p in function.values()] == [
         (p.name, p.kind, p.default) for p in definition.values()
     ]
-    names = [argument.name for argument in schema.arguments]
-    assert list(function) == (names + ["out"] if has_out(op) else names)
+    overloads = getattr(torch.ops.baton_kernels, op).overloads()
+    for choice, overload in CHOICES.items():
+        assert (choice in function) == (overload in overloads)
+    names = [name for name in function if name not in CHOICES]
+    taken = [[argument.name for argument in schema.arguments] for schema in schemas(op).values()]
+    assert names in taken
+    for own in taken:
+        assert own == [name for name in names if name in own]
 
 
 def documented_arguments(op):
@@ -147,9 +157,9 @@ def test_docstring_names_the_arguments(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_docstring_marks_what_is_written(op):
-    schema = getattr(torch.ops.baton_kernels, op).default._schema
     written = {
         argument.name
+        for schema in schemas(op).values()
         for argument in schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     }

@@ -363,17 +363,22 @@ BAD = {
     ("name", "route"), [(name, route) for name, bad in BAD.items() for route in bad.routes]
 )
 def test_bad_arguments(name, route):
-    BAD[name].check("ragged_attention", arguments_to_spoil(), route)
+    # torch.ops takes no return_lse: it has an overload.
+    for options in ({}, {"return_lse": True})[: 1 if route == "torch.ops" else 2]:
+        BAD[name].check("ragged_attention", arguments_to_spoil() | options, route)
 
 
 # 5. torch.compile.
 
 
+@pytest.mark.parametrize("overload", ["default", "options", "lse"])
 @pytest.mark.parametrize("name", ["mixture", "everything and alibi"])
-def test_opcheck(name):
+def test_opcheck(name, overload):
     problem, options = case(name)
+    del options["return_lse"]
     args = problem.with_padding(0.0).args
-    torch.library.opcheck(torch.ops.baton_kernels.ragged_attention.default, args, options)
+    op = getattr(torch.ops.baton_kernels.ragged_attention, overload)
+    torch.library.opcheck(op, args, {} if overload == "default" else options)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

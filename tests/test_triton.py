@@ -59,7 +59,9 @@ def test_no_kernel_runs_on_the_cpu(op):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("key", GPU_KEYS)
 def test_every_gpu_has_a_kernel(op, key):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"baton_kernels::{op}", key)
+    for overload in getattr(torch.ops.baton_kernels, op).overloads():
+        name = f"baton_kernels::{op}" + ("" if overload == "default" else f".{overload}")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), name
 
 
 @pytest.mark.parametrize("op", OPS)

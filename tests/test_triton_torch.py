@@ -10,6 +10,7 @@ import pathlib
 
 import pytest
 import torch
+from op_tables import schemas
 
 import baton_kernels
 from baton_kernels.testing import (
@@ -26,20 +27,22 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-OPS = baton_kernels.triton.OPS
+OVERLOADS = [(op, overload) for op in baton_kernels.triton.OPS for overload in schemas(op)]
 
 
 @pytest.fixture(scope="module")
 def triton_ops():
     """torch.ops.baton_triton: the ops, with the functions that GPUs get as the CPU's."""
     library = torch.library.Library("baton_triton", "DEF")
-    for op in OPS:
-        schema = getattr(torch.ops.baton_kernels, op).default._schema
-        library.define(str(schema).split("::")[1])
+    for op, overload in OVERLOADS:
+        schema = str(schemas(op)[overload]).split("::")[1]
+        library.define(schema)
+        name, suffix = schema.split("(")[0], "" if overload == "default" else f"_{overload}"
         kernels = importlib.import_module(f"baton_kernels.triton.{op}")
-        library.impl(op, kernels.run, "CPU")
-        fake = importlib.import_module(f"baton_kernels.ops.{op}")._fake
-        torch.library.register_fake(f"baton_triton::{op}", fake, lib=library)
+        library.impl(name, getattr(kernels, f"run{suffix}"), "CPU")
+        fakes = importlib.import_module(f"baton_kernels.ops.{op}")
+        fake = getattr(fakes, f"_fake{suffix}")
+        torch.library.register_fake(f"baton_triton::{name}", fake, lib=library)
     yield torch.ops.baton_triton
     library._destroy()
 
@@ -62,34 +65,31 @@ def valid_arguments(op):
     return arguments
 
 
-def by_position(op, arguments):
-    """Positional arguments, and those that the schema takes by name alone."""
-    named = dict(arguments)
-    schema = getattr(torch.ops.baton_kernels, op).default._schema
-    places = [a.name for a in schema.arguments if not a.kwarg_only and a.name in named]
-    return tuple(named.pop(name) for name in places), named
+def by_position(op, overload, arguments):
+    """Those that the overload takes, in its order."""
+    names = [argument.name for argument in schemas(op)[overload].arguments]
+    return tuple(arguments[name] for name in names if name in arguments)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_triton_opcheck(op, triton_ops):
-    torch.library.opcheck(
-        getattr(triton_ops, op).default, *by_position(op, valid_arguments(op))
-    )  # fmt: skip
+@pytest.mark.parametrize(("op", "overload"), OVERLOADS)
+def test_triton_opcheck(op, overload, triton_ops):
+    run = getattr(getattr(triton_ops, op), overload)
+    torch.library.opcheck(run, by_position(op, overload, valid_arguments(op)))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_triton_compile(op, triton_ops, fresh_compiler):
+@pytest.mark.parametrize(("op", "overload"), OVERLOADS)
+def test_triton_compile(op, overload, triton_ops, fresh_compiler):
     arguments = valid_arguments(op)
-    run = getattr(triton_ops, op).default
+    run = getattr(getattr(triton_ops, op), overload)
 
-    def function(args, kwargs):
-        return run(*args, **kwargs)
+    def function(args):
+        return run(*args)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
     for call in (function, compiled):
         own = {n: twin(x) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
-        out = call(*by_position(op, own))
+        out = call(by_position(op, overload, own))
         out = out if isinstance(out, tuple) else (out,)
         written = [x for x in own.values() if isinstance(x, torch.Tensor)]
         results.append([x for x in (*out, *written) if x is not None])

@@ -8,6 +8,7 @@ from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call, dtype_name
 
 _native = ops.append_kv.default
+_native_query = ops.append_kv.query
 
 
 def append_kv(
@@ -60,11 +61,17 @@ def append_kv(
 
     Source: Llama's rotary embedding as in Hugging Face transformers; BATON's decode step.
     """
-    rotated = call(
-        "append_kv", _native, _check,
-        key, value, key_cache, value_cache, slots, columns, query, cos, sin,
+    # An option at its default costs less where torch fills it in.
+    rotary = () if cos is None and sin is None else (cos, sin)
+    if query is None:
+        return call(
+            "append_kv", _native, _check_without_query,
+            key, value, key_cache, value_cache, slots, columns, *rotary,
+        )  # fmt: skip
+    return call(
+        "append_kv", _native_query, _check,
+        key, value, key_cache, value_cache, slots, columns, query, *rotary,
     )  # fmt: skip
-    return None if query is None else rotated
 
 
 def _check(
@@ -93,6 +100,12 @@ def _check(
     check.index("columns", columns, rows, key_cache.device)
 
 
+def _check_without_query(
+    key, value, key_cache, value_cache, slots, columns, cos=None, sin=None
+) -> None:
+    _check(key, value, key_cache, value_cache, slots, columns, None, cos, sin)
+
+
 def _check_rotary(check: Checker, name: str, tensor: torch.Tensor, key: torch.Tensor) -> None:
     check.device(name, tensor, key.device)
     if tensor.dtype not in (torch.float32, key.dtype):
@@ -108,8 +121,13 @@ def _check_rotary(check: Checker, name: str, tensor: torch.Tensor, key: torch.Te
 
 
 @torch.library.register_fake("baton_kernels::append_kv")
-def _fake(
-    key, value, key_cache, value_cache, slots, columns, query=None, cos=None, sin=None
+def _fake(*args, **kwargs) -> None:
+    _check_without_query(*args, **kwargs)
+
+
+@torch.library.register_fake("baton_kernels::append_kv.query")
+def _fake_query(
+    key, value, key_cache, value_cache, slots, columns, query, cos=None, sin=None
 ) -> torch.Tensor:
     _check(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
-    return key.new_empty(0) if query is None else query.new_empty(query.shape)
+    return query.new_empty(query.shape)

@@ -47,13 +47,14 @@ def attention_mask(
     Source: BATON (arXiv 2410.18701), the new mask of a shaped batch; values as in Hugging Face
     transformers.
     """
+    # Converting a dtype takes most of a microsecond: not where it is the default.
+    options = () if dtype is torch.bool and window is None else (dtype, window)
     return call(
-        "attention_mask", _native, _check,
-        starts, lengths, query_length, key_length, dtype, window,
-    )  # fmt: skip
+        "attention_mask", _native, _check, starts, lengths, query_length, key_length, *options
+    )
 
 
-def _check(starts, lengths, query_length, key_length, dtype, window=None) -> None:
+def _check(starts, lengths, query_length, key_length, dtype=torch.bool, window=None) -> None:
     check = Checker("attention_mask")
     if dtype != torch.bool and dtype not in FLOATS:
         check.fail("dtype", "bool, float32, float16 or bfloat16", dtype_name(dtype), TypeError)
@@ -69,6 +70,6 @@ def _check(starts, lengths, query_length, key_length, dtype, window=None) -> Non
 
 
 @torch.library.register_fake("baton_kernels::attention_mask")
-def _fake(starts, lengths, query_length, key_length, dtype, window=None):
+def _fake(starts, lengths, query_length, key_length, dtype=torch.bool, window=None):
     _check(starts, lengths, query_length, key_length, dtype, window)
     return starts.new_empty((starts.shape[0], 1, query_length, key_length), dtype=dtype)

@@ -10,6 +10,8 @@ from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
 
 _native = ops.ragged_attention.default
+_native_options = ops.ragged_attention.options
+_native_lse = ops.ragged_attention.lse
 
 
 def ragged_attention(
@@ -90,28 +92,26 @@ def ragged_attention(
     Source: BATON (arXiv 2410.18701), the mask of a shaped batch; online softmax and split keys as
     in FlashAttention-2 and Flash-Decoding; sinks as in gpt-oss.
     """
-    # Converting nine options takes most of a microsecond: not where they are the defaults.
-    options = ()
+    # Converting eight options takes most of a microsecond: not where they are the defaults.
+    native, options = _native, ()
     if not (
         scale is None and causal is True and window is None and softcap == 0.0
-        and alibi_slopes is None and sinks is None and return_lse is False
+        and alibi_slopes is None and sinks is None
         and max_query_length is None and max_length is None
     ):  # fmt: skip
-        options = (
-            scale, causal, window, softcap, alibi_slopes, sinks, return_lse, max_query_length,
-            max_length,
+        native, options = _native_options, (
+            scale, causal, window, softcap, alibi_slopes, sinks, max_query_length, max_length
         )  # fmt: skip
-    out, lse = call(
-        "ragged_attention", _native, _check,
+    return call(
+        "ragged_attention", _native_lse if return_lse else native, _check,
         query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, *options,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
 
 
 def _check(
     query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
     scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
-    return_lse=False, max_query_length=None, max_length=None,
+    max_query_length=None, max_length=None,
 ) -> None:  # fmt: skip
     check = Checker("ragged_attention")
     check.caches(key_cache, value_cache, with_layers=False, written=False)
@@ -146,15 +146,16 @@ def _check(
 
 
 @torch.library.register_fake("baton_kernels::ragged_attention")
-def _fake(
-    query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
-    scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
-    return_lse=False, max_query_length=None, max_length=None,
-):  # fmt: skip
-    _check(
-        query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
-        softcap, alibi_slopes, sinks, return_lse, max_query_length, max_length,
-    )  # fmt: skip
-    total_queries, num_heads, head_dim = query.shape
-    lse = query.new_empty((total_queries if return_lse else 0, num_heads), dtype=torch.float32)
-    return query.new_empty((total_queries, num_heads, head_dim)), lse
+@torch.library.register_fake("baton_kernels::ragged_attention.options")
+def _fake(query, *args, **options) -> torch.Tensor:
+    _check(query, *args, **options)
+    return query.new_empty(query.shape)
+
+
+_fake_options = _fake
+
+
+@torch.library.register_fake("baton_kernels::ragged_attention.lse")
+def _fake_lse(query, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    out = _fake(query, *args, **options)
+    return out, query.new_empty(query.shape[:2], dtype=torch.float32)

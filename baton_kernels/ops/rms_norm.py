@@ -8,6 +8,7 @@ from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, as_rows, call
 
 _native = ops.rms_norm.default
+_native_residual = ops.rms_norm.residual
 
 
 def rms_norm(
@@ -40,15 +41,18 @@ def rms_norm(
 
     Source: LlamaRMSNorm of Hugging Face transformers, which rounds once more before the weight.
     """
-    if residual is not None and x.dim() > 0 and residual.shape != x.shape:
-        Checker("rms_norm").fail("residual", f"of shape {list(x.shape)}", list(residual.shape))
     # A view costs as much as a small row's arithmetic: none where the shape is right already.
+    if residual is None:
+        if x.dim() == 2:
+            return call("rms_norm", _native, _check, x, weight, eps)
+        return call("rms_norm", _native, _check, as_rows(x), weight, eps).view(x.shape)
+    if x.dim() > 0 and residual.shape != x.shape:
+        Checker("rms_norm").fail("residual", f"of shape {list(x.shape)}", list(residual.shape))
     if x.dim() == 2:
-        y, total = call("rms_norm", _native, _check, x, weight, eps, residual)
-        return y if residual is None else (y, total)
-    rows = None if residual is None else as_rows(residual)
-    y, total = call("rms_norm", _native, _check, as_rows(x), weight, eps, rows)
-    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+        return call("rms_norm", _native_residual, _check, x, weight, eps, residual)
+    rows = as_rows(x), weight, eps, as_rows(residual)
+    y, total = call("rms_norm", _native_residual, _check, *rows)
+    return y.view(x.shape), total.view(x.shape)
 
 
 def _check(x, weight, eps, residual=None) -> None:
@@ -70,6 +74,12 @@ def _check(x, weight, eps, residual=None) -> None:
 
 
 @torch.library.register_fake("baton_kernels::rms_norm")
-def _fake(x, weight, eps, residual=None):
+def _fake(x, weight, eps) -> torch.Tensor:
+    _check(x, weight, eps)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("baton_kernels::rms_norm.residual")
+def _fake_residual(x, weight, eps, residual) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, weight, eps, residual)
-    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), x.new_empty(x.shape)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from baton_kernels import _library  # noqa: F401  (defines the ops, natively implemented or not)
+from baton_kernels import _library
 
 OPS = (
     "append_kv",
@@ -99,10 +99,12 @@ def _register() -> None:
             for device, key in _DEVICES.items()
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"baton_kernels::{op}", key)
         ]
-        for device in free:
-            _registrations.impl(op, _lazy(op, "run"), _DEVICES[device])
-            if op == "extract_kv":
-                _registrations.impl("extract_kv.out", _lazy(op, "run_out"), _DEVICES[device])
+        for overload in getattr(_library.ops, op).overloads():
+            name, function = (
+                (op, "run") if overload == "default" else (f"{op}.{overload}", f"run_{overload}")
+            )
+            for device in free:
+                _registrations.impl(name, _lazy(op, function), _DEVICES[device])
         _registered[op] = tuple(free)
 
 

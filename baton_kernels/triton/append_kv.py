@@ -27,21 +27,23 @@ def append_kv(
     sin: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """`baton_kernels.append_kv` in Triton."""
-    rotated = run(
-        key, value, key_cache, value_cache, slots, columns, query=query, cos=cos, sin=sin
-    )  # fmt: skip
-    return None if query is None else rotated
+    return run_query(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
 
 
-def run(
-    key, value, key_cache, value_cache, slots, columns, query=None, cos=None, sin=None
-) -> torch.Tensor:
-    """With the result of torch.ops.baton_kernels.append_kv."""
-    _check(key, value, key_cache, value_cache, slots, columns, query=query, cos=cos, sin=sin)
+def run(key, value, key_cache, value_cache, slots, columns, cos=None, sin=None) -> None:
+    """As torch.ops.baton_kernels.append_kv."""
+    run_query(key, value, key_cache, value_cache, slots, columns, None, cos, sin)
+
+
+def run_query(
+    key, value, key_cache, value_cache, slots, columns, query, cos=None, sin=None
+) -> torch.Tensor | None:
+    """With the result of torch.ops.baton_kernels.append_kv.query; None without query."""
+    _check(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
     common.require_gpu("append_kv", "key", key)
     rows, num_kv_heads, head_dim = key.shape
     num_heads = 0 if query is None else query.shape[1]
-    rotated = key.new_empty(0) if query is None else query.new_empty(query.shape)
+    rotated = None if query is None else query.new_empty(query.shape)
     block_heads = min(common.power_of_2(max(num_heads, num_kv_heads)), MAX_BLOCK_HEADS)
     query_blocks = common.ceil_div(num_heads, block_heads)
     kv_blocks = common.ceil_div(num_kv_heads, block_heads)

@@ -26,7 +26,7 @@ def attention_mask(
     return run(starts, lengths, query_length, key_length, dtype, window)
 
 
-def run(starts, lengths, query_length, key_length, dtype, window=None) -> torch.Tensor:
+def run(starts, lengths, query_length, key_length, dtype=torch.bool, window=None) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.attention_mask."""
     _check(starts, lengths, query_length, key_length, dtype, window)
     common.require_gpu("attention_mask", "starts", starts)

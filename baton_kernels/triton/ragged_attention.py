@@ -73,33 +73,41 @@ def ragged_attention(
     max_length: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`baton_kernels.ragged_attention` in Triton."""
-    out, lse = run(
-        query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
-        scale=scale, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
-        sinks=sinks, return_lse=return_lse, max_query_length=max_query_length,
-        max_length=max_length,
+    return (run_lse if return_lse else run_options)(
+        query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
+        softcap, alibi_slopes, sinks, max_query_length, max_length,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
 
 
-def run(
-    query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
+def run_options(*args, **options) -> torch.Tensor:
+    """With the result of torch.ops.baton_kernels.ragged_attention and its overload `options`."""
+    out, _ = _attend(False, *args, **options)
+    return out
+
+
+run = run_options
+
+
+def run_lse(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """With the results of torch.ops.baton_kernels.ragged_attention.lse."""
+    return _attend(True, *args, **options)
+
+
+def _attend(
+    has_lse, query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
     scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
-    return_lse=False, max_query_length=None, max_length=None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """With the results of torch.ops.baton_kernels.ragged_attention."""
+    max_query_length=None, max_length=None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     _check(
-        query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
-        scale=scale, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
-        sinks=sinks, return_lse=return_lse, max_query_length=max_query_length,
-        max_length=max_length,
+        query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
+        softcap, alibi_slopes, sinks, max_query_length, max_length,
     )  # fmt: skip
     common.require_gpu("ragged_attention", "query", query)
     total_queries, num_heads, head_dim = query.shape
     num_slots, num_kv_heads, capacity, _ = key_cache.shape
     rows, group = slots.shape[0], num_heads // num_kv_heads
     out = query.new_empty(query.shape)
-    lse = query.new_empty((total_queries if return_lse else 0, num_heads), dtype=torch.float32)
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32) if has_lse else None
     if total_queries == 0 or rows == 0:
         return out, lse
 
@@ -122,7 +130,7 @@ def run(
         "FEW": few,
         "HEAD_DIM": head_dim,
         "BLOCK_D": common.power_of_2(head_dim),
-        "HAS_LSE": return_lse,
+        "HAS_LSE": has_lse,
     }
     options = {
         "IS_CAUSAL": causal,

@@ -24,21 +24,27 @@ def rms_norm(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`baton_kernels.rms_norm` in Triton."""
-    if residual is not None and x.dim() > 0 and residual.shape != x.shape:
+    if residual is None:
+        return run(as_rows(x), weight, eps).view(x.shape)
+    if x.dim() > 0 and residual.shape != x.shape:
         Checker("rms_norm").fail("residual", f"of shape {list(x.shape)}", list(residual.shape))
-    y, total = run(
-        as_rows(x), weight, eps, residual=None if residual is None else as_rows(residual)
-    )
-    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+    y, total = run_residual(as_rows(x), weight, eps, as_rows(residual))
+    return y.view(x.shape), total.view(x.shape)
 
 
-def run(x, weight, eps, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """With the results of torch.ops.baton_kernels.rms_norm."""
-    _check(x, weight, eps, residual=residual)
+def run(x, weight, eps) -> torch.Tensor:
+    """With the result of torch.ops.baton_kernels.rms_norm."""
+    y, _ = run_residual(x, weight, eps, None)
+    return y
+
+
+def run_residual(x, weight, eps, residual) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """With the results of torch.ops.baton_kernels.rms_norm.residual; no sum without residual."""
+    _check(x, weight, eps, residual)
     common.require_gpu("rms_norm", "x", x)
     rows, size = x.shape
     y = x.new_empty((rows, size))
-    total = x.new_empty(0 if residual is None else (rows, size))
+    total = None if residual is None else x.new_empty((rows, size))
     x = _uniform(x)
     residual = None if residual is None else _uniform(residual)
     block = min(common.power_of_2(size), MAX_BLOCK)

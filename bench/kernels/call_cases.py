@@ -68,8 +68,8 @@ def overhead(options: Options) -> Iterator[Work]:
         ways.append(Way(f"torch.cat of {count}", [others]))
         if peer is not None:
             ways.append(Way(f"torch: {like}", [peer]))
-        # As the Python function calls the op: its own options come behind.
-        behind = {"extract_kv": (0,), "attention_mask": (torch.bool,), "rms_norm": (1e-6,)}
+        # As the Python function calls the op: numbers without a default come behind.
+        behind = {"extract_kv": (0,), "rms_norm": (1e-6,)}
         empty_op = getattr(empty_ops(), name).default
         nothing = functools.partial(empty_op, *arguments, *behind.get(name, ()))
         ways.append(Way("torch.ops, an op that does nothing", [nothing], kind=LIMIT))

@@ -51,6 +51,7 @@ struct Cpu : CpuDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("append_kv", box<&append_kv<Cpu>>);
+  library.impl("append_kv.query", box<&append_kv_query<Cpu>>);
 }
 
 }  // namespace baton::bindings

@@ -25,11 +25,13 @@ inline void check_rotary(const Checker& check, const char* name, const Tensor& t
   check.last_contiguous(name, tensor);
 }
 
+// Returns the rotated query, where there is one.
 template <typename Device>
-Tensor append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                 const Tensor& value_cache, const Tensor& slots, const Tensor& columns,
-                 const std::optional<Tensor>& query, const std::optional<Tensor>& cos,
-                 const std::optional<Tensor>& sin) {
+std::optional<Tensor> run_append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                                    const Tensor& value_cache, const Tensor& slots,
+                                    const Tensor& columns, const Tensor* query,
+                                    const std::optional<Tensor>& cos,
+                                    const std::optional<Tensor>& sin) {
   const Checker check("append_kv", Device::kType, key_cache);
   AppendKvParams p{};
   p.sizes = check.caches(key_cache, value_cache, false, true);
@@ -64,8 +66,7 @@ Tensor append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache
   Device::check_values(check, p);
 
   const Device device(check, key_cache);
-  const int32_t dtype = key.dtype_code();
-  Tensor rotated = query ? allocate(key, query->sizes(), dtype) : no_result(key, dtype);
+  std::optional<Tensor> rotated;
   p.key = key.const_data_ptr();
   p.value = value.const_data_ptr();
   p.key_strides = token_strides(key);
@@ -73,7 +74,8 @@ Tensor append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache
   if (query) {
     p.query = query->const_data_ptr();
     p.query_strides = token_strides(*query);
-    p.rotated_query = rotated.mutable_data_ptr();
+    rotated.emplace(allocate(key, query->sizes()));
+    p.rotated_query = rotated->mutable_data_ptr();
   }
   p.rotary_dtype = p.dtype;
   if (cos) {
@@ -90,6 +92,22 @@ Tensor append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache
   p.value_cache_strides = cache_strides(value_cache);
   device.run(p, key_cache);
   return rotated;
+}
+
+template <typename Device>
+void append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+               const Tensor& value_cache, const Tensor& slots, const Tensor& columns,
+               const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
+  run_append_kv<Device>(key, value, key_cache, value_cache, slots, columns, nullptr, cos, sin);
+}
+
+template <typename Device>
+Tensor append_kv_query(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                       const Tensor& value_cache, const Tensor& slots, const Tensor& columns,
+                       const Tensor& query, const std::optional<Tensor>& cos,
+                       const std::optional<Tensor>& sin) {
+  return *run_append_kv<Device>(key, value, key_cache, value_cache, slots, columns, &query, cos,
+                                sin);
 }
 
 }  // namespace baton::bindings

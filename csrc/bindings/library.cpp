@@ -1,7 +1,8 @@
 // Every schema of the library, and the Python module that loads it.
 //
-// (a!) marks what a call writes. An optional second result is an empty tensor when it was not asked
-// for, because a schema's results cannot be optional for torch.compile.
+// (a!) marks what a call writes. Overloads give a result more or take options: a schema's results
+// cannot be optional, one that nobody asked for costs a call half a microsecond, and as much cost
+// the eight options of attention when all are left out.
 //
 // Options are keyword-only in the Python functions alone: torch needs half a microsecond for each
 // keyword of a call, more than for all checks of its tensors.
@@ -15,8 +16,10 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "Tensor cu_seqlens, Tensor slots, Tensor starts, bool zero_padding=False) -> ()");
   library.def(
       "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor slots, Tensor columns, Tensor? query=None, Tensor? cos=None, Tensor? sin=None) "
-      "-> Tensor");
+      "Tensor slots, Tensor columns, Tensor? cos=None, Tensor? sin=None) -> ()");
+  library.def(
+      "append_kv.query(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor slots, Tensor columns, Tensor query, Tensor? cos=None, Tensor? sin=None) -> Tensor");
   library.def(
       "move_kv(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor source_slots, "
       "Tensor source_starts, Tensor target_slots, Tensor target_starts, Tensor lengths) -> ()");
@@ -28,21 +31,30 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "Tensor starts, SymInt total_tokens, Tensor(a!) key, Tensor(b!) value) -> ()");
   library.def(
       "ragged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q, "
-      "Tensor slots, Tensor starts, Tensor lengths, float? scale=None, bool causal=True, "
-      "int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
-      "bool return_lse=False, SymInt? max_query_length=None, SymInt? max_length=None) "
+      "Tensor slots, Tensor starts, Tensor lengths) -> Tensor");
+  library.def(
+      "ragged_attention.options(Tensor query, Tensor key_cache, Tensor value_cache, "
+      "Tensor cu_seqlens_q, Tensor slots, Tensor starts, Tensor lengths, float? scale=None, "
+      "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
+      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None) -> Tensor");
+  library.def(
+      "ragged_attention.lse(Tensor query, Tensor key_cache, Tensor value_cache, "
+      "Tensor cu_seqlens_q, Tensor slots, Tensor starts, Tensor lengths, float? scale=None, "
+      "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
+      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None) "
       "-> (Tensor, Tensor)");
   library.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> (Tensor, Tensor)");
   library.def(
       "attention_mask(Tensor starts, Tensor lengths, SymInt query_length, SymInt key_length, "
-      "ScalarType dtype, int? window=None) -> Tensor");
+      "ScalarType dtype=bool, int? window=None) -> Tensor");
   library.def(
       "masked_softmax(Tensor scores, Tensor starts, Tensor lengths, float scale=1.0, "
       "int? window=None) -> Tensor");
+  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def(
-      "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual=None) -> (Tensor, Tensor)");
+      "rms_norm.residual(Tensor x, Tensor weight, float eps, Tensor residual) -> (Tensor, Tensor)");
   library.def("silu_and_mul(Tensor x) -> Tensor");
   library.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 

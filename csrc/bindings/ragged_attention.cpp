@@ -129,6 +129,8 @@ struct Cpu : CpuDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("ragged_attention", box<&ragged_attention<Cpu>>);
+  library.impl("ragged_attention.options", box<&attend<Cpu, false>>);
+  library.impl("ragged_attention.lse", box<&attend<Cpu, true>>);
 }
 
 }  // namespace baton::bindings

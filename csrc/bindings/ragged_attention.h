@@ -8,12 +8,13 @@
 
 namespace baton::bindings {
 
-template <typename Device>
-std::tuple<Tensor, Tensor> ragged_attention(
+// Returns out, with kLse also lse.
+template <typename Device, bool kLse>
+std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attend(
     const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
     const Tensor& cu_seqlens_q, const Tensor& slots, const Tensor& starts, const Tensor& lengths,
     std::optional<double> scale, bool causal, std::optional<int64_t> window, double softcap,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, bool return_lse,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
     std::optional<int64_t> max_query_length, std::optional<int64_t> max_length) {
   const Checker check("ragged_attention", Device::kType, key_cache);
   RaggedAttentionParams p{};
@@ -57,13 +58,15 @@ std::tuple<Tensor, Tensor> ragged_attention(
 
   const Device device(check, query);
   Tensor out = allocate(query, {p.total_queries, p.num_heads, p.sizes.head_dim});
-  Tensor lse = return_lse ? allocate(query, {p.total_queries, p.num_heads}, kCodes.float32)
-                          : no_result(query, kCodes.float32, p.num_heads);
+  std::optional<Tensor> lse;
+  if (kLse) {
+    lse.emplace(allocate(query, {p.total_queries, p.num_heads}, kCodes.float32));
+    p.lse = static_cast<float*>(lse->mutable_data_ptr());
+  }
   p.query = query.const_data_ptr();
   p.key_cache = key_cache.const_data_ptr();
   p.value_cache = value_cache.const_data_ptr();
   p.out = out.mutable_data_ptr();
-  p.lse = return_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   p.alibi_slopes =
       alibi_slopes ? static_cast<const float*>(alibi_slopes->const_data_ptr()) : nullptr;
   p.sinks = sinks ? static_cast<const float*>(sinks->const_data_ptr()) : nullptr;
@@ -75,7 +78,19 @@ std::tuple<Tensor, Tensor> ragged_attention(
   p.window = window ? *window : 0;
   p.causal = causal;
   device.run(p, query);
-  return {std::move(out), std::move(lse)};
+  if constexpr (kLse) {
+    return {std::move(out), std::move(*lse)};
+  } else {
+    return out;
+  }
+}
+
+template <typename Device>
+Tensor ragged_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                        const Tensor& cu_seqlens_q, const Tensor& slots, const Tensor& starts,
+                        const Tensor& lengths) {
+  return attend<Device, false>(query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
+                               {}, true, {}, 0.0, {}, {}, {}, {});
 }
 
 }  // namespace baton::bindings

@@ -8,8 +8,11 @@
 
 namespace baton::bindings {
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
-                                    const std::optional<Tensor>& residual) {
+namespace {
+
+// Returns y, with a residual also the sum.
+std::pair<Tensor, std::optional<Tensor>> run_rms_norm(const Tensor& x, const Tensor& weight,
+                                                      double eps, const Tensor* residual) {
   const Checker check("rms_norm");
   RmsNormParams p{};
   p.dtype = check.floating("x", x);
@@ -29,9 +32,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   }
   if (!(eps >= 0.0)) check.fail("eps", "at least 0", format(eps));
 
-  const int32_t dtype = x.dtype_code();
-  Tensor y = allocate(x, sizes, dtype);
-  Tensor sum = residual ? allocate(x, sizes, dtype) : no_result(x, dtype);
+  Tensor y = allocate(x, sizes);
+  std::optional<Tensor> sum;
   p.x = x.const_data_ptr();
   p.x_row_stride = x.strides()[0];
   p.weight = weight.const_data_ptr();
@@ -39,7 +41,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   if (residual) {
     p.residual = residual->const_data_ptr();
     p.residual_row_stride = residual->strides()[0];
-    p.sum = sum.mutable_data_ptr();
+    sum.emplace(allocate(x, sizes));
+    p.sum = sum->mutable_data_ptr();
   }
   p.eps = static_cast<float>(eps);
   const auto& kernel = cpu::kernels().rms_norm;
@@ -49,6 +52,21 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   return {std::move(y), std::move(sum)};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) { library.impl("rms_norm", box<&rms_norm>); }
+}  // namespace
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  return run_rms_norm(x, weight, eps, nullptr).first;
+}
+
+std::tuple<Tensor, Tensor> rms_norm_residual(const Tensor& x, const Tensor& weight, double eps,
+                                             const Tensor& residual) {
+  auto [y, sum] = run_rms_norm(x, weight, eps, &residual);
+  return {std::move(y), std::move(*sum)};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
+  library.impl("rms_norm", box<&rms_norm>);
+  library.impl("rms_norm.residual", box<&rms_norm_residual>);
+}
 
 }  // namespace baton::bindings

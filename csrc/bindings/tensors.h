@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <utility>
 
 namespace baton::bindings {
@@ -66,28 +68,27 @@ struct Codes {
 };
 inline const Codes kCodes;
 
-// An uninitialized tensor on the device of `like`. torch::stable::new_empty does the same by the
-// name of the operator, and takes twice as long to find it as to allocate; this entry of the shim
-// is what it called until torch 2.10, and calls the operator itself.
+// Results have at most as many dimensions as tokens with layers.
+constexpr size_t kMaxResultDims = 4;
+
+// An uninitialized contiguous tensor on the device of `like`. Of the shim's ways to one this is
+// the shortest: on the CPU it calls no operator.
 inline Tensor allocate(const Tensor& like, Sizes sizes, int32_t dtype) {
+  int64_t strides[kMaxResultDims], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    if (__builtin_mul_overflow(stride, std::max<int64_t>(sizes[i], 1), &stride)) {
+      throw std::runtime_error("baton_kernels: a result has more than 2^63 elements");
+    }
+  }
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
-                                                   static_cast<int64_t>(sizes.size()), &dtype,
-                                                   nullptr, nullptr, 0, nullptr, &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides, dtype, like.device_code(),
+                                                  like.get_device_index(), &result));
   return Tensor(result);
 }
 inline Tensor allocate(const Tensor& like, Sizes sizes) {
   return allocate(like, sizes, like.dtype_code());
-}
-
-// A result of a schema that was not asked for: [0] or [0, width], and no memory.
-inline Tensor no_result(const Tensor& like, int32_t dtype, int64_t width = -1) {
-  const int64_t sizes[] = {0, width}, strides[] = {width > 1 ? width : 1, 1};
-  AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(width < 0 ? 1 : 2, sizes, strides, dtype,
-                                                  like.device_code(), like.get_device_index(),
-                                                  &result));
-  return Tensor(result);
 }
 
 }  // namespace baton::bindings

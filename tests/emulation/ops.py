@@ -246,7 +246,7 @@ class EmulatedOps:
         check(ragged_attention_op)(
             query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale=scale,
             causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-            return_lse=return_lse, max_query_length=max_query_length, max_length=max_length,
+            max_query_length=max_query_length, max_length=max_length,
         )  # fmt: skip
         total_queries, num_heads, head_dim = query.shape
         capacity = key_cache.shape[2]

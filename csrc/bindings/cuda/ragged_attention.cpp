@@ -24,6 +24,8 @@ struct Cuda : CudaDevice<cuda::ragged_attention> {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CUDA, library) {
   library.impl("ragged_attention", box<&ragged_attention<Cuda>>);
+  library.impl("ragged_attention.options", box<&attend<Cuda, false>>);
+  library.impl("ragged_attention.lse", box<&attend<Cuda, true>>);
 }
 
 }  // namespace baton::bindings
