@@ -138,14 +138,18 @@ void pair_tile(const LinearParams& p, int64_t row, int64_t row_end, int64_t feat
   }
   const int64_t stride = p.weight_row_stride;
   const T* weight = static_cast<const T*>(p.weight) + feature * stride;
-  Vec sums[kPairs][kPairFeatures] = {};
   // Long sums are taken in stretches: one chain of additions over all of in_features rounds too
-  // much.
-  constexpr int64_t kStretch = 32 * kLine;
+  // much. Those of all stretches but the last one do not find registers.
+  constexpr int64_t kStretch = 40 * kLine;
   const int64_t whole = p.in_features / kLine * kLine;
-  for (int64_t k = 0; k < p.in_features;) {
-    const int64_t end = k + kStretch < whole ? k + kStretch : whole;
-    Vec stretch[kPairs][kPairFeatures] = {};
+  Vec sums[kPairs][kPairFeatures], earlier[kPairs][kPairFeatures];
+  for (int64_t k = 0;;) {
+    const int64_t begin = k, end = k + kStretch < whole ? k + kStretch : whole;
+    BATON_UNROLL
+    for (int m = 0; m < kPairs; ++m) {
+      BATON_UNROLL
+      for (int n = 0; n < kPairFeatures; ++n) sums[m][n] = zero();
+    }
     for (; k < end; k += kLine) {
       if (k == ahead.next) {
         // Past the end of a tensor nothing is read.
@@ -167,7 +171,7 @@ void pair_tile(const LinearParams& p, int64_t row, int64_t row_end, int64_t feat
         for (int half = 0; half < 2; ++half) {
           const typename D::Operand w = D::twice(weight + n * stride + k + half * D::kStep);
           BATON_UNROLL
-          for (int m = 0; m < kPairs; ++m) stretch[m][n] = D::step(v[m][half], w, stretch[m][n]);
+          for (int m = 0; m < kPairs; ++m) sums[m][n] = D::step(v[m][half], w, sums[m][n]);
         }
       }
     }
@@ -178,14 +182,23 @@ void pair_tile(const LinearParams& p, int64_t row, int64_t row_end, int64_t feat
         const typename D::Operand v = D::rows(x[2 * m] + k, x[2 * m + 1] + k, rest);
         BATON_UNROLL
         for (int n = 0; n < kPairFeatures; ++n) {
-          stretch[m][n] = D::step(v, D::twice(weight + n * stride + k, rest), stretch[m][n]);
+          sums[m][n] = D::step(v, D::twice(weight + n * stride + k, rest), sums[m][n]);
         }
       }
     }
+    const bool last = k >= p.in_features;
+    if (begin > 0) {
+      BATON_UNROLL
+      for (int m = 0; m < kPairs; ++m) {
+        BATON_UNROLL
+        for (int n = 0; n < kPairFeatures; ++n) sums[m][n] = earlier[m][n] + sums[m][n];
+      }
+    }
+    if (last) break;
     BATON_UNROLL
     for (int m = 0; m < kPairs; ++m) {
       BATON_UNROLL
-      for (int n = 0; n < kPairFeatures; ++n) sums[m][n] = sums[m][n] + stretch[m][n];
+      for (int n = 0; n < kPairFeatures; ++n) earlier[m][n] = sums[m][n];
     }
   }
   Vec bias = zero();
