@@ -126,8 +126,9 @@ template <typename T, int kPairs>
 void pair_tile(const LinearParams& p, int64_t row, int64_t row_end, int64_t feature,
                WeightsAhead ahead) {
   typedef PairDot<T> D;
-  // A line of each row, both halves of it at once: where rows lie a power of two apart, lines of
-  // fourteen rows would throw each other out of the first-level cache before the second half.
+  // Two steps at once, which is a line where elements are not converted: where rows lie a power of
+  // two apart, lines of fourteen rows would throw each other out of the first-level cache between
+  // the two.
   constexpr int64_t kLine = 2 * D::kStep;
   const T* x[2 * kPairs];
   BATON_UNROLL
