@@ -10,12 +10,10 @@ Index values live in tensors; only C++ checks them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._ops import OpOverload
-from torch.compiler import is_dynamo_compiling
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 16, 256, 8
@@ -33,7 +31,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
-def call(op: str, native: OpOverload, check: Callable[..., None], *args):
+def call(op: str, native: Callable[..., Any], check: Callable[..., None], *args):
     """Calls the native op; a refusal becomes the documented error.
 
     Args:
@@ -54,9 +52,7 @@ def call(op: str, native: OpOverload, check: Callable[..., None], *args):
                     "backward, call it under torch.inference_mode() or torch.no_grad()"
                 )
     try:
-        # An overload's own __call__ calls `_op` and does nothing else, for a fifth of a
-        # microsecond; torch.compile knows overloads alone.
-        return native(*args) if is_dynamo_compiling() else native._op(*args)
+        return native(*args)
     except (ValueError, RuntimeError) as error:
         check(*args)
         # Shapes and dtypes are right: an index value, or a failure that is not the caller's.
