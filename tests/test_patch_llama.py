@@ -20,6 +20,7 @@ from baton_engines.llama_testing import (
     relative_error,
     small_llama,
 )
+from baton_kernels.slot_memory import huge_page_bytes
 from baton_kernels.testing import cpu_threads
 
 CONFIGS = {
@@ -233,6 +234,13 @@ def test_handles_that_can_no_longer_compute() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     with pytest.raises(RuntimeError, match="undone"):
         llama.forward(*call)
+
+
+def test_cache_in_huge_pages() -> None:
+    with patch_llama(small_llama()) as llama:
+        whole = 2 * llama.num_layers * 4 * huge_page_bytes()
+        assert llama.new_cache(4, 32).bytes_reserved < whole
+        assert llama.new_cache(4, 32, huge_pages=True).bytes_reserved == whole
 
 
 def test_bad_arguments_of_the_packed_pass() -> None:

@@ -249,14 +249,14 @@ void weigh_direct(const float (*p)[kBlockKeys], int count, const Rows<T>& values
     softmax.until(columns.end);
     for_query_tiles<2>(count, [&]<int kQueries>(int m) {
       // The first two passes ask, each for half of the rows.
-      weigh_columns<T, kQueries, 2 * kPackedVecs>(p + m, values, columns, out + m,
-                                                  [&](int64_t row) BATON_INLINE_LAMBDA {
-                                                    if (count <= 2) {
-                                                      values.template used<1>(row);
-                                                    } else if (m <= 2 && row % 2 == m / 2) {
-                                                      values.template used<2>(row - row % 2);
-                                                    }
-                                                  });
+      const auto before = [&](int64_t row) BATON_INLINE_LAMBDA {
+        if (count <= 2) {
+          values.template used<1>(row);
+        } else if (m <= 2 && row % 2 == m / 2) {
+          values.template used<2>(row - row % 2);
+        }
+      };
+      weigh_columns<T, kQueries, 2 * kPackedVecs>(p + m, values, columns, out + m, before);
     });
   }
 }

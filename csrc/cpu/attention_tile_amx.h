@@ -107,7 +107,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   static_assert(sizeof(AttentionScratch::query) >= kMaxQueries * kMaxHeadDim * 2);
   static_assert(sizeof(AttentionScratch::values) >= kBlockKeys * kMaxHeadDim * 2);
 
-  // Tiles of 16 columns of values, in the order of head_dim that finish() undoes:
+  // Tiles of 16 columns of values, in the order of head_dim that put_result() undoes:
   // out[tile][step][pair of rows][column]. Rows behind the last one count as 0.
   static void pack_values(const BlockRows& values, float* out) {
     const int64_t steps = tile_steps(values.count), size = packed_size(steps);

@@ -11,32 +11,18 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// kStep elements of two rows, in the halves of a vector, times as many of one row in both; the
-// first n of them where n is given.
+// kStep elements of one row, which are half of a vector once they are what step() multiplies.
 template <typename T>
-struct PairDot {
+struct HalfDot {
   static constexpr int kStep = 8;
   typedef __m512 Operand;
-  static BATON_INLINE Operand rows(const T* a, const T* b) {
-    return widen_pair(load8(a), load8(b));
-  }
-  static BATON_INLINE Operand rows(const T* a, const T* b, int64_t n) {
-    return widen_pair(load8(a, n), load8(b, n));
-  }
-  static BATON_INLINE Operand twice(const T* p) { return widen_pair(load8(p), load8(p)); }
-  static BATON_INLINE Operand twice(const T* p, int64_t n) {
-    return widen_pair(load8(p, n), load8(p, n));
-  }
-  static BATON_INLINE Vec step(Operand a, Operand b, Vec sum) { return fmadd((Vec)a, (Vec)b, sum); }
-
- private:
-  static BATON_INLINE __m128i load8(const T* p) {
+  static BATON_INLINE __m128i load(const T* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   }
-  static BATON_INLINE __m128i load8(const T* p, int64_t n) {
+  static BATON_INLINE __m128i load(const T* p, int64_t n) {
     return _mm_maskz_loadu_epi16(static_cast<__mmask8>((1u << n) - 1), p);
   }
-  static BATON_INLINE Operand widen_pair(__m128i a, __m128i b) {
+  static BATON_INLINE Operand join(__m128i a, __m128i b) {
     const ShortVec both = (ShortVec)_mm256_set_m128i(b, a);
     if constexpr (__is_same(T, Half)) {
       return (__m512)from_half(both);
@@ -44,57 +30,61 @@ struct PairDot {
       return (__m512)from_bfloat16(both);
     }
   }
+  static BATON_INLINE Operand repeat(__m128i a) { return join(a, a); }
+  static BATON_INLINE Vec step(Operand a, Operand b, Vec sum) { return fmadd((Vec)a, (Vec)b, sum); }
 };
 
 template <>
-struct PairDot<float> {
+struct HalfDot<float> {
   static constexpr int kStep = 8;
   typedef __m512 Operand;
-  static BATON_INLINE Operand rows(const float* a, const float* b) {
-    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
+  static BATON_INLINE __m256 load(const float* p) { return _mm256_loadu_ps(p); }
+  static BATON_INLINE __m256 load(const float* p, int64_t n) {
+    return _mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << n) - 1), p);
   }
-  static BATON_INLINE Operand rows(const float* a, const float* b, int64_t n) {
-    const __mmask8 mask = static_cast<__mmask8>((1u << n) - 1);
-    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_maskz_loadu_ps(mask, a)),
-                              _mm256_maskz_loadu_ps(mask, b), 1);
+  static BATON_INLINE Operand join(__m256 a, __m256 b) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1);
   }
-  static BATON_INLINE Operand twice(const float* p) {
-    return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
-  }
-  static BATON_INLINE Operand twice(const float* p, int64_t n) {
-    return _mm512_broadcast_f32x8(_mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << n) - 1), p));
-  }
+  static BATON_INLINE Operand repeat(__m256 a) { return _mm512_broadcast_f32x8(a); }
   static BATON_INLINE Vec step(Operand a, Operand b, Vec sum) { return fmadd((Vec)a, (Vec)b, sum); }
 };
 
 #if defined(__AVX512BF16__)
 template <>
-struct PairDot<BFloat16> {
+struct HalfDot<BFloat16> {
   static constexpr int kStep = 16;
   typedef __m512i Operand;
-  static BATON_INLINE Operand rows(const BFloat16* a, const BFloat16* b) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(load16(a)), load16(b), 1);
+  static BATON_INLINE __m256i load(const BFloat16* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static BATON_INLINE Operand rows(const BFloat16* a, const BFloat16* b, int64_t n) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(load16(a, n)), load16(b, n), 1);
+  static BATON_INLINE __m256i load(const BFloat16* p, int64_t n) {
+    return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
   }
-  static BATON_INLINE Operand twice(const BFloat16* p) { return _mm512_broadcast_i64x4(load16(p)); }
-  static BATON_INLINE Operand twice(const BFloat16* p, int64_t n) {
-    return _mm512_broadcast_i64x4(load16(p, n));
+  static BATON_INLINE Operand join(__m256i a, __m256i b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
   }
+  static BATON_INLINE Operand repeat(__m256i a) { return _mm512_broadcast_i64x4(a); }
   static BATON_INLINE Vec step(Operand a, Operand b, Vec sum) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
-
- private:
-  static BATON_INLINE __m256i load16(const BFloat16* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  }
-  static BATON_INLINE __m256i load16(const BFloat16* p, int64_t n) {
-    return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
-  }
 };
 #endif
+
+// Two rows in the halves of a vector, and as many elements of one row in both; the first n of them
+// where n is given.
+template <typename T>
+struct PairDot : HalfDot<T> {
+  typedef HalfDot<T> Single;
+  typedef typename Single::Operand Operand;
+  template <typename... N>
+  static BATON_INLINE Operand rows(const T* a, const T* b, N... n) {
+    return Single::join(Single::load(a, n...), Single::load(b, n...));
+  }
+  template <typename... N>
+  static BATON_INLINE Operand twice(const T* p, N... n) {
+    return Single::repeat(Single::load(p, n...));
+  }
+};
 
 // Of eight features: the sums of the first row in the first eight lanes, of the second behind.
 BATON_INLINE Vec fold_pair(const Vec (&x)[8]) {
