@@ -233,7 +233,7 @@ def test_the_options_reach_the_relay(folder, monkeypatch):
     # 30 tokens of 512 bytes are enough, ten are not for 9 + 3 - 1.
     assert result.exit_code == 0, result.stderr
     assert (relay.policy.max_stall_tokens, relay.policy.admission.name) == (7, "priority")
-    assert (relay._loop.slots.kv_budget, relay._loop.autoscale.high) == (15728, 1)
+    assert (relay._batch.slots.kv_budget, relay._loop.autoscale.high) == (15728, 1)
     assert [span.query_id for span in relay.timeline if span.kind == "prefill"] == [1, 0, 2]
     result = generate(
         folder, "--kv-budget", 0.005, "--max-new-tokens", 3, "--no-chat", input="a\nbcdefghij\n"

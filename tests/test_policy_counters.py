@@ -55,7 +55,7 @@ def test_padded_orca():
     assert times == [[4, 5, 6], [4, 5, 6, 9, 10], [9, 10]]
     counters = relay.counters
     # The first prefill is 2 x 4 with 2 of padding, the shared forward 2 x 3 with 2 of padding.
-    assert relay._loop.slots.model.padding == [2, 0, 0, 2, 0]
+    assert relay._batch.slots.model.padding == [2, 0, 0, 2, 0]
     assert (counters.joint_tokens, counters.joint_padding_tokens) == (14, 4)
     assert counters.joint_padding == 4 / 14
     assert (counters.columns_read, counters.padding_columns_read) == (46, 4)

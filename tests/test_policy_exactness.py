@@ -46,7 +46,7 @@ def check(settings: dict, arrivals: list[tuple], more_to_come: bool) -> None:
     with patch_llama(model()) as llama, Relay(llama, capacity=CAPACITY, **settings) as relay:
         assert relay.cache.bytes_per_token == BYTES_PER_TOKEN
         policy_settings.watch_budget(relay, settings["kv_budget"])
-        relay._loop.on_logits = lambda query, row: logits.setdefault(query.id, []).append(row)
+        relay._batch.on_logits = lambda query, row: logits.setdefault(query.id, []).append(row)
         queries, cancels = [], {}
         coming = sorted(arrivals, key=lambda arrival: arrival[0])
         step = 0

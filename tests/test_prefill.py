@@ -229,7 +229,7 @@ def test_ctrl_c_loses_and_repeats_nothing(model, manual, monkeypatch, where, ali
         relay.step()
         owner, name = {
             "wait": (manual, "wait"),
-            "insertion": (relay._loop.slots, "fill"),
+            "insertion": (relay._batch.slots, "fill"),
             "callback": (manual, "name"),
             "hand_over": (manual, "submit"),
         }[where]

@@ -67,7 +67,7 @@ def test_logits_have_the_bits_of_a_prefill_in_the_loop():
         logits: dict[int, list[torch.Tensor]] = {}
         numbers = random.Random(5)
         with Relay(model, 4, 24, aligned=aligned, prefill=prefill) as relay:
-            relay._loop.on_logits = lambda query, row: logits.setdefault(query.id, []).append(
+            relay._batch.on_logits = lambda query, row: logits.setdefault(query.id, []).append(
                 row.clone()
             )
             queries = []

@@ -31,7 +31,7 @@ def llama() -> PatchedLlama:
 
 def record(relay: Relay) -> dict[int, list[torch.Tensor]]:
     logits: dict[int, list[torch.Tensor]] = {}
-    relay._loop.on_logits = lambda query, row: logits.setdefault(query.id, []).append(row.clone())
+    relay._batch.on_logits = lambda query, row: logits.setdefault(query.id, []).append(row.clone())
     return logits
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from relay_checks import assert_empty, assert_right, prompt
 
-from baton_engines.prefill import Overlapped, get
+from baton_engines.prefill import Overlapped, Serial, get
 from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
 
@@ -167,7 +167,7 @@ def test_bad_arguments(model):
         get("overlapped", workers=0)
     with pytest.raises(ValueError, match="threads must be >= 1, got 0"):
         get("overlapped", threads=0)
-    assert get("serial") is None
+    assert isinstance(get("serial"), Serial)
     prefill = Overlapped()
     with Relay(model, 2, 16, prefill=prefill) as relay:
         with pytest.raises(ValueError, match="must belong to one relay"):

@@ -53,7 +53,7 @@ class Workload:
         self.options = options
         self.queries: list[Query] = []
         self.logits: dict[int, list[torch.Tensor]] = {}
-        relay._loop.on_logits = lambda query, logits: self.logits.setdefault(query.id, []).append(
+        relay._batch.on_logits = lambda query, logits: self.logits.setdefault(query.id, []).append(
             logits.clone()
         )
 
