@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The environment with a CUDA torch, for `make test-cuda-build` and `make gpu`.
 export CUDA_VENV ?= .venv-cuda
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp)
-FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu bench/kernels/*.cpp \
+FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels/*.cpp \
   tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu tests/emulation/*/*.h tests/emulation/*/*.cu)
 
 .PHONY: setup demo test lint format wheel test-wheel test-cuda-build gpu bench bench-engines \
@@ -16,7 +16,7 @@ FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu bench/kernels/*.cpp \
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(SOURCES) \
-  $(wildcard csrc/cuda/*.cu)
+  $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu)
 	@$(PYTHON) -c 'import sys; sys.exit("python >= 3.10 is needed, got " + sys.version.split()[0] \
 	  + ": choose one with make PYTHON=...") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

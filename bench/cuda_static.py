@@ -63,7 +63,7 @@ def decode() -> None:
 
 def flight() -> None:
     """Bytes on their way per multiprocessor in the decode loop."""
-    source = cuda_static.ROOT / "csrc" / "cuda" / "ragged_attention_bfloat16.cu"
+    source = cuda_static.ROOT / "csrc" / "cuda" / "ragged_attention" / "bfloat16.cu"
     print("KB on their way per SM in the loop: least-mean-most over its instructions,")
     print("as the flow of data allows and as the code's scoreboards have it")
     for kernel in cuda_static.compile_kernels(source):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from cuda_tools import INSTALL, tool, with_includes
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 BUILD = ROOT / "build" / "static"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 FLAGS = ["-std=c++20", "-O3", "-I", "csrc", "-Xptxas", "-v"]

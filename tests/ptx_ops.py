@@ -31,15 +31,17 @@ def kernel_names(module: str) -> dict[int, str]:
 @functools.cache
 def ptx_of(op: str, kernel: str, architecture: int, source: Path) -> str:
     """PTX of the file that has a kernel."""
-    # The tensor core kernels of a dtype have a file of their own.
-    dtype = {"13__nv_bfloat16": "_bfloat16", "6__half": "_half"}
+    # The tensor core kernels of a dtype have a file to themselves.
+    files = {"13__nv_bfloat16": "bfloat16", "6__half": "half"}
     of_dtype = re.search(r"(decode|prefill)_kernelI(13__nv_bfloat16|6__half)", kernel)
-    return _compiled(source / f"{op}{dtype[of_dtype[2]] if of_dtype else ''}.cu", architecture)
+    folder = source / op if (source / op).is_dir() else source
+    path = folder / f"{files[of_dtype[2]] if of_dtype else op}.cu"
+    return _compiled(path, architecture, source.parent)
 
 
 @functools.cache
-def _compiled(path: Path, architecture: int) -> str:
-    return compile_ptx(path, architecture, path.parent.parent)
+def _compiled(path: Path, architecture: int, include: Path) -> str:
+    return compile_ptx(path, architecture, include)
 
 
 class PtxOps(EmulatedOps):

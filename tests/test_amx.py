@@ -220,7 +220,7 @@ def test_kernels_configure_multiply_and_release(tile_instructions, functions):
 
 
 def test_encoding_of_products(tile_instructions):
-    """sum += a b: sums are tiles 0 to 3, a 4 or 5, b 6 or 7 (csrc/cpu/amx.h, TileScope).
+    """sum += a b: sums are tiles 0 to 3, a 4 or 5, b 6 or 7 (csrc/cpu/simd/amx.h, TileScope).
 
     VEX.128.F3.0F38.W0 5C /r has the sum in ModRM:reg, a in ModRM:r/m, b in VEX.vvvv (inverted).
     """

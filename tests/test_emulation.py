@@ -106,14 +106,14 @@ RACE = r"race: |read of unwritten shared memory: "
 WAIT = "missing wait for cp.async: "
 MUTANTS = {
     # Program order alone: without them ptxas asks for keys and values in another order.
-    "ragged_attention_decode_warp.h: __syncwarp #1": None,
-    "ragged_attention_decode_warp.h: __syncwarp #2": None,
+    "decode_warp.h: __syncwarp #1": None,
+    "decode_warp.h: __syncwarp #2": None,
     # The barrier that the first tile begins with comes before any of the queries is read.
-    "ragged_attention_prefill.h: __syncwarp #1": None,
+    "prefill.h: __syncwarp #1": None,
     # Copies have landed by the barrier that ThreadSanitizer goes by, whoever waited for them.
-    "ragged_attention_prefill.h: copy_async_wait<1> #1": WAIT,
-    "ragged_attention_prefill.h: copy_async_wait<0> #1": WAIT,
-    "ragged_attention_prefill.h: all tiles share one stage #1": WAIT,
+    "prefill.h: copy_async_wait<1> #1": WAIT,
+    "prefill.h: copy_async_wait<0> #1": WAIT,
+    "prefill.h: all tiles share one stage #1": WAIT,
 }
 
 

@@ -92,8 +92,8 @@ def test_attention(architecture, dtype, name):
         assert (products > 0) == (busy and (architecture == 80 or dtype == torch.float16))
 
 
-# Planted defects. The emulator reads tests/emulation/ptx.h in the place of csrc/cuda/ptx.h, so
-# that it cannot see what is wrong in the assembly of the latter.
+# Planted defects. The emulator reads tests/emulation/ptx.h in the place of
+# csrc/cuda/device/ptx.h, so that it cannot see what is wrong in the assembly of the latter.
 
 DEFECTS = {
     "operands of mma swapped": (
@@ -116,8 +116,8 @@ DEFECTS = {
 
 # The kernels of the cases named above alone, which are compiled in a second.
 FEW_KERNELS = """
-#include "cuda/ragged_attention_decode.h"
-#include "cuda/ragged_attention_prefill.h"
+#include "cuda/ragged_attention/decode.h"
+#include "cuda/ragged_attention/prefill.h"
 namespace baton::cuda {
 void* kernels[] = {
     reinterpret_cast<void*>(ragged_attention_decode_kernel<__nv_bfloat16, 64, 1>),
@@ -139,7 +139,7 @@ def preprocessed(csrc: Path) -> str:
 def planted(tmp_path):
     """A copy of the sources to plant defects in."""
     csrc = Path(shutil.copytree(ROOT / "csrc", tmp_path / "csrc"))
-    (csrc / "cuda" / "ragged_attention_bfloat16.cu").write_text(FEW_KERNELS)
+    (csrc / "cuda" / "ragged_attention" / "bfloat16.cu").write_text(FEW_KERNELS)
     return csrc
 
 
@@ -152,7 +152,7 @@ def test_copy_without_a_defect_is_right(planted, name):
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defect_in_assembly_is_caught(defect, planted):
     pattern, replacement, name = DEFECTS[defect]
-    header = planted / "cuda" / "ptx.h"
+    header = planted / "cuda" / "device" / "ptx.h"
     text, count = re.subn(pattern, replacement, header.read_text())
     assert count == 1
     header.write_text(text)

@@ -205,7 +205,7 @@ bool decode(const ucontext_t& context, const uint8_t* code, Instruction& i) {
   return true;
 }
 
-// Whether it is an instruction of csrc/cpu/amx.h; then it is done.
+// Whether it is an instruction of csrc/cpu/simd/amx.h; then it is done.
 bool execute(const Instruction& i) {
   const bool in_memory = i.mod != 3;
   void* address = reinterpret_cast<void*>(i.base + (i.opcode == 0x49 ? i.index : 0));

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/device.h"
+#include "cuda/device/device.h"
 #include "cuda/kernels.h"
 
 namespace calls {

@@ -1,5 +1,5 @@
 // What a kernel source finds in place of CUDA when the host compiler reads it: the language's own
-// words, warp-wide functions, atomics and fast arithmetic. csrc/cuda/device.h includes it.
+// words, warp-wide functions, atomics and fast arithmetic. csrc/cuda/device/device.h includes it.
 #pragma once
 
 #include <driver_types.h>

@@ -7,8 +7,8 @@
 // Which line of the copy is wrong. 0: none.
 static int mutant = 0;
 
-#include "cuda/ragged_attention_decode.h"
-#include "cuda/ragged_attention_prefill.h"
+#include "cuda/ragged_attention/decode.h"
+#include "cuda/ragged_attention/prefill.h"
 
 // The one head_dim whose kernels have every barrier there is; all of them take a minute to compile.
 // Specializations come before ragged_attention.cu, which uses them.
@@ -35,7 +35,7 @@ cudaError_t launch_prefill<__nv_bfloat16>(const AttentionArgs& args, dim3 grid,
 }
 }  // namespace baton::cuda
 
-#include "cuda/ragged_attention.cu"
+#include "cuda/ragged_attention/ragged_attention.cu"
 #include "emulation/attention_call.h"
 
 int main(int argc, char** argv) {

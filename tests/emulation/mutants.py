@@ -14,20 +14,20 @@ from pathlib import Path
 
 from emulation import build
 
-CUDA = build.ROOT / "csrc" / "cuda"
+ATTENTION = Path("cuda", "ragged_attention")
 BARRIER = re.compile(r"\b(?:__sync(?:threads|warp)|copy_async_wait<\d+>)\(\);")
 # File, what stands there, the same with a mistake where WRONG holds, and what that makes of it.
 SPOILT = [
     (
-        "attention_rows.h", "a.max_splits + split;", "a.max_splits + (WRONG ? 0 : split);",
+        "rows.h", "a.max_splits + split;", "a.max_splits + (WRONG ? 0 : split);",
         "splits of a row share one partial result",
     ),
     (
-        "ragged_attention_decode.h", "&shared.out[warp][n]", "&shared.out[WRONG ? 0 : warp][n]",
+        "decode.h", "&shared.out[warp][n]", "&shared.out[WRONG ? 0 : warp][n]",
         "warps of a block share one partial result",
     ),
     (
-        "ragged_attention_prefill.h", "(2 * stage + which)", "(WRONG ? which : 2 * stage + which)",
+        "prefill.h", "(2 * stage + which)", "(WRONG ? which : 2 * stage + which)",
         "all tiles share one stage",
     ),
 ]  # fmt: skip
@@ -73,7 +73,7 @@ def _copies() -> tuple[tuple[Mutant, ...], dict[str, str]]:
     found: list[Mutant] = []
     texts = {
         path.name: _number_barriers(path.name, path.read_text(), found)
-        for path in sorted(CUDA.glob("*attention*"))
+        for path in sorted((build.ROOT / "csrc" / ATTENTION).iterdir())
     }
     for file, right, wrong, what in SPOILT:
         if texts[file].count(right) != 1:
@@ -93,9 +93,9 @@ def program(variant: build.Variant) -> Path:
     texts = _copies()[1]
     digest = hashlib.sha256("".join(f"{name}\n{text}" for name, text in texts.items()).encode())
     folder = build.BUILD / f"mutants-{digest.hexdigest()[:16]}"
-    (folder / "cuda").mkdir(parents=True, exist_ok=True)
+    (folder / ATTENTION).mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (folder / "cuda" / name).write_text(text)
+        (folder / ATTENTION / name).write_text(text)
     source = build.EMULATION / "mutants.cu"
     # Before csrc, whose files of the same names it hides.
     kernels = build.compile_object(source, variant, "-I", str(folder.relative_to(build.ROOT)))

@@ -1,5 +1,5 @@
-// Emulated twins of csrc/cuda/ptx.h: the same names and signatures, the operand layouts of the PTX
-// manual written out element by element.
+// Emulated twins of csrc/cuda/device/ptx.h: the same names and signatures, the operand layouts of
+// the PTX manual written out element by element.
 #pragma once
 
 #include "emulation/cuda_emulation.h"
