@@ -87,7 +87,7 @@ def test_op_is_in_every_layer(op):
         f"csrc/bindings/{op}.cpp",
         f"baton_kernels/ops/{op}.py",
         f"baton_kernels/reference/{op}.py",
-        f"tests/test_{op}.py",
+        f"tests/ops/test_{op}.py",
     ):
         assert len(list(ROOT.glob(pattern))) == 1, pattern
 

@@ -34,7 +34,7 @@ def tile(head_dim: int, itemsize: int, units: str) -> tuple[int, int, int, int]:
     """Query vectors of a tile of many, keys of a step, warps, pipeline stages.
 
     The largest that neither spill nor pass the shared memory on any architecture of their kind
-    (tests/test_triton_compile.py). Fixed, never tuned at run time: bits depend on them.
+    (tests/triton/test_triton_compile.py). Fixed, never tuned at run time: bits depend on them.
     """
     if units == "rdna":
         # A second stage in flight does not fit in the registers of a warp of 32 threads.

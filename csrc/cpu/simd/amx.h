@@ -1,5 +1,5 @@
 // AMX tile instructions as functions: the one place that knows them. Where the CPU has none, tests
-// run them all the same: tests/emulation/amx.cpp does in software what the CPU refuses.
+// run them all the same: python/emulation/amx/amx.cpp does in software what the CPU refuses.
 //
 // There are eight tiles of at most 16 rows of 64 bytes. A thread configures their shapes before the
 // first use and releases them after the last: TileScope.

@@ -1,5 +1,5 @@
 // What a kernel source needs besides CUDA C++: launches, dynamic shared memory and element types,
-// in the few forms that nvcc and the host compiler of the tests (tests/emulation) both understand.
+// in the few forms that nvcc and the host compiler of the tests (python/emulation) both understand.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -12,7 +12,7 @@
 #define BATON_ARCH 0  // the host's half of a compilation: no kernel is generated
 #endif
 #else
-#include "emulation/cuda_emulation.h"
+#include "emulation/cuda/cuda_emulation.h"
 #endif
 
 #include <cstddef>

@@ -1,9 +1,9 @@
 // Single PTX instructions as functions. Everything a kernel writes in assembly stands here, and
-// each function has a twin in tests/emulation/ptx.h, where a host compiler finds it.
+// each function has a twin in python/emulation/cuda/ptx.h, where a host compiler finds it.
 #pragma once
 
 #if !defined(__CUDACC__)
-#include "emulation/ptx.h"
+#include "emulation/cuda/ptx.h"
 #else
 
 #include <cuda_bf16.h>
