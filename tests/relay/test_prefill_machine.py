@@ -4,7 +4,7 @@ import hypothesis
 import policy_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
-from test_relay_machine import BYTES_PER_TOKEN, CAPACITY, RelayMachine
+from relay_machine import BYTES_PER_TOKEN, CAPACITY, RelayMachine
 
 from baton_engines import policies
 from baton_engines.relay import Relay
