@@ -26,7 +26,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
 
-FOLDER = pathlib.Path(__file__).resolve().parent
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "ops"
 OVERLOADS = [(op, overload) for op in baton_kernels.triton.OPS for overload in schemas(op)]
 
 
