@@ -156,22 +156,35 @@ def test_common_includes_no_cuda_runtime():
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_in_every_layer(op):
-    for path in (
+    """An op with many files has a folder in a layer."""
+    for pattern in (
         f"csrc/common/{op}.h",
-        f"csrc/cpu/{op}.cpp",
+        f"csrc/cpu/**/{op}.cpp",
         f"csrc/bindings/{op}.cpp",
         f"baton_kernels/ops/{op}.py",
         f"baton_kernels/reference/{op}.py",
-        f"tests/test_{op}.py",
+        f"tests/ops/test_{op}.py",
     ):
-        assert (ROOT / path).is_file(), path
+        assert len(list(ROOT.glob(pattern))) == 1, pattern
+
+
+def test_a_part_of_an_op_is_found_by_its_name():
+    """`git ls-files '*<op>*'` prints an op from its interface to the code of each device.
+
+    What lies beside the ops' files in csrc begins with the name of its op, or holds all of them
+    together; helpers of several ops have folders of their own.
+    """
+    common = {"kernels.h", "kernel_table.cpp"}
+    for folder in ("cpu", "cuda"):
+        for path in (ROOT / "csrc" / folder).glob("*.*"):
+            assert path.name in common or path.name.startswith(tuple(OPS)), path
 
 
 def test_cuda_kernels_are_bound():
     """An op with a CUDA kernel has a binding of it, which shares the checks of the CPU's."""
 
     def names(folder, suffix):
-        return {path.stem for path in (ROOT / "csrc" / folder).glob(f"*{suffix}")} & set(OPS)
+        return {path.stem for path in (ROOT / "csrc" / folder).rglob(f"*{suffix}")} & set(OPS)
 
     assert (
         names("cuda", ".cu") == names("bindings/cuda", ".cpp") == names("bindings", ".h") != set()
