@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import baton_kernels as kernels
-from baton_engines.packed_batch import PackedBatch
+from baton_engines.llama import PackedBatch
 
 from .attention import NAME, PackedRows, register
 
