@@ -283,6 +283,58 @@ def test_a_compiled_decode_step_is_one_graph(kind, fresh_compiler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+class Step(torch.nn.Module):
+    """A decode step whose cache are its buffers, as torch.export wants it."""
+
+    def __init__(self, model, cache):
+        super().__init__()
+        self.model, self.cache = model, cache
+        for index, layer in enumerate(cache.layers):
+            for name in ("keys", "values", "cumulative_length"):
+                self.register_buffer(f"{name}{index}", getattr(layer, name))
+
+    def forward(self, token, mask, positions):
+        for index, layer in enumerate(self.cache.layers):
+            for name in ("keys", "values", "cumulative_length"):
+                setattr(layer, name, getattr(self, f"{name}{index}"))
+        cache = {hf_models.cache_argument(self.model): self.cache}
+        return self.model(token, attention_mask=mask, position_ids=positions, **cache).logits
+
+
+@torch.no_grad()
+def test_an_exported_decode_step_runs_with_other_lengths(tmp_path):
+    model, (ids, mask) = make("gemma3"), prompts()
+    model.set_attn_implementation("baton")
+
+    def prefilled(rows):
+        cache, seen = slot_cache(model, 64), torch.zeros(len(rows), 64, dtype=torch.long)
+        seen[:, : mask.shape[1]] = mask[rows]
+        positions = (mask[rows].cumsum(1) - 1).clamp(min=0)
+        token = model(
+            ids[rows],
+            attention_mask=mask[rows],
+            position_ids=positions,
+            **{hf_models.cache_argument(model): cache},
+        ).logits[:, -1:].argmax(-1)
+        return Step(model, cache), seen, token, positions[:, -1:]
+
+    step, seen, token, positions = prefilled([0, 1])
+    first = seen.clone()
+    first[:, mask.shape[1]] = 1
+    torch.export.save(
+        torch.export.export(step, (token, first, positions + 1), strict=False), tmp_path / "step.pt2"
+    )
+    exported = torch.export.load(tmp_path / "step.pt2").module()
+    # Other queries than those it was exported with, of other lengths.
+    step, seen, token, positions = prefilled([4, 5])
+    exported.load_state_dict(step.state_dict(), strict=False)
+    for column in range(mask.shape[1], mask.shape[1] + 5):
+        seen[:, column], positions = 1, positions + 1
+        want = step(token, seen, positions)
+        assert torch.equal(exported(token, seen, positions), want)
+        token = want[:, -1:].argmax(-1)
+
+
 # ---- the relay on any model
 
 
