@@ -222,6 +222,15 @@ class SlotLayer(CacheLayerMixin):
         """KV heads, head_dim, dtype and device."""
         return self.keys.shape[1], self.keys.shape[3], self.keys.dtype, self.keys.device
 
+    @property
+    def bytes_committed(self) -> int:
+        """Bytes of memory that the columns in use take."""
+        if not self.is_initialized:
+            return 0
+        rows, num_kv_heads, _, head_dim = self.keys.shape
+        column = 2 * num_kv_heads * head_dim * self.keys.itemsize
+        return rows * column * int(self.cumulative_length)
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take memory for the rows of the first keys and values.
 
