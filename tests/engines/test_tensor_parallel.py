@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE))
 from hf_models import generate, make, prompts
+
+RANK = Path(__file__).parents[1] / "support" / "hf_tensor_parallel.py"
 
 
 def test_two_ranks_give_the_tokens_of_one_process(tmp_path):
@@ -22,7 +22,7 @@ def test_two_ranks_give_the_tokens_of_one_process(tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            str(HERE / "hf_tensor_parallel.py"), str(tmp_path), str(output),
+            str(RANK), str(tmp_path), str(output),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,

@@ -88,8 +88,8 @@ class SlotCache(Cache):
             The batch's mask from now on, `[rows, tokens]`.
 
         Raises:
-            ValueError: row is out of range, `other` has not one row, is of another model or does not
-                fit the capacity, or a mask does not fit its cache.
+            ValueError: row is out of range, `other` has more or fewer than one row, is of another
+                model or does not fit the capacity, or a mask does not fit its cache.
         """
         where = "SlotCache.insert"
         rows = self._rows(where, self, attention_mask)
@@ -360,9 +360,7 @@ class SlotLayer(CacheLayerMixin):
                 self._move(range(len(rows)), padding, 0, length)
         self.cumulative_length.sub_(padding)
 
-    def place(
-        self, other: SlotLayer, targets: Sequence[int], length: int, num_rows: int
-    ) -> None:
+    def place(self, other: SlotLayer, targets: Sequence[int], length: int, num_rows: int) -> None:
         """Copy the rows of another layer to `targets`, all rows ending in column `length`."""
         mine, theirs = int(self.cumulative_length), int(other.cumulative_length)
         former, there = (self.keys, self.values), self.batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import torch
 import transformers
@@ -22,6 +23,9 @@ _SMALL = {
 }
 _EXPERTS = {"num_experts_per_tok": 2}
 _QWEN_MOE = {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 48}
+
+# Tokens of an answer.
+NEW = 24
 
 # Name -> (prefix of the classes, what differs from `_SMALL`); None leaves a setting out.
 MODELS: dict[str, tuple[str, dict]] = {
@@ -99,8 +103,6 @@ def prompts(lengths=(27, 3, 40, 12, 33, 8)) -> tuple[torch.Tensor, torch.Tensor]
 
 def cache_argument(model: transformers.PreTrainedModel) -> str:
     """What the model calls its cache: transformers 5.24 renamed it."""
-    import inspect
-
     names = inspect.signature(model.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
@@ -121,3 +123,10 @@ def generate(model, attention: str, ids, mask, new_tokens: int = 24, **options) 
             **options,
         )
     return out[:, ids.shape[1] :]
+
+
+@functools.cache
+def expected(name: str, beams: int = 1) -> torch.Tensor:
+    """What eager attention generates."""
+    options = {"num_beams": beams} if beams > 1 else {}
+    return generate(make(name), "eager", *prompts(), NEW, **options)

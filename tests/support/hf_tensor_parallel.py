@@ -1,5 +1,8 @@
-"""What one rank of test_tensor_parallel runs under torchrun: a model saved in a folder, sharded over
-the ranks, under `generate` and under a relay. Rank 0 writes the tokens; all ranks must agree."""
+"""What one rank of test_tensor_parallel runs under torchrun.
+
+A model saved in a folder, sharded over the ranks, under `generate` and under a relay. Rank 0 writes
+the tokens of all ranks.
+"""
 
 from __future__ import annotations
 
