@@ -4,9 +4,10 @@ import importlib
 import importlib.util
 import types
 import warnings
-from typing import Any
 
 import torch
+
+from baton_kernels import torch_ops
 
 MINIMUM_TORCH = (2, 10)
 
@@ -49,4 +50,4 @@ def _load_cuda() -> tuple[types.ModuleType | None, str | None]:
 # The module, which says what it was compiled for, and why there is none: one of the two is None.
 cuda, why_no_cuda = _load_cuda()
 
-ops: Any = torch.ops.baton_kernels
+ops = torch_ops.ops
