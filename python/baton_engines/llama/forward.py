@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 import baton_kernels as kernels
 
-from .llama_check import check_model
+from .check import check_model
 from .packed_batch import PackedBatch
 from .rope import RotaryTable
 
