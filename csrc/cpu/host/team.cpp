@@ -31,12 +31,12 @@ using std::chrono::microseconds;
 
 // How long a helper spins for the next region. Between two regions of a decode step lie 5 to 30 us.
 constexpr microseconds kSpin{50};
-// A spinning helper that sees no time for this long may have been preempted.
-constexpr microseconds kGap{25};
-// How long a caller spins for a helper inside a region. A helper that takes longer than a caller
-// that found no more work was likely preempted.
+// How long a caller spins for a helper that is still inside a region.
 constexpr microseconds kPatience{100};
-// How long a preempted helper stays away; the time doubles with each preemption that follows soon.
+// A helper that was preempted for so long has a core that another program uses: it stays away. Less
+// is a passing matter of the system. Under a hypervisor the time by itself proves nothing.
+constexpr microseconds kPreempted{500};
+// How long it stays away; the time doubles with each preemption that follows soon.
 constexpr microseconds kFirstAbsence{5'000}, kLastAbsence{40'000};
 
 // Sleeps unless `word` has another value than this by now. May return early.
@@ -168,18 +168,20 @@ class Team {
   void close() {
     uint64_t region = region_.fetch_and(~kSeats, std::memory_order_acq_rel);
     if ((region & kInsides) == 0) return;
-    const Clock::time_point end = Clock::now() + kPatience;
-    while (((region = region_.load(std::memory_order_acquire)) & kInsides) != 0) {
+    const Clock::time_point begin = Clock::now();
+    while (Clock::now() - begin < kPatience) {
+      region = region_.load(std::memory_order_acquire);
+      if ((region & kInsides) == 0) return;
       pause();
-      if (Clock::now() < end) continue;
-      slow_region_.store(number_of(region), std::memory_order_relaxed);
-      // Asleep, so that the helper can have this core where another program has its own.
-      const uint32_t left = left_.load(std::memory_order_relaxed);
-      region = region_.fetch_or(kCallerSleeps, std::memory_order_acq_rel);
-      while ((region & kInsides) != 0) {
-        sleep_while(left_, left);
-        region = region_.load(std::memory_order_acquire);
-      }
+    }
+    // Asleep, so that the helper can have this core where another program has its own.
+    waits_since_.store(begin, std::memory_order_relaxed);
+    uint32_t left = left_.load(std::memory_order_acquire);
+    region = region_.fetch_or(kCallerSleeps, std::memory_order_acq_rel);
+    while ((region & kInsides) != 0) {
+      sleep_while(left_, left);
+      left = left_.load(std::memory_order_acquire);
+      region = region_.load(std::memory_order_acquire);
     }
   }
 
@@ -200,28 +202,32 @@ class Team {
       work_(argument_);
       region = region_.fetch_sub(kInside, std::memory_order_acq_rel);
       if ((region & kCallerSleeps) != 0 && (region & kInsides) == kInside) {
+        const Clock::time_point since = waits_since_.load(std::memory_order_relaxed);
         left_.fetch_add(1, std::memory_order_release);
         wake(left_, 1);
+        if (Clock::now() - since > kPreempted) absence.take_if_preempted(*this);
       }
-      if (slow_region_.load(std::memory_order_relaxed) == last_number) absence.take_if_due(*this);
     }
   }
 
-  // What a helper does when the system needs its core for others.
+  // The time that a helper stays away because another program uses its core.
   class Absence {
    public:
-    void take_if_due(Team& team) {
+    void take_if_preempted(Team& team) {
       const long count = preemptions();
       if (count == count_) return;
       const Clock::time_point now = Clock::now();
-      // Soon after the last one: others are still there.
+      // Soon after the last one: the other program is still there.
       length_ = now - end_ < length_ ? std::min(2 * length_, kLastAbsence) : kFirstAbsence;
       team.absent_.fetch_add(1, std::memory_order_relaxed);
       std::this_thread::sleep_for(length_);
       team.absent_.fetch_sub(1, std::memory_order_relaxed);
       end_ = Clock::now();
-      count_ = preemptions();
+      forget();
     }
+
+    // What has happened until now no longer counts.
+    void forget() { count_ = preemptions(); }
 
    private:
     long count_ = preemptions();
@@ -239,9 +245,8 @@ class Team {
     for (; !is_open(region); region = region_.load(std::memory_order_acquire)) {
       pause();
       Clock::time_point now = Clock::now();
-      if (now - last > kGap) {
-        // The gap by itself may be the machine's, under a hypervisor.
-        absence.take_if_due(*this);
+      if (now - last > kPreempted) {
+        absence.take_if_preempted(*this);
         now = Clock::now();
       }
       last = now;
@@ -250,6 +255,7 @@ class Team {
       const uint32_t call = call_.load(std::memory_order_seq_cst);
       if (!is_open(region_.load(std::memory_order_seq_cst))) sleep_while(call_, call);
       sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+      absence.forget();
       last = Clock::now();
       end = last + kSpin;
     }
@@ -269,7 +275,7 @@ class Team {
   alignas(64) std::atomic<uint32_t> call_{0};  // helpers sleep on it, the caller changes it
   std::atomic<int> sleeping_{0}, absent_{0};
   alignas(64) std::atomic<uint32_t> left_{0};  // the caller sleeps on it, the last helper changes it
-  std::atomic<uint32_t> slow_region_{0};       // number of the last one that the caller waited for
+  std::atomic<Clock::time_point> waits_since_{};
 };
 
 // Teams whose calling thread has ended.
