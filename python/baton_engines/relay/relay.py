@@ -23,6 +23,7 @@ from ..prefill import get as get_prefiller
 from ..query import Query
 from ..slots import Slots
 from .autoscale import Autoscale
+from .batch import Batch
 from .counters import Counters, Span, Timeline
 from .decode_loop import DecodeLoop
 from .in_flight import InFlight
@@ -118,14 +119,18 @@ class Relay:
                     f"Relay: policy must compute prompts whole in an aligned cache and under "
                     f"dynamic RoPE, got {self.policy.name}, which splits them"
                 )
-            in_flight = self._open(get_prefiller(prefill), model, slots)
+            prefiller = get_prefiller(prefill)
+            prefiller.open(model)
+            # Before the patch is undone: the workers use it.
+            self._undo.callback(prefiller.close)
         except BaseException:
             self._undo.close()
             raise
         self._limits = replace(
             limits, kv_budget=kv_budget, bytes_per_token=slots.cache.bytes_per_token
         )
-        self._loop = DecodeLoop(slots, self.policy, clock, self._note_end, autoscale, in_flight)
+        self._batch = Batch(slots, self.policy, clock, self._note_end)
+        self._loop = DecodeLoop(self._batch, InFlight(self._batch, prefiller), autoscale)
         self._next_id = 0
         # Ended queries that `run` has not returned. Weak, so that a server that never calls `run`
         # keeps none of them alive; `_held` has those of the current `run`, and those that have
@@ -138,42 +143,42 @@ class Relay:
     @property
     def cache(self):
         """The KVCache, for reading."""
-        return self._loop.slots.cache
+        return self._batch.slots.cache
 
     @property
     def counters(self) -> Counters:
         """What the relay has done."""
-        return self._loop.counters
+        return self._batch.counters
 
     @property
     def num_slots(self) -> int:
         """The most queries that run at a time."""
-        return self._loop.slots.num_slots
+        return self._batch.slots.num_slots
 
     @property
     def waiting(self) -> tuple[Query, ...]:
         """Queries that wait for a slot, in order of submission."""
-        return tuple(self._loop.waiting.values())
+        return tuple(self._batch.waiting.values())
 
     @property
     def running(self) -> tuple[Query, ...]:
         """Queries in the batch, in order of admission."""
-        return tuple(self._loop.running.values())
+        return tuple(self._batch.running.values())
 
     @property
     def parked(self) -> tuple[Query, ...]:
         """Preempted queries that wait for `resume`."""
-        return tuple(self._loop.parked.values())
+        return tuple(self._batch.parked.values())
 
     @property
     def parked_bytes(self) -> int:
         """Bytes of the keys and values in host memory."""
-        return self._loop.slots.parked_bytes
+        return self._batch.slots.parked_bytes
 
     @property
     def timeline(self) -> list[Span]:
         """Who held which slot when, a span split by each stall; the newest 16384 spans."""
-        return self._loop.timeline.spans(self._clock())
+        return self._batch.timeline.spans(self._clock())
 
     def submit(
         self,
@@ -238,10 +243,10 @@ class Relay:
                 seed=seed,
             )
         except Exception as error:
-            self._loop.fail(query, error)
+            self._batch.fail(query, error)
             self._held.append(query)
         else:
-            self._loop.wait(query)
+            self._batch.wait(query)
         return query
 
     def step(self) -> bool:
@@ -313,9 +318,9 @@ class Relay:
 
     def cancel(self, query: Query) -> bool:
         """End the query now, without another token, and free its slot. False if it had ended."""
-        if self._loop.place(query) is None:
+        if self._batch.place(query) is None:
             return False
-        self._loop.end(query, "cancelled", "cancelled")
+        self._batch.end(query, "cancelled", "cancelled")
         return True
 
     def preempt(self, query: Query) -> bool:
@@ -324,15 +329,10 @@ class Relay:
         A query that another one's callback preempts before its own token of the step is out
         computes that one token again. False if it had ended or is parked already.
         """
-        loop = self._loop
-        place = loop.place(query)
-        if place is None or place is loop.parked:
+        place = self._batch.place(query)
+        if place is None or place is self._batch.parked:
             return False
-        if place is loop.running:
-            loop.unseat(query)
-        del loop.waiting[query.id]
-        query.status = "parked"
-        loop.parked[query.id] = query
+        self._batch.park(query)
         return True
 
     def resume(self, query: Query) -> bool:
@@ -340,10 +340,9 @@ class Relay:
 
         Its keys and values are copied back, not recomputed. False if it was not parked.
         """
-        if self._loop.place(query) is not self._loop.parked:
+        if self._batch.place(query) is not self._batch.parked:
             return False
-        del self._loop.parked[query.id]
-        self._loop.wait(query)
+        self._batch.unpark(query)
         return True
 
     def resize(self, num_slots: int) -> None:
@@ -358,39 +357,30 @@ class Relay:
         num_slots = operator.index(num_slots)
         if num_slots < 1:
             raise ValueError(f"resize: num_slots must be >= 1, got {num_slots}")
-        self._loop.resize(num_slots)
+        self._batch.resize(num_slots)
 
     def reset_counters(self) -> None:
         """Start counters and timeline anew, for a measurement after a warm-up."""
-        self._loop.counters = Counters()
-        self._loop.timeline = Timeline()
+        self._batch.counters = Counters()
+        self._batch.timeline = Timeline()
 
     def summary(self) -> dict:
         """Policy, prefill mode, slots, rates, latencies in seconds, the idle split and all
         counters, by name."""
-        in_flight = self._loop.in_flight
-        mode = "serial" if in_flight is None else in_flight.prefiller.name
+        mode = self._loop.in_flight.prefiller.name
         about = {"policy": self.policy.name, "prefill": mode, "num_slots": self.num_slots}
         return {**about, **self.counters.summary()}
 
     def close(self) -> None:
         """Cancel what has not ended, give the cache's memory back, undo the relay's own patch."""
         self._between_steps("close")
-        loop = self._loop
-        for queries in (loop.waiting, loop.running, loop.parked):
+        batch = self._batch
+        for queries in (batch.waiting, batch.running, batch.parked):
             for query in list(queries.values()):
-                loop.end(query, "cancelled", "cancelled")
+                batch.end(query, "cancelled", "cancelled")
         self._closed = True
-        loop.slots.cache.release()
+        batch.slots.cache.release()
         self._undo.close()
-
-    def _open(self, prefiller: Prefiller | None, model, slots: Slots) -> InFlight | None:
-        if prefiller is None:
-            return None
-        prefiller.open(model)
-        # Before the patch is undone: the workers use it.
-        self._undo.callback(prefiller.close)
-        return InFlight(prefiller, on_cpu=slots.cache.keys.device.type == "cpu")
 
     def _between_steps(self, where: str) -> None:
         if self._loop.stepping:
