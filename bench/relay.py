@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluation(argv: Sequence[str]) -> int:
     """Runs the cells, or reads an earlier run; prints and draws. 1 when answers differ."""
-    # Before torch is imported: spinning threads get in the way of whatever else runs, and the
-    # other engines run too.
+    # Before torch is imported: torch's own threads, where they spin, take the cores of the kernels'
+    # threads and of the other engines.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 

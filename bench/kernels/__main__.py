@@ -82,7 +82,8 @@ def run_case(name: str, options: Options) -> tuple[list[Row], list[str]]:
             if options.only not in work.label:
                 continue
             threads = torch.get_num_threads()
-            rows += measure(name, work, options.effort, options.device.clock, threads)
+            device = options.device
+            rows += measure(name, work, options.effort, device.clock, threads, device.settle)
     except torch.OutOfMemoryError as error:
         # A smaller card's table ends here; the next ones may fit.
         lines.append(f"ended early: {describe(error)}")

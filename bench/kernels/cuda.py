@@ -27,6 +27,7 @@ class Cuda:
     name = "cuda"
     copier = "device copy"
     gemm_size = 4096
+    settle = None  # No way has threads that could take another's cores.
 
     def __init__(self, num_bytes: int, repeats: int):
         self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size

@@ -14,7 +14,7 @@ import torch
 import baton_kernels
 from baton_kernels.testing import assert_same_bits, cpu_threads
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -36,7 +36,7 @@ def test_team_under_a_sanitizer(sanitizer, tmp_path):
         [
             os.environ.get("CXX", "g++").split()[0], "-std=c++20", "-O1", "-g", "-Wall", "-Wextra",
             "-Werror", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all",
-            "-I", "csrc", "tests/team.cpp", "csrc/cpu/host/team.cpp", "-o", str(program),
+            "-I", "csrc", "tests/cpu/team.cpp", "csrc/cpu/host/team.cpp", "-o", str(program),
         ],
         cwd=ROOT, check=True,
     )  # fmt: skip
