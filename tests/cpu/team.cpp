@@ -1,6 +1,6 @@
 // Calls of run_on_team for a sanitizer to watch, and checks of what it promises: the work of every
-// region is done once, by callers at the same time, with any number of helpers, in a forked process,
-// in the caller's float mode. Prints nothing and ends with 0, or says what is wrong.
+// region is done once, by callers at the same time, with any number of helpers, in a forked
+// process, in the caller's float mode. Prints nothing and ends with 0, or says what is wrong.
 #include "cpu/host/team.h"
 
 #include <sys/resource.h>

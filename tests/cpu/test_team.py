@@ -158,7 +158,7 @@ def test_a_process_ends_while_helpers_are_awake():
 
 @LINUX
 def test_signals_reach_the_programs_own_threads():
-    """Helpers block signals, so that an interrupt ends the sleep of the thread that waits for it."""
+    """Helpers block signals: an interrupt ends the sleep of the thread that waits for it."""
     signals = f"""
     torch.set_num_threads(3)
     call()

@@ -274,7 +274,8 @@ class Team {
   alignas(64) std::atomic<uint64_t> region_{0};
   alignas(64) std::atomic<uint32_t> call_{0};  // helpers sleep on it, the caller changes it
   std::atomic<int> sleeping_{0}, absent_{0};
-  alignas(64) std::atomic<uint32_t> left_{0};  // the caller sleeps on it, the last helper changes it
+  alignas(64) std::atomic<uint32_t> left_{
+      0};  // the caller sleeps on it, the last helper changes it
   std::atomic<Clock::time_point> waits_since_{};
 };
 

@@ -358,8 +358,7 @@ def demo(
 
 def main() -> None:
     """Entry point of the console script."""
-    # The kernels have threads of their own, which know when to spin. Those of torch's operators, of
-    # which a step calls a few, would spin for milliseconds and take the kernels' cores. OpenMP reads
-    # this when torch is imported.
+    # The kernels have their own threads. Those of torch's operators, of which a step calls a few,
+    # would spin for milliseconds on the kernels' cores. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
