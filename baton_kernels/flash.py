@@ -7,6 +7,8 @@ compute is refused by name and never ignored. There is no backward.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from baton_kernels.ops.append_kv import append_kv
@@ -74,7 +76,7 @@ def flash_attn_func(
         max_length=keys,
         return_lse=return_attn_probs,
     )
-    if not return_attn_probs:
+    if isinstance(result, torch.Tensor):
         return result.view(q.shape)
     out, lse = result
     return out.view(q.shape), _lse_by_head(lse, batch, queries), None
@@ -148,7 +150,7 @@ def flash_attn_varlen_func(
         max_length=int(max_seqlen_k),
         return_lse=return_attn_probs,
     )
-    if not return_attn_probs:
+    if isinstance(result, torch.Tensor):
         return result
     out, lse = result
     return out, lse.t().contiguous(), None
@@ -235,13 +237,15 @@ def flash_attn_with_kvcache(
     )
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     ends, query = used.int(), q.reshape(batch * queries, num_heads, head_dim)
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError(f"{op}: rotary_cos and rotary_sin must be given together, got only one")
     if rotary_cos is not None:
         _check_rotary(op, k, queries, causal, window_size, cache_leftpad, rotary_interleaved)
-    if k is not None:
+    if k is not None and v is not None:
         new = _shape(op, "k", k)[1]
         written = (ends[:, None] + torch.arange(new, device=device)).flatten().int()
         rotary = {}
-        if rotary_cos is not None:
+        if rotary_cos is not None and rotary_sin is not None:
             rotary = {"cos": rotary_cos[written.long()], "sin": rotary_sin[written.long()]}
             query = _rotate(query, ends, queries, rotary_cos, rotary_sin)
         append_kv(
@@ -271,7 +275,7 @@ def flash_attn_with_kvcache(
         max_length=columns,
         return_lse=return_softmax_lse,
     )
-    if not return_softmax_lse:
+    if isinstance(result, torch.Tensor):
         return result.view(q.shape)
     out, lse = result
     return out.view(q.shape), _lse_by_head(lse, batch, queries)
@@ -293,7 +297,7 @@ def _lse_by_head(lse: torch.Tensor, batch: int, queries: int) -> torch.Tensor:
     return lse.view(batch, queries, -1).transpose(1, 2).contiguous()
 
 
-def _mask(op: str, causal: bool, window_size: tuple[int, int]) -> dict[str, bool | int | None]:
+def _mask(op: str, causal: bool, window_size: tuple[int, int]) -> dict[str, Any]:
     """`causal` and `window` of ragged_attention; its window counts the token itself."""
     left, right = window_size
     if right > 0 and not causal:

@@ -57,6 +57,7 @@ def evaluation(argv: Sequence[str]) -> int:
     )
     matrix.add_arguments(parser)
     parser.add_argument("--threads", type=int, help="CPU threads of every system; default: torch's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the model")
     parser.add_argument("--engines", nargs="*", choices=tuple(ENGINES), help="all when none named")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder; %(default)s")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="results.json")
@@ -69,6 +70,8 @@ def evaluation(argv: Sequence[str]) -> int:
     if arguments.source is not None:
         results = json.loads(arguments.source.read_text())
     else:
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            sys.exit("bench.relay: --device cuda needs a GPU that torch can use, and finds none")
         engines = arguments.engines
         if engines is not None and not engines:
             engines = list(ENGINES)
@@ -76,6 +79,7 @@ def evaluation(argv: Sequence[str]) -> int:
             results = evaluate(
                 matrix.select(arguments),
                 engines=engines or (),
+                device=arguments.device,
                 report=lambda line: print(line, file=sys.stderr, flush=True),
             )
         except GateError as error:

@@ -239,6 +239,7 @@ REFUSED = [
         NotImplementedError,
         "cache_leftpad must be None with rotary_cos",
     ),
+    ("kvcache", {"rotary_cos": torch.zeros(9, 16)}, ValueError, "must be given together"),
     ("func", {"q": torch.zeros(2, 5, 32)}, ValueError, r"q must be \[batch, tokens, heads"),
     ("func", {"softcap": -1.0}, ValueError, "softcap must be"),
 ]
