@@ -78,9 +78,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs the tests of ``test_<op>.py`` on every backend that has the op."""
+    """Runs the tests of ``test_<op>.py`` and ``test_<op>_*.py`` on every backend with the op."""
     if "ops" in metafunc.fixturenames:
-        op = metafunc.module.__name__.split(".")[-1].removeprefix("test_")
+        name = metafunc.module.__name__.split(".")[-1].removeprefix("test_")
+        fits = [op for op in baton_kernels.ops.__all__ if f"{name}_".startswith(f"{op}_")]
+        op = max(fits, key=len, default=name)
         backends = [backend for backend in BACKENDS if backend.has(op)]
         metafunc.parametrize("ops", backends, ids=lambda backend: backend.name, indirect=True)
 
