@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .llama import PatchedLlama, patch_llama
+    from .llama_patch import unpatch
     from .models import ModelLoadError, load_model
     from .packed_batch import PackedBatch
     from .relay import Query, Relay
@@ -23,6 +24,7 @@ _EXPORTS = {
     "Relay": ".relay",
     "load_model": ".models",
     "patch_llama": ".llama",
+    "unpatch": ".llama_patch",
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Relay",
     "load_model",
     "patch_llama",
+    "unpatch",
 ]
 
 
