@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from baton_engines.llama import patch_llama
-from baton_engines.models import load_model
+from baton_engines.llama.load import load_model
 from baton_engines.relay import Relay
 
 from . import describe_run

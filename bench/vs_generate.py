@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from baton_engines.cli.prompts_io import demo_prompts, read_prompt_file
 from baton_engines.llama import patch_llama
-from baton_engines.models import load_model
-from baton_engines.prompts_io import demo_prompts, read_prompt_file
+from baton_engines.llama.load import load_model
 from baton_engines.relay import Relay
 
 from . import describe_run, spread

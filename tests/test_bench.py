@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench_package import import_bench
 
-from baton_engines.llama_testing import small_llama
+from baton_engines.testing.small_llama import small_llama
 
 
 @pytest.fixture(scope="module")

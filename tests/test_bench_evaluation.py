@@ -11,9 +11,9 @@ import pytest
 import torch
 from bench_package import import_bench
 
-from baton_engines.llama_testing import small_llama
 from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
+from baton_engines.testing.small_llama import small_llama
 
 cells, engines, limit, matrix, measure, page, peers, run, summary, systems, tables, evaluate = (
     import_bench(f"evaluation.{name}")

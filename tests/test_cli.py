@@ -13,16 +13,16 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import baton_kernels
-from baton_engines import demo, report
-from baton_engines.cli import app
-from baton_engines.llama_testing import small_llama
-from baton_engines.prompts_io import (
+from baton_engines.cli import demo, report
+from baton_engines.cli.main import app
+from baton_engines.cli.prompts_io import (
     ResultWriter,
     demo_prompts,
     read_prompt_file,
     read_prompts,
 )
 from baton_engines.relay import Relay
+from baton_engines.testing.small_llama import small_llama
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '\n' }}"
@@ -354,7 +354,7 @@ def test_missing_model():
 
 def test_help_needs_no_torch():
     # main() sets what OpenMP reads when torch is imported, so it must come first.
-    code = "import sys, baton_engines.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, baton_engines.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

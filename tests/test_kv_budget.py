@@ -6,9 +6,9 @@ import pytest
 from policy_settings import watch_budget
 
 from baton_engines import policies
-from baton_engines.autoscale import Autoscale
 from baton_engines.policies import Forward, Plan, Policy, View
 from baton_engines.relay import Query, Relay
+from baton_engines.relay.autoscale import Autoscale
 from baton_engines.testing import FakeLlama
 
 BYTES_PER_TOKEN = 256

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from baton_engines import ModelLoadError, load_model, models
-from baton_engines.llama_testing import small_llama
+from baton_engines import ModelLoadError, load_model
+from baton_engines.llama import load as models
+from baton_engines.testing.small_llama import small_llama
 from baton_kernels.testing import cpu_threads
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from baton_engines import PackedBatch, load_model, patch_llama
-from baton_engines.llama_testing import (
+from baton_engines.testing.small_llama import (
     QUERIES,
     ROPE_PARAMETERS,
     KnownQuery,

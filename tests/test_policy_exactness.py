@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from baton_engines import policies
 from baton_engines.llama import patch_llama
-from baton_engines.llama_testing import VOCAB_SIZE, small_llama
 from baton_engines.relay import Relay
+from baton_engines.testing.small_llama import VOCAB_SIZE, small_llama
 
 CAPACITY = 40
 # Two layers, keys and values of two heads of 16 in float32.

@@ -6,9 +6,9 @@ from relay_checks import assert_empty, assert_right, prompt
 
 from baton_engines import policies
 from baton_engines.prefill import Overlapped
-from baton_engines.prefill.testing import ManualPrefiller
 from baton_engines.relay import Query, Relay
 from baton_engines.testing import FakeLlama
+from baton_engines.testing.prefill import ManualPrefiller
 
 LAYOUTS = pytest.mark.parametrize("aligned", [False, True], ids=["ragged", "aligned"])
 

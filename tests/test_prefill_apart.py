@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from baton_engines.llama import patch_llama
-from baton_engines.llama_testing import small_llama
-from baton_engines.packed_batch import PackedBatch
+from baton_engines.llama.packed_batch import PackedBatch
 from baton_engines.prefill.apart import Apart
 from baton_engines.prefill.handover import Handover, Sizes
-from baton_engines.prefill.testing import ProcessFault
 from baton_engines.relay import Query, Relay
 from baton_engines.testing import FakeLlama
+from baton_engines.testing.prefill import ProcessFault
+from baton_engines.testing.small_llama import small_llama
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "memfd_create"), reason="apart needs memfd_create, a call of Linux"

@@ -8,10 +8,10 @@ import torch
 from hypothesis import strategies as st
 
 from baton_engines.llama import PatchedLlama, patch_llama
-from baton_engines.llama_testing import VOCAB_SIZE, small_llama
 from baton_engines.prefill import Overlapped
-from baton_engines.prefill.testing import ManualPrefiller
 from baton_engines.relay import Query, Relay
+from baton_engines.testing.prefill import ManualPrefiller
+from baton_engines.testing.small_llama import VOCAB_SIZE, small_llama
 
 CAPACITY = 40
 STEP = st.none() | st.integers(1, 20)

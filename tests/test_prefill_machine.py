@@ -7,8 +7,8 @@ from hypothesis.stateful import initialize, invariant, rule
 from test_relay_machine import BYTES_PER_TOKEN, CAPACITY, RelayMachine
 
 from baton_engines import policies
-from baton_engines.prefill.testing import ManualPrefiller
 from baton_engines.relay import Relay
+from baton_engines.testing.prefill import ManualPrefiller
 
 
 class PrefillMachine(RelayMachine):

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from baton_engines import PackedBatch
-from baton_engines.rope import RotaryTable
+from baton_engines.llama.rope import RotaryTable
 from baton_kernels import BatchShape
 
 HEAD_DIM = 32

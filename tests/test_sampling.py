@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from baton_engines.query.sampling import Sampler, candidates, greedy
 from baton_engines.relay import Relay
-from baton_engines.sampling import Sampler, candidates, greedy
 from baton_engines.testing import FakeLlama
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from baton_engines.concatenated_cache import ConcatenatedCache
 from baton_engines.relay import Relay
+from baton_engines.slots.concatenated_cache import ConcatenatedCache
 from baton_engines.testing import FakeLlama
 from baton_kernels import KVCache
 

@@ -8,9 +8,9 @@ from bench_package import import_bench
 
 from baton_engines import policies
 from baton_engines.llama import patch_llama
-from baton_engines.llama_testing import small_llama
 from baton_engines.policies import Plan
 from baton_engines.testing import FakeLlama
+from baton_engines.testing.small_llama import small_llama
 
 workloads = import_bench("workloads")
 cases = import_bench("simulate.cases")

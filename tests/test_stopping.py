@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from baton_engines.query import decode_text
+from baton_engines.query.stopping import TextDecoder, make_stopper
 from baton_engines.relay import Relay
-from baton_engines.stopping import TextDecoder, make_stopper
 from baton_engines.testing import FakeLlama
 
 TEXT = "One fish, two fish. Ünïcode: 魚と水, 🐟🐠! STOP. Stop here.\n\nUser: what? </s> "

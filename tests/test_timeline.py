@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from baton_engines.timeline import (
+from baton_engines.cli.timeline import (
     IDLE,
     PALETTE,
     Bar,

@@ -20,7 +20,7 @@ import torch
 import baton_kernels
 from baton_kernels import kv_cache, triton
 from baton_engines import Relay
-from baton_engines.llama_testing import small_llama
+from baton_engines.testing.small_llama import small_llama
 
 
 def serve():

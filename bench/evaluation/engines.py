@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from baton_engines.models import cache_folder, smollm2_folder
+from baton_engines.llama.load import cache_folder, smollm2_folder
 
 from .run import Job, Run, latencies, rates
 

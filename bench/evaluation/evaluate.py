@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from baton_engines.models import load_model
-from baton_engines.prompts_io import demo_prompts
+from baton_engines.cli.prompts_io import demo_prompts
+from baton_engines.llama.load import load_model
 
 from .. import describe_run
 from .cells import Cell

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from baton_engines.counters import Span
-from baton_engines.timeline import Panel, draw_timeline
+from baton_engines.cli.timeline import Panel, draw_timeline
+from baton_engines.relay.counters import Span
 
 from .summary import medians, ratios
 

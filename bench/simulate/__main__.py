@@ -47,7 +47,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     import torch
 
     from baton_engines.llama import patch_llama
-    from baton_engines.models import load_model
+    from baton_engines.llama.load import load_model
 
     from .. import describe_run
     from ..workloads import longest, orca

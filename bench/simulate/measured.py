@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from baton_engines.packed_batch import PackedBatch
-from baton_engines.sampling import greedy
+from baton_engines.llama.packed_batch import PackedBatch
+from baton_engines.query.sampling import greedy
 
 from .costs import Cost, Work
 

@@ -9,22 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .llama import PatchedLlama, patch_llama
-    from .llama_patch import unpatch
-    from .models import ModelLoadError, load_model
-    from .packed_batch import PackedBatch
+    from .llama import (
+        ModelLoadError,
+        PackedBatch,
+        PatchedLlama,
+        load_model,
+        patch_llama,
+        unpatch,
+    )
     from .relay import Query, Relay
 
 # Public name -> the module that defines it.
 _EXPORTS = {
-    "ModelLoadError": ".models",
-    "PackedBatch": ".packed_batch",
+    "ModelLoadError": ".llama",
+    "PackedBatch": ".llama",
     "PatchedLlama": ".llama",
     "Query": ".relay",
     "Relay": ".relay",
-    "load_model": ".models",
+    "load_model": ".llama",
     "patch_llama": ".llama",
-    "unpatch": ".llama_patch",
+    "unpatch": ".llama",
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..packed_batch import PackedBatch
+from ..llama.packed_batch import PackedBatch
 
 
 class Prefilled(NamedTuple):

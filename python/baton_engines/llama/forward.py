@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 import baton_kernels as kernels
 
-from .llama_check import check_model, foreign_hooks, is_foreign
+from .check import check_model, foreign_hooks, is_foreign
 from .merged_projection import MergedProjection
 from .packed_batch import PackedBatch
 from .rope import RotaryTable

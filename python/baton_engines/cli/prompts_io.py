@@ -185,7 +185,7 @@ def read_prompt_file(path: Path) -> list[PromptRecord]:
 
 def demo_prompts() -> list[PromptRecord]:
     """The 48 prompts that come with the package."""
-    resource = resources.files("baton_engines") / "prompts" / "demo.jsonl"
+    resource = resources.files("baton_engines.cli") / "prompts" / "demo.jsonl"
     return read_prompts(resource.read_bytes().splitlines(), plain_text=False)
 
 

@@ -69,7 +69,7 @@ def load(model: str, dtype: Dtype, threads: int | None) -> tuple[Any, Any]:
     """Model and tokenizer, or the end of the program with a message that says what to do."""
     import torch
 
-    from .models import ModelLoadError, load_model
+    from ..llama import ModelLoadError, load_model
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -80,7 +80,7 @@ def load(model: str, dtype: Dtype, threads: int | None) -> tuple[Any, Any]:
 
 
 def _check_policy(name: str) -> str:
-    from .policies import NAMES
+    from ..policies import NAMES
 
     if name not in NAMES:
         raise typer.BadParameter(f"must be one of {', '.join(NAMES)}, got {name!r}")
@@ -88,7 +88,7 @@ def _check_policy(name: str) -> str:
 
 
 def _check_prefill(mode: str) -> str:
-    from .prefill import NAMES
+    from ..prefill import NAMES
 
     if mode not in NAMES:
         raise typer.BadParameter(f"must be one of {', '.join(NAMES)}, got {mode!r}")
@@ -97,7 +97,7 @@ def _check_prefill(mode: str) -> str:
 
 def _make_policy(name: str, options: dict[str, Any]) -> Any:
     """The policy with those options that were given."""
-    from .policies import get
+    from ..policies import get
 
     try:
         return get(name, **{key: value for key, value in options.items() if value is not None})
@@ -257,9 +257,9 @@ def generate(
     if not records:
         console.print("no prompts")
         return
-    from . import prefill as prefills
+    from .. import prefill as prefills
+    from ..relay import Relay
     from .generate import StopRequest, run_records, submit_records
-    from .relay import Relay
     from .report import ConsoleStream, RunProgress, summary_table
     from .timeline import draw_timeline, panel_of
 

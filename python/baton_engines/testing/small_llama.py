@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .llama import PatchedLlama
-from .packed_batch import PackedBatch
+from ..llama import PatchedLlama
+from ..llama.packed_batch import PackedBatch
 
 VOCAB_SIZE = 97
 MAX_POSITIONS = 24

@@ -12,9 +12,9 @@ import torch
 
 import baton_kernels
 
+from ..llama.packed_batch import PackedBatch
+from ..query import Query
 from .concatenated_cache import ConcatenatedCache
-from .packed_batch import PackedBatch
-from .query import Query
 
 # How an aligned cache stays aligned when a row enters or leaves: the rows that must move do, or all
 # rows are copied into a new cache.

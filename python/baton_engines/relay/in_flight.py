@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import drop_tracebacks
 from ..policies import Forward
+from ..prefill import Job, Prefiller
 from ..query import Query
-from ..sampling import greedy
+from ..query.errors import drop_tracebacks
+from ..query.sampling import greedy
 from ..slots import Row
-from .base import Job, Prefiller
 
 if TYPE_CHECKING:
-    from ..decode_loop import DecodeLoop
+    from .decode_loop import DecodeLoop
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 
 from baton_kernels import KVCache
 
-from .packed_batch import PackedBatch
+from ..llama.packed_batch import PackedBatch
 
 _NUM_LAYERS = 2
 _HEAD_DIM = 16

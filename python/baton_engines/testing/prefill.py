@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .base import Job, Prefiller, Worker, compute
+from ..prefill.base import Job, Prefiller, Worker, compute
 
 
 class ManualPrefiller(Prefiller):

@@ -19,10 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..llama import patch_llama
+from ..relay import Relay
 from .generate import Outcome, run_records, submit_records
-from .llama import patch_llama
 from .prompts_io import PromptRecord
-from .relay import Relay
 from .report import RunProgress, summary_table
 from .timeline import Panel, draw_timeline, panel_of
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from transformers import LlamaForCausalLM
 
-from .llama import PatchedForward, PatchedLlama, patch_llama
+from .forward import PatchedForward, PatchedLlama, patch_llama
 
 
 def unpatch(model: LlamaForCausalLM) -> None:

@@ -6,9 +6,9 @@ import math
 import operator
 from dataclasses import dataclass
 
-from .query import Query
-from .sampling import Sampler
-from .stopping import make_stopper
+from ..query import Query
+from ..query.sampling import Sampler
+from ..query.stopping import make_stopper
 
 # Stands for the model's own end-of-sequence ids, which None could not: None is to have none.
 MODEL_EOS = "model"

@@ -17,15 +17,15 @@ from weakref import WeakValueDictionary
 
 from baton_kernels.batch_shape import checked_int
 
-from . import policies
+from .. import policies
+from ..prefill import Prefiller
+from ..prefill import get as get_prefiller
+from ..query import Query
+from ..slots import Slots
 from .autoscale import Autoscale
 from .counters import Counters, Span, Timeline
 from .decode_loop import DecodeLoop
-from .prefill import Prefiller
-from .prefill import get as get_prefiller
-from .prefill.in_flight import InFlight
-from .query import Query
-from .slots import Slots
+from .in_flight import InFlight
 from .submission import MODEL_EOS, Limits, fill_query
 
 __all__ = ["Query", "Relay"]
@@ -99,7 +99,7 @@ class Relay:
         self._undo = contextlib.ExitStack()
         if not hasattr(model, "new_cache"):
             # Here and not above: a handle of another kind needs no transformers.
-            from .llama import patch_llama
+            from ..llama import patch_llama
 
             model = self._undo.enter_context(patch_llama(model))
         try:

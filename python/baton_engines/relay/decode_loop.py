@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..policies import Forward, Plan, Policy, View
+from ..query import Query
+from ..query.errors import drop_tracebacks, explained
+from ..query.sampling import greedy
+from ..slots import Row, Slots
 from .autoscale import Autoscale
 from .counters import Counters, Timeline
-from .errors import drop_tracebacks, explained
-from .policies import Forward, Plan, Policy, View
-from .prefill.in_flight import InFlight
-from .query import Query
-from .sampling import greedy
-from .slots import Row, Slots
+from .in_flight import InFlight
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The command `baton`: generate, info, demo."""
