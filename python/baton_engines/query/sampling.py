@@ -8,10 +8,12 @@ order, and a draw's random number belongs to the query and the position of the t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from .logit_rules import LogitRules, apply_rules
+from .query import Query, TokenLogprobs
 from .sampling_options import SamplingOptions
 
 # Candidates looked at first for top-p and min-p: sorting a whole vocabulary costs milliseconds, and
@@ -19,6 +21,20 @@ from .sampling_options import SamplingOptions
 _GUESS = 256
 # Beyond a row's top-k, for tokens that tie with its last one.
 _TIES = 32
+
+
+class Choice(NamedTuple):
+    """What became of one row of logits.
+
+    Attributes:
+        finite: whether all logits were finite; if not, there is no token.
+        token: the next token.
+        logprobs: what the query wants to know of it, or None.
+    """
+
+    finite: bool
+    token: int = 0
+    logprobs: TokenLogprobs | None = None
 
 
 class Sampler:
@@ -66,17 +82,46 @@ class Sampler:
         return self._drawn[1]
 
 
-def greedy(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """The arg max of every row, and whether all of the row's logits are finite.
+def choose_next(
+    queries: Sequence[Query], ready: Sequence[bool], logits: torch.Tensor
+) -> list[Choice]:
+    """The next token of every query that is ready for one.
 
     Args:
+        queries: one per row.
+        ready: whether its prompt is complete.
         logits: float32 [rows, vocab].
     """
-    if not len(logits):
-        return [], []
+    if not queries:
+        return []
     low, high = torch.aminmax(logits, dim=-1)
-    finite = torch.isfinite(low) & torch.isfinite(high)
-    return logits.argmax(dim=-1).tolist(), finite.tolist()
+    finite = (torch.isfinite(low) & torch.isfinite(high)).tolist()
+    choices = [Choice(is_finite) for is_finite in finite]
+    rows = [row for row, is_finite in enumerate(finite) if is_finite and ready[row]]
+    if not rows:
+        return choices
+    samplers = [queries[row]._sampler for row in rows]
+    own = logits if len(rows) == len(queries) else logits[rows]
+    tokens = choose(samplers, [queries[row].tokens for row in rows], own)
+    for place, row in enumerate(rows):
+        top = samplers[place].options.logprobs
+        logprobs = None if top is None else token_logprobs(own[place], tokens[place], top)
+        choices[row] = Choice(True, tokens[place], logprobs)
+    return choices
+
+
+def token_logprobs(logits: torch.Tensor, token: int, top: int) -> TokenLogprobs:
+    """Logarithms of probabilities of one token and of the likeliest ones.
+
+    Args:
+        logits: float32 [vocab], as the model gave them.
+        token: the chosen id.
+        top: how many of the likeliest.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, ids = torch.topk(logprobs, min(top, len(logprobs)))
+    pairs = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token, logprobs[token].item(), pairs)
 
 
 def choose(
@@ -91,16 +136,16 @@ def choose(
     """
     ruled = [row for row, sampler in enumerate(samplers) if sampler.rules is not None]
     if ruled:
-        # A copy only where rows share it with rows that have no rules.
+        # The logits stay as they are: someone may want to see them.
         scores = logits.clone() if len(ruled) == len(samplers) else logits[ruled]
         apply_rules([samplers[row].rules for row in ruled], [tokens[row] for row in ruled], scores)
-        if len(ruled) == len(samplers):
-            logits = scores
-        else:
-            logits = logits.index_copy(0, torch.tensor(ruled, device=logits.device), scores)
-    chosen = logits.argmax(dim=-1).tolist() if ruled else [0] * len(samplers)
+        if len(ruled) < len(samplers):
+            where = torch.tensor(ruled, device=logits.device)
+            scores = logits.index_copy(0, where, scores)
+        logits = scores
     drawn = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
-    if not ruled and len(drawn) < len(samplers):
+    chosen = [0] * len(samplers)
+    if len(drawn) < len(samplers):
         chosen = logits.argmax(dim=-1).tolist()
     if drawn:
         numbers = [samplers[row].draw(len(tokens[row])) for row in drawn]
@@ -152,11 +197,10 @@ def candidates(
     scores = _scaled(logits[None], [options])
     probabilities = torch.softmax(scores, dim=-1)
     values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
-    mass, kept = _keep(values, probabilities.gather(1, ids), [options])
+    weights = probabilities.gather(1, ids)
+    mass, kept = _keep(values, weights, [options])
     count = int(kept[0])
-    masses = mass[0, :count]
-    weights = torch.diff(masses, prepend=masses.new_zeros(1))
-    return ids[0, :count], weights / masses[-1]
+    return ids[0, :count], weights[0, :count].double() / mass[0, count - 1]
 
 
 def _scaled(logits: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.Tensor:
@@ -180,24 +224,27 @@ def _draw_restricted(
 ) -> list[int]:
     """From the candidates, in the order of `candidates`: likeliest first, then the lower id."""
     vocab_size = scores.shape[-1]
-    sizes = [option.top_k + _TIES if option.top_k else _GUESS for option in options]
-    size = min(max(sizes), vocab_size)
     probabilities = torch.softmax(scores, dim=-1)
-    values, ids = _largest(scores, size)
-    mass, kept = _keep(values, probabilities.gather(1, ids), options)
-    last = mass.gather(1, kept[:, None] - 1)
-    places = _pick(mass, last, numbers, kept)
-    tokens = ids.gather(1, places[:, None]).squeeze(1).tolist()
-    if size == vocab_size:
-        return tokens
-    # Where the last candidate ties with the last one looked at, there may be more of them, and
-    # which of the equal ones were found is chance. Such rows are sorted whole.
-    edge = values.gather(1, kept[:, None] - 1) <= values[:, -1:]
-    for row in torch.nonzero(edge.squeeze(1)).squeeze(1).tolist():
-        values, ids = torch.sort(scores[row : row + 1], dim=-1, descending=True, stable=True)
-        mass, kept = _keep(values, probabilities[row : row + 1].gather(1, ids), [options[row]])
-        last = mass.gather(1, kept[:, None] - 1)
-        tokens[row] = int(ids[0, _pick(mass, last, [numbers[row]], kept)[0]])
+    tokens = [0] * len(options)
+    rows = list(range(len(options)))
+    size = max(option.top_k + _TIES if option.top_k else _GUESS for option in options)
+    while rows:
+        size = min(size, vocab_size)
+        own = [options[row] for row in rows]
+        values, ids = _largest(scores[rows], size)
+        mass, kept = _keep(values, probabilities[rows].gather(1, ids), own)
+        last = kept[:, None] - 1
+        places = _pick(mass, mass.gather(1, last), [numbers[row] for row in rows], kept)
+        found = ids.gather(1, places[:, None]).squeeze(1).tolist()
+        for row, token in zip(rows, found, strict=True):
+            tokens[row] = token
+        if size == vocab_size:
+            break
+        # Where the last candidate ties with the last one looked at, there may be more of them, and
+        # which of the equal ones were found is chance. Such rows look further.
+        at_edge = (values.gather(1, last) <= values[:, -1:]).squeeze(1).tolist()
+        rows = [row for row, is_at_edge in zip(rows, at_edge, strict=True) if is_at_edge]
+        size *= 16
     return tokens
 
 

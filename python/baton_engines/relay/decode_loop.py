@@ -15,8 +15,9 @@ import torch
 
 from ..policies import Forward, Plan, Policy, View
 from ..query import Query
-from ..query.errors import drop_tracebacks, explained
-from ..query.sampling import greedy
+from ..query.callbacks import call, give_text
+from ..query.errors import drop_tracebacks, explained, is_failure
+from ..query.sampling import Choice, choose_next
 from ..slots import Row, Slots
 from .autoscale import Autoscale
 from .counters import Counters, Timeline
@@ -166,6 +167,7 @@ class DecodeLoop:
         if query._stopper is not None:
             query._final_text = query._stopper.text
         query._sampler = query._stopper = query._on_token = None
+        query._on_text = query._pieces = None
         self.timeline.end(query.id, query.finished)
         setattr(self.counters, status, getattr(self.counters, status) + 1)
         self.on_end(query)
@@ -182,7 +184,9 @@ class DecodeLoop:
         """Call what only this query needs: (True, result), or (False, None) and it has failed."""
         try:
             return True, function(*args)
-        except Exception as cause:
+        except BaseException as cause:
+            if not is_failure(cause):
+                raise
             self.fail(
                 query,
                 explained(f"{what} of query {query.id} must not raise, got {cause!r}", cause),
@@ -284,12 +288,12 @@ class DecodeLoop:
         # Rows that were tried alone, because one of them failed, had no padding.
         padded = forward.padded and computed == rows
         rows = computed
-        choices = greedy(logits)
+        choices = self.choose(rows, logits)
         now = self.clock()
         self._count(rows, padded, len(stalled), now - begin)
         for query in stalled:
             self.timeline.begin(query.id, query.slot, "decode", now)
-        self.take(rows, logits, *choices)
+        self.take(rows, logits, choices)
         return True
 
     def _rows(self, forward: Forward) -> list[Row]:
@@ -364,14 +368,33 @@ class DecodeLoop:
         counters.active_slot_steps += prefilling
         counters.prefilling_slot_steps += prefilling
 
+    def choose(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Choice]:
+        """The next token of every row whose prompt is complete; a row whose options cannot be
+        followed fails."""
+        queries = [row.query for row in rows]
+        ready = [row.count >= row.query.prompt_left for row in rows]
+        try:
+            return choose_next(queries, ready, logits)
+        except Exception as error:
+            _log.info("choosing tokens of %d rows failed", len(rows), exc_info=error)
+        choices = []
+        for query, is_ready, own in zip(queries, ready, logits.split(1), strict=True):
+            done, result = self.attempt(
+                query, "sampling", choose_next, [query], [is_ready], own
+            )
+            choices.append(result[0] if done else Choice(False))
+        return choices
+
     def take(
-        self,
-        rows: Sequence[Row],
-        logits: torch.Tensor,
-        tokens: Sequence[int],
-        finite: Sequence[bool],
+        self, rows: Sequence[Row], logits: torch.Tensor, choices: Sequence[Choice]
     ) -> None:
-        """Give every row whose prompt is complete its next token."""
+        """Give every row whose prompt is complete its next token.
+
+        Args:
+            rows: what was computed.
+            logits: float32 [rows, vocab].
+            choices: what `choose` made of them.
+        """
         complete = [row.count >= row.query.prompt_left for row in rows]
         for row, done in zip(rows, complete, strict=True):
             # The last token of a row counts once the token that follows from it is delivered. Until
@@ -380,12 +403,12 @@ class DecodeLoop:
         for index, row in enumerate(rows):
             # A callback of another row may have cancelled or preempted this one.
             if complete[index] and row.query.status == "running":
-                self._take_one(row.query, logits[index], tokens[index], finite[index])
+                self._take_one(row.query, logits[index], choices[index])
 
-    def _take_one(self, query: Query, logits: torch.Tensor, token: int, finite: bool) -> None:
+    def _take_one(self, query: Query, logits: torch.Tensor, choice: Choice) -> None:
         if self.on_logits is not None:
             self.on_logits(query, logits)
-        if not finite:
+        if not choice.finite:
             self.fail(
                 query,
                 FloatingPointError(
@@ -394,23 +417,21 @@ class DecodeLoop:
                 ),
             )
             return
-        if not query._sampler.greedy:
-            done, token = self.attempt(query, "sampling", query._sampler.sample, logits)
-            if not done:
-                return
-        self._record(query, token)
+        self._record(query, choice)
         done, reason = self.attempt(query, "tokenizer", query._stopper.push, query.tokens)
         if done and reason is None and len(query.tokens) == query.max_new_tokens:
             reason = "length"
         try:
             if query._on_token is not None:
-                self.attempt(query, "on_token", query._on_token, query, token)
+                self.attempt(query, "on_token", call, query._on_token, query, choice.token)
+            if query._on_text is not None:
+                self.attempt(query, "on_text", give_text, query, reason is not None)
         finally:
             # Whatever a callback does, Ctrl-C included: a query gets no token after its last one.
             if reason is not None and not query.ended:
                 self.end(query, "finished", reason)
 
-    def _record(self, query: Query, token: int) -> None:
+    def _record(self, query: Query, choice: Choice) -> None:
         now = self.clock()
         query.cached += 1
         if query.tokens:
@@ -420,6 +441,8 @@ class DecodeLoop:
             self.counters.prefills += 1
             self.counters.time_to_first_token.add(now - query.submitted)
             self.timeline.begin(query.id, query.slot, "decode", now)
-        query.tokens.append(token)
+        query.tokens.append(choice.token)
+        if choice.logprobs is not None:
+            query.logprobs.append(choice.logprobs)
         query.token_times.append(now)
         self.counters.output_tokens += 1

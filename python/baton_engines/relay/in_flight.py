@@ -17,7 +17,6 @@ from ..policies import Forward
 from ..prefill import Job, Prefiller
 from ..query import Query
 from ..query.errors import drop_tracebacks
-from ..query.sampling import greedy
 from ..slots import Row
 
 if TYPE_CHECKING:
@@ -178,7 +177,7 @@ class InFlight:
         counters.prompt_tokens += sum(row.count for row in rows)
         counters.columns_read += sum(row.count for row in rows)
         logits = trip.job.prefilled.logits[entered]
-        loop.take(rows, logits, *greedy(logits))
+        loop.take(rows, logits, loop.choose(rows, logits))
 
 
 def _set_num_threads(count: int) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import operator
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
@@ -26,6 +27,7 @@ from .autoscale import Autoscale
 from .counters import Counters, Span, Timeline
 from .decode_loop import DecodeLoop
 from .in_flight import InFlight
+from .streams import text_of, tokens_of
 from .submission import MODEL_EOS, Limits, fill_query
 
 __all__ = ["Query", "Relay"]
@@ -35,12 +37,15 @@ class Relay:
     """Generates for many queries on one model, each as if it were alone.
 
     Args:
-        model: LlamaForCausalLM (patched until `close`) or PatchedLlama.
+        model: LlamaForCausalLM or PatchedLlama. A model is patched until the last relay on it is
+            closed or dropped.
         num_slots: int, at least 1; the most queries that run at a time.
         capacity: int, at least 1; the most tokens of a query, prompt and answer together. Default:
             the model's `max_position_embeddings`.
         policy: one of `policies.NAMES`, or a `Policy` object that no other relay uses.
-        tokenizer: of Hugging Face; for stop strings and `Query.text`.
+        tokenizer: of Hugging Face; for stop strings, `Query.text` and streams of text.
+        generation_config: a transformers GenerationConfig instead of the model's own; what it
+            leaves unset stays unset.
         aligned: keep all rows ending in one column, as the paper does: same results, more copies.
         prefill: where newcomers' prompts are computed, one of `prefill.NAMES`, or a `Prefiller`
             that no other relay uses. "serial": here, between two steps. "overlapped": by a thread
@@ -66,6 +71,7 @@ class Relay:
     Raises:
         ValueError: num_slots, capacity or kv_budget is below 1, max_slots below num_slots, or there
             is no such policy, shaping or prefill mode, or they do not go with the kind of cache.
+        NotImplementedError: the generation config has a setting that only `generate` knows.
         Exception: what `patch_llama` raises for a model that it does not know.
 
     Source: BATON, dynamic re-batching.
@@ -79,6 +85,7 @@ class Relay:
         policy: str | policies.Policy = "baton",
         *,
         tokenizer=None,
+        generation_config=None,
         aligned: bool = False,
         shaping: str = "in_place",
         kv_budget: int | None = None,
@@ -99,11 +106,11 @@ class Relay:
         self._undo = contextlib.ExitStack()
         if not hasattr(model, "new_cache"):
             # Here and not above: a handle of another kind needs no transformers.
-            from ..llama import patch_llama
+            from ..llama.sharing import shared_patch
 
-            model = self._undo.enter_context(patch_llama(model))
+            model = self._undo.enter_context(shared_patch(model))
         try:
-            limits = Limits.of_model(model, capacity)
+            limits = Limits.of_model(model, capacity, tokenizer, generation_config)
             slots = Slots(
                 model,
                 num_slots,
@@ -134,6 +141,8 @@ class Relay:
         self._held: list[Query] = []
         self._holding = False
         self._closed = False
+        # A relay that is dropped leaves no patch behind. At the end of the program nobody minds.
+        weakref.finalize(self, self._undo.close).atexit = False
 
     @property
     def cache(self):
@@ -179,34 +188,58 @@ class Relay:
         self,
         token_ids,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         priority: float = 0.0,
         eos=MODEL_EOS,
-        stop=(),
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        stop=None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        suppress_tokens: Iterable[int] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
         seed: int | None = None,
         on_token: Callable[[Query, int], object] | None = None,
+        on_text: Callable[[Query, str], object] | None = None,
         name: object = None,
     ) -> Query:
         """Add a query to those that wait.
 
+        Options that are None are those of the generation config, as for `generate`; where it says
+        nothing, they change nothing, and the likeliest token is chosen.
+
         Args:
             token_ids: the prompt; integers, or a 1-D tensor or array of them.
-            max_new_tokens: >= 1; prompt and answer together must fit the capacity and the budget.
+            max_new_tokens: >= 1, 128 if nobody says; prompt and answer together must fit the
+                capacity and the budget.
             priority: finite; what the admission "priority" goes by, more before less.
             eos: an id, several, or None to go on after an end-of-sequence token; default: the
-                model's.
+                model's, the tokenizer's, and the one that ends a turn in its chat template.
             stop: a string or an id, or an iterable of strings, sequences of ids and single ids;
                 strings need the relay's tokenizer. What matched stays in `Query.tokens` and is cut
                 from `Query.text`.
-            temperature: 0 is greedy.
-            top_p, top_k: as in Hugging Face; 1.0 and 0 keep all.
+            temperature: 0 is greedy. One that is given overrides a config that says to sample.
+            top_p, top_k, min_p: as in Hugging Face; 1.0, 0 and 0.0 keep all.
+            repetition_penalty: as in Hugging Face, for tokens of prompt and answer; 1.0 is none.
+            frequency_penalty, presence_penalty: taken off the logits of the answer's tokens, per
+                occurrence and once.
+            logit_bias: what is added to the logits of some token ids.
+            suppress_tokens: ids that are never chosen.
+            min_new_tokens: no end-of-sequence id is chosen before that many tokens.
+            logprobs: 0 to 100; record every token's logarithm of its probability in
+                `Query.logprobs`, and those of the likeliest tokens, this many.
             seed: of the query's own random numbers; default: the query's id, so that a program
                 repeats itself.
             on_token: called with the query and each generated token, once per token. If it raises,
-                the query fails.
+                the query fails. It must not be async.
+            on_text: called likewise with each piece of text that has become certain: complete
+                characters, and nothing that a stop string could still take back. All pieces
+                together are `Query.text`.
             name: kept as `Query.name`.
 
         Returns:
@@ -219,7 +252,12 @@ class Relay:
         if self._closed:
             raise RuntimeError("submit: relay must be open, got a closed one")
         query = Query(
-            self._next_id, self._clock(), name=name, on_token=on_token, tokenizer=self._tokenizer
+            self._next_id,
+            self._clock(),
+            name=name,
+            on_token=on_token,
+            on_text=on_text,
+            tokenizer=self._tokenizer,
         )
         self._next_id += 1
         self.counters.submitted += 1
@@ -232,10 +270,20 @@ class Relay:
                 priority=priority,
                 eos=eos,
                 stop=stop,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
+                sampling={
+                    "temperature": temperature,
+                    "top_p": top_p,
+                    "top_k": top_k,
+                    "min_p": min_p,
+                    "repetition_penalty": repetition_penalty,
+                    "frequency_penalty": frequency_penalty,
+                    "presence_penalty": presence_penalty,
+                    "logit_bias": logit_bias,
+                    "suppress_tokens": suppress_tokens,
+                    "min_new_tokens": min_new_tokens,
+                    "logprobs": logprobs,
+                    "seed": seed,
+                },
             )
         except Exception as error:
             self._loop.fail(query, error)
@@ -294,22 +342,21 @@ class Relay:
             Exception: the query's error when it fails, after its last token.
             RuntimeError: the query is parked and nothing else is left to do.
         """
-        given = 0
-        while True:
-            while given < len(query.tokens):
-                yield query.tokens[given]
-                given += 1
-            if query.ended:
-                break
-            self._between_steps("stream")
-            self._held.clear()
-            if not self._loop.iterate() and not query.ended:
-                raise RuntimeError(
-                    f"stream: query {query.id} must be resumed to go on, "
-                    f"got status {query.status!r}"
-                )
-        if query.error is not None:
-            raise query.error.with_traceback(None)
+        return tokens_of(query, lambda: self._step_for(query))
+
+    def stream_text(self, query: Query) -> Iterator[str]:
+        """The query's text in pieces, as it becomes certain; steps the relay as `stream` does.
+
+        A piece holds complete characters, and nothing that a stop string in the making could take
+        back; together they are `Query.text`.
+
+        Raises:
+            ValueError: the relay has no tokenizer.
+            Exception: see `stream`.
+        """
+        if self._tokenizer is None:
+            raise ValueError("stream_text: relay must have a tokenizer, got none")
+        return text_of(query, self._tokenizer, lambda: self._step_for(query))
 
     def cancel(self, query: Query) -> bool:
         """End the query now, without another token, and free its slot. False if it had ended."""
@@ -391,6 +438,15 @@ class Relay:
         # Before the patch is undone: the workers use it.
         self._undo.callback(prefiller.close)
         return InFlight(prefiller, on_cpu=slots.cache.keys.device.type == "cpu")
+
+    def _step_for(self, query: Query) -> None:
+        """One iteration for the one who listens to a query."""
+        self._between_steps("stream")
+        self._held.clear()
+        if not self._loop.iterate() and not query.ended:
+            raise RuntimeError(
+                f"stream: query {query.id} must be resumed to go on, got status {query.status!r}"
+            )
 
     def _between_steps(self, where: str) -> None:
         if self._loop.stepping:
