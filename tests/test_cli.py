@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_model import EOS, save_tiny_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -16,36 +16,16 @@ import baton_kernels
 from baton_engines.cli import demo, report
 from baton_engines.cli.main import app
 from baton_engines.cli.prompts_io import (
-    ResultWriter,
     demo_prompts,
     read_prompt_file,
     read_prompts,
 )
 from baton_engines.relay import Relay
-from baton_engines.testing.small_llama import small_llama
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
-EOS = 256
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Model folder: two layers, random weights, one token per byte."""
-    path = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)} | {"<eos>": EOS}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(path)
-    sizes = {"vocab_size": EOS + 1, "max_position_embeddings": 512}
-    small_llama(**sizes, bos_token_id=None, eos_token_id=EOS).save_pretrained(path)
-    return path
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 def run(*arguments, **options):
@@ -73,7 +53,7 @@ def write_lines(path, *lines):
     [
         (b'{"prompt": "broken', "line 1: not valid JSON"),
         (b"plain text", "line 1: not valid JSON"),
-        (b"\xff\xfe", "line 1: not UTF-8"),
+        (b"\xff\xfa", "line 1: not UTF-8"),
         (b"[" * 100_000, "line 1: not valid JSON"),
         (b'["a"]', "line 1: expected a JSON object, got list"),
         (b"{}", "line 1: expected exactly one of prompt, messages or token_ids, got none of them"),
@@ -128,19 +108,6 @@ def test_prompts_of_the_package():
     assert not [record for record in records if record.unknown_fields]
     limits = [record.options["max_new_tokens"] for record in records]
     assert (min(limits), max(limits)) == (8, 200)
-
-
-def test_results_keep_the_order_of_the_prompts(tmp_path):
-    path = tmp_path / "results.jsonl"
-    with path.open("wb") as stream:
-        writer = ResultWriter(stream)
-        writer.put(1, {"id": "b"})
-        assert path.read_bytes() == b""
-        writer.put(0, {"id": "a"})
-        writer.put(3, {"id": "d", "text": "\ud800"})
-        assert path.read_text() == '{"id": "a"}\n{"id": "b"}\n'
-        writer.flush()
-    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b", "d"]
 
 
 # generate
@@ -268,9 +235,29 @@ def test_no_chat(folder):
 
 
 def test_unknown_fields_are_named(folder):
-    result = generate(folder, "--max-new-tokens", 1, input='{"prompt": "a", "max_tokens": 9}\n')
+    result = generate(folder, "--max-new-tokens", 1, input='{"prompt": "a", "topic": "b"}\n')
     assert result.exit_code == 0
-    assert "max_tokens" in result.stderr
+    assert "fields without meaning, ignored: topic" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ('"max_tokens": 9', "max_tokens is not supported: use max_new_tokens"),
+        ('"tools": [{"type": "function"}]', "tools is not supported"),
+        ('"images": ["cat.png"]', "images is not supported"),
+        ('"best_of": 3', "best_of is not supported"),
+        ('"n": 0', "n must be at least 1, got 0"),
+        ('"logit_bias": {"x": 1}', "logit_bias must be an object of token ids and numbers"),
+        ('"min_p": 2', "min_p must be in [0, 1], got 2"),
+    ],
+)
+def test_options_that_cannot_be_followed_fail_their_query(folder, field, message):
+    lines = f'{{"prompt": "a", {field}}}\n{{"prompt": "b"}}\n'
+    result = generate(folder, "--max-new-tokens", 1, input=lines)
+    assert result.exit_code == 1
+    bad, good = lines_of(result)
+    assert message in bad["error"] and good["output_tokens"] == 1
 
 
 def test_ctrl_c_keeps_what_there_is(folder, tmp_path, monkeypatch):

@@ -116,7 +116,9 @@ def test_draws_follow_the_probabilities():
     torch.testing.assert_close(shares, logits.exp(), rtol=0, atol=0.03)
     drawn = torch.tensor(drawn_by(logits, 4000, temperature=1.0, top_k=3, seed=5))
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
-    torch.testing.assert_close(shares, logits.exp() * torch.tensor([1, 1, 1, 0]) / 0.95, rtol=0, atol=0.03)
+    torch.testing.assert_close(
+        shares, logits.exp() * torch.tensor([1, 1, 1, 0]) / 0.95, rtol=0, atol=0.03
+    )
     assert set(drawn_by(logits, 200, temperature=1.0, top_k=2, seed=5)) == {0, 1}
 
 

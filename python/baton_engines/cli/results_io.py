@@ -35,12 +35,16 @@ class FileStream:
     """Whole lines to a file descriptor.
 
     Args:
-        descriptor: open for writing, not kept by anyone else.
+        descriptor: open for writing.
         name: what to call it in errors.
+
+    Attributes:
+        descriptor: as given.
+        num_lines: written so far.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self._name = name
         self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
         self.num_lines = 0
@@ -52,16 +56,16 @@ class FileStream:
             OutputError: it could not be written.
             BrokenPipeError: the reader of a pipe is gone.
         """
-        begin = os.lseek(self._descriptor, 0, os.SEEK_CUR) if self._is_file else 0
+        begin = os.lseek(self.descriptor, 0, os.SEEK_CUR) if self._is_file else 0
         rest = memoryview(line)
         try:
             while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+                rest = rest[os.write(self.descriptor, rest) :]
         except BaseException as error:
             if self._is_file:
                 with contextlib.suppress(OSError):
-                    os.ftruncate(self._descriptor, begin)
-                    os.lseek(self._descriptor, begin, os.SEEK_SET)
+                    os.ftruncate(self.descriptor, begin)
+                    os.lseek(self.descriptor, begin, os.SEEK_SET)
             if isinstance(error, OSError) and error.errno != errno.EPIPE:
                 raise _cannot_write(self._name, error) from error
             raise
@@ -114,6 +118,11 @@ def open_results(output: Path | None, *, resume: bool = False) -> Iterator[LineS
                 f"{error}; the {stream.num_lines} results so far are in {partial}"
             ) from error
         raise
+
+
+def is_terminal(stream: LineStream) -> bool:
+    """Whether a stream is standard output on a terminal."""
+    return isinstance(stream, FileStream) and os.isatty(stream.descriptor)
 
 
 def finished_ids(output: Path) -> Counter[str]:

@@ -319,7 +319,9 @@ class PatchedLlama:
                 f"{where}: the model's weights were moved, converted or replaced while patched; "
                 "undo, change the model, and patch again"
             )
-        if any(map(is_foreign, itertools.chain.from_iterable(h.values() for h in self._hooks if h))):
+        if any(
+            map(is_foreign, itertools.chain.from_iterable(h.values() for h in self._hooks if h))
+        ):
             raise NotImplementedError(
                 f"{where}: modules must be free of forward hooks, which the packed pass does not "
                 f"call, got a hook on {next(foreign_hooks(self.model))}"
@@ -353,14 +355,18 @@ class _Layer(NamedTuple):
 class PatchedForward:
     """`model.forward` while patched: packed when `batch` is given, else what it was.
 
-    An object and not a closure, so that a deep copy of a patched model calls the copy. Its
-    signature is that of the original, which `generate` looks at.
+    An object and not a closure, so that a copy of a patched model, which is not patched, calls the
+    copy. Its signature is that of the original, which `generate` looks at.
     """
 
     def __init__(self, handle: PatchedLlama, original: Callable[..., Any]) -> None:
         self.handle: PatchedLlama | None = handle
         self.original = original
         functools.update_wrapper(self, original)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model has no owner who could undo its patch: it comes out plain."""
+        return _as_it_was, (self.original,)
 
     def __call__(
         self,
@@ -383,6 +389,10 @@ class PatchedForward:
             raise RuntimeError("model.forward: the patch was undone; call patch_llama again")
         computed = self.handle.forward(token_ids.reshape(-1), batch, cache, logits=logits)
         return CausalLMOutputWithPast(logits=computed)
+
+
+def _as_it_was(original: Callable[..., Any]) -> Callable[..., Any]:
+    return original
 
 
 def _patched(kind: type[LlamaForCausalLM], state: dict[str, Any]) -> PatchedLlama:

@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ..query.errors import is_failure
 from .model_files import ModelFileError, check_model_folder, has_tokenizer
 
 SMOLLM2 = "smollm2"
@@ -96,11 +97,11 @@ def load_model(
                 tokenizer = AutoTokenizer.from_pretrained(name)
         except ModelFileError as error:
             raise ModelLoadError(f"load_model: {error}") from error
-        # Not enough memory says nothing about the model.
-        except MemoryError:
-            raise
-        # The readers of configs, weights and tokenizers raise what they like, even Exception.
-        except Exception as error:
+        # The readers of configs, weights and tokenizers raise what they like, panics included.
+        except BaseException as error:
+            # Not enough memory says nothing about the model.
+            if isinstance(error, MemoryError) or not is_failure(error):
+                raise
             raise ModelLoadError(
                 f"load_model: {name!r} could not be loaded as {SMOLLM2!r}, a model folder or a "
                 f"Hugging Face hub id: {_first_line(error)}\n{_HELP}"
@@ -171,9 +172,9 @@ def _load_smollm2(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrained
         )
         model.generation_config = GenerationConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except MemoryError:
-        raise
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, MemoryError) or not is_failure(error):
+            raise
         raise ModelLoadError(
             f"load_model: {folder} could not be read; delete it and try again: {_first_line(error)}"
         ) from error
@@ -312,11 +313,15 @@ def _watch(update: Callable[[], object], seconds: float = 0.2) -> Iterator[None]
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers in between ours; its settings come back afterwards."""
+    """Neither progress bars nor reports of transformers in between ours; its settings come back
+    afterwards."""
     enabled = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if enabled:
             transformers_logging.enable_progress_bar()

@@ -36,8 +36,8 @@ def check_model_folder(folder: Path) -> None:
     """
     if (folder / "adapter_config.json").is_file():
         raise ModelFileError(
-            f"{folder} holds a PEFT adapter (adapter_config.json), not a whole model; merge it into "
-            "its base model (merge_and_unload) and save the result"
+            f"{folder} holds a PEFT adapter (adapter_config.json) and not a whole model; merge it "
+            "into its base model (merge_and_unload) and save the result"
         )
     if not (folder / "config.json").is_file():
         raise ModelFileError(f"folder {folder} must hold a config.json, got none")
@@ -95,6 +95,4 @@ def _check_safetensors(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ModelFileError(
-            f"{path} is damaged or cut off ({error}); {_AGAIN}"
-        ) from error
+        raise ModelFileError(f"{path} is damaged or cut off ({error}); {_AGAIN}") from error

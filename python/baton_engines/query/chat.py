@@ -14,6 +14,10 @@ _ROLES_OF_TOOLS = ("tool", "function", "ipython")
 _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
 
 
+class ContentError(ValueError):
+    """Messages hold something that cannot be text for a template; the message says where."""
+
+
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages with each content as one string, text parts joined.
 
@@ -21,7 +25,7 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         messages: objects with a role, and a content that is a string or a list of parts.
 
     Raises:
-        ValueError: a part is not text, a content is neither, or a message is about tools.
+        ContentError: a part is not text, a content is neither, or a message is about tools.
     """
     return [
         {**message, "content": _text_of(message, f"messages[{index}]")}
@@ -41,7 +45,9 @@ def encode_messages(
             None: if that message is the assistant's.
 
     Raises:
-        ValueError: see `plain_messages`, or a last message that cannot be continued.
+        ContentError: see `plain_messages`.
+        Exception: what the template or the tokenizer raises, e.g. for a last message that it cannot
+            continue.
     """
     plain = plain_messages(messages)
     if continued is None:
@@ -82,18 +88,18 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 def _text_of(message: Mapping[str, Any], where: str) -> str:
     if message["role"] in _ROLES_OF_TOOLS:
-        raise ValueError(
+        raise ContentError(
             f"{where}.role must be system, user or assistant, got {message['role']!r}: "
             "tools are not supported"
         )
     for name in _TOOL_FIELDS:
         if message.get(name):
-            raise ValueError(f"{where}.{name} must be left out, got one: tools are not supported")
+            raise ContentError(f"{where}.{name} must be left out, got one: tools are not supported")
     content = message["content"]
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(
+        raise ContentError(
             f"{where}.content must be a string or a list of parts, got {type(content).__name__}"
         )
     return "".join(
@@ -107,8 +113,8 @@ def _text_of_part(part: Any, where: str) -> str:
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
     if not isinstance(part, Mapping) or kind not in _TEXT_TYPES:
         hint = ": images are not supported" if "image" in str(kind) else ""
-        raise ValueError(f"{where} must be a part of type text, got {kind!r}{hint}")
+        raise ContentError(f"{where} must be a part of type text, got {kind!r}{hint}")
     text = part.get("text")
     if not isinstance(text, str):
-        raise ValueError(f"{where}.text must be a string, got {type(text).__name__}")
+        raise ContentError(f"{where}.text must be a string, got {type(text).__name__}")
     return text

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable
 from typing import NamedTuple
 
+
 class TokenLogprobs(NamedTuple):
     """Natural logarithms of the model's own probabilities, before penalties and temperature.
 
@@ -44,6 +45,7 @@ class Query:
         token_times: clock seconds of every generated token.
         slot: the row of the cache that holds the query, None outside of one.
         cached: how many tokens have keys and values, in the slot or parked.
+        shared_prompt: SharedPrompt of queries that were submitted together, else None.
         logprobs: of every generated token, if `submit` requested them, else None.
     """
 
@@ -75,6 +77,7 @@ class Query:
         self.logprobs: list[TokenLogprobs] | None = None
         # What the relay needs while the query lives; dropped at its end, so that an ended query is
         # tokens and times only.
+        self.shared_prompt = None
         self._on_token = on_token
         self._on_text = on_text
         self._pieces = None

@@ -172,17 +172,13 @@ def draw_tokens(
     for rows, pick in ((restricted, _draw_restricted), (free, _draw_free)):
         if rows:
             scores = _scaled(logits[rows], [options[row] for row in rows])
-            picked = pick(
-                scores, [options[row] for row in rows], [numbers[row] for row in rows]
-            )
+            picked = pick(scores, [options[row] for row in rows], [numbers[row] for row in rows])
             for row, token in zip(rows, picked, strict=True):
                 chosen[row] = token
     return chosen
 
 
-def candidates(
-    logits: torch.Tensor, options: SamplingOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Tensor, torch.Tensor]:
     """All tokens of one row that may be drawn, the likeliest first, and their probabilities.
 
     Args:

@@ -18,6 +18,7 @@ from ..query import Query
 from ..query.callbacks import call, give_text
 from ..query.errors import drop_tracebacks, explained, is_failure
 from ..query.sampling import Choice, choose_next
+from ..query.shared_prompt import is_held_back
 from ..slots import Row, Slots
 from .autoscale import Autoscale
 from .counters import Counters, Timeline
@@ -167,7 +168,7 @@ class DecodeLoop:
         if query._stopper is not None:
             query._final_text = query._stopper.text
         query._sampler = query._stopper = query._on_token = None
-        query._on_text = query._pieces = None
+        query._on_text = query._pieces = query.shared_prompt = None
         self.timeline.end(query.id, query.finished)
         setattr(self.counters, status, getattr(self.counters, status) + 1)
         self.on_end(query)
@@ -215,7 +216,7 @@ class DecodeLoop:
     def _view(self, now: float, more_to_come: bool) -> View:
         cache = self.slots.cache
         return View(
-            waiting=self.waiting.values(),
+            waiting=[query for query in self.waiting.values() if not is_held_back(query)],
             running=self.running.values(),
             num_slots=self.slots.num_slots,
             capacity=self.slots.capacity,
@@ -379,15 +380,11 @@ class DecodeLoop:
             _log.info("choosing tokens of %d rows failed", len(rows), exc_info=error)
         choices = []
         for query, is_ready, own in zip(queries, ready, logits.split(1), strict=True):
-            done, result = self.attempt(
-                query, "sampling", choose_next, [query], [is_ready], own
-            )
+            done, result = self.attempt(query, "sampling", choose_next, [query], [is_ready], own)
             choices.append(result[0] if done else Choice(False))
         return choices
 
-    def take(
-        self, rows: Sequence[Row], logits: torch.Tensor, choices: Sequence[Choice]
-    ) -> None:
+    def take(self, rows: Sequence[Row], logits: torch.Tensor, choices: Sequence[Choice]) -> None:
         """Give every row whose prompt is complete its next token.
 
         Args:
@@ -438,6 +435,8 @@ class DecodeLoop:
             self.counters.time_per_token.add(now - query.token_times[-1])
         else:
             query.first_token = now
+            if query.shared_prompt is not None and query is query.shared_prompt.leader:
+                query.shared_prompt.offer()
             self.counters.prefills += 1
             self.counters.time_to_first_token.add(now - query.submitted)
             self.timeline.begin(query.id, query.slot, "decode", now)

@@ -13,27 +13,24 @@ import operator
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from typing import Any
 from weakref import WeakValueDictionary
 
 from baton_kernels.batch_shape import checked_int
 
 from .. import policies
 from ..prefill import Prefiller
-from ..prefill import get as get_prefiller
 from ..query import Query
-from ..slots import Slots
-from .autoscale import Autoscale
-from .counters import Counters, Span, Timeline
-from .decode_loop import DecodeLoop
-from .in_flight import InFlight
+from ..query.shared_prompt import SharedPrompt
+from .opening import open_loop
+from .state import RelayState
 from .streams import text_of, tokens_of
-from .submission import MODEL_EOS, Limits, fill_query
+from .submission import MODEL_EOS, fill_query
 
 __all__ = ["Query", "Relay"]
 
 
-class Relay:
+class Relay(RelayState):
     """Generates for many queries on one model, each as if it were alone.
 
     Args:
@@ -94,45 +91,30 @@ class Relay:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.policy = policies.get(policy)
-        autoscale = None
-        if max_slots is not None:
-            max_slots = checked_int("Relay", "max_slots", max_slots, num_slots)
-            autoscale = Autoscale(num_slots, max_slots)
-        if kv_budget is not None:
-            kv_budget = checked_int("Relay", "kv_budget", kv_budget, 1)
         self.more_to_come = False
         self._clock = clock
         self._tokenizer = tokenizer
         self._undo = contextlib.ExitStack()
-        if not hasattr(model, "new_cache"):
-            # Here and not above: a handle of another kind needs no transformers.
-            from ..llama.sharing import shared_patch
-
-            model = self._undo.enter_context(shared_patch(model))
         try:
-            limits = Limits.of_model(model, capacity, tokenizer, generation_config)
-            slots = Slots(
+            self._limits, self._loop = open_loop(
                 model,
-                num_slots,
-                limits.capacity,
+                self.policy,
+                self._undo,
+                num_slots=num_slots,
+                capacity=capacity,
+                tokenizer=tokenizer,
+                generation_config=generation_config,
                 aligned=aligned,
                 shaping=shaping,
-                padded=self.policy.pads,
                 kv_budget=kv_budget,
+                max_slots=max_slots,
+                prefill=prefill,
+                clock=clock,
+                on_end=self._note_end,
             )
-            if slots.whole_prompts and self.policy.splits_prompts:
-                raise ValueError(
-                    f"Relay: policy must compute prompts whole in an aligned cache and under "
-                    f"dynamic RoPE, got {self.policy.name}, which splits them"
-                )
-            in_flight = self._open(get_prefiller(prefill), model, slots)
         except BaseException:
             self._undo.close()
             raise
-        self._limits = replace(
-            limits, kv_budget=kv_budget, bytes_per_token=slots.cache.bytes_per_token
-        )
-        self._loop = DecodeLoop(slots, self.policy, clock, self._note_end, autoscale, in_flight)
         self._next_id = 0
         # Ended queries that `run` has not returned. Weak, so that a server that never calls `run`
         # keeps none of them alive; `_held` has those of the current `run`, and those that have
@@ -143,46 +125,6 @@ class Relay:
         self._closed = False
         # A relay that is dropped leaves no patch behind. At the end of the program nobody minds.
         weakref.finalize(self, self._undo.close).atexit = False
-
-    @property
-    def cache(self):
-        """The KVCache, for reading."""
-        return self._loop.slots.cache
-
-    @property
-    def counters(self) -> Counters:
-        """What the relay has done."""
-        return self._loop.counters
-
-    @property
-    def num_slots(self) -> int:
-        """The most queries that run at a time."""
-        return self._loop.slots.num_slots
-
-    @property
-    def waiting(self) -> tuple[Query, ...]:
-        """Queries that wait for a slot, in order of submission."""
-        return tuple(self._loop.waiting.values())
-
-    @property
-    def running(self) -> tuple[Query, ...]:
-        """Queries in the batch, in order of admission."""
-        return tuple(self._loop.running.values())
-
-    @property
-    def parked(self) -> tuple[Query, ...]:
-        """Preempted queries that wait for `resume`."""
-        return tuple(self._loop.parked.values())
-
-    @property
-    def parked_bytes(self) -> int:
-        """Bytes of the keys and values in host memory."""
-        return self._loop.slots.parked_bytes
-
-    @property
-    def timeline(self) -> list[Span]:
-        """Who held which slot when, a span split by each stall; the newest 16384 spans."""
-        return self._loop.timeline.spans(self._clock())
 
     def submit(
         self,
@@ -291,6 +233,34 @@ class Relay:
         else:
             self._loop.wait(query)
         return query
+
+    def submit_n(
+        self, token_ids, n: int, *, seed: int | None = None, **options: Any
+    ) -> list[Query]:
+        """Add n queries with one prompt, which is computed once; the others copy its row.
+
+        Args:
+            token_ids: the prompt.
+            n: >= 1.
+            seed: of the first query, the next one has seed + 1, and so on; default: as in `submit`.
+            options: see `submit`. Greedy queries all have the same answer.
+
+        Returns:
+            The queries.
+
+        Raises:
+            ValueError: n is below 1.
+            RuntimeError: the relay is closed.
+        """
+        n = checked_int("submit_n", "n", n, 1)
+        queries = [
+            self.submit(token_ids, seed=None if seed is None else seed + index, **options)
+            for index in range(n)
+        ]
+        alive = [query for query in queries if not query.ended]
+        if len(alive) > 1:
+            SharedPrompt(alive)
+        return queries
 
     def step(self) -> bool:
         """One iteration: admit, prefill newcomers, one decode step of all running queries.
@@ -407,19 +377,6 @@ class Relay:
             raise ValueError(f"resize: num_slots must be >= 1, got {num_slots}")
         self._loop.resize(num_slots)
 
-    def reset_counters(self) -> None:
-        """Start counters and timeline anew, for a measurement after a warm-up."""
-        self._loop.counters = Counters()
-        self._loop.timeline = Timeline()
-
-    def summary(self) -> dict:
-        """Policy, prefill mode, slots, rates, latencies in seconds, the idle split and all
-        counters, by name."""
-        in_flight = self._loop.in_flight
-        mode = "serial" if in_flight is None else in_flight.prefiller.name
-        about = {"policy": self.policy.name, "prefill": mode, "num_slots": self.num_slots}
-        return {**about, **self.counters.summary()}
-
     def close(self) -> None:
         """Cancel what has not ended, give the cache's memory back, undo the relay's own patch."""
         self._between_steps("close")
@@ -430,14 +387,6 @@ class Relay:
         self._closed = True
         loop.slots.cache.release()
         self._undo.close()
-
-    def _open(self, prefiller: Prefiller | None, model, slots: Slots) -> InFlight | None:
-        if prefiller is None:
-            return None
-        prefiller.open(model)
-        # Before the patch is undone: the workers use it.
-        self._undo.callback(prefiller.close)
-        return InFlight(prefiller, on_cpu=slots.cache.keys.device.type == "cpu")
 
     def _step_for(self, query: Query) -> None:
         """One iteration for the one who listens to a query."""
