@@ -7,8 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The environment with a CUDA torch, for `make test-cuda-build` and `make gpu`.
 export CUDA_VENV ?= .venv-cuda
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp)
-FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu bench/kernels/*.cpp \
-  tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu tests/emulation/*/*.h tests/emulation/*/*.cu)
+EMULATION := python/emulation
+FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels/*.cpp \
+  $(foreach kind,h cpp cu,$(EMULATION)/*/*.$(kind) $(EMULATION)/*/*/*.$(kind)))
 
 .PHONY: setup demo test lint format wheel test-wheel test-cuda-build gpu bench bench-engines \
   bench-kernels bench-peers clean
@@ -16,7 +17,7 @@ FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu bench/kernels/*.cpp \
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(SOURCES) \
-  $(wildcard csrc/cuda/*.cu)
+  $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu)
 	@$(PYTHON) -c 'import sys; sys.exit("python >= 3.10 is needed, got " + sys.version.split()[0] \
 	  + ": choose one with make PYTHON=...") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,15 +51,15 @@ wheel: setup
 
 # The same wheel file under the oldest pinned CPU torch and the newest CUDA torch (several GB).
 test-wheel: wheel
-	PYTHON=$(PYTHON) bash tests/wheel.sh dist/*.whl 2.13.0 2.14.1
+	PYTHON=$(PYTHON) bash scripts/wheel.sh dist/*.whl 2.13.0 2.14.1
 
 # The CUDA kernels compiled, linked and loaded beside a CUDA torch (several GB); needs no GPU.
 test-cuda-build:
-	PYTHON=$(PYTHON) bash tests/cuda_build.sh
+	PYTHON=$(PYTHON) bash scripts/cuda_build.sh
 
 # On a machine with an NVIDIA GPU: builds, tests on the device, then measures.
 gpu:
-	@PYTHON=$(PYTHON) bash tests/gpu.sh
+	@PYTHON=$(PYTHON) bash scripts/gpu.sh
 
 bench: setup
 	$(BIN)/python -m bench.relay

@@ -12,6 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent.resolve()
 MINIMUM_TORCH = (2, 10)
@@ -174,6 +175,15 @@ class CMakeBuild(build_ext):
         shutil.copyfile(build / f"{name}.abi3.so", target)
 
 
+class Editable(editable_wheel):
+    """An editable install also finds what only a checkout has: the tests and bench import it."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.distribution.packages += ["bench", "emulation"]
+        self.distribution.package_dir |= {"bench": "bench", "emulation": "python/emulation"}
+
+
 class AbiWheel(bdist_wheel):
     """Tags the wheel for every CPython from 3.10 on."""
 
@@ -189,5 +199,5 @@ def extension(name: str) -> Extension:
 
 setup(
     ext_modules=[extension("_C")],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AbiWheel},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AbiWheel, "editable_wheel": Editable},
 )

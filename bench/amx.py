@@ -1,26 +1,20 @@
 """Tile instructions of the AMX kernels per useful product: `python -m bench.amx`.
 
 Counted while the built kernels run on a CPU without AMX, where each of them is done in software
-(tests/emulation/amx.cpp): exact, and no speed.
+(python/emulation/amx/amx.cpp): exact, and no speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from baton_kernels import linear, ragged_attention
 from baton_kernels.testing import assert_accurate, random_attention_problem
 from bench import describe_run
-
-# The helpers that the tests use.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-
 from emulation import amx
 
 # Multiplications of one tdpbf16ps: 16 rows, 16 columns, 32 elements.

@@ -1,22 +1,15 @@
 """What can be said about the CUDA kernels without a GPU: `python -m bench.cuda_static`.
 
 Instructions and sectors are those of nvcc's own PTX, executed thread by thread
-(tests/ptx_machine.py); registers, shared memory and loads in flight are those of the machine code
-for each architecture. No figure here is a speed.
+(python/emulation/ptx/machine.py); registers, shared memory and loads in flight are those of the
+machine code for each architecture. No figure here is a speed.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 from bench import describe_run
-
-# The helpers that the tests use.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-
-import cuda_counts
-import cuda_static
+from emulation.ptx import counts as cuda_counts
+from emulation.static import kernels as cuda_static
 
 PEERS = """\
 peers on a decode step (32 query / 8 KV heads x 128, bf16, 512 keys), their PTX from nvcc 13
@@ -63,7 +56,7 @@ def decode() -> None:
 
 def flight() -> None:
     """Bytes on their way per multiprocessor in the decode loop."""
-    source = cuda_static.ROOT / "csrc" / "cuda" / "ragged_attention_bfloat16.cu"
+    source = cuda_static.ROOT / "csrc" / "cuda" / "ragged_attention" / "bfloat16.cu"
     print("KB on their way per SM in the loop: least-mean-most over its instructions,")
     print("as the flow of data allows and as the code's scoreboards have it")
     for kernel in cuda_static.compile_kernels(source):

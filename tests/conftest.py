@@ -13,11 +13,12 @@ import torch
 import baton_kernels
 from baton_kernels.testing import available_cpu_isas, cpu_isa
 
-# Tests share helpers of this folder: emulation, cuda_tools, device_ops.
-sys.path.append(str(Path(__file__).parent))
+# What tests share: relay_checks, op_tables, device_ops and others.
+sys.path.append(str(Path(__file__).parent / "support"))
 from device_ops import DeviceOps
+
 from emulation import amx, build
-from emulation.backends import EMULATED, EmulatedOps
+from emulation.cuda.backends import EMULATED, EmulatedOps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,8 @@ if amx.can_be_emulated():
     BACKENDS.append(Backend("cpu-amx_bf16-emulated", amx.AmxOps(), amx.entered))
 if torch.cuda.is_available():
     BACKENDS.append(Backend("cuda", DeviceOps("cuda")))
-# Decided before triton is imported, for the whole process: tests/test_triton_interpreter.py starts
-# one with it.
+# Decided before triton is imported, for the whole process:
+# tests/triton/test_triton_interpreter.py starts one with it.
 if os.environ.get("TRITON_INTERPRET") == "1":
     BACKENDS = [Backend("triton", baton_kernels.triton)]
 

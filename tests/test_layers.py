@@ -1,6 +1,7 @@
 """The layers of the package: who may import what, and that every op is in every layer."""
 
 import ast
+import importlib.util
 import inspect
 import pathlib
 import re
@@ -17,6 +18,9 @@ from baton_kernels import reference
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "baton_kernels"
 OPS = sorted(reference.__all__)
+# The rooms of the engines' package, lowest first: a module imports from its own room and from those
+# before it. `testing` stands beside them: it serves tests and benchmarks, and no room imports it.
+ROOMS = ("query", "llama", "slots", "policies", "prefill", "relay", "testing", "cli")
 MAX_LINES = 450
 SOURCES = sorted(
     path
@@ -24,6 +28,29 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
 )
+
+
+def load_structure():
+    """The command that prints the structure, as a module."""
+    spec = importlib.util.spec_from_file_location("structure", ROOT / "scripts" / "structure.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+structure = load_structure()
+
+
+def upward_imports(modules):
+    """Imports of the engines' package from a higher room, or from `testing`."""
+    graph = structure.import_graph(modules)
+    rank = {f"baton_engines.{room}": number for number, room in enumerate(ROOMS)}
+    rank["baton_engines"] = len(ROOMS)
+    for module, targets in graph.items():
+        own = structure.room_of(module)
+        for room in {structure.room_of(target) for target in targets} - {own}:
+            if rank[room] > rank[own] or room == "baton_engines.testing":
+                yield f"{module} -> {room}"
 
 
 def imports(path):
@@ -57,6 +84,55 @@ def test_importing_kernels_loads_no_model_and_no_engine():
     assert done.stdout.strip() == "[]"
 
 
+def test_rooms_of_the_engines_import_downward_only():
+    folder = ROOT / "python" / "baton_engines"
+    assert {path.parent.name for path in folder.glob("*/__init__.py")} == set(ROOMS)
+    modules = structure.find_modules({"baton_engines": folder})
+    assert set(modules) > {"baton_engines", "baton_engines.relay.batch"}
+    assert list(upward_imports(modules)) == []
+
+
+def test_an_upward_import_is_found(tmp_path):
+    folder = tmp_path / "baton_engines"
+    for name, source in {
+        "__init__": "",
+        "query/__init__": "def f():\n    from ..slots import Slots\n",
+        "slots/__init__": "class Slots:\n    pass\n",
+        "policies/base": "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from ..testing.fake import Fake\n",
+        "relay/batch": "from ..slots import Slots\nimport baton_engines.query\n",
+        "testing/fake": "from ..slots import Slots\nclass Fake:\n    pass\n",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.py").write_text(source)
+    assert list(upward_imports(structure.find_modules({"baton_engines": folder}))) == [
+        "baton_engines.policies.base -> baton_engines.testing",
+        "baton_engines.query -> baton_engines.slots",
+    ]
+
+
+@pytest.mark.parametrize("package", ["baton_kernels", "baton_engines"])
+def test_no_import_cycle(package):
+    """Neither between modules nor between rooms, imports for a type checker included."""
+    modules = structure.find_modules({package: structure.find_packages(ROOT)[package]})
+    graph = structure.import_graph(modules)
+    assert structure.find_cycles(graph) == structure.find_cycles(structure.contract(graph)) == []
+
+
+def test_a_cycle_is_found(tmp_path):
+    for name, source in {
+        "__init__": "from .a import A\nfrom . import _C\n",
+        "a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import B\nA = 1\n",
+        "b": "def f():\n    from p import c\nB = 1\n",
+        "c": "import p.a\n",
+        "d": "from . import A\n",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    graph = structure.import_graph(structure.find_modules({"p": tmp_path}))
+    assert graph == {"p": {"p.a"}, "p.a": {"p.b"}, "p.b": {"p.c"}, "p.c": {"p.a"}, "p.d": {"p"}}
+    assert structure.find_cycles(graph) == [["p.a", "p.b", "p.c"]]
+
+
 def test_reference_imports_torch_alone():
     for path in (PACKAGE / "reference").glob("*.py"):
         for name in imports(path):
@@ -80,22 +156,35 @@ def test_common_includes_no_cuda_runtime():
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_in_every_layer(op):
-    for path in (
+    """An op with many files has a folder in a layer."""
+    for pattern in (
         f"csrc/common/{op}.h",
-        f"csrc/cpu/{op}.cpp",
+        f"csrc/cpu/**/{op}.cpp",
         f"csrc/bindings/{op}.cpp",
         f"baton_kernels/ops/{op}.py",
         f"baton_kernels/reference/{op}.py",
-        f"tests/test_{op}.py",
+        f"tests/ops/test_{op}.py",
     ):
-        assert (ROOT / path).is_file(), path
+        assert len(list(ROOT.glob(pattern))) == 1, pattern
+
+
+def test_a_part_of_an_op_is_found_by_its_name():
+    """`git ls-files '*<op>*'` prints an op from its interface to the code of each device.
+
+    What lies beside the ops' files in csrc begins with the name of its op, or holds all of them
+    together; helpers of several ops have folders of their own.
+    """
+    common = {"kernels.h", "kernel_table.cpp"}
+    for folder in ("cpu", "cuda"):
+        for path in (ROOT / "csrc" / folder).glob("*.*"):
+            assert path.name in common or path.name.startswith(tuple(OPS)), path
 
 
 def test_cuda_kernels_are_bound():
     """An op with a CUDA kernel has a binding of it, which shares the checks of the CPU's."""
 
     def names(folder, suffix):
-        return {path.stem for path in (ROOT / "csrc" / folder).glob(f"*{suffix}")} & set(OPS)
+        return {path.stem for path in (ROOT / "csrc" / folder).rglob(f"*{suffix}")} & set(OPS)
 
     assert (
         names("cuda", ".cu") == names("bindings/cuda", ".cpp") == names("bindings", ".h") != set()

@@ -1,7 +1,7 @@
 // append_kv on the CPU: one work item rotates and writes one row's token.
-#include "cpu/copy.h"
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/simd/copy.h"
+#include "cpu/simd/simd.h"
 
 namespace baton::cpu::BATON_ISA {
 

@@ -1,6 +1,6 @@
 // extract_kv on the CPU: one work item copies one block of packed tokens of one layer, all heads.
-#include "cpu/copy.h"
 #include "cpu/kernels.h"
+#include "cpu/simd/copy.h"
 
 namespace baton::cpu::BATON_ISA {
 

@@ -1,7 +1,7 @@
 // insert_kv on the CPU: one work item copies one block of packed tokens of one layer, all heads, or
 // clears the padding of one query in one layer.
-#include "cpu/copy.h"
 #include "cpu/kernels.h"
+#include "cpu/simd/copy.h"
 
 namespace baton::cpu::BATON_ISA {
 

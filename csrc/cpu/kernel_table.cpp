@@ -1,6 +1,6 @@
 // The table of one instruction set's kernels, which host/isa.cpp chooses from at run time.
-#include "cpu/amx.h"
 #include "cpu/kernels.h"
+#include "cpu/simd/amx.h"
 
 namespace baton::cpu::BATON_ISA {
 

@@ -5,10 +5,10 @@
 // rows to a vector in linear_pairs.h where vectors are long. Every dot product adds its terms in
 // the same order whatever the tile it falls in, so a row's bits do not depend on the number of
 // rows. Weights stream from memory once per block of rows.
-#include "cpu/dot.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_amx.h"
 #include "cpu/linear_pairs.h"
+#include "cpu/simd/dot.h"
 
 namespace baton::cpu::BATON_ISA {
 

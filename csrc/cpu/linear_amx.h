@@ -3,8 +3,8 @@
 // is packed once per call (linear_pack).
 #pragma once
 
-#include "cpu/amx_products.h"
 #include "cpu/kernels.h"
+#include "cpu/simd/amx_products.h"
 
 #if defined(BATON_HAS_TILES)
 

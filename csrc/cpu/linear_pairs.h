@@ -5,7 +5,7 @@
 #pragma once
 
 #include "common/linear.h"
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 #if defined(__AVX512F__)
 

@@ -1,8 +1,8 @@
 // masked_softmax on the CPU: one work item writes the key_length weights of one query, each once.
 #include "common/masked_softmax.h"
 
-#include "cpu/exponential.h"
 #include "cpu/kernels.h"
+#include "cpu/simd/exponential.h"
 
 namespace baton::cpu::BATON_ISA {
 

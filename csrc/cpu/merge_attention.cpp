@@ -1,7 +1,7 @@
 // merge_attention on the CPU: one work item is one query token. A partial that saw nothing
 // (lse = -inf) is not read, so that what it left in its output cannot matter.
-#include "cpu/exponential.h"
 #include "cpu/kernels.h"
+#include "cpu/simd/exponential.h"
 
 namespace baton::cpu::BATON_ISA {
 

@@ -1,7 +1,7 @@
 // move_kv on the CPU: one work item moves one move's columns of one layer and KV head. A move
 // inside one slot runs from the end that its own target does not overwrite.
-#include "cpu/copy.h"
 #include "cpu/kernels.h"
+#include "cpu/simd/copy.h"
 
 namespace baton::cpu::BATON_ISA {
 

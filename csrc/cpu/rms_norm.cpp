@@ -1,7 +1,7 @@
 // rms_norm on the CPU: one work item is one row, read twice from the core's own cache.
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
-#include "cpu/stream.h"
+#include "cpu/simd/simd.h"
+#include "cpu/simd/stream.h"
 
 namespace baton::cpu::BATON_ISA {
 

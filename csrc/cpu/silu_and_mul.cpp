@@ -1,7 +1,7 @@
 // silu_and_mul on the CPU: one work item is one row.
-#include "cpu/exponential.h"
 #include "cpu/kernels.h"
-#include "cpu/stream.h"
+#include "cpu/simd/exponential.h"
+#include "cpu/simd/stream.h"
 
 namespace baton::cpu::BATON_ISA {
 

@@ -11,7 +11,7 @@
 //   blockIdx   x: rows, y: part of the pairs
 #include <algorithm>
 
-#include "cuda/chunk.h"
+#include "cuda/device/chunk.h"
 #include "cuda/kernels.h"
 
 namespace baton::cuda {

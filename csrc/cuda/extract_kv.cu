@@ -3,8 +3,8 @@
 // unwritten.
 //
 // A block has 128 threads, each of which has one chunk, 16 bytes where alignment allows, of a run
-// of tokens, layers or heads (copy_tokens.h), keys and values together.
-#include "cuda/copy_tokens.h"
+// of tokens, layers or heads (device/copy_tokens.h), keys and values together.
+#include "cuda/device/copy_tokens.h"
 #include "cuda/kernels.h"
 
 namespace baton::cuda {

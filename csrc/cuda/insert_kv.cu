@@ -2,11 +2,11 @@
 // likewise, of all layers in one launch.
 //
 // A block has 128 threads, each of which has one chunk, 16 bytes where alignment allows, of a run
-// of tokens, layers or heads (copy_tokens.h), keys and values together. With zero_padding, blocks
-// after those clear the columns before the tokens: a thread has one chunk of a tile of columns of
-// one query's padding; tiles are laid over the whole capacity, since the host does not know the
-// starts.
-#include "cuda/copy_tokens.h"
+// of tokens, layers or heads (device/copy_tokens.h), keys and values together. With zero_padding,
+// blocks after those clear the columns before the tokens: a thread has one chunk of a tile of
+// columns of one query's padding; tiles are laid over the whole capacity, since the host does not
+// know the starts.
+#include "cuda/device/copy_tokens.h"
 #include "cuda/kernels.h"
 
 namespace baton::cuda {

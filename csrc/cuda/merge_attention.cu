@@ -6,7 +6,7 @@
 // chunks, then the next head. Every thread computes both weights itself, and the first of a head
 // writes its lse. A partial that saw nothing (lse = -inf) is not read, so that what it left in its
 // output cannot matter.
-#include "cuda/chunk.h"
+#include "cuda/device/chunk.h"
 #include "cuda/kernels.h"
 
 namespace baton::cuda {

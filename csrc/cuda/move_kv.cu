@@ -13,7 +13,7 @@
 // fills a tile. A move between slots, or past its own length, has one column per residue.
 //   threadIdx  x: chunk (16 bytes where alignment allows), y: column
 //   blockIdx   x: move, then slice; y: layer; z: head
-#include "cuda/chunk.h"
+#include "cuda/device/chunk.h"
 #include "cuda/kernels.h"
 
 namespace baton::cuda {

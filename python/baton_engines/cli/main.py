@@ -80,7 +80,7 @@ def _open_relay(
 
     threads = {} if prefill_threads is None else {"threads": prefill_threads}
     try:
-        prefiller = prefills.get(prefill, **threads) or prefill
+        prefiller = prefills.get(prefill, **threads)
         return Relay(model, slots, capacity, policy, prefill=prefiller, **settings)
     # No Llama, or one with something that the patch does not know; a process that cannot start.
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:

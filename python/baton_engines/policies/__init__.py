@@ -11,12 +11,13 @@ from .admission import (
     ShortestFirst,
     get_admission,
 )
-from .base import Forward, Plan, Policy, View
+from .base import Policy
 from .baton import Baton
 from .chunked import Chunked
 from .multi_bin import MultiBin
 from .orca import Orca
 from .padded_orca import PaddedOrca
+from .plan import Forward, Plan, View
 from .run_to_completion import RunToCompletion
 
 _POLICIES = {

@@ -11,12 +11,9 @@ First come first served is the order in which all cost the same.
 import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from ..query import Query
-
-if TYPE_CHECKING:
-    from .base import View
+from .plan import View
 
 Length = Callable[[Query], float]
 
@@ -53,7 +50,7 @@ class Admission(ABC):
         """What the costs of an iteration are measured against; 0 where they stand alone."""
         return 0.0
 
-    def order(self, view: "View") -> Iterator[Query]:
+    def order(self, view: View) -> Iterator[Query]:
         """The waiting queries, the first to be admitted in front."""
         reference = self.reference(view.running, view.waiting)
         heap = [(*self._rank(query, reference), query) for query in view.waiting]
@@ -83,7 +80,7 @@ class FirstCome(Admission):
         """All the same."""
         return 0.0
 
-    def order(self, view: "View") -> Iterator[Query]:
+    def order(self, view: View) -> Iterator[Query]:
         """As they wait."""
         return iter(view.waiting)
 

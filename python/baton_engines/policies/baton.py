@@ -10,7 +10,8 @@ Source: BATON (arXiv 2410.18701); the bound is ours.
 
 from ..query import Query
 from .admission import Admission, get_admission
-from .base import Forward, Plan, Policy, View, fitting, pack_chunks, positive
+from .base import Policy, fitting, pack_chunks, positive
+from .plan import Forward, Plan, View
 
 
 class Baton(Policy):

@@ -6,7 +6,8 @@ Source: Sarathi-Serve (OSDI'24), stall-free batching; vLLM's scheduler.
 """
 
 from .admission import Admission, get_admission
-from .base import Forward, Plan, Policy, View, fitting, positive
+from .base import Policy, fitting, positive
+from .plan import Forward, Plan, View
 
 
 class Chunked(Policy):

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from ..query import Query
 from .admission import Admission, Length, get_admission, max_new_tokens
-from .base import Forward, Plan, Policy, View, fitting, pack_prefills, positive
+from .base import Policy, fitting, pack_prefills, positive
+from .plan import Forward, Plan, View
 
 _MAX_SEEN = 1 << 14
 # By how many times the queries that fill a batch of each bin a batch may be late.

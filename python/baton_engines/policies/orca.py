@@ -7,7 +7,8 @@ Source: Orca (OSDI'22), sections 3 and 4.
 """
 
 from .admission import Admission, get_admission
-from .base import Forward, Plan, Policy, View, fitting
+from .base import Policy, fitting
+from .plan import Forward, Plan, View
 
 
 class Orca(Policy):

@@ -5,7 +5,8 @@ padding in it, so this is the kindest version of what it stands for: only the sl
 """
 
 from .admission import Admission, get_admission
-from .base import Forward, Plan, Policy, View, fitting, pack_prefills, positive
+from .base import Policy, fitting, pack_prefills, positive
+from .plan import Forward, Plan, View
 
 
 class RunToCompletion(Policy):

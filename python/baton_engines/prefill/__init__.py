@@ -1,23 +1,24 @@
 """Where the prompts of newcomers are computed, by name; see `Relay`.
 
-"serial": in the decode loop, between two steps. "overlapped": by a thread with cores of its own.
+"serial": by the decode loop, between two steps. "overlapped": by a thread with cores of its own.
 "apart": by other processes, which hand keys and values over in shared memory.
 """
 
 from .base import Job, Prefiller, Worker
 from .overlapped import Overlapped
+from .serial import Serial
 
 NAMES = ("serial", "overlapped", "apart")
 
-__all__ = ["NAMES", "Job", "Overlapped", "Prefiller", "Worker", "get"]
+__all__ = ["NAMES", "Job", "Overlapped", "Prefiller", "Serial", "Worker", "get"]
 
 
-def get(mode: str | Prefiller, **options) -> Prefiller | None:
-    """A new prefiller of that mode, None for "serial"; a prefiller is returned as it is.
+def get(mode: str | Prefiller, **options) -> Prefiller:
+    """A new prefiller of that mode; a prefiller is returned as it is.
 
     Args:
         mode: one of `NAMES`.
-        options: arguments of the mode's class.
+        options: arguments of the mode's class; "serial" takes none.
 
     Raises:
         ValueError: no mode has that name.
@@ -25,7 +26,7 @@ def get(mode: str | Prefiller, **options) -> Prefiller | None:
     if isinstance(mode, Prefiller):
         return mode
     if mode == "serial":
-        return None
+        return Serial(**options)
     if mode == "overlapped":
         return Overlapped(**options)
     if mode == "apart":

@@ -12,17 +12,18 @@ from .query import Query
 class SharedPrompt:
     """Who computes the prompt, and who still waits to copy it.
 
-    All but the last token are copied. Each query computes that one itself, which gives it the
-    logits of its first token, with the same bits as the leader's.
+    The others take their first tokens from the leader's logits, and later copy its row: nothing is
+    computed twice, so they have the bits that they would have alone.
 
     Args:
         queries: at least two, with the same prompt.
 
     Attributes:
         leader: the query that computes the prompt, or has done so.
-        pending: ids of the queries without keys and values of their own.
+        pending: the queries without keys and values of their own, by id.
         ready: whether the prompt has been computed.
         parked: keys and values of the prompt in host memory, once the leader's row is gone.
+        lost: why they could not be kept, or None.
     """
 
     def __init__(self, queries: Sequence[Query]) -> None:
@@ -30,6 +31,7 @@ class SharedPrompt:
         self.pending = {query.id: query for query in queries[1:]}
         self.ready = False
         self.parked: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.lost: Exception | None = None
         for query in queries:
             query.shared_prompt = self
             query.prompt = queries[0].prompt
@@ -45,19 +47,13 @@ class SharedPrompt:
         self.pending.pop(query.id, None)
         return False
 
-    def offer(self) -> None:
-        """The leader's row holds the whole prompt now."""
+    def offer(self) -> list[Query]:
+        """The leader's row holds the whole prompt now; the queries that may have a token."""
         self.ready = True
         for query in self.pending.values():
+            # The last one counts with the token that follows from it.
             query.cached = len(query.prompt) - 1
-        if len(self.leader.prompt) == 1:
-            self.pending.clear()
-
-    def withdraw(self) -> None:
-        """The prompt is lost; those that still wait compute it themselves."""
-        for query in self.pending.values():
-            query.cached = 0
-        self.pending.clear()
+        return list(self.pending.values())
 
 
 def is_held_back(query: Query) -> bool:

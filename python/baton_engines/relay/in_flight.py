@@ -1,4 +1,4 @@
-"""The prompts of one decode loop that are computed elsewhere, from the plan to the insertion.
+"""The prompts of one batch that are computed elsewhere, from the plan to the insertion.
 
 A query whose prompt is away holds a row of no tokens, so that its slot is taken and everything else
 (cancel, preempt, resize) treats it like any other. Nothing here waits for a worker unless it is
@@ -8,8 +8,6 @@ asked to.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,9 +16,7 @@ from ..prefill import Job, Prefiller
 from ..query import Query
 from ..query.errors import drop_tracebacks
 from ..slots import Row
-
-if TYPE_CHECKING:
-    from .decode_loop import DecodeLoop
+from .batch import Batch
 
 _log = logging.getLogger(__name__)
 
@@ -37,13 +33,17 @@ class InFlight:
     """Queries by the job that computes their prompt.
 
     Args:
+        batch: the queries; one that leaves is forgotten here.
         prefiller: an open one.
-        on_cpu: whether workers and loop share the CPU's cores.
     """
 
-    def __init__(self, prefiller: Prefiller, on_cpu: bool):
+    def __init__(self, batch: Batch, prefiller: Prefiller):
         self.prefiller = prefiller
-        self._on_cpu = on_cpu
+        self._batch = batch
+        batch.on_leave = self.forget
+        # Workers on a GPU leave the loop its cores.
+        on_cpu = batch.slots.cache.keys.device.type == "cpu"
+        self._shares_cores = on_cpu and prefiller.num_workers > 0
         self._trips: list[Trip] = []
         self._trip_of: dict[int, Trip] = {}
         self._home: set[int] = set()
@@ -55,17 +55,18 @@ class InFlight:
         """Whether a query waits for its prompt."""
         return bool(self._trip_of)
 
-    def hand_over(self, loop: DecodeLoop, forward: Forward) -> None:
+    def hand_over(self, forward: Forward) -> None:
         """Let those prompts of a forward that can be computed elsewhere be computed there."""
+        batch = self._batch
         for query, _ in forward.prefill:
             # A Ctrl-C came between the row and the handing over, or in an insertion.
-            if query.slot is not None and query not in self and loop.slots.vacant(query):
-                loop.slots.leave(query)
+            if query not in self and batch.slots.vacant(query):
+                batch.slots.leave(query)
         queries = [
             query
-            for query in self._wanted(forward, loop.running.values())
+            for query in self._wanted(forward)
             # A row without columns until there is something to put there.
-            if loop.enter(query, 0)
+            if batch.enter(query, 0)
         ]
         # Spread over the workers that have nothing to do.
         idle = self.prefiller.num_workers - sum(not trip.job.done for trip in self._trips)
@@ -73,7 +74,7 @@ class InFlight:
         for first in range(parts):
             self._leave(Trip(tuple(queries[first::parts])))
 
-    def land(self, loop: DecodeLoop) -> None:
+    def land(self) -> None:
         """Insert what has been computed, between two steps; these queries decode from here on.
 
         Interrupted by Ctrl-C, it goes on with the next call: a query is away until its row is
@@ -81,14 +82,13 @@ class InFlight:
         """
         for trip in [trip for trip in self._trips if trip.job.done]:
             if trip.job.error is not None:
-                self._come_home(loop, trip)
+                self._come_home(trip)
             else:
-                self._enter(loop, trip)
+                self._enter(trip)
             if trip in self._trips:
                 self._trips.remove(trip)
-        now = loop.clock()
         for query in self.computing():
-            loop.timeline.begin(query.id, query.slot, "prefill", now)
+            self._batch.timeline.begin(query.id, query.slot, "prefill", self._batch.clock())
 
     def computing(self) -> list[Query]:
         """The queries whose prompt a worker computes; those that wait for a worker are not."""
@@ -99,36 +99,36 @@ class InFlight:
         """Until a job has ended."""
         self.prefiller.wait([trip.job for trip in self._trips if not trip.job.abandoned])
 
-    def forget(self, query: Query) -> bool:
-        """The query does not want its prompt any more; whether it was away."""
+    def forget(self, query: Query) -> None:
+        """The query does not want its prompt any more, if it is computed elsewhere."""
         self._home.discard(query.id)
         trip = self._trip_of.pop(query.id, None)
         if trip is None:
-            return False
+            return
         if not any(self._trip_of.get(other.id) is trip for other in trip.queries):
             # A worker that is at it goes on, and throws away what it gets.
             trip.queries = ()
             trip.job.abandoned = True
             trip.job.prefilled = None
-        return True
 
     def share_cores(self, total: int) -> None:
         """Leave the workers that compute their cores, of `total`; the loop keeps one at least."""
         busy = sum(trip.job.started and not trip.job.done for trip in self._trips)
-        if self._on_cpu:
+        if self._shares_cores:
             _set_num_threads(max(1, total - busy * self.prefiller.threads))
 
     def take_cores_back(self, total: int) -> None:
         """The calling thread computes with all of them."""
-        if self._on_cpu:
+        if self._shares_cores:
             _set_num_threads(total)
 
-    def _wanted(self, forward: Forward, running: Collection[Query]) -> list[Query]:
+    def _wanted(self, forward: Forward) -> list[Query]:
         # Whole prompts of forwards without decoding: a policy that packs prompts with decoding
         # queries wants them in one forward, and a part of a prompt needs the row it goes on in.
-        if forward.decode or not (
-            self or self.prefiller.always or any(query.tokens for query in running)
-        ):
+        if forward.decode or not self.prefiller.num_workers:
+            return []
+        decoding = any(query.tokens for query in self._batch.running.values())
+        if not (decoding or self or self.prefiller.always):
             return []
         return [
             query
@@ -146,38 +146,40 @@ class InFlight:
         self._trips.append(trip)
         self._trip_of.update((query.id, trip) for query in trip.queries)
 
-    def _come_home(self, loop: DecodeLoop, trip: Trip) -> None:
+    def _come_home(self, trip: Trip) -> None:
         """A failed job's prompts are left to the loop, which finds out whether one is at fault."""
         _log.info("prefill elsewhere failed", exc_info=trip.job.error)
         drop_tracebacks(trip.job.error)
+        batch = self._batch
         for query in trip.queries:
             if self._trip_of.get(query.id) is trip:
-                loop.slots.leave(query)
-                loop.timeline.end(query.id, loop.clock())
+                batch.slots.leave(query)
+                batch.timeline.end(query.id, batch.clock())
                 del self._trip_of[query.id]
                 self._home.add(query.id)
-                loop.counters.prefill_faults += 1
+                batch.counters.prefill_faults += 1
 
-    def _enter(self, loop: DecodeLoop, trip: Trip) -> None:
-        rows, entered, counters = [], [], loop.counters
+    def _enter(self, trip: Trip) -> None:
+        batch, rows, entered = self._batch, [], []
         for index, query in enumerate(trip.queries):
             row = Row(query, len(query.prompt))
             # Cancelled, or handed over again since; or parked, now or by a row before this one.
-            if self._trip_of.get(query.id) is not trip or not loop.make_room([row]):
+            if self._trip_of.get(query.id) is not trip or not batch.make_room([row]):
                 continue
             key, value = trip.job.prefilled.rows[index]
-            if loop.attempt(query, "insertion", loop.slots.fill, query, key, value)[0]:
+            if batch.attempt(query, "insertion", batch.slots.fill, query, key, value)[0]:
                 del self._trip_of[query.id]
                 rows.append(row)
                 entered.append(index)
         if not rows:
             return
-        counters.peak_kv_bytes = max(counters.peak_kv_bytes, loop.slots.cache.bytes_in_use)
+        batch.note_peak_kv_bytes()
+        counters = batch.counters
         counters.prefills_elsewhere += len(rows)
         counters.prompt_tokens += sum(row.count for row in rows)
         counters.columns_read += sum(row.count for row in rows)
         logits = trip.job.prefilled.logits[entered]
-        loop.take(rows, logits, loop.choose(rows, logits))
+        batch.take(rows, logits, batch.choose(rows, logits))
 
 
 def _set_num_threads(count: int) -> None:

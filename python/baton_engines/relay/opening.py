@@ -14,6 +14,7 @@ from ..prefill import get as get_prefiller
 from ..query import Query
 from ..slots import Slots
 from .autoscale import Autoscale
+from .batch import Batch
 from .decode_loop import DecodeLoop
 from .in_flight import InFlight
 from .submission import Limits
@@ -35,7 +36,7 @@ def open_loop(
     prefill: str | Prefiller,
     clock: Callable[[], float],
     on_end: Callable[[Query], object],
-) -> tuple[Limits, DecodeLoop]:
+) -> tuple[Limits, Batch, DecodeLoop]:
     """What a relay is made of.
 
     Args:
@@ -75,12 +76,10 @@ def open_loop(
             f"Relay: policy must compute prompts whole in an aligned cache and under dynamic RoPE, "
             f"got {policy.name}, which splits them"
         )
-    in_flight = None
     prefiller = get_prefiller(prefill)
-    if prefiller is not None:
-        prefiller.open(model)
-        # Before the patch is undone: the workers use it.
-        undo.callback(prefiller.close)
-        in_flight = InFlight(prefiller, on_cpu=slots.cache.keys.device.type == "cpu")
+    prefiller.open(model)
+    # Before the patch is undone: the workers use it.
+    undo.callback(prefiller.close)
     limits = replace(limits, kv_budget=kv_budget, bytes_per_token=slots.cache.bytes_per_token)
-    return limits, DecodeLoop(slots, policy, clock, on_end, autoscale, in_flight)
+    batch = Batch(slots, policy, clock, on_end)
+    return limits, batch, DecodeLoop(batch, InFlight(batch, prefiller), autoscale)

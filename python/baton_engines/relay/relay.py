@@ -21,6 +21,7 @@ from baton_kernels.batch_shape import checked_int
 from .. import policies
 from ..prefill import Prefiller
 from ..query import Query
+from ..query.callbacks import give_text
 from ..query.shared_prompt import SharedPrompt
 from .opening import open_loop
 from .state import RelayState
@@ -96,7 +97,7 @@ class Relay(RelayState):
         self._tokenizer = tokenizer
         self._undo = contextlib.ExitStack()
         try:
-            self._limits, self._loop = open_loop(
+            self._limits, self._batch, self._loop = open_loop(
                 model,
                 self.policy,
                 self._undo,
@@ -228,10 +229,10 @@ class Relay(RelayState):
                 },
             )
         except Exception as error:
-            self._loop.fail(query, error)
+            self._batch.fail(query, error)
             self._held.append(query)
         else:
-            self._loop.wait(query)
+            self._batch.wait(query)
         return query
 
     def submit_n(
@@ -330,9 +331,13 @@ class Relay(RelayState):
 
     def cancel(self, query: Query) -> bool:
         """End the query now, without another token, and free its slot. False if it had ended."""
-        if self._loop.place(query) is None:
+        if self._batch.place(query) is None:
             return False
-        self._loop.end(query, "cancelled", "cancelled")
+        if query._on_text is not None:
+            # What was held back, as the text ends here.
+            self._batch.attempt(query, "on_text", give_text, query, True)
+        if not query.ended:
+            self._batch.end(query, "cancelled", "cancelled")
         return True
 
     def preempt(self, query: Query) -> bool:
@@ -341,15 +346,10 @@ class Relay(RelayState):
         A query that another one's callback preempts before its own token of the step is out
         computes that one token again. False if it had ended or is parked already.
         """
-        loop = self._loop
-        place = loop.place(query)
-        if place is None or place is loop.parked:
+        place = self._batch.place(query)
+        if place is None or place is self._batch.parked:
             return False
-        if place is loop.running:
-            loop.unseat(query)
-        del loop.waiting[query.id]
-        query.status = "parked"
-        loop.parked[query.id] = query
+        self._batch.park(query)
         return True
 
     def resume(self, query: Query) -> bool:
@@ -357,10 +357,9 @@ class Relay(RelayState):
 
         Its keys and values are copied back, not recomputed. False if it was not parked.
         """
-        if self._loop.place(query) is not self._loop.parked:
+        if self._batch.place(query) is not self._batch.parked:
             return False
-        del self._loop.parked[query.id]
-        self._loop.wait(query)
+        self._batch.unpark(query)
         return True
 
     def resize(self, num_slots: int) -> None:
@@ -375,17 +374,17 @@ class Relay(RelayState):
         num_slots = operator.index(num_slots)
         if num_slots < 1:
             raise ValueError(f"resize: num_slots must be >= 1, got {num_slots}")
-        self._loop.resize(num_slots)
+        self._batch.resize(num_slots)
 
     def close(self) -> None:
         """Cancel what has not ended, give the cache's memory back, undo the relay's own patch."""
         self._between_steps("close")
-        loop = self._loop
-        for queries in (loop.waiting, loop.running, loop.parked):
+        batch = self._batch
+        for queries in (batch.waiting, batch.running, batch.parked):
             for query in list(queries.values()):
-                loop.end(query, "cancelled", "cancelled")
+                batch.end(query, "cancelled", "cancelled")
         self._closed = True
-        loop.slots.cache.release()
+        batch.slots.cache.release()
         self._undo.close()
 
     def _step_for(self, query: Query) -> None:

@@ -84,18 +84,22 @@ class Slots:
         """Rows of the cache."""
         return self.cache.shape.num_slots
 
+    def length(self, query: Query) -> int:
+        """Columns of the query's row; 0 without a row."""
+        return 0 if query.slot is None else self.cache.shape.length(query.slot)
+
     def lagging(self, query: Query) -> bool:
         """Whether the row already has columns for tokens that do not count yet."""
-        return query.slot is not None and self.cache.shape.length(query.slot) > query.cached
+        return query.slot is not None and self.length(query) > query.cached
 
     def vacant(self, query: Query) -> bool:
-        """Whether the query's row has no columns."""
-        return self.cache.shape.length(query.slot) == 0
+        """Whether the query has a row, and that has no columns."""
+        return query.slot is not None and self.length(query) == 0
 
     def enter(self, query: Query, length: int) -> None:
         """Give the query a free row of `length` tokens, which begins with what it had parked."""
         shared = query.shared_prompt
-        if shared is not None and query.id in shared.pending and query.cached:
+        if shared is not None and shared.ready and query.id in shared.pending:
             self._copy_shared(query, shared, length)
             return
         if query._parked_kv is None:
@@ -172,6 +176,8 @@ class Slots:
 
     def _copy_shared(self, query: Query, shared: SharedPrompt, length: int) -> None:
         """A row that begins with the prompt which another query has computed."""
+        if shared.lost is not None:
+            raise shared.lost
         if shared.parked is None:
             query.slot = self.cache.copy_row(shared.leader.slot, length=length)
         else:
@@ -184,12 +190,12 @@ class Slots:
         is_needed = shared.ready and shared.pending and shared.parked is None
         if query is not shared.leader or query.slot is None or not is_needed:
             return
-        tokens = len(query.prompt) - 1
+        tokens = len(query.prompt)
         try:
             key, value = (tensor[:, :tokens].cpu() for tensor in self.cache.extract(query.slot))
             shared.parked = (key.contiguous(), value.contiguous())
-        except (MemoryError, RuntimeError):
-            shared.withdraw()
+        except (MemoryError, RuntimeError) as error:
+            shared.lost = error
             return
         self.parked_bytes += _num_bytes(shared.parked)
         self.parking_bytes += _num_bytes(shared.parked)
@@ -214,16 +220,12 @@ class Slots:
             return True
         tokens = 0
         for query, count in rows:
-            there = 0 if query.slot is None else self.cache.shape.length(query.slot)
-            tokens += max(0, query.cached + count - there)
+            tokens += max(0, query.cached + count - self.length(query))
         return self.cache.bytes_in_use + tokens * self.cache.bytes_per_token <= self.kv_budget
 
     def reserve(self, rows: Sequence[Row]) -> None:
         """Columns for what the queries that have a row compute next, where they lack them."""
-        shape = self.cache.shape
-        missing = {
-            query.slot: query.cached + count - shape.length(query.slot) for query, count in rows
-        }
+        missing = {query.slot: query.cached + count - self.length(query) for query, count in rows}
         missing = {slot: count for slot, count in missing.items() if count > 0}
         if missing:
             self.cache.extend(list(missing), list(missing.values()))

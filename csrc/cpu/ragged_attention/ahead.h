@@ -1,0 +1,157 @@
+// Asks memory for keys and values before they are used, across blocks and work items.
+//
+// A tile uses a block of keys, then the block of values beside it, then the next keys, which may be
+// another item's. The hardware foresees none of these changes, and short rows are nothing but
+// changes. So each row that is used asks for the one that comes kAheadBytes later in that order:
+// requests are spread out as uses are, because the core drops those that it cannot queue. Into the
+// second-level cache: the first one's few miss buffers are the loads' own.
+#pragma once
+
+#include "cpu/ragged_attention/item.h"
+
+namespace baton::cpu::BATON_ISA {
+
+// Keys of one block: scores of a tile stay in the core's own cache.
+constexpr int kBlockKeys = static_cast<int>(kAttentionBlockColumns);
+
+// How long before their use. Measured: 4 to 9 KB are slower, 16 and 18 KB too.
+constexpr int64_t kAheadBytes = 12 * 1024;
+
+// Rows to ask for while the rows of one block are used, in at most two runs.
+template <typename T>
+struct Ask {
+  const T* first = nullptr;
+  const T* second = nullptr;
+  int64_t num_first = 0, num_second = 0;
+  int64_t stride = 0;    // elements from one row to the next
+  bool doubled = false;  // two rows for each one that is used: there is a lead to be won
+
+  // Rows [k, k + kRows) of the block are being used: asks for what belongs to their turn. kDim:
+  // head_dim where it is known.
+  template <int kRows, int kDim>
+  BATON_INLINE void used(int64_t k, int64_t dim) const {
+    if (doubled) {
+      rows<2 * kRows, kDim>(2 * k, dim);
+    } else {
+      rows<kRows, kDim>(k, dim);
+    }
+  }
+
+ private:
+  template <int kRows, int kDim>
+  BATON_INLINE void rows(int64_t j, int64_t dim) const {
+    if (j + kRows <= num_first) {
+      for (int i = 0; i < kRows; ++i) row<kDim>(first + (j + i) * stride, dim);
+      return;
+    }
+    const int64_t end = j + kRows < num_first + num_second ? j + kRows : num_first + num_second;
+    for (; j < end; ++j) {
+      row<kDim>(j < num_first ? first + j * stride : second + (j - num_first) * stride, dim);
+    }
+  }
+
+  template <int kDim>
+  static BATON_INLINE void row(const T* begin, int64_t dim) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if constexpr (kDim != 0) {
+      BATON_UNROLL
+      for (int64_t d = 0; d < kDim; d += kLine) __builtin_prefetch(begin + d, 0, 2);
+    } else {
+      // Few lines: a loop that is unrolled would spend more on finding where to enter it.
+      _Pragma("GCC unroll 1") for (int64_t d = 0; d < dim; d += kLine)
+          __builtin_prefetch(begin + d, 0, 2);
+    }
+  }
+};
+
+// Walks the rows of work items [item, end) in the order in which they are used.
+template <typename T>
+class ReadAhead {
+ public:
+  ReadAhead(const RaggedAttentionParams& p, const AttentionWork& work, int64_t item, int64_t end)
+      : p_(p),
+        work_(work),
+        item_(item),
+        end_(end),
+        full_lead_(kAheadBytes / (p.sizes.head_dim * static_cast<int64_t>(sizeof(T)))) {
+    open();
+  }
+
+  // What to ask for while the next `count` rows are used.
+  Ask<T> step(int64_t count) {
+    Ask<T> ask;
+    // Rows that are in use already are not asked for any more.
+    while (lead_ < 0 && refill()) lead_ += take(-lead_);
+    int64_t wanted = count + full_lead_ - lead_;
+    lead_ -= count;
+    ask.doubled = wanted > count;
+    if (wanted > 2 * count) wanted = 2 * count;
+    if (wanted <= 0 || !refill()) return ask;
+    ask.stride = stride_;
+    ask.first = row_;
+    ask.num_first = take(wanted);
+    if (ask.num_first < wanted && refill() && stride_ == ask.stride) {
+      ask.second = row_;
+      ask.num_second = take(wanted - ask.num_first);
+    }
+    lead_ += ask.num_first + ask.num_second;
+    return ask;
+  }
+
+  // Item i begins; items that were not walked are skipped.
+  void begin(int64_t i) {
+    if (item_ >= i) return;
+    item_ = i;
+    lead_ = 0;
+    open();
+  }
+
+ private:
+  void open() {
+    rows_ = done_ = left_ = 0;
+    values_ = false;
+    if (item_ >= end_) return;
+    const AttentionItem& item = work_.items[item_];
+    const Tile tile = make_tile(p_, item, row_plan(p_, item.row));
+    from_ = streams<T>(p_, tile, item.kv_head);
+    rows_ = tile.end > tile.begin ? tile.end - tile.begin : 0;
+  }
+
+  // Whether there are rows left, those of the block that begins now if the last one has been
+  // walked.
+  bool refill() {
+    if (left_ > 0) return true;
+    while (done_ >= rows_) {
+      if (item_ >= end_) return false;
+      ++item_;
+      open();
+    }
+    left_ = rows_ - done_ < kBlockKeys ? rows_ - done_ : kBlockKeys;
+    stride_ = values_ ? p_.value_cache_strides.column_stride : p_.key_cache_strides.column_stride;
+    row_ = (values_ ? from_.values : from_.keys) + done_ * stride_;
+    if (values_) done_ += left_;
+    values_ = !values_;
+    return true;
+  }
+
+  // Goes past up to `count` rows of the current run; returns how many they were.
+  int64_t take(int64_t count) {
+    const int64_t taken = left_ < count ? left_ : count;
+    left_ -= taken;
+    row_ += taken * stride_;
+    return taken;
+  }
+
+  const RaggedAttentionParams& p_;
+  const AttentionWork& work_;
+  int64_t item_, end_;
+  const int64_t full_lead_;  // rows from request to use
+  Streams<T> from_{};
+  int64_t rows_ = 0, done_ = 0;  // of the item; those behind the current block
+  bool values_ = false;          // whether values come next
+  const T* row_ = nullptr;       // the current run
+  int64_t stride_ = 0, left_ = 0;
+  int64_t lead_ = 0;  // rows asked for that are not in use yet
+};
+
+}  // namespace baton::cpu::BATON_ISA

@@ -1,0 +1,135 @@
+// Scores of one block become probabilities, relative to a maximum that follows them.
+#pragma once
+
+#include "cpu/ragged_attention/item.h"
+#include "cpu/ragged_attention/tile.h"
+#include "cpu/simd/exponential.h"
+
+namespace baton::cpu::BATON_ISA {
+
+constexpr float kNothing = -__builtin_inff();
+
+// What one query vector sees.
+struct View {
+  Range range;       // keys
+  int64_t position;  // its own
+  float slope;       // of ALiBi
+};
+
+// Probabilities are relative to a reference that follows the largest score lazily: what was summed
+// before is rescaled only when a score exceeds it by this much. e^10 more costs a float nothing.
+constexpr float kSlack = 10.0f;
+
+// The softmax of one block, for all query vectors of a tile. The constructor moves the references;
+// probabilities are made when they are asked for: where values are used straight from the cache,
+// sixteen keys at a time, because memory would wait for the exponentials of a whole block.
+template <typename Products>
+class BlockSoftmax {
+ public:
+  BlockSoftmax(const RaggedAttentionParams& p, const View* views, int count, int64_t first_key,
+               int64_t num_keys, AttentionScratch& scratch)
+      : p_(p), count_(count), scratch_(scratch) {
+    const int num_vecs = static_cast<int>((num_keys + kLanes - 1) / kLanes);
+    const bool now = !Products::uses_block_in_place(count);
+    for (int m = 0; m < count; ++m) {
+      // Whole blocks in a loop that is unrolled, others in one that leaves out what they lack.
+      if (num_vecs == kBlockVecs) {
+        begin(views[m], first_key, kBlockVecs, m, now);
+      } else {
+        begin(views[m], first_key, num_vecs, m, now);
+      }
+    }
+    if (now) done_ = num_vecs;
+  }
+
+  // The scores of keys below `key` are probabilities from here on.
+  BATON_INLINE void until(int64_t key) {
+    for (; done_ * kLanes < key; ++done_) {
+      for (int m = 0; m < count_; ++m) {
+        const Vec score = load(scratch_.scores[m] + done_ * kLanes) * set1(factor_[m]);
+        const Vec probability = exp(score - set1(reference_[m]));
+        store(scratch_.sum[m], load(scratch_.sum[m]) + probability);
+        Products::put_probabilities(scratch_.scores[m], done_, probability);
+      }
+    }
+  }
+
+ private:
+  // Moves the reference of query vector m, whose scores are num_vecs vectors; `now`: makes its
+  // probabilities, too.
+  BATON_INLINE void begin(const View& view, int64_t first_key, int num_vecs, int m, bool now) {
+    float* scores = scratch_.scores[m];
+    Vec s[kBlockVecs];
+    const bool plain = finish_scores(view, scores, first_key, num_vecs, s);
+    Vec top = s[0];
+    BATON_UNROLL
+    for (int i = 1; i < num_vecs; ++i) top = max(s[i], top);
+    const float old = scratch_.maximum[m];
+    if (any(top > set1(old + kSlack))) move_reference(m, reduce_max(top));
+    // Nothing seen yet: subtracting 0 keeps exp(-inf) = 0, and a NaN score stays one.
+    const float maximum = scratch_.maximum[m];
+    const float reference = maximum == kNothing ? 0.0f : maximum;
+    if (now) {
+      Vec total = load(scratch_.sum[m]);
+      BATON_UNROLL
+      for (int i = 0; i < num_vecs; ++i) {
+        const Vec probability = exp(s[i] - set1(reference));
+        total = total + probability;
+        Products::put_probabilities(scores, i, probability);
+      }
+      store(scratch_.sum[m], total);
+      return;
+    }
+    factor_[m] = plain ? p_.scale : 1.0f;
+    reference_[m] = reference;
+    if (plain) return;
+    for (int i = 0; i < num_vecs; ++i) store(scores + i * kLanes, s[i]);
+  }
+
+  BATON_INLINE void move_reference(int m, float now) {
+    const float old = scratch_.maximum[m];
+    scratch_.maximum[m] = now;
+    if (old == kNothing) return;
+    const Vec correction = exp(set1(old - now));
+    store(scratch_.sum[m], load(scratch_.sum[m]) * correction);
+    for (int64_t d = 0; d < attention_sums(p_.sizes.head_dim); d += kLanes) {
+      store(&scratch_.out[m][d], load(&scratch_.out[m][d]) * correction);
+    }
+  }
+
+  // Scale, softcap, ALiBi and mask of one query vector's scores; true if it was the scale alone.
+  BATON_INLINE bool finish_scores(const View& view, const float* scores, int64_t first_key,
+                                  int num_vecs, Vec (&out)[kBlockVecs]) const {
+    const Vec scale = set1(p_.scale);
+    // Relative to the block, so that 32 bits are enough.
+    const int64_t low = view.range.begin - first_key, high = view.range.end - first_key;
+    BATON_UNROLL
+    for (int i = 0; i < num_vecs; ++i) out[i] = load(scores + i * kLanes) * scale;
+    if (low <= 0 && high >= num_vecs * kLanes && p_.softcap == 0.0f && !p_.alibi_slopes) {
+      return true;
+    }
+    const int32_t from = low > 0 ? static_cast<int32_t>(low < kBlockKeys ? low : kBlockKeys) : 0;
+    const int32_t to = high > 0 ? static_cast<int32_t>(high < kBlockKeys ? high : kBlockKeys) : 0;
+    const float distance = static_cast<float>(view.position - first_key);
+    IntVec key;
+    for (int i = 0; i < kLanes; ++i) key[i] = i;
+    for (int i = 0; i < num_vecs; ++i) {
+      Vec s = out[i];
+      if (p_.softcap > 0.0f) s = set1(p_.softcap) * tanh(s / set1(p_.softcap));
+      if (p_.alibi_slopes) {
+        s = s - set1(view.slope) * (set1(distance) - __builtin_convertvector(key, Vec));
+      }
+      out[i] = (key >= from) & (key < to) ? s : set1(kNothing);
+      key += kLanes;
+    }
+    return false;
+  }
+
+  const RaggedAttentionParams& p_;
+  const int count_;
+  AttentionScratch& scratch_;
+  int done_ = 0;  // vectors of keys
+  float factor_[kMaxQueries], reference_[kMaxQueries];
+};
+
+}  // namespace baton::cpu::BATON_ISA

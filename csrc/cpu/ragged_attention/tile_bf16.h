@@ -1,0 +1,184 @@
+// The products of tile.h where the CPU multiplies pairs of bfloat16 into float32 sums.
+//
+// Probabilities are rounded to bfloat16 for the product with values, as every tensor-core attention
+// does; their sum is taken before rounding. Two rows of values interleave to pairs of keys with one
+// unpack per half, which leaves the sums in a permuted order of head_dim (inside every 32 elements:
+// 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...); put_result() puts them right.
+#pragma once
+
+#include "cpu/ragged_attention/direct_bf16.h"
+
+#if defined(__AVX512BF16__)
+
+namespace baton::cpu::BATON_ISA {
+
+// out[m][d ..] += p value over kSteps * 32 elements of head_dim; source(k, i) gives a row pair,
+// before(k) comes before it.
+template <int kQueries, int kSteps, typename Source, typename Before>
+BATON_INLINE void weigh_pairs(const float (*p)[kBlockKeys], int64_t num_pairs, const Source& source,
+                              Before& before, float (*out)[kMaxHeadDim], int64_t d) {
+  Vec sums[kQueries][2 * kSteps] = {};
+  for (int64_t k = 0; k < num_pairs; ++k) {
+    before(k);
+    ValuePairs v[kSteps];
+    BATON_UNROLL
+    for (int i = 0; i < kSteps; ++i) v[i] = source(k, d + i * kPairStep);
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      const Pairs weight = broadcast_pair(&p[m][k]);
+      BATON_UNROLL
+      for (int i = 0; i < kSteps; ++i) {
+        sums[m][2 * i] = dot_pairs(sums[m][2 * i], weight, v[i].low);
+        sums[m][2 * i + 1] = dot_pairs(sums[m][2 * i + 1], weight, v[i].high);
+      }
+    }
+  }
+  BATON_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    BATON_UNROLL
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      float* total = &out[m][d + i * kLanes];
+      store(total, load(total) + sums[m][i]);
+    }
+  }
+}
+
+template <>
+struct BlockProducts<BFloat16> {
+  typedef Rows<BFloat16> BlockRows;
+
+  static void load_queries(const BFloat16* const* query, int count, int64_t dim,
+                           AttentionScratch& scratch) {
+    if (count <= kDirectQueries) return DirectProducts::load_queries(query, count, dim, scratch);
+    for (int m = 0; m < count; ++m) __builtin_memcpy(scratch.query[m], query[m], dim * 2);
+  }
+
+  static void score(const BFloat16* const* query, int count, const BlockRows& keys,
+                    AttentionScratch& scratch) {
+    if (count <= kDirectQueries) return DirectProducts::score(query, count, keys, scratch);
+    // A pair of neighbouring elements is one 32-bit unit: transposed like a float.
+    const Rows<float> pairs{
+        reinterpret_cast<const float*>(keys.data), keys.stride / 2, keys.count, keys.dim / 2, {}};
+    if (keys.stride % 2 == 0) {
+      unpack_keys(pairs, scratch.keys);
+    } else {
+      // Rows that begin between two pairs are first copied to where they do not.
+      BFloat16* copy = reinterpret_cast<BFloat16*>(&scratch.values[0][0]);
+      for (int64_t k = 0; k < keys.count; ++k) {
+        __builtin_memcpy(copy + k * kMaxHeadDim, keys.data + k * keys.stride, keys.dim * 2);
+      }
+      unpack_keys(Rows<float>{&scratch.values[0][0], kMaxHeadDim / 2, keys.count, keys.dim / 2, {}},
+                  scratch.keys);
+    }
+    for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
+      score_pairs<kQueries>(scratch.query + m, scratch.keys, keys.dim / 2, scratch.scores + m,
+                            keys.share(m, kQueries, count));
+    });
+  }
+
+  static bool uses_block_in_place(int count) { return count <= kDirectQueries; }
+
+  // As bfloat16 pairs of keys: the first half of the row holds them, where scores have been used.
+  static BATON_INLINE void put_probabilities(float* scores, int i, Vec probabilities) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)probabilities);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(scores + i * kLanes / 2), rounded);
+  }
+
+  template <typename Softmax>
+  static void weigh(int count, const BlockRows& values, Softmax& softmax,
+                    AttentionScratch& scratch) {
+    if (count <= kDirectQueries) {
+      DirectProducts::weigh(count, values, softmax, scratch);
+    } else {
+      weigh_packed(count, values, scratch);
+    }
+  }
+
+  // Undoes the permutation of the sums.
+  static void put_result(const float* sums, int64_t dim, float factor, BFloat16* out) {
+    for (int64_t d = 0; d < dim; d += kPairStep) {
+      const auto low = (__m256i)to_bfloat16(load(sums + d) * set1(factor));
+      const auto high = (__m256i)to_bfloat16(load(sums + d + kLanes) * set1(factor));
+      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+      const __m512i fours = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+      const int64_t here = dim - d < kPairStep ? dim - d : kPairStep;
+      _mm512_mask_storeu_epi16(out + d, static_cast<__mmask32>((uint64_t{1} << here) - 1),
+                               _mm512_permutexvar_epi64(fours, both));
+    }
+  }
+
+ private:
+  // scores[m][k] = sum over pairs of elements of query[m] . keys[.][k], lanes are keys.
+  template <int kQueries, typename Before>
+  static void score_pairs(const float (*query)[kMaxHeadDim], const float (*keys)[kBlockKeys],
+                          int64_t num_pairs, float (*scores)[kBlockKeys], Before before) {
+    static_assert(kPackedVecs * kLanes == kBlockKeys);
+    Vec sums[kQueries][kPackedVecs] = {};
+    for (int64_t d = 0; d < num_pairs; ++d) {
+      before(d);
+      Pairs v[kPackedVecs];
+      BATON_UNROLL
+      for (int i = 0; i < kPackedVecs; ++i) v[i] = load_pairs(&keys[d][i * kLanes]);
+      BATON_UNROLL
+      for (int m = 0; m < kQueries; ++m) {
+        const Pairs q = broadcast_pair(&query[m][d]);
+        BATON_UNROLL
+        for (int i = 0; i < kPackedVecs; ++i) sums[m][i] = dot_pairs(sums[m][i], q, v[i]);
+      }
+    }
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      BATON_UNROLL
+      for (int i = 0; i < kPackedVecs; ++i) store(&scores[m][i * kLanes], sums[m][i]);
+    }
+  }
+
+  // Row pair k of the block from element d on. The row behind an odd count is not read: it is
+  // padding or another row's.
+  static BATON_INLINE ValuePairs row_pair(const BlockRows& rows, int64_t k, int64_t d) {
+    const BFloat16* even = rows.data + 2 * k * rows.stride + d;
+    const BFloat16* odd = even + rows.stride;
+    const bool alone = 2 * k + 1 == rows.count;
+    if (rows.dim - d >= kPairStep) {
+      return interleave(load_pairs(even), alone ? Pairs{} : load_pairs(odd));
+    }
+    return interleave(load_pairs(even, rows.dim - d),
+                      alone ? Pairs{} : load_pairs(odd, rows.dim - d));
+  }
+
+  template <typename Source>
+  static void weigh_tiles(int count, int64_t num_pairs, const BlockRows& values,
+                          const Source& source, AttentionScratch& scratch) {
+    for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
+      auto before = values.share(m, kQueries, count);
+      int64_t d = 0;
+      for (; d + 2 * kPairStep <= values.dim; d += 2 * kPairStep) {
+        weigh_pairs<kQueries, 2>(scratch.scores + m, num_pairs, source, before, scratch.out + m, d);
+      }
+      for (; d < values.dim; d += kPairStep) {
+        weigh_pairs<kQueries, 1>(scratch.scores + m, num_pairs, source, before, scratch.out + m, d);
+      }
+    });
+  }
+
+  static void weigh_packed(int count, const BlockRows& values, AttentionScratch& scratch) {
+    const int64_t num_pairs = (values.count + 1) / 2;
+    // [pair of keys][element pairs in the interleaved order]
+    float (*pairs)[kMaxHeadDim] = scratch.values;
+    for (int64_t k = 0; k < num_pairs; ++k) {
+      for (int64_t d = 0; d < values.dim; d += kPairStep) {
+        const ValuePairs pair = row_pair(values, k, d);
+        _mm512_storeu_si512(&pairs[k][d], pair.low);
+        _mm512_storeu_si512(&pairs[k][d + kLanes], pair.high);
+      }
+    }
+    const auto source = [&](int64_t k, int64_t d) BATON_INLINE_LAMBDA {
+      return ValuePairs{load_pairs(&pairs[k][d]), load_pairs(&pairs[k][d + kLanes])};
+    };
+    weigh_tiles(count, num_pairs, values, source, scratch);
+  }
+};
+
+}  // namespace baton::cpu::BATON_ISA
+
+#endif  // __AVX512BF16__

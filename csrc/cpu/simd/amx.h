@@ -1,0 +1,79 @@
+// AMX tile instructions as functions: the one place that knows them. Where the CPU has none, tests
+// run them all the same: python/emulation/amx/amx.cpp does in software what the CPU refuses.
+//
+// There are eight tiles of at most 16 rows of 64 bytes. A thread configures their shapes before the
+// first use and releases them after the last: TileScope.
+#pragma once
+
+#include "cpu/simd/simd.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define BATON_HAS_TILES
+
+namespace baton::cpu::BATON_ISA {
+
+constexpr int kAmxRows = 16;      // rows of a tile, and columns of float32 or of bfloat16 pairs
+constexpr int kAmxStep = 32;      // elements of bfloat16 in a row
+constexpr int kAmxRowBytes = 64;  // of a row
+
+// The memory that ldtilecfg reads.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};  // of tile i; the last eight are reserved
+  uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+// Assembly and not the compiler's intrinsics: GCC's take literal tile numbers alone, and its
+// tile load does not tell the optimizer that memory is read.
+BATON_INLINE void tile_configure(const TileConfig& config) {
+  asm volatile("ldtilecfg %0" : : "m"(config));
+}
+
+BATON_INLINE void tile_release() { asm volatile("tilerelease"); }
+
+template <int kTile>
+BATON_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+
+// Rows of the tile's configured bytes, `stride` bytes apart; no alignment is needed.
+template <int kTile>
+BATON_INLINE void tile_load(const void* rows, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(kTile) : "memory");
+}
+
+template <int kTile>
+BATON_INLINE void tile_store(void* rows, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride), "i"(kTile) : "memory");
+}
+
+// sum[m][n] += sum over pairs k of a[m][k] . b[k][n]: pairs of bfloat16, float32 sums. Element
+// (m, n) takes row m of a and column n of b alone, in one order, whatever the shape of the tiles.
+template <int kSum, int kA, int kB>
+BATON_INLINE void tile_multiply() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
+}
+
+// Tiles of a kernel call on this thread: 0 to 3 are sums, 4 and 5 rows of the first operand, 6 and
+// 7 pairs of the second, which has `columns` columns.
+class TileScope {
+ public:
+  explicit TileScope(int columns) {
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) {
+      config.rows[tile] = kAmxRows;
+      config.row_bytes[tile] =
+          tile == 4 || tile == 5 ? kAmxRowBytes : static_cast<uint16_t>(4 * columns);
+    }
+    tile_configure(config);
+  }
+  // Left configured, tiles would be saved at every switch of threads.
+  ~TileScope() { tile_release(); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+}  // namespace baton::cpu::BATON_ISA
+
+#endif

@@ -1,0 +1,106 @@
+// What a kernel source needs besides CUDA C++: launches, dynamic shared memory and element types,
+// in the few forms that nvcc and the host compiler of the tests (python/emulation) both understand.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#if defined(__CUDA_ARCH__)
+#define BATON_ARCH __CUDA_ARCH__
+#else
+#define BATON_ARCH 0  // the host's half of a compilation: no kernel is generated
+#endif
+#else
+#include "emulation/cuda/cuda_emulation.h"
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cuda/device/ptx.h"
+
+// Names the block's dynamic shared memory: `unsigned char` of as many bytes as the launch asked
+// for.
+#if defined(__CUDACC__)
+#define BATON_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#else
+#define BATON_DYNAMIC_SHARED(name) EMULATION_DYNAMIC_SHARED(name)
+#endif
+
+namespace baton::cuda {
+
+// Without asking, a block gets this much dynamic shared memory.
+constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
+// Blocks of a grid along y, and along z.
+constexpr int64_t kMaxGridYZ = 65535;
+
+// Every launch goes through here. Returns the launch's own error and leaves errors of earlier work
+// to whoever looks for them.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                   cudaStream_t stream, const Args&... args) {
+#if defined(__CUDACC__)
+  if (shared_bytes > kDefaultSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+#else
+  return emulation::launch(kernel, grid, block, shared_bytes, stream, args...);
+#endif
+}
+
+// Storage type of an element -> the device's arithmetic type.
+template <typename T>
+struct DeviceType {
+  using type = T;
+};
+template <>
+struct DeviceType<Half> {
+  using type = __half;
+};
+template <>
+struct DeviceType<BFloat16> {
+  using type = __nv_bfloat16;
+};
+template <typename T>
+using device_t = typename DeviceType<T>::type;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+// Two 16-bit elements of a register, the first one in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  }
+  return bits;
+}
+
+}  // namespace baton::cuda

@@ -1,0 +1,306 @@
+// One warp of ragged_attention's decode kernel: its 16 keys at a time, in registers from global
+// memory to the sums. decode.h tells how they lie.
+#pragma once
+
+#include "cuda/ragged_attention/mma.h"
+#include "cuda/ragged_attention/rows.h"
+
+namespace baton::cuda {
+
+constexpr int kStepKeys = 16;  // of a warp; the depth of the second product
+// How far, in base 2, a score may be above what probabilities are relative to.
+constexpr float kSlack = 8.0f;
+
+// A row of 256 dims leaves no registers for the queries: they are read from shared memory, 16 bytes
+// per lane and two products.
+constexpr bool decode_queries_in_shared(int head_dim) { return head_dim > 128; }
+
+// fn.operator()<0>() to fn.operator()<kCount - 1>(): a loop whose counter is a constant.
+template <int kCount, int kFirst = 0, typename Fn>
+__device__ __forceinline__ void unroll(Fn&& fn) {
+  if constexpr (kFirst < kCount) {
+    fn.template operator()<kFirst>();
+    unroll<kCount, kFirst + 1>(fn);
+  }
+}
+
+template <typename T, int kHeadDim, int kTiles>
+class DecodeWarp {
+  static constexpr int kProducts = kHeadDim / 16;  // of each kind per step
+  static constexpr bool kQueriesInShared = decode_queries_in_shared(kHeadDim);
+
+  const AttentionArgs& a_;
+  const AttentionRow& row_;
+  const TileKeys& keys_;
+  const int32_t lane_ = threadIdx.x % 32, g_ = lane_ / 4, t_ = lane_ % 4, kv_head_ = blockIdx.y;
+  const char* key_base_;
+  const char* value_base_;
+  uint32_t key_[2][kHeadDim / 8];
+  uint32_t value_[4][kHeadDim / 16];
+  uint32_t query_[kTiles][kQueriesInShared ? 4 : kHeadDim / 8];
+  const uint4* shared_queries_ = nullptr;
+
+ public:
+  // What the probabilities of vectors 2 t and 2 t + 1 are relative to: close to the maximum.
+  float maximum[kTiles][2];
+  float sum[kTiles][2] = {};  // of this lane's keys
+  float out[kTiles][kProducts][4];
+
+  __device__ __forceinline__ DecodeWarp(const AttentionArgs& a, const AttentionRow& row,
+                                        const TileKeys& keys)
+      : a_(a), row_(row), keys_(keys) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) maximum[n][0] = maximum[n][1] = kNoScore;
+    const auto base = [&](const void* cache, const CacheStrides& s) {
+      return reinterpret_cast<const char*>(static_cast<const T*>(cache) + row.slot * s.slot_stride +
+                                           kv_head_ * s.head_stride + row.start * s.column_stride);
+    };
+    key_base_ = base(a.p.key_cache, a.p.key_cache_strides) + 16 * t_;
+    value_base_ = base(a.p.value_cache, a.p.value_cache_strides) + 16 * g_;
+  }
+
+  // One multiplication of 32 bits by 32 bits, which adds 64.
+  static __device__ __forceinline__ const T* at(const char* base, int32_t key, int32_t bytes) {
+    return reinterpret_cast<const T*>(base + uint64_t{static_cast<uint32_t>(key)} *
+                                                 static_cast<uint32_t>(bytes));
+  }
+
+  // Rows of K and Q alike: 16 bytes of every 64, then 8 of the last 32.
+  static __device__ __forceinline__ void load_row(uint32_t (&x)[kHeadDim / 8], const T* row,
+                                                  int32_t t) {
+    unroll<kHeadDim / 32>([&]<int j>() { put(x, 4 * j, load_16_once<64 * j>(row)); });
+    if constexpr (kHeadDim % 32 == 16)
+      put(x, kHeadDim / 8 - 2, load_8_once(row + kHeadDim - 16 - 4 * t));
+  }
+
+  __device__ __forceinline__ void load_keys(int32_t first) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      // Past the end, the last key again: its score is thrown away.
+      const int32_t k = min(first + g_ + 8 * i, keys_.end - 1);
+      load_row(key_[i], at(key_base_, k, a_.key_column_bytes), t_);
+    }
+  }
+
+  __device__ __forceinline__ void load_values(int32_t first) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int32_t k = min(first + 2 * t_ + i % 2 + i / 2 * 8, keys_.end - 1);
+      const T* row = at(value_base_, k, a_.value_column_bytes);
+      unroll<kHeadDim / 64>([&]<int j>() { put(value_[i], 4 * j, load_16_once<128 * j>(row)); });
+      constexpr int kRest = kHeadDim % 64, kDone = kHeadDim - kRest;
+      static_assert(kRest == 0 || kRest == 16 || kRest == 32);
+      if constexpr (kRest == 32) put(value_[i], kDone / 16, load_8_once(row + kDone - 4 * g_));
+      if constexpr (kRest == 16) value_[i][kDone / 16] = load_4_once(row + kDone - 6 * g_);
+    }
+  }
+
+  __device__ __forceinline__ int32_t token_of(int32_t vector) const {
+    return vector * a_.group_magic >> 16;
+  }
+  __device__ __forceinline__ int32_t head_of(int32_t vector) const {
+    return kv_head_ * a_.group + vector - token_of(vector) * a_.group;
+  }
+
+  // Columns without a vector repeat the last one; nobody asks for their sums.
+  __device__ __forceinline__ int32_t existing(int32_t vector) const {
+    return min(vector, row_.vectors - 1);
+  }
+
+  __device__ __forceinline__ void load_queries(uint4* shared) {
+    const auto address = [&](int32_t vector) {
+      const TokenStrides& s = a_.p.query_strides;
+      const int32_t token = token_of(vector),
+                    head = kv_head_ * a_.group + vector - token * a_.group;
+      return static_cast<const T*>(a_.p.query) +
+             int64_t{row_.first_token + token} * s.token_stride + head * s.head_stride + 8 * t_;
+    };
+    if constexpr (kQueriesInShared) {
+      // [16 bytes of every lane's row][lane], the same for all warps, which load a part each.
+      static_assert(kTiles == 1);
+      for (int j = threadIdx.x / 32; j < kHeadDim / 32; j += kAttentionWarps) {
+        store_16(shared + 32 * j + lane_, load_16(address(existing(g_)) + 32 * j));
+      }
+      shared_queries_ = shared + lane_;
+      __syncthreads();
+    } else {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        load_row(query_[n], address(existing(g_ + 8 * n)), t_);
+      }
+    }
+  }
+
+  // Streams the keys of this warp, of which there are some.
+  __device__ __forceinline__ void run(int32_t begin) {
+    int32_t first = begin;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int r = 0; r < kProducts; ++r) {
+        clear(out[n][r][0], out[n][r][1]);
+        clear(out[n][r][2], out[n][r][3]);
+      }
+    }
+    load_keys(first);
+    while (true) {
+      // The keys were asked for in the middle of the turn before; the values' registers are free
+      // now. Left alone, ptxas waits for the keys first and asks for both afterwards: it moves no
+      // load over a __syncwarp.
+      load_values(first);
+      __syncwarp();
+      const int32_t next = first + kAttentionWarps * kStepKeys;
+      float scores[kTiles][4] = {};
+      score(scores);
+      __syncwarp();
+      if (next < keys_.end) load_keys(next);
+      finish_scores(first, scores);
+      uint32_t probabilities[kTiles][2];
+      update(first == begin, scores, probabilities);
+      weigh(probabilities);
+      if (next >= keys_.end) break;
+      first = next;
+    }
+  }
+
+  // The sums of all lanes' keys.
+  __device__ __forceinline__ void add_up() {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        sum[n][c] += shuffle_xor<4>(sum[n][c]);
+        sum[n][c] += shuffle_xor<8>(sum[n][c]);
+        sum[n][c] += shuffle_xor<16>(sum[n][c]);
+      }
+    }
+  }
+
+ private:
+  template <int kCount>
+  static __device__ __forceinline__ void put(uint32_t (&x)[kCount], int i, uint4 bits) {
+    x[i] = bits.x;
+    x[i + 1] = bits.y;
+    x[i + 2] = bits.z;
+    x[i + 3] = bits.w;
+  }
+  template <int kCount>
+  static __device__ __forceinline__ void put(uint32_t (&x)[kCount], int i, uint2 bits) {
+    x[i] = bits.x;
+    x[i + 1] = bits.y;
+  }
+
+  __device__ __forceinline__ void score(float (&scores)[kTiles][4]) {
+#pragma unroll
+    for (int r = 0; r < kProducts; ++r) {
+      if constexpr (kQueriesInShared) {
+        if (r % 2 == 0) put(query_[0], 0, load_16(shared_queries_ + 32 * (r / 2)));
+      }
+      const int q = kQueriesInShared ? r % 2 * 2 : 2 * r;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        multiply_16<T>(scores[n],
+                       {key_[0][2 * r], key_[1][2 * r], key_[0][2 * r + 1], key_[1][2 * r + 1]},
+                       {query_[n][q], query_[n][q + 1]});
+      }
+    }
+  }
+
+  // Products [keys g, g + 8][vectors 2 t, 2 t + 1] to scores.
+  __device__ __forceinline__ void finish_scores(int32_t first, float (&scores)[kTiles][4]) {
+    if (!a_.plain_scores) {
+      for_each_vector([&](int n, int c, int32_t vector) {
+        const float slope = slope_of(a_, head_of(vector));
+        const int32_t distance = row_.position(token_of(vector)) - first - g_;
+        scores[n][c] = finish_score<true>(a_, scores[n][c], slope, distance);
+        scores[n][c + 2] = finish_score<true>(a_, scores[n][c + 2], slope, distance - 8);
+      });
+    } else {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] *= a_.score_scale;
+      }
+    }
+    if (first < keys_.full_begin || first + kStepKeys > keys_.full_end) {
+      for_each_vector([&](int n, int c, int32_t vector) {
+        const KeyRange range = row_.visible(a_, token_of(vector));
+        const int32_t begin = range.begin - first - g_;
+        const int32_t end = min(range.end, keys_.end) - first - g_;
+        if (begin > 0 || end <= 0) scores[n][c] = -INFINITY;
+        if (begin > 8 || end <= 8) scores[n][c + 2] = -INFINITY;
+      });
+    }
+  }
+
+  // Scores to the second product's operand.
+  __device__ __forceinline__ void update(bool at_first, float (&scores)[kTiles][4],
+                                         uint32_t (&probabilities)[kTiles][2]) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      float next[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        next[c] = fmaxf(scores[n][c], scores[n][c + 2]);
+        next[c] = fmaxf(next[c], shuffle_xor<4>(next[c]));
+        next[c] = fmaxf(next[c], shuffle_xor<8>(next[c]));
+        next[c] = fmaxf(next[c], shuffle_xor<16>(next[c]));
+      }
+      // After the first step, only what has grown by more than 2^8 is worth the multiplications:
+      // until then, probabilities exceed one, which costs neither range nor precision.
+      if (__any_sync(~0u, next[0] > maximum[n][0] + kSlack || next[1] > maximum[n][1] + kSlack)) {
+        float factor[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float top = fmaxf(maximum[n][c], next[c]);
+          factor[c] = exp2_fast(maximum[n][c] - top);
+          maximum[n][c] = top;
+        }
+#pragma unroll
+        for (int c = 0; c < 2; ++c) sum[n][c] *= factor[c];
+        if (!at_first) {
+#pragma unroll
+          for (int r = 0; r < kProducts; ++r) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[n][r][i] *= factor[i % 2];
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[n][i] = exp2_fast(scores[n][i] - maximum[n][i % 2]);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) sum[n][c] += scores[n][c] + scores[n][c + 2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        probabilities[n][i] = transpose_matrix(pack<T>(scores[n][2 * i], scores[n][2 * i + 1]));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void weigh(const uint32_t (&probabilities)[kTiles][2]) {
+#pragma unroll
+    for (int r = 0; r < kProducts; ++r) {
+      const uint32_t values[4] = {__byte_perm(value_[0][r], value_[1][r], 0x5410),
+                                  __byte_perm(value_[0][r], value_[1][r], 0x7632),
+                                  __byte_perm(value_[2][r], value_[3][r], 0x5410),
+                                  __byte_perm(value_[2][r], value_[3][r], 0x7632)};
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) multiply_16<T>(out[n][r], values, probabilities[n]);
+    }
+  }
+
+  // fn(tile, which of this lane's columns, vector), for vectors that exist.
+  template <typename Fn>
+  __device__ __forceinline__ void for_each_vector(Fn&& fn) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int32_t vector = 8 * n + 2 * t_ + c;
+        if (vector < row_.vectors) fn(n, c, vector);
+      }
+    }
+  }
+};
+
+}  // namespace baton::cuda

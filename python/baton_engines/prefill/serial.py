@@ -1,0 +1,34 @@
+"""Prefill by the decode loop itself, between two steps: the prefiller that computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .base import Job, Prefiller, Worker
+
+
+class Serial(Prefiller):
+    """Nothing is computed elsewhere; see `Prefiller`. With no workers it is handed no jobs."""
+
+    name = "serial"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_workers = 0
+
+    def make_workers(self, model, threads: int) -> list[Worker]:
+        """None."""
+        return []
+
+    def open(self, model) -> None:
+        """Nothing is started."""
+
+    def submit(self, job: Job) -> None:
+        """Refuses the job: it would never end."""
+        raise RuntimeError("prefill: serial must be handed no job, got one")
+
+    def wait(self, jobs: Sequence[Job], timeout: float | None = None) -> None:
+        """There is nothing to wait for."""
+
+    def close(self) -> None:
+        """Nothing was started."""

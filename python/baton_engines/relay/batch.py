@@ -1,0 +1,288 @@
+"""The state of a relay: its queries by status, the slots that they hold, and what is counted.
+
+Every query that has not ended is in exactly one of `waiting`, `running` and `parked`. The decode
+loop and the prompts in flight both change this state, and only through the methods here. Whatever
+goes wrong in a forward, a callback or a tokenizer ends the one query it belongs to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..policies import Policy
+from ..query import Query
+from ..query.callbacks import call, give_text
+from ..query.errors import drop_tracebacks, explained, is_failure
+from ..query.sampling import Choice, choose_next
+from ..slots import Row, Slots
+from .counters import Counters, Timeline
+
+_log = logging.getLogger(__name__)
+
+
+class Batch:
+    """Queries by status, and what moves them.
+
+    Args:
+        slots: the cache and its rows.
+        policy: chooses who is parked when memory is short.
+        clock: seconds.
+        on_end: called with every query that ends.
+
+    Attributes:
+        waiting, running, parked: the queries by id; those that run in order of admission, those
+            that wait in order of submission.
+        counters: what has been done.
+        timeline: who held which slot when.
+        on_leave: called with every query that is parked or ends, before its row is given back.
+        on_logits: called with a query and its logits, float32 [vocab], before a token is chosen
+            from them; None to call nothing.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        policy: Policy,
+        clock: Callable[[], float],
+        on_end: Callable[[Query], object],
+    ):
+        self.slots = slots
+        self.policy = policy
+        self.clock = clock
+        self.on_end = on_end
+        self.on_leave: Callable[[Query], object] = lambda query: None
+        self.on_logits: Callable[[Query, torch.Tensor], object] | None = None
+        self.waiting: dict[int, Query] = {}
+        self.running: dict[int, Query] = {}
+        self.parked: dict[int, Query] = {}
+        self.counters = Counters()
+        self.timeline = Timeline()
+        # What `counters` has of the bytes that cache and slots count.
+        self._bytes_seen = (0, 0)
+
+    def place(self, query: Query) -> dict[int, Query] | None:
+        """Which of `waiting`, `running` and `parked` holds the query; None if it has ended."""
+        for queries in (self.waiting, self.running, self.parked):
+            if queries.get(query.id) is query:
+                return queries
+        if query.ended:
+            return None
+        raise ValueError(f"relay: query must be one of this relay's, got {query!r}")
+
+    def wait(self, query: Query) -> None:
+        """Put a query that is nowhere among those that wait, in its order of submission."""
+        query.status = "waiting"
+        in_order = not self.waiting or next(reversed(self.waiting)) < query.id
+        self.waiting[query.id] = query
+        if not in_order:
+            self.waiting = dict(sorted(self.waiting.items()))
+
+    def admit(self, query: Query) -> None:
+        """Let a waiting query run; it has no row yet."""
+        del self.waiting[query.id]
+        self.running[query.id] = query
+        query.status = "running"
+
+    def enter(self, query: Query, length: int) -> bool:
+        """Give a running query a row of `length` tokens; False if that failed, and the query."""
+        had_parked = query._parked_kv is not None
+        entered, _ = self.attempt(query, "insertion", self.slots.enter, query, length)
+        self.counters.insertions += entered and had_parked
+        return entered
+
+    def unseat(self, query: Query) -> None:
+        """Take a running query out of its row; it waits again, keys and values in host memory."""
+        self.on_leave(query)
+        # A row whose prompt is computed elsewhere holds nothing that could be parked.
+        had_row = self.slots.length(query) > 0
+        self.slots.park(query)
+        counters = self.counters
+        counters.preemptions += had_row
+        counters.peak_parked_bytes = max(counters.peak_parked_bytes, self.slots.parked_bytes)
+        self.timeline.end(query.id, self.clock())
+        del self.running[query.id]
+        self.wait(query)
+
+    def park(self, query: Query) -> None:
+        """Keep a query that waits or runs from both until `unpark`, keys and values in host
+        memory."""
+        if query.id in self.running:
+            self.unseat(query)
+        del self.waiting[query.id]
+        query.status = "parked"
+        self.parked[query.id] = query
+
+    def unpark(self, query: Query) -> None:
+        """Let a parked query wait again."""
+        del self.parked[query.id]
+        self.wait(query)
+
+    def make_room(self, rows: list[Row]) -> list[Row]:
+        """Unseat queries until what the rows need fits the budget; the rows that are left."""
+        while not self.slots.fits(rows):
+            victim = self.policy.victim(self.running.values())
+            if self.running.get(victim.id) is not victim:
+                raise ValueError(
+                    f"step: victim of {self.policy.name} must be a running query, got {victim!r}"
+                )
+            self.unseat(victim)
+            rows = [row for row in rows if row.query is not victim]
+        return rows
+
+    def resize(self, num_slots: int) -> None:
+        """Change the number of slots; rows beyond it move, or wait again where none is free."""
+        # Those that were admitted in this step and have no row yet are the first to wait again.
+        in_order = sorted(self.running.values(), key=lambda q: (q.slot is None, q.slot or 0))
+        for query in in_order[num_slots:]:
+            self.unseat(query)
+        for query in in_order[:num_slots]:
+            if query.slot is not None and query.slot >= num_slots:
+                self.attempt(query, "relocation", self.slots.relocate, query)
+        self.counters.resizes += num_slots != self.slots.num_slots
+        self.slots.cache.resize(num_slots)
+        self.count_bytes()
+
+    def end(self, query: Query, status: str, reason: str, error: Exception | None = None) -> None:
+        """Take the query out wherever it is and let go of everything but its results."""
+        for queries in (self.waiting, self.running, self.parked):
+            queries.pop(query.id, None)
+        self.on_leave(query)
+        self.slots.leave(query)
+        query.status, query.finish_reason, query.error = status, reason, error
+        query.finished = self.clock()
+        if query._stopper is not None:
+            query._final_text = query._stopper.text
+        query._sampler = query._stopper = query._on_token = None
+        query._on_text = query._pieces = query.shared_prompt = None
+        self.timeline.end(query.id, query.finished)
+        setattr(self.counters, status, getattr(self.counters, status) + 1)
+        self.on_end(query)
+
+    def fail(self, query: Query, error: Exception) -> None:
+        """End the query with an error, unless it has ended."""
+        if query.ended:
+            return
+        _log.info("query %d failed", query.id, exc_info=error)
+        drop_tracebacks(error)
+        self.end(query, "failed", "error", error)
+
+    def attempt(self, query: Query, what: str, function: Callable, *args) -> tuple[bool, object]:
+        """Call what only this query needs: (True, result), or (False, None) and it has failed."""
+        try:
+            return True, function(*args)
+        except BaseException as cause:
+            if not is_failure(cause):
+                raise
+            self.fail(
+                query,
+                explained(f"{what} of query {query.id} must not raise, got {cause!r}", cause),
+            )
+            return False, None
+
+    def choose(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Choice]:
+        """The next token of every row whose prompt is complete; a query whose options cannot be
+        followed fails."""
+        queries = [row.query for row in rows]
+        ready = [row.count >= row.query.prompt_left for row in rows]
+        try:
+            return choose_next(queries, ready, logits)
+        except Exception as error:
+            _log.info("choosing tokens of %d rows failed", len(rows), exc_info=error)
+        choices = []
+        for query, is_ready, own in zip(queries, ready, logits.split(1), strict=True):
+            done, result = self.attempt(query, "sampling", choose_next, [query], [is_ready], own)
+            choices.append(result[0] if done else Choice(False))
+        return choices
+
+    def take(self, rows: Sequence[Row], logits: torch.Tensor, choices: Sequence[Choice]) -> None:
+        """Give every row whose prompt is complete its next token.
+
+        Args:
+            rows: what was computed.
+            logits: float32 [rows, vocab], those after the last token of every row.
+            choices: what `choose` made of them.
+        """
+        complete = [row.count >= row.query.prompt_left for row in rows]
+        for row, done in zip(rows, complete, strict=True):
+            # The last token of a row counts once the token that follows from it is delivered. Until
+            # then it may be computed again.
+            row.query.cached += row.count - done
+        for index, row in enumerate(rows):
+            # A callback of another row may have cancelled or preempted this one.
+            if complete[index] and row.query.status == "running":
+                if choices[index].finite:
+                    self._share_prompt(row.query, logits[index])
+                # Their callbacks may have done the same.
+                if row.query.status == "running":
+                    self._take_one(row.query, logits[index], choices[index])
+
+    def _share_prompt(self, query: Query, logits: torch.Tensor) -> None:
+        """Give the queries with the same prompt their first tokens; they copy its row later."""
+        shared = query.shared_prompt
+        if shared is None or shared.ready or shared.leader is not query:
+            return
+        others = shared.offer()
+        rows = [Row(other, 1) for other in others]
+        choices = self.choose(rows, logits.repeat(len(rows), 1))
+        for other, choice in zip(others, choices, strict=True):
+            if not other.ended:
+                self._take_one(other, logits, choice)
+
+    def _take_one(self, query: Query, logits: torch.Tensor, choice: Choice) -> None:
+        if self.on_logits is not None:
+            self.on_logits(query, logits)
+        if not choice.finite:
+            self.fail(
+                query,
+                FloatingPointError(
+                    f"relay: logits of query {query.id} must be finite, got NaN or infinity for "
+                    f"its token {len(query.tokens)}; are the weights finite?"
+                ),
+            )
+            return
+        self._record(query, choice)
+        done, reason = self.attempt(query, "tokenizer", query._stopper.push, query.tokens)
+        if done and reason is None and len(query.tokens) == query.max_new_tokens:
+            reason = "length"
+        try:
+            if query._on_token is not None:
+                self.attempt(query, "on_token", call, query._on_token, query, choice.token)
+            if query._on_text is not None:
+                self.attempt(query, "on_text", give_text, query, reason is not None)
+        finally:
+            # Whatever a callback does, Ctrl-C included: a query gets no token after its last one.
+            if reason is not None and not query.ended:
+                self.end(query, "finished", reason)
+
+    def _record(self, query: Query, choice: Choice) -> None:
+        now = self.clock()
+        query.cached += 1
+        if query.tokens:
+            self.counters.time_per_token.add(now - query.token_times[-1])
+        else:
+            query.first_token = now
+            self.counters.time_to_first_token.add(now - query.submitted)
+            # A query that shares another one's prompt has its first token before it has a row.
+            if query.slot is not None:
+                self.counters.prefills += 1
+                self.timeline.begin(query.id, query.slot, "decode", now)
+        query.tokens.append(choice.token)
+        if choice.logprobs is not None:
+            query.logprobs.append(choice.logprobs)
+        query.token_times.append(now)
+        self.counters.output_tokens += 1
+
+    def note_peak_kv_bytes(self) -> None:
+        """Remember the most keys and values that there were in the rows."""
+        counters = self.counters
+        counters.peak_kv_bytes = max(counters.peak_kv_bytes, self.slots.cache.bytes_in_use)
+
+    def count_bytes(self) -> None:
+        """Bring the counters up to what cache and slots have counted."""
+        seen = (self.slots.cache.bytes_moved, self.slots.parking_bytes)
+        self.counters.shaping_bytes += seen[0] - self._bytes_seen[0]
+        self.counters.parking_bytes += seen[1] - self._bytes_seen[1]
+        self._bytes_seen = seen

@@ -1,0 +1,99 @@
+// Calls of ragged_attention for a sanitizer or the judge to watch, on arrays of exactly the size
+// they need. Results are the op tests' business.
+#pragma once
+
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "cuda/device/device.h"
+#include "cuda/kernels.h"
+
+namespace calls {
+
+using namespace baton;
+
+inline int failures = 0;
+
+inline void expect(cudaError_t error, const char* op) {
+  const auto reports = emulation::take_reports();
+  for (const auto& report : reports) std::printf("%s: %s\n", op, report.c_str());
+  if (error != cudaSuccess) std::printf("%s: CUDA error %d\n", op, error);
+  failures += error != cudaSuccess || !reports.empty();
+}
+
+// Memory on the heap, so that AddressSanitizer knows where it ends, and known to the judge.
+class Bytes {
+ public:
+  // Small numbers in every dtype.
+  explicit Bytes(int64_t size) : Bytes(size, true) {
+    for (int64_t i = 0; i < size; ++i) data_[i] = i % 2 ? 0x3c : i % 61;
+  }
+  explicit Bytes(const std::vector<int32_t>& indices) : Bytes(4 * indices.size(), false) {
+    std::memcpy(data_, indices.data(), 4 * indices.size());
+  }
+  ~Bytes() {
+    emulation::judge::clear_regions();
+    ::operator delete[](data_, std::align_val_t{128});
+  }
+  Bytes(const Bytes&) = delete;
+  template <typename T>
+  operator T*() {
+    return reinterpret_cast<T*>(data_);
+  }
+
+ private:
+  Bytes(int64_t size, bool writable) : data_(new (std::align_val_t{128}) uint8_t[size]) {
+    emulation::judge::add_region(writable ? "an array" : "indices", data_, size, writable);
+  }
+  uint8_t* data_;
+};
+
+struct Shape {
+  Dtype dtype;
+  int64_t layers, heads, head_dim;
+};
+
+// A decode row that is split, a chunk, a prefill of two tiles, and a row with more query tokens
+// than tokens.
+inline void attend(const Shape& s, bool options) {
+  constexpr int64_t kSlots = 3, kRows = 4, kTokens = 32, kColumns = 600;
+  Bytes bounds({0, 1, 6, 26, kTokens}), slots({1, 0, 2, 1}), starts({3, 30, 0, 8}),
+      lengths({590, 70, 40, 4});
+  const int64_t heads = 4 * s.heads, token = heads * s.head_dim * size_of(s.dtype);
+  const int64_t head = kColumns * s.head_dim, slot = s.heads * head;
+  const int64_t cache = kSlots * slot * size_of(s.dtype);
+  Bytes query(kTokens * token), out(kTokens * token), key_cache(cache), value_cache(cache),
+      lse(kTokens * heads * 4), slopes(heads * 4), sinks(heads * 4);
+  RaggedAttentionParams p{.query = query,
+                          .key_cache = key_cache,
+                          .value_cache = value_cache,
+                          .out = out,
+                          .lse = lse,
+                          .cu_seqlens = bounds,
+                          .slots = slots,
+                          .starts = starts,
+                          .lengths = lengths,
+                          .alibi_slopes = options ? static_cast<float*>(slopes) : nullptr,
+                          .sinks = options ? static_cast<float*>(sinks) : nullptr,
+                          .num_rows = kRows,
+                          .num_heads = heads,
+                          .sizes = {1, kSlots, s.heads, kColumns, s.head_dim},
+                          .query_strides = {0, heads * s.head_dim, s.head_dim},
+                          .key_cache_strides = {kSlots * slot, slot, head, s.head_dim},
+                          .value_cache_strides = {kSlots * slot, slot, head, s.head_dim},
+                          .scale = 0.1f,
+                          .softcap = options ? 5.0f : 0.0f,
+                          .window = options ? 50 : 0,
+                          .causal = true,
+                          .dtype = s.dtype,
+                          .total_queries = kTokens,
+                          .max_query_length = 20,
+                          .max_length = kColumns,
+                          .workspace = nullptr};
+  Bytes workspace(cuda::ragged_attention_workspace(p) * 4);
+  p.workspace = workspace;
+  expect(cuda::ragged_attention(p, nullptr), "ragged_attention");
+}
+
+}  // namespace calls

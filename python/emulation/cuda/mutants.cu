@@ -1,0 +1,51 @@
+// Attention kernels of which one line is wrong: `mutants <number> <generic or tensor_core>`.
+// emulation/mutants.py writes the copy of csrc/cuda that this includes. The exit status is 1 when
+// the emulator reports anything.
+#include <cstdlib>
+#include <cstring>
+
+// Which line of the copy is wrong. 0: none.
+static int mutant = 0;
+
+#include "cuda/ragged_attention/decode.h"
+#include "cuda/ragged_attention/prefill.h"
+
+// The one head_dim whose kernels have every barrier there is; all of them take a minute to compile.
+// Specializations come before ragged_attention.cu, which uses them.
+namespace baton::cuda {
+template <>
+cudaError_t launch_decode<__half>(const AttentionArgs&, dim3, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_prefill<__half>(const AttentionArgs&, dim3, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_decode<__nv_bfloat16>(const AttentionArgs& args, dim3 grid,
+                                         cudaStream_t stream) {
+  return launch(ragged_attention_decode_kernel<__nv_bfloat16, 256, 1>, grid,
+                dim3(kAttentionThreads), sizeof(DecodeShared<256, 1>), stream, args);
+}
+template <>
+cudaError_t launch_prefill<__nv_bfloat16>(const AttentionArgs& args, dim3 grid,
+                                          cudaStream_t stream) {
+  return launch(ragged_attention_prefill_kernel<__nv_bfloat16, 256>, grid, dim3(kAttentionThreads),
+                prefill_shared_bytes(256), stream, args);
+}
+}  // namespace baton::cuda
+
+#include "cuda/ragged_attention/ragged_attention.cu"
+#include "emulation/cuda/attention_call.h"
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  mutant = std::atoi(argv[1]);
+  emulation::options().late_copies = true;
+  if (std::strcmp(argv[2], "generic") == 0) {
+    calls::attend({baton::Dtype::kFloat32, 1, 1, 24}, false);
+  } else {
+    calls::attend({baton::Dtype::kBFloat16, 1, 1, 256}, false);
+  }
+  return calls::failures != 0;
+}

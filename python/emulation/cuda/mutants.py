@@ -1,0 +1,102 @@
+"""The attention kernels with one line wrong, for the judges to find.
+
+A copy of attention's files has a number at every barrier and wait, and at some indices; the program
+that is made of it leaves out, or spoils, the one that it is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import re
+from pathlib import Path
+
+from emulation import build
+
+ATTENTION = Path("cuda", "ragged_attention")
+BARRIER = re.compile(r"\b(?:__sync(?:threads|warp)|copy_async_wait<\d+>)\(\);")
+# File, what stands there, the same with a mistake where WRONG holds, and what that makes of it.
+SPOILT = [
+    (
+        "rows.h", "a.max_splits + split;", "a.max_splits + (WRONG ? 0 : split);",
+        "splits of a row share one partial result",
+    ),
+    (
+        "decode.h", "&shared.out[warp][n]", "&shared.out[WRONG ? 0 : warp][n]",
+        "warps of a block share one partial result",
+    ),
+    (
+        "prefill.h", "(2 * stage + which)", "(WRONG ? which : 2 * stage + which)",
+        "all tiles share one stage",
+    ),
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """What is wrong: a call left out, the ``ordinal``-th of its kind in ``file``, or a mistake."""
+
+    number: int
+    file: str
+    what: str
+    ordinal: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what} #{self.ordinal}"
+
+    @property
+    def kernels(self) -> str:
+        """Which ones have it, as the program is told."""
+        return "generic" if "generic" in self.file else "tensor_core"
+
+
+def _number_barriers(name: str, text: str, found: list[Mutant]) -> str:
+    ordinals: dict[str, int] = {}
+
+    def number(match: re.Match) -> str:
+        call = match[0].removesuffix("();")
+        ordinals[call] = ordinals.get(call, 0) + 1
+        found.append(Mutant(len(found) + 1, name, call, ordinals[call]))
+        return f"if (mutant != {len(found)}) {match[0]}"
+
+    # A comment may name what it is about.
+    return "".join(
+        line if line.lstrip().startswith("//") else BARRIER.sub(number, line)
+        for line in text.splitlines(keepends=True)
+    )
+
+
+@functools.cache
+def _copies() -> tuple[tuple[Mutant, ...], dict[str, str]]:
+    """All mutants, and the copies' text by name."""
+    found: list[Mutant] = []
+    texts = {
+        path.name: _number_barriers(path.name, path.read_text(), found)
+        for path in sorted((build.ROOT / "csrc" / ATTENTION).iterdir())
+    }
+    for file, right, wrong, what in SPOILT:
+        if texts[file].count(right) != 1:
+            raise ValueError(f"{file} has {right!r} {texts[file].count(right)} times, not once")
+        found.append(Mutant(len(found) + 1, file, what))
+        texts[file] = texts[file].replace(right, wrong.replace("WRONG", f"mutant == {len(found)}"))
+    return tuple(found), texts
+
+
+def all_mutants() -> tuple[Mutant, ...]:
+    return _copies()[0]
+
+
+@functools.cache
+def program(variant: build.Variant) -> Path:
+    """Runs one: ``program <number, 0 for none> <generic or tensor_core>``."""
+    texts = _copies()[1]
+    digest = hashlib.sha256("".join(f"{name}\n{text}" for name, text in texts.items()).encode())
+    folder = build.BUILD / f"mutants-{digest.hexdigest()[:16]}"
+    (folder / ATTENTION).mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / ATTENTION / name).write_text(text)
+    source = build.CUDA / "mutants.cu"
+    # Before csrc, whose files of the same names it hides.
+    kernels = build.compile_object(source, variant, "-I", str(folder.relative_to(build.ROOT)))
+    return build.build_program("mutants", [build.DISPATCH], variant, kernels)

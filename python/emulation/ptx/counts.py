@@ -1,0 +1,193 @@
+"""What a call of each op executes and moves, counted on the PTX machine.
+
+The shapes are those of a decode step and of a newcomer's prefill (8 KV heads x 128, bf16)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from baton_kernels.testing import cumulative, int32
+from emulation.ptx.machine import Machine
+from emulation.ptx.ops import PtxOps
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of an op."""
+
+    op: str
+    what: str
+    arguments: dict[str, object]
+    payload: int  # bytes of keys, values (and queries) that are moved
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    launches: int
+    instructions: float  # warp instructions per 128 bytes of payload
+    sectors: float  # 32-byte sectors of all loads and stores over those that the payload needs
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randn(shape, generator=generator).to(DTYPE)
+
+
+def insert_case(tokens: int, layers: int, queries: int) -> Case:
+    token, slot = (NUM_KV_HEADS, HEAD_DIM), (queries, NUM_KV_HEADS, tokens // queries + 8, HEAD_DIM)
+    arguments = {
+        "key": numbers(layers, tokens, *token), "value": numbers(layers, tokens, *token),
+        "key_cache": numbers(layers, *slot), "value_cache": numbers(layers, *slot),
+        "cu_seqlens": cumulative([tokens // queries] * queries),
+        "slots": int32(range(queries)), "starts": int32([3] * queries),
+    }  # fmt: skip
+    payload = 2 * 2 * layers * tokens * NUM_KV_HEADS * HEAD_DIM
+    what = f"{layers} layers, {queries} x {tokens // queries} tokens"
+    return Case("insert_kv", what, arguments, payload)
+
+
+def extract_case(tokens: int, layers: int, queries: int) -> Case:
+    inserted = insert_case(tokens, layers, queries)
+    names = ("key_cache", "value_cache", "cu_seqlens", "slots", "starts")
+    arguments = {name: inserted.arguments[name] for name in names} | {"total_tokens": tokens}
+    return Case("extract_kv", inserted.what, arguments, inserted.payload)
+
+
+def move_case(layers: int, rows: int, length: int, shift: int) -> Case:
+    shape = (layers, rows, NUM_KV_HEADS, length + shift, HEAD_DIM)
+    arguments = {
+        "key_cache": numbers(*shape), "value_cache": numbers(*shape),
+        "source_slots": int32(range(rows)), "source_starts": int32([0] * rows),
+        "target_slots": int32(range(rows)), "target_starts": int32([shift] * rows),
+        "lengths": int32([length] * rows),
+    }  # fmt: skip
+    payload = 2 * 2 * layers * rows * length * NUM_KV_HEADS * HEAD_DIM
+    what = f"{layers} layers, {rows} x {length} columns by {shift}"
+    return Case("move_kv", what, arguments, payload)
+
+
+def append_case(rows: int, num_heads: int = 0, head_dim: int = HEAD_DIM) -> Case:
+    slot = (rows, NUM_KV_HEADS, 4, head_dim)
+    token = (rows, NUM_KV_HEADS, head_dim)
+    arguments = {
+        "key": numbers(*token), "value": numbers(*token),
+        "key_cache": numbers(*slot), "value_cache": numbers(*slot),
+        "slots": int32(range(rows)), "columns": int32([1] * rows),
+    }  # fmt: skip
+    what = f"{rows} rows"
+    if num_heads:
+        angle = numbers(rows, head_dim // 2).float()
+        arguments |= {"query": numbers(rows, num_heads, head_dim)}
+        arguments |= {"cos": angle.cos(), "sin": angle.sin()}
+        what = f"{rows} rows, rotary, query"
+    if head_dim != HEAD_DIM:
+        what += f", {head_dim} dims"
+    payload = 2 * rows * (2 * NUM_KV_HEADS + num_heads) * head_dim
+    return Case("append_kv", what, arguments, payload)
+
+
+def merge_case(tokens: int, num_heads: int) -> Case:
+    arguments = {
+        "out_a": numbers(tokens, num_heads, HEAD_DIM), "lse_a": numbers(tokens, num_heads).float(),
+        "out_b": -numbers(tokens, num_heads, HEAD_DIM), "lse_b": numbers(tokens, num_heads).float(),
+    }  # fmt: skip
+    what = f"{tokens} x {num_heads} heads"
+    return Case("merge_attention", what, arguments, 2 * tokens * num_heads * HEAD_DIM)
+
+
+def run_on_ptx(case: Case, architecture: int = 80) -> PtxOps:
+    """The call executed from PTX; the backend knows what that took and what the emulator wrote."""
+    ops = PtxOps(architecture)
+    with ops.entered():
+        getattr(ops, case.op)(**case.arguments)
+    return ops
+
+
+def count(case: Case) -> Counts:
+    """Counts of one call."""
+    machines = [machine for _, machine in run_on_ptx(case).machines]
+    # The payload is loaded and stored once; a merge loads two bytes for each that it stores.
+    times = 3 if case.op == "merge_attention" else 2
+    return Counts(
+        len(machines),
+        sum(machine.instructions() for machine in machines) / (case.payload / 128),
+        sum(machine.sectors for machine in machines) * 32 / (times * case.payload),
+    )
+
+
+def decode_case(length: int) -> Case:
+    """One decode step of one row; the payload is what its keys and values take."""
+    cache = (1, NUM_KV_HEADS, length, HEAD_DIM)
+    arguments = {
+        "query": numbers(1, NUM_HEADS, HEAD_DIM),
+        "key_cache": numbers(*cache), "value_cache": -numbers(*cache),
+        "cu_seqlens_q": cumulative([1]), "slots": int32([0]), "starts": int32([0]),
+        "lengths": int32([length]), "max_query_length": 1, "max_length": length,
+    }  # fmt: skip
+    payload = 2 * 2 * NUM_KV_HEADS * length * HEAD_DIM
+    return Case("ragged_attention", f"decode, {length} keys", arguments, payload)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCounts:
+    """Of a decode step, per 128 bytes of keys and values if not said otherwise."""
+
+    instructions: float  # of warps, in the loop
+    products: float  # mma.sync m16n8k16, likewise
+    wavefronts: float  # of shared memory, likewise
+    loop_sectors: float  # sectors over useful ones, likewise
+    sectors: float  # with queries, results, partial results of splits and their merge
+    fixed: float  # instructions per KV head that do not grow with the keys: all warps
+    merge: float  # instructions per KV head of the second launch
+    all_wavefronts: int  # of the whole step
+    ideal_wavefronts: int
+
+
+def count_decode(length: int = 512) -> DecodeCounts:
+    """The loop is what twice the keys of an unsplit row add."""
+    ((_, short),) = run_on_ptx(decode_case(256)).machines
+    ((_, long),) = run_on_ptx(decode_case(512)).machines
+    case = decode_case(length)
+    machines = [machine for _, machine in run_on_ptx(case).machines]
+    lines = decode_case(256).payload / 128
+
+    def loop(figure) -> float:
+        return (figure(long) - figure(short)) / lines
+
+    instructions = loop(Machine.instructions)
+    return DecodeCounts(
+        instructions,
+        loop(lambda machine: machine.instructions("mma")),
+        loop(lambda machine: machine.wavefronts),
+        loop(lambda machine: machine.sectors) / 4,
+        sum(machine.sectors for machine in machines) * 32 / case.payload,
+        (long.instructions() - 2 * lines * instructions) / NUM_KV_HEADS,
+        sum(machine.instructions() for machine in machines[1:]) / NUM_KV_HEADS,
+        sum(machine.wavefronts for machine in machines),
+        sum(machine.ideal_wavefronts for machine in machines),
+    )
+
+
+def benchmark_cases() -> list[Case]:
+    return [
+        insert_case(512, 32, 1),
+        insert_case(2048, 8, 4),
+        insert_case(16, 32, 1),
+        insert_case(16, 32, 16),
+        insert_case(64, 32, 16),
+        insert_case(128, 32, 16),
+        insert_case(16, 1, 16),
+        insert_case(64, 1, 16),
+        extract_case(512, 32, 1),
+        move_case(8, 4, 256, 1),
+        move_case(8, 4, 256, 64),
+        append_case(64),
+        append_case(64, 32),
+        append_case(16, 32),
+        append_case(64, 32, 64),
+        merge_case(64, 32),
+    ]

@@ -1,0 +1,73 @@
+"""The CUDA kernels behind the signatures of ``baton_kernels``, executed from nvcc's own PTX.
+
+The host code runs in the emulator, which records its launches; the machine of ptx_machine.py then
+executes them on the same memory, after the emulator's results have been taken away.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from emulation import build
+from emulation.cuda.ops import EmulatedOps
+from emulation.ptx.machine import ROOT, Machine, compile_ptx
+
+
+@functools.cache
+def kernel_names(module: str) -> dict[int, str]:
+    """The kernels of a library by their place in it, named as `copy_kernelILi16E`."""
+    lines = subprocess.run(["nm", module], capture_output=True, text=True, check=True).stdout
+    names = {}
+    for line in lines.splitlines():
+        if found := re.match(r"([0-9a-f]+) \w .*\d([a-z]\w*_kernelI\w*)Ev\w*$", line):
+            names[int(found[1], 16)] = found[2]
+    return names
+
+
+@functools.cache
+def ptx_of(op: str, kernel: str, architecture: int, source: Path) -> str:
+    """PTX of the file that has a kernel."""
+    # The tensor core kernels of a dtype have a file to themselves.
+    files = {"13__nv_bfloat16": "bfloat16", "6__half": "half"}
+    of_dtype = re.search(r"(decode|prefill)_kernelI(13__nv_bfloat16|6__half)", kernel)
+    folder = source / op if (source / op).is_dir() else source
+    path = folder / f"{files[of_dtype[2]] if of_dtype else op}.cu"
+    return _compiled(path, architecture, source.parent)
+
+
+@functools.cache
+def _compiled(path: Path, architecture: int, include: Path) -> str:
+    return compile_ptx(path, architecture, include)
+
+
+class PtxOps(EmulatedOps):
+    """A backend of the ``ops`` fixture; ``machines`` has one of every launch so far, by name."""
+
+    def __init__(self, architecture: int = 80, sources: Path = ROOT / "csrc" / "cuda") -> None:
+        super().__init__(build.FAST)
+        self.architecture, self.sources = architecture, sources
+        self.machines: list[tuple[str, Machine]] = []
+        # What the last call wrote, and what the emulator would have written.
+        self.written: dict[str, torch.Tensor] = {}
+        self.emulated: dict[str, torch.Tensor] = {}
+
+    def run(self, op: str, inputs: dict, outputs: dict, **fields) -> None:
+        self.written = written = {name: x for name, x in outputs.items() if x is not None}
+        before = {name: x.clone() for name, x in written.items()}
+        launches = self.module.record(
+            lambda: super(PtxOps, self).run(op, inputs, outputs, **fields)
+        )
+        self.emulated = {name: x.clone() for name, x in written.items()}
+        for name, x in written.items():
+            x.copy_(before[name])
+        tensors = [x for x in (inputs | outputs).values() if x is not None and x.numel()]
+        for offset, grid, block, shared_bytes, arguments in launches:
+            kernel = kernel_names(self.module.__file__)[offset]
+            machine = Machine(ptx_of(op, kernel, self.architecture, self.sources), kernel)
+            machine.launch(grid, block, arguments, tensors, shared_bytes)
+            self.machines.append((kernel, machine))

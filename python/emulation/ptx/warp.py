@@ -1,0 +1,153 @@
+"""PTX instructions that the lanes of a warp execute together.
+
+Fragment layouts are the formulas of the PTX manual ("Matrix multiply-accumulate operation using
+mma instruction"), with its names: groupID = lane / 4, threadID_in_group = lane % 4.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from emulation.ptx.arithmetic import from_bfloat16
+
+if TYPE_CHECKING:
+    from emulation.ptx.machine import Instruction, Machine
+
+LANE = np.arange(32)
+GROUP, IN_GROUP = LANE >> 2, LANE % 4
+
+
+def registers(operand: str) -> list[str]:
+    return re.findall(r"[%\w]+", operand)
+
+
+def _together(machine: Machine, x: Instruction, mask, members=None) -> None:
+    """All lanes that an instruction names must execute it at the same time."""
+    if mask is None:
+        return
+    warps = mask.reshape(-1, 32)
+    named = np.full(len(warps), 0xFFFFFFFF, np.uint32)
+    if members is not None:
+        of_lanes = np.broadcast_to(machine.get(members, "u32"), machine.count)
+        named = np.bitwise_or.reduce(np.where(mask, of_lanes, 0).reshape(-1, 32), axis=1)
+    missing = named[:, None] >> LANE.astype(np.uint32) & np.uint32(1) & ~warps
+    if missing[warps.any(1)].any():
+        raise RuntimeError(f"{x.opcode} without all of the lanes that it names")
+
+
+def _shuffle(machine: Machine, x: Instruction, mask) -> None:
+    target, source, lane_operand, clamp, members = x.operands
+    _together(machine, x, mask, members)
+    lane = machine.lane
+    b = machine.get(lane_operand, "u32").astype(np.int64) & 31
+    c = machine.get(clamp, "u32").astype(np.int64)
+    segment, c = c >> 8 & 31, c & 31
+    first, last = lane & segment, (lane & segment) | (c & ~segment)
+    mode = x.modifiers[1]
+    chosen = {"up": lane - b, "down": lane + b, "bfly": lane ^ b,
+              "idx": first | (b & ~segment)}[mode]  # fmt: skip
+    inside = chosen >= last if mode == "up" else chosen <= last
+    chosen = np.where(inside, chosen, lane)
+    value = np.broadcast_to(machine.get(source, "b32"), machine.count)
+    register, _, predicate = target.partition("|")
+    machine.set(register, value[np.arange(machine.count) - lane + chosen], mask)
+    if predicate:
+        machine.set(predicate, inside, mask)
+
+
+def _vote(machine: Machine, x: Instruction, mask) -> None:
+    target, source, members = x.operands
+    _together(machine, x, mask, members)
+    value = np.broadcast_to(machine.bits(source.lstrip("!")), machine.count)
+    value = (~value if source[0] == "!" else value).reshape(-1, 32)
+    if mask is not None:
+        value = value & mask.reshape(-1, 32)
+    if x.modifiers[1] == "ballot":
+        result = (value.astype(np.uint32) << LANE.astype(np.uint32)).sum(1, dtype=np.uint32)
+    elif x.modifiers[1] == "any":
+        result = value.any(1)
+    else:
+        raise NotImplementedError(x.opcode)
+    machine.set(target, np.repeat(result, 32), mask)
+
+
+def _warp_barrier(machine: Machine, x: Instruction, mask) -> None:
+    _together(machine, x, mask, x.operands[0])
+
+
+def _elements(machine: Machine, operand: str) -> np.ndarray:
+    """Pairs of 16 bits of a lane's registers: [warp, lane, element]."""
+    bits = np.stack([machine.get(name, "b32") for name in registers(operand)], -1)
+    return bits.view(np.uint16).reshape(-1, 32, 2 * bits.shape[-1])
+
+
+def _mma(machine: Machine, x: Instruction, mask) -> None:
+    _together(machine, x, mask)
+    shape, a_kind, b_kind = x.modifiers[2], x.modifiers[-3], x.modifiers[-2]
+    if x.modifiers[3:5] != ("row", "col") or a_kind != b_kind or x.modifiers[-1] != "f32":
+        raise NotImplementedError(x.opcode)
+    depth = {"m16n8k8": 8, "m16n8k16": 16}[shape]
+    group, in_group = GROUP[:, None], IN_GROUP[:, None]
+    # A, [16, depth]: a_i of four or eight elements.
+    i = np.arange(depth // 2)
+    row = np.where((i < 2) | ((i >= 4) & (i < 6)), group, group + 8)
+    column = in_group * 2 + (i & 1) + np.where(i < 4, 0, 8)
+    a, b = (
+        (lambda y: from_bfloat16(y) if a_kind == "bf16" else y.view(np.float16).astype("f4"))(
+            _elements(machine, operand)
+        )
+        for operand in x.operands[1:3]
+    )
+    left = np.empty((len(a), 16, depth), np.float32)
+    left[:, row, column] = a
+    # B, [depth, 8]: b_i of two or four elements.
+    i = np.arange(depth // 4)
+    right = np.empty((len(b), depth, 8), np.float32)
+    right[
+        :, in_group * 2 + (i & 1) + np.where(i < 2, 0, 8), np.broadcast_to(group, (32, len(i)))
+    ] = b
+    product = np.matmul(left, right)
+    # C and D, [16, 8]: four floats.
+    i = np.arange(4)
+    row, column = np.where(i < 2, group, group + 8), in_group * 2 + (i & 1)
+    result = product[:, row, column].reshape(-1, 4)
+    before = registers(x.operands[3])
+    for j, name in enumerate(registers(x.operands[0])):
+        machine.set(name, machine.get(before[j], "f32") + result[:, j], mask)
+
+
+def _fragments(matrix: np.ndarray) -> np.ndarray:
+    """An 8x8 matrix of 16 bits as registers: lane 4 r + c has elements 2 c and 2 c + 1 of row r."""
+    pair = matrix[..., GROUP[:, None], 2 * IN_GROUP[:, None] + np.arange(2)]
+    return np.ascontiguousarray(pair).view(np.uint32)[..., 0]
+
+
+def _transpose(machine: Machine, x: Instruction, mask) -> None:
+    _together(machine, x, mask)
+    elements = _elements(machine, x.operands[1])
+    matrix = np.empty((len(elements), 8, 8), np.uint16)
+    matrix[:, GROUP[:, None], 2 * IN_GROUP[:, None] + np.arange(2)] = elements
+    machine.set(x.operands[0], _fragments(matrix.swapaxes(1, 2)).reshape(-1), mask)
+
+
+def _load_matrix(machine: Machine, x: Instruction, mask) -> None:
+    _together(machine, x, mask)
+    names = registers(x.operands[0])
+    # Lanes 8 k to 8 k + 7 name the rows of matrix k.
+    naming = machine.lane < 8 * len(names)
+    active = naming if mask is None else naming & mask
+    rows = machine.memory.shared_rows(x.operands[1], active).reshape(-1, 4, 8, 8)
+    for k, name in enumerate(names):
+        matrix = rows[:, k]
+        if "trans" in x.modifiers:
+            matrix = matrix.swapaxes(1, 2)
+        machine.set(name, _fragments(matrix).reshape(-1), mask)
+
+
+INSTRUCTIONS = {
+    "shfl": _shuffle, "vote": _vote, "bar": _warp_barrier, "mma": _mma, "movmatrix": _transpose,
+    "ldmatrix": _load_matrix,
+}  # fmt: skip

@@ -1,0 +1,359 @@
+"""The CUDA kernels compiled for real, for every architecture, and what that says without a GPU:
+registers, spills, local memory, instructions, occupancy, bytes in flight.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import fcntl
+import hashlib
+import inspect
+import math
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from emulation.tools import INSTALL, tool, with_includes
+
+ROOT = Path(__file__).resolve().parents[3]
+SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+BUILD = ROOT / "build" / "static"
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+FLAGS = ["-std=c++20", "-O3", "-I", "csrc", "-Xptxas", "-v"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a multiprocessor holds (CUDA C++ programming guide, compute capabilities)."""
+
+    warps: int
+    blocks: int
+    shared_bytes: int
+    registers: int = 65536
+
+
+SM = {
+    75: Device(32, 16, 64 << 10),
+    80: Device(64, 32, 164 << 10),
+    86: Device(48, 16, 100 << 10),
+    89: Device(48, 24, 100 << 10),
+    90: Device(64, 32, 228 << 10),
+    100: Device(64, 32, 228 << 10),
+    120: Device(48, 24, 100 << 10),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Data sheet figures of a card; the latency of a load from memory is an assumption."""
+
+    name: str
+    architecture: int
+    gigabytes_per_second: float
+    multiprocessors: int
+    latency_ns: float
+
+    @property
+    def needed_bytes(self) -> float:
+        """Bytes that must be on their way per multiprocessor to keep memory busy (Little's law)."""
+        return self.gigabytes_per_second * self.latency_ns / self.multiprocessors
+
+
+CARDS = [
+    Card("T4", 75, 320, 40, 500),
+    Card("A100", 80, 2039, 108, 580),
+    Card("H100", 90, 3350, 132, 700),
+    Card("B200", 100, 8000, 148, 800),
+]
+
+
+class Line(NamedTuple):
+    """One instruction. Bits 46 to 48 of the second half of its code name the scoreboard that it
+    raises until its result is there (7: none), bits 52 to 57 those that it waits for."""
+
+    address: int
+    opcode: str
+    operands: str
+    code: int
+
+    @property
+    def scoreboard(self) -> int:
+        return self.code >> 46 & 7
+
+    def waits_for(self, scoreboard: int) -> bool:
+        return bool(self.code >> 52 + scoreboard & 1)
+
+    def loaded_bytes(self) -> int:
+        """Of a load from global memory, per thread; 0 for anything else."""
+        if not self.opcode.startswith("LDG."):
+            return 0
+        return 16 if ".128" in self.opcode else 8 if ".64" in self.opcode else 4
+
+
+class Flight(NamedTuple):
+    """Bytes per thread on their way in a loop; the mean is over its instructions."""
+
+    least: int
+    mean: float
+    most: int
+
+
+@dataclasses.dataclass
+class Kernel:
+    """One compiled kernel: ``name`` is like ``insert_kv_kernel<16>``."""
+
+    name: str
+    architecture: int
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0
+    opcodes: list[str] = dataclasses.field(default_factory=list)
+    lines: list[Line] = dataclasses.field(default_factory=list, repr=False)
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose opcode matches from its beginning, as `LDG.*128`."""
+        return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes)
+
+    def loads_in_flight(self) -> int:
+        """Bytes of the most 16-byte loads between two stores: on their way at once, per thread."""
+        best = run = 0
+        for opcode in self.opcodes:
+            if opcode.startswith("LDG") and ".128" in opcode:
+                run += 1
+            elif opcode.startswith("STG"):
+                run = 0
+            best = max(best, run)
+        return 16 * best
+
+    def has_products(self) -> bool:
+        return self.count("HMMA") > 0
+
+    def product_loop(self) -> list[Line]:
+        """The longest loop with tensor core products, without what its branches may skip and that
+        has neither products nor wide loads: masks, rescaling, options."""
+        place = {line.address: i for i, line in enumerate(self.lines)}
+        target_of = {}
+        for i, line in enumerate(self.lines):
+            found = re.search(r"0x([0-9a-f]+)$", line.operands)
+            if line.opcode.startswith("BRA") and found and int(found[1], 16) in place:
+                target_of[i] = place[int(found[1], 16)]
+
+        def matters(lines: list[Line]) -> bool:
+            return any(x.opcode.startswith("HMMA") or x.loaded_bytes() >= 8 for x in lines)
+
+        loops = [(i - first, first, i) for i, first in target_of.items() if first < i]
+        _, i, last = max(loop for loop in loops if matters(self.lines[loop[1] : loop[2]]))
+        body = []
+        while i <= last:
+            body.append(self.lines[i])
+            to = target_of.get(i, 0)
+            i = to if i < to <= last and not matters(self.lines[i + 1 : to]) else i + 1
+        return body
+
+    def loop_flight(self) -> Flight:
+        """What the flow of data allows: a load is on its way until the first use of its result."""
+        flying: dict[int, tuple[int, int]] = {}  # register -> first register and bytes of its load
+        levels = []
+        for turn in range(2):  # the first finds out what is on its way when the loop begins again
+            for line in self.product_loop():
+                used = set()
+                for register, wide in re.findall(r"\bR(\d+)(\.64)?", line.operands):
+                    used |= {int(register), int(register) + bool(wide)}
+                if line.opcode.startswith(("HMMA", "STG", "STS")):
+                    # A, or what is stored, takes registers that follow the one named.
+                    used |= {r + k for r in set(used) for k in (1, 2, 3)}
+                size = line.loaded_bytes()
+                if size:
+                    first = int(re.match(r"R(\d+)", line.operands)[1])
+                    # Addresses are read, the target is not.
+                    used = {
+                        int(r) + k for r in re.findall(r"\[R(\d+)", line.operands) for k in (0, 1)
+                    }
+                for base in {flying[r] for r in used & flying.keys()}:
+                    flying = {r: b for r, b in flying.items() if b != base}
+                if size:
+                    flying |= {first + k: (first, size) for k in range(size // 4)}
+                if turn:
+                    levels.append(sum(size for _, size in set(flying.values())))
+        return Flight(min(levels), sum(levels) / len(levels), max(levels))
+
+    def loop_waits(self) -> Flight:
+        """What the code waits for: a load is on its way until an instruction waits for its
+        scoreboard, which it may share with loads that are needed earlier."""
+        flying: list[Line] = []
+        levels = []
+        for turn in range(2):
+            for line in self.product_loop():
+                flying = [load for load in flying if not line.waits_for(load.scoreboard)]
+                if line.loaded_bytes():
+                    flying.append(line)
+                if turn:
+                    levels.append(sum(load.loaded_bytes() for load in flying))
+        return Flight(min(levels), sum(levels) / len(levels), max(levels))
+
+    def blocks_per_sm(self, threads: int, dynamic_shared: int = 0) -> int:
+        """Resident blocks: registers go in units of 256 per warp, shared memory in 128 bytes."""
+        sm, warps = SM[self.architecture], math.ceil(threads / 32)
+        per_warp = math.ceil(self.registers * 32 / 256) * 256
+        reserved = 0 if self.architecture == 75 else 1024
+        shared = math.ceil((self.shared + dynamic_shared + reserved) / 128) * 128
+        # The four partitions of a multiprocessor share registers out in whole warps.
+        by_registers = sm.registers // 4 // per_warp * 4 // warps if per_warp else sm.blocks
+        by_shared = sm.shared_bytes // shared if shared else sm.blocks
+        return min(sm.blocks, sm.warps // warps, by_registers, by_shared)
+
+
+def _demangle(names: list[str]) -> dict[str, str]:
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
+    short = {}
+    for name, full in zip(names, done.stdout.splitlines(), strict=True):
+        full = re.sub(r"^void ", "", full)
+        full = re.sub(r"\(anonymous namespace\)::|baton::cuda::", "", full)
+        short[name] = re.sub(r"\((int|bool|Angles)\)", "", full).partition("(")[0]
+    return short
+
+
+def _compile(source: Path) -> tuple[str, str]:
+    """ptxas's report and the disassembly of a source for all architectures; kept on disk."""
+    nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
+    if not nvcc or not cuobjdump:
+        raise FileNotFoundError(
+            f"{INSTALL}; cuobjdump: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
+        )
+    made_by = [nvcc, *FLAGS, *map(str, ARCHITECTURES), inspect.getsource(shortened)]
+    digest = hashlib.sha256(" ".join(made_by).encode())
+    for path in with_includes(source, (ROOT / "csrc",)):
+        digest.update(path.read_bytes())
+    BUILD.mkdir(parents=True, exist_ok=True)
+    report = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.txt"
+    listing, fatbin = report.with_suffix(".sass"), report.with_suffix(".fatbin")
+    with open(BUILD / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not listing.exists():
+            for old in BUILD.glob(f"{source.stem}-*"):
+                old.unlink()
+            targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+            command = [
+                nvcc,
+                *FLAGS,
+                *targets,
+                "--threads",
+                "2",
+                "-fatbin",
+                str(source),
+                "-o",
+                str(fatbin),
+            ]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            report.write_text(done.stderr)
+            sass = subprocess.run(
+                [cuobjdump, "-sass", str(fatbin)], capture_output=True, text=True, check=True
+            ).stdout
+            listing.write_text("\n".join(shortened(sass)))
+            fatbin.unlink()
+    return report.read_text(), listing.read_text()
+
+
+def shortened(sass: str) -> list[str]:
+    """cuobjdump's lines without encodings, but for the half that has the scoreboards."""
+    lines = sass.splitlines()
+    kept = []
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if re.search(r"Function :|code for", line):
+            kept.append(line)
+        elif found := re.match(r"(.*\*/ +\S.*;)", line):
+            half = re.match(r"\s*/\* (0x[0-9a-f]{16}) \*/", after)
+            kept.append(f"{found[1]} {half[1]}")
+    return kept
+
+
+def compile_kernels(source: Path) -> list[Kernel]:
+    """Every kernel of a source for every architecture."""
+    return parse(*_compile(source))
+
+
+def parse(report: str, listing: str) -> list[Kernel]:
+    """Kernels of ptxas's report and cuobjdump's listing."""
+    kernels: dict[tuple[str, int], Kernel] = {}
+    kernel = None
+    for line in report.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", line):
+            key = (found[1], int(found[2]))
+            kernel = kernels[key] = Kernel(key[0], key[1])
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line):
+            kernel.stack, kernel.spills = int(found[1]), int(found[2]) + int(found[3])
+        elif found := re.search(r"Used (\d+) registers", line):
+            kernel.registers = int(found[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            kernel.shared = int(shared[1]) if shared else 0
+    architecture = 0
+    for line in listing.splitlines():
+        if found := re.search(r"code for sm_(\d+)", line):
+            architecture = int(found[1])
+        elif found := re.search(r"Function : (\w+)", line):
+            kernel = kernels[found[1], architecture]
+        elif found := re.search(
+            r"/\*([0-9a-f]+)\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *(.*?) *; (0x\w+)", line
+        ):
+            kernel.opcodes.append(found[2])
+            kernel.lines.append(Line(int(found[1], 16), found[2], found[3], int(found[4], 16)))
+    names = _demangle(sorted({name for name, _ in kernels}))
+    for found in kernels.values():
+        found.name = names[found.name]
+    return sorted(kernels.values(), key=lambda kernel: (kernel.name, kernel.architecture))
+
+
+def dynamic_shared(name: str) -> int:
+    """Bytes that a block asks for at its launch, by the kernel's name: see csrc/cuda."""
+    found = re.search(r"(decode|prefill)_kernel<\w+, (\d+)(?:, (\d+))?>", name)
+    if not found:
+        return 0
+    head_dim = int(found[2])
+    if found[1] == "decode":
+        # Sums of all warps in fours, maxima and sums, and the queries of 256 dims.
+        tiles, quads = int(found[3]), math.ceil(head_dim / 32)
+        queries = 16 * head_dim if head_dim > 128 else 16
+        return 4 * tiles * (quads * 2 * 32 * 16 + 8 * 8) + queries
+    # Two stages of keys and values, and three quarters of the queries of 256 dims.
+    keys = 64 if head_dim <= 64 else 32 if head_dim <= 128 else 16
+    queries = 64 * (192 + 8) if head_dim > 128 else 0
+    return 2 * (2 * 2 * keys * (head_dim + 8) + queries)
+
+
+def kilobytes(threads: int, levels: Sequence[float]) -> str:
+    """Bytes per thread as `least-mean-most` of so many threads."""
+    return "-".join(f"{threads * level / 1024:.0f}" for level in levels)
+
+
+def occupancy_table(kernels: list[Kernel], threads: dict[str, int]) -> list[str]:
+    """Registers, shared memory and residency of each kernel and architecture, as lines of text."""
+    lines = [f"{'kernel':56} {'sm':>4} {'regs':>4} {'shared':>6} {'blocks/SM':>9} {'warps/SM':>8} "
+             f"{'in flight/SM':>24}  needed (card)"]  # fmt: skip
+    cards = collections.defaultdict(list)
+    for card in CARDS:
+        cards[card.architecture].append(card)
+    for kernel in kernels:
+        size = next(n for prefix, n in threads.items() if kernel.name.startswith(prefix))
+        dynamic = dynamic_shared(kernel.name)
+        blocks = kernel.blocks_per_sm(size, dynamic)
+        # In a loop least, mean and most, as data allow and as scoreboards have it.
+        if "decode" in kernel.name and kernel.has_products():
+            levels = [kernel.loop_flight(), kernel.loop_waits()]
+        else:
+            levels = [(kernel.loads_in_flight(),)]
+        in_flight = ", ".join(kilobytes(blocks * size, level) for level in levels)
+        needed = ", ".join(
+            f"{c.needed_bytes / 1024:.0f} KB ({c.name})" for c in cards[kernel.architecture]
+        )
+        lines.append(
+            f"{kernel.name:56} {kernel.architecture:>4} {kernel.registers:>4} "
+            f"{kernel.shared + dynamic:>6} {blocks:>9} {blocks * math.ceil(size / 32):>8} "
+            f"{in_flight:>21} KB  {needed}"
+        )
+    return lines

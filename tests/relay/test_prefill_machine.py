@@ -1,0 +1,60 @@
+"""The relay's state machine with prompts that are computed elsewhere, late or not at all."""
+
+import hypothesis
+import policy_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, rule
+from relay_machine import BYTES_PER_TOKEN, CAPACITY, RelayMachine
+
+from baton_engines import policies
+from baton_engines.relay import Relay
+from baton_engines.testing.prefill import ManualPrefiller
+
+
+class PrefillMachine(RelayMachine):
+    """Jobs end when a rule says so, or when the loop has nothing else to do; every few fail."""
+
+    @initialize(
+        settings=st.sampled_from(policies.NAMES).flatmap(
+            lambda name: policy_settings.settings(name, CAPACITY, BYTES_PER_TOKEN)
+        ),
+        always=st.booleans(),
+        workers=st.integers(1, 2),
+        faults=st.lists(st.booleans(), max_size=12),
+    )
+    def start(self, settings, always, workers, faults):
+        super().start(settings)
+        self.prefill = ManualPrefiller(workers, always)
+        self.prefill.fault = self.prefill_fault
+        self.faults = list(faults)
+        self.relay = Relay(self.model, capacity=CAPACITY, prefill=self.prefill, **settings)
+        policy_settings.watch_budget(self.relay, settings["kv_budget"])
+
+    def prefill_fault(self):
+        if self.faults and self.faults.pop():
+            raise OSError("worker")
+
+    @rule(count=st.integers(1, 3))
+    def compute_elsewhere(self, count):
+        self.prefill.compute(count)
+
+    @invariant()
+    def who_is_away_holds_an_empty_row(self):
+        if not hasattr(self, "relay"):
+            return
+        away = [query for query in self.queries if query in self.relay._loop.in_flight]
+        for query in away:
+            assert query.status == "running" and query.tokens == [] and query.cached == 0
+            assert self.relay.cache.shape.length(query.slot) == 0
+
+    def teardown(self):
+        super().teardown()
+        if hasattr(self, "relay"):
+            assert not self.relay._loop.in_flight
+            self.relay.close()
+
+
+PrefillMachine.TestCase.settings = hypothesis.settings(
+    max_examples=100, stateful_step_count=30, deadline=None
+)
+TestPrefillMachine = PrefillMachine.TestCase

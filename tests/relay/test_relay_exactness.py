@@ -1,0 +1,195 @@
+"""What a query gets in a batch that others enter and leave is what it gets alone: logits, not only
+tokens, against the unpatched transformers model and, bit for bit, against a relay of one slot."""
+
+import copy
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from baton_engines.relay import Query, Relay
+
+LAYOUTS = pytest.mark.parametrize("aligned", [False, True], ids=["ragged", "aligned"])
+POLICIES = pytest.mark.parametrize("policy", ["baton", "run_to_completion"])
+CAPACITY = 72
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        # Large enough for attention that looks somewhere and logits that differ.
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval().to(dtype)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def unpatched(model) -> LlamaForCausalLM:
+    return copy.deepcopy(model)
+
+
+class Workload:
+    """44 queries of mixed lengths that arrive over time; some are cancelled, some are preempted
+    and come back, and the batch changes its size."""
+
+    def __init__(self, relay: Relay, seed: int, **options):
+        self.relay = relay
+        self.random = random.Random(seed)
+        self.options = options
+        self.queries: list[Query] = []
+        self.logits: dict[int, list[torch.Tensor]] = {}
+        relay._batch.on_logits = lambda query, logits: self.logits.setdefault(query.id, []).append(
+            logits.clone()
+        )
+
+    def submit(self) -> None:
+        length = self.random.choice([1, 2, 3, 5, 8, 13, 21, 34, 48])
+        prompt = [self.random.randrange(131) for _ in range(length)]
+        count = self.random.randint(1, 24)
+        self.queries.append(self.relay.submit(prompt, max_new_tokens=count, **self.options))
+
+    def run(self) -> None:
+        relay, step = self.relay, 0
+        for _ in range(12):
+            self.submit()
+        while relay.step() or relay.parked or len(self.queries) < 44:
+            step += 1
+            if len(self.queries) < 44 and step % 2:
+                self.submit()
+            if step % 9 == 4 and relay.running and relay.counters.cancelled < 8:
+                relay.cancel(self.random.choice(relay.running))
+            if step % 4 == 2 and relay.running:
+                relay.preempt(self.random.choice(relay.running))
+            if step % 6 == 5 or not relay.running:
+                for query in relay.parked:
+                    relay.resume(query)
+            if step % 25 == 10:
+                relay.resize(self.random.choice([3, 4, 6]))
+        assert relay.cache.bytes_in_use == 0 and relay.cache.shape.used == ()
+        assert relay.counters.preemptions >= 5
+        assert relay.counters.cancelled >= 3
+        assert relay.counters.finished >= 30
+
+
+@LAYOUTS
+@POLICIES
+@torch.inference_mode()
+def test_logits_are_those_of_the_unpatched_model_alone(model, unpatched, policy, aligned):
+    with Relay(model, 5, CAPACITY, policy, aligned=aligned) as relay:
+        workload = Workload(relay, seed=1)
+        workload.run()
+    check_logits(workload, unpatched)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("prefill", ["serial", "overlapped"])
+@LAYOUTS
+@torch.inference_mode()
+def test_gpu_logits_are_those_of_the_unpatched_model_on_the_cpu(unpatched, aligned, prefill):
+    model = copy.deepcopy(unpatched).to("cuda")
+    with Relay(model, 5, CAPACITY, aligned=aligned, prefill=prefill) as relay:
+        workload = Workload(relay, seed=1)
+        workload.run()
+    check_logits(workload, unpatched)
+
+
+def check_logits(workload: Workload, unpatched: LlamaForCausalLM) -> None:
+    worst = 0.0
+    for query in workload.queries:
+        if not query.tokens:
+            assert query.status == "cancelled"
+            continue
+        whole = torch.tensor([query.prompt + query.tokens[:-1]])
+        expected = unpatched(whole).logits[0, len(query.prompt) - 1 :]
+        found = torch.stack(workload.logits[query.id]).cpu()
+        assert found.dtype == torch.float32 and found.shape == expected.shape
+        worst = max(worst, ((found - expected).abs().max() / expected.abs().max()).item())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert query.tokens == expected.argmax(-1).tolist()
+    assert worst < 1e-4
+
+
+@torch.inference_mode()
+def test_tokens_are_those_of_generate_alone(model, unpatched):
+    with Relay(model, 5, CAPACITY) as relay:
+        workload = Workload(relay, seed=2)
+        workload.run()
+    for query in workload.queries:
+        if query.status == "finished":
+            alone = unpatched.generate(
+                torch.tensor([query.prompt]),
+                attention_mask=torch.ones(1, len(query.prompt), dtype=torch.int64),
+                max_new_tokens=query.max_new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            assert query.tokens == alone[0, len(query.prompt) :].tolist()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_logits_and_draws_are_the_bits_of_a_relay_of_one_slot(dtype, aligned):
+    model = make_model(dtype)
+    options = {"temperature": 0.8, "top_p": 0.95}
+    with Relay(model, 5, CAPACITY, aligned=aligned) as relay:
+        together = Workload(relay, seed=3, **options)
+        together.run()
+    with Relay(model, 1, CAPACITY) as relay:
+        alone = Workload(relay, seed=0)
+        for query in together.queries:
+            alone.queries.append(
+                relay.submit(query.prompt, max_new_tokens=query.max_new_tokens, **options)
+            )
+        relay.run()
+    for query, other in zip(together.queries, alone.queries, strict=True):
+        count = len(query.tokens)
+        assert query.tokens == other.tokens[:count]
+        pairs = zip(together.logits.get(query.id, []), alone.logits[query.id], strict=False)
+        assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_the_model_is_what_it_was_after_the_relay(model, unpatched):
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match="num_slots"):
+        Relay(model, 0)
+    with Relay(model, 2, 16) as relay:
+        relay.submit([1, 2], max_new_tokens=3)
+        relay.run()
+    assert before == {name: id(parameter) for name, parameter in model.named_parameters()}
+    for one, two in zip(model.parameters(), unpatched.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert "forward" not in vars(model)
+
+
+def test_weights_that_are_not_finite_fail_queries_with_a_clear_error(unpatched):
+    broken = copy.deepcopy(unpatched)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[13] = torch.nan
+    with Relay(broken, 3, CAPACITY) as relay:
+        queries = [relay.submit([n, 5, n], max_new_tokens=4) for n in (12, 13, 14)]
+        relay.run()
+    good, bad, also_good = queries
+    assert "logits of query 1 must be finite" in str(bad.error)
+    assert good.error is None or "must be finite" in str(good.error)
+    with Relay(unpatched, 1, CAPACITY) as relay:
+        alone = [relay.submit([n, 5, n], max_new_tokens=4) for n in (12, 14)]
+        relay.run()
+    for query, other in zip((good, also_good), alone, strict=True):
+        assert query.tokens == other.tokens[: len(query.tokens)]
+        # A query that generates the broken token itself fails there and not before.
+        assert query.status == "finished" or query.tokens[-1] == 13

@@ -1,0 +1,100 @@
+"""The op tests on the Triton kernels, in Triton's interpreter: results without a GPU.
+
+Whether Triton interprets is decided when it is imported, so the tests run in a process of their
+own, which tests/conftest.py gives the Triton kernels as its one backend. By hand, whole files:
+`TRITON_INTERPRET=1 python -m pytest tests/ops/test_rms_norm.py -k triton`.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+import baton_kernels
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# The interpreter takes milliseconds per program: of each op's tests, those with few programs. All
+# dtypes, layouts, options, poison and batch invariance are among them.
+SMALL = "not triton-1000 and not triton-128-"
+ATTENTION = (
+    # Every case in bfloat16, and the other dtypes where all options meet.
+    "test_matches_reference and (dtype2 or everything) and not long and not mixture",
+    "test_layouts and dtype1",
+    "test_padding_is_not_read and (everything or 24) and not dtype1",
+    "test_batch_invariance and thirds and dtype2",
+    "test_no_rows or test_rows_without or test_more_query or test_large_scores or test_by_hand",
+)
+SELECTED = {
+    "append_kv": SMALL,
+    "attention_mask": SMALL,
+    "extract_kv": SMALL,
+    "insert_kv": SMALL,
+    "linear": SMALL + " and not (test_batch_invariance and (576 or not dtype2))",
+    "masked_softmax": SMALL + " and not (test_windows and not dtype2) and not triton-63",
+    "merge_attention": SMALL,
+    "move_kv": SMALL,
+    "ragged_attention": " or ".join(f"({case})" for case in ATTENTION),
+    "rms_norm": SMALL + " and not test_large_results",
+    "silu_and_mul": SMALL + " and not test_large_results",
+    "triton_torch": "test_triton",
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """By op: the names of the tests that ran and the texts of those that failed."""
+    pytest.importorskip("triton")
+    report = tmp_path_factory.mktemp("triton") / "report.xml"
+    chosen = " or ".join(f"(test_{op}.py and ({tests}))" for op, tests in SELECTED.items())
+    files = [str(next((ROOT / "tests").glob(f"*/test_{op}.py"))) for op in SELECTED]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore",
+         f"--junitxml={report}", "-k", f"triton and ({chosen})", *files],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert report.is_file(), done.stdout + done.stderr
+    found = {op: ([], []) for op in SELECTED}
+    for case in ElementTree.parse(report).iter("testcase"):
+        ran, failed = found[case.get("classname").rpartition("test_")[2]]
+        ran.append(case.get("name"))
+        failed += [f"{case.get('name')}: {part.text}" for part in case if part.tag != "skipped"]
+    return found
+
+
+def test_torch(results):
+    """opcheck, torch.compile and index values out of range: tests/triton/test_triton_torch.py."""
+    ran, failed = results["triton_torch"]
+    assert not failed, "\n\n".join(failed)
+    assert len(ran) >= 2 * len(baton_kernels.triton.OPS)
+
+
+@pytest.mark.parametrize("op", baton_kernels.triton.OPS)
+def test_op(results, op):
+    ran, failed = results[op]
+    assert not failed, "\n\n".join(failed)
+    for section in ("matches_reference", "by_hand"):
+        assert any(section in name for name in ran), f"{section} is not among {ran}"
+    print(f"{op}: {len(ran)} tests passed on the interpreter")
+
+
+def test_bench_of_masks():
+    """No way but (a) and (b) writes a mask, and (b) writes each of its elements once."""
+    pytest.importorskip("triton")
+    pytest.importorskip("transformers")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "bench.masks", "--key-length=64", "--prompt=16"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # 8 rows of 1 x 64 numbers of 2 bytes, then 2 rows of 16 x 16.
+    for table, mask in zip(done.stdout.split("\n\n")[1:], (1.0, 1.0), strict=True):
+        written = [float(line.split()[-3]) for line in table.splitlines()[2:]]
+        assert written[0] > mask and written[1:] == [mask, 0.0, 0.0]

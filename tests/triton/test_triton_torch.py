@@ -1,0 +1,170 @@
+"""The Triton kernels behind torch.library: opcheck, torch.compile, index values out of range.
+
+They are registered here for the CPU under another name, with the schemas and fakes of the ops, and
+run in Triton's interpreter: tests/triton/test_triton_interpreter.py starts this file with it.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+from op_tables import schemas
+
+import baton_kernels
+from baton_kernels.testing import (
+    assert_same_bits,
+    embed,
+    int32,
+    random_attention_problem,
+    storage,
+    twin,
+)
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "ops"
+OVERLOADS = [(op, overload) for op in baton_kernels.triton.OPS for overload in schemas(op)]
+
+
+@pytest.fixture(scope="module")
+def triton_ops():
+    """torch.ops.baton_triton: the ops, with the functions that GPUs get as the CPU's."""
+    library = torch.library.Library("baton_triton", "DEF")
+    for op, overload in OVERLOADS:
+        schema = str(schemas(op)[overload]).split("::")[1]
+        library.define(schema)
+        name, suffix = schema.split("(")[0], "" if overload == "default" else f"_{overload}"
+        kernels = importlib.import_module(f"baton_kernels.triton.{op}")
+        library.impl(name, getattr(kernels, f"run{suffix}"), "CPU")
+        fakes = importlib.import_module(f"baton_kernels.ops.{op}")
+        fake = getattr(fakes, f"_fake{suffix}")
+        torch.library.register_fake(f"baton_triton::{name}", fake, lib=library)
+    yield torch.ops.baton_triton
+    library._destroy()
+
+
+def valid_arguments(op):
+    """Arguments by name, from the op's own tests; finite, because opcheck compares by value."""
+    spec = importlib.util.spec_from_file_location(f"table_{op}", FOLDER / f"test_{op}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    special = {
+        "linear": lambda: module.problem(3, 8, 4, bias=True),
+        "merge_attention": lambda: module.problem(3),
+        "rms_norm": lambda: module.problem(3, 8, residual=True),
+        "silu_and_mul": lambda: {"x": module.problem(3, 4)},
+    }
+    arguments = (special.get(op) or module.arguments_to_spoil)()
+    for x in arguments.values():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            storage(x).nan_to_num_(0.0, 0.0, 0.0)
+    return arguments
+
+
+def by_position(op, overload, arguments):
+    """Those that the overload takes, in its order."""
+    names = [argument.name for argument in schemas(op)[overload].arguments]
+    return tuple(arguments[name] for name in names if name in arguments)
+
+
+@pytest.mark.parametrize(("op", "overload"), OVERLOADS)
+def test_triton_opcheck(op, overload, triton_ops):
+    run = getattr(getattr(triton_ops, op), overload)
+    torch.library.opcheck(run, by_position(op, overload, valid_arguments(op)))
+
+
+@pytest.mark.parametrize(("op", "overload"), OVERLOADS)
+def test_triton_compile(op, overload, triton_ops, fresh_compiler):
+    arguments = valid_arguments(op)
+    run = getattr(getattr(triton_ops, op), overload)
+
+    def function(args):
+        return run(*args)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (function, compiled):
+        own = {n: twin(x) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+        out = call(by_position(op, overload, own))
+        out = out if isinstance(out, tuple) else (out,)
+        written = [x for x in own.values() if isinstance(x, torch.Tensor)]
+        results.append([x for x in (*out, *written) if x is not None])
+    for eager, other in zip(*results, strict=True):
+        assert_same_bits(other, eager)
+
+
+# Index values are not checked on a GPU: what is out of range is left out, nothing else is touched.
+
+BAD_PLACES = [(-1, 0), (4, 0), (2**31 - 1, 0), (1, -1), (1, 2**31 - 1), (1, 8)]
+
+
+@pytest.mark.parametrize(("slot", "column"), BAD_PLACES)
+def test_triton_tokens_out_of_range_are_left_out(slot, column):
+    cache = embed(torch.randn(4, 2, 8, 16))
+    tokens = torch.randn(5, 2, 16)
+    slots, columns = int32([2, slot]), int32([3, column])
+    for zero_padding in (False, True):
+        keys, values = twin(cache), twin(cache)
+        expected = twin(cache)
+        expected[2, :, 3:5] = tokens[:2].transpose(0, 1)
+        if zero_padding:
+            expected[2, :, :3] = 0
+            if slot == 1 and column == 8:
+                expected[1] = 0
+        baton_kernels.triton.insert_kv(
+            tokens, tokens, keys, values, int32([0, 2, 5]), slots, columns,
+            zero_padding=zero_padding,
+        )  # fmt: skip
+        assert_same_bits(storage(keys), storage(expected))
+        assert_same_bits(storage(values), storage(expected))
+    key, _ = baton_kernels.triton.extract_kv(
+        cache, cache, int32([0, 2, 5]), slots, columns, total_tokens=5
+    )
+    assert_same_bits(key[:2], cache[2, :, 3:5].transpose(0, 1))
+    keys, values, expected = twin(cache), twin(cache), twin(cache)
+    expected[2, :, 3] = tokens[0]
+    baton_kernels.triton.append_kv(tokens[:2], tokens[:2], keys, values, slots, columns)
+    assert_same_bits(storage(keys), storage(expected))
+    for source in (True, False):
+        places = [(slots[1:], columns[1:]), (int32([0]), int32([0]))]
+        (source_slot, source_start), (target_slot, target_start) = places[:: 1 if source else -1]
+        keys = twin(cache)
+        baton_kernels.triton.move_kv(
+            keys, keys, source_slot, source_start, target_slot, target_start, int32([3])
+        )
+        assert_same_bits(storage(keys), storage(cache))
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 9, 5], [0, -3, 5], [7, 2, 9]])
+def test_triton_bad_cu_seqlens_touch_nothing_else(cu_seqlens):
+    cache = embed(torch.zeros(4, 2, 8, 16))
+    tokens = torch.randn(5, 2, 16)
+    keys, values = twin(cache), twin(cache)
+    places = int32(cu_seqlens), int32([2, 1]), int32([3, 0])
+    baton_kernels.triton.insert_kv(tokens, tokens, keys, values, *places)
+    assert_same_bits(keys[0], cache[0])
+    assert_same_bits(keys[3], cache[3])
+    baton_kernels.triton.extract_kv(cache, cache, *places, total_tokens=5)
+
+
+@pytest.mark.parametrize("name", ["slots", "starts", "lengths"])
+@pytest.mark.parametrize("value", [-1, 2**31 - 1, -(2**31)])
+def test_triton_rows_out_of_range_see_nothing(name, value):
+    problem = random_attention_problem([1, 20], [30, 40], head_dim=16)
+    whole, _ = baton_kernels.triton.ragged_attention(*problem.args, return_lse=True)
+    getattr(problem, name)[1] = value
+    out, lse = baton_kernels.triton.ragged_attention(*problem.args, return_lse=True)
+    assert_same_bits(out[:1], whole[:1])
+    assert not out[1:].any()
+    assert (lse[1:] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_rms_norm_normalizes_the_sum_that_it_returns(dtype):
+    x, residual, weight = torch.randn(3, 50, 200).to(dtype)
+    y, total = baton_kernels.triton.rms_norm(x, weight[0], residual=residual)
+    assert_same_bits(y, baton_kernels.triton.rms_norm(total, weight[0]))
