@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stopping import TOKENIZERS, byte_fallback
+from small_tokenizers import TOKENIZERS, byte_fallback
 from tiny_model import EOS, byte_tokenizer
 
 from baton_engines import Relay
