@@ -179,17 +179,20 @@ def test_policies_reserve_what_their_papers_say():
 
 
 BAD_OPTIONS = {
-    "baton: max_stall_tokens must be >= 1, got 0": ("baton", {"max_stall_tokens": 0}),
-    "baton: max_prefill_tokens must be >= 1, got 0": ("baton", {"max_prefill_tokens": 0}),
-    "chunked: token_budget must be >= 1, got 0": ("chunked", {"token_budget": 0}),
-    "multi_bin: bins must be >= 1, got 0": ("multi_bin", {"bins": 0}),
-    "multi_bin: batch_size must be >= 1, got -1": ("multi_bin", {"batch_size": -1}),
-    "multi_bin: length must be max_new_tokens, prompt or callable, got 'x'": (
+    "Baton: max_stall_tokens must be >= 1, got 0": ("baton", {"max_stall_tokens": 0}),
+    "Baton: max_prefill_tokens must be >= 1, got 0": ("baton", {"max_prefill_tokens": 0}),
+    "Chunked: token_budget must be >= 1, got 0": ("chunked", {"token_budget": 0}),
+    "MultiBin: bins must be >= 1, got 0": ("multi_bin", {"bins": 0}),
+    "MultiBin: batch_size must be >= 1, got -1": ("multi_bin", {"batch_size": -1}),
+    "MultiBin: length must be max_new_tokens, prompt or callable, got 'x'": (
         "multi_bin",
         {"length": "x"},
     ),
-    "multi_bin: edges must be 1 lengths in ascending": ("multi_bin", {"bins": 2, "edges": [1, 2]}),
-    "policy: admission must be one of fcfs, .*, got 'last'": ("orca", {"admission": "last"}),
+    "MultiBin: edges must be 1 lengths in ascending": ("multi_bin", {"bins": 2, "edges": [1, 2]}),
+    "policies.get_admission: name must be one of fcfs, .*, got 'last'": (
+        "orca",
+        {"admission": "last"},
+    ),
 }
 
 

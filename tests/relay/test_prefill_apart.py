@@ -298,5 +298,5 @@ def test_what_is_handed_over_lies_side_by_side():
 
 def test_bad_arguments():
     for name in ("timeout", "start_timeout"):
-        with pytest.raises(ValueError, match=f"prefill: {name} must be > 0 seconds, got 0"):
+        with pytest.raises(ValueError, match=f"Apart: {name} must be > 0 seconds, got 0"):
             Apart(**{name: 0})

@@ -61,9 +61,11 @@ def get(name: str | Policy, **options) -> Policy:
     if isinstance(name, Policy):
         return name
     if name not in _POLICIES:
-        raise ValueError(f"get: name must be one of {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"policies.get: name must be one of {', '.join(NAMES)}, got {name!r}")
     known = tuple(inspect.signature(_POLICIES[name]).parameters)
     for option in options:
         if option not in known:
-            raise ValueError(f"get: options of {name} must be {', '.join(known)}, got {option!r}")
+            raise ValueError(
+                f"policies.get: options of {name} must be {', '.join(known)}, got {option!r}"
+            )
     return _POLICIES[name](**options)

@@ -34,7 +34,9 @@ class Admission(ABC):
 
     def __init__(self, overtakes: float):
         if not 0 <= overtakes < float("inf"):
-            raise ValueError(f"{self.name}: overtakes must be finite and >= 0, got {overtakes}")
+            raise ValueError(
+                f"{type(self).__name__}: overtakes must be finite and >= 0, got {overtakes}"
+            )
         self.overtakes = overtakes
 
     @abstractmethod
@@ -165,5 +167,7 @@ def get_admission(name: str | Admission) -> Admission:
     if isinstance(name, Admission):
         return name
     if name not in _ADMISSIONS:
-        raise ValueError(f"policy: admission must be one of {', '.join(ADMISSIONS)}, got {name!r}")
+        raise ValueError(
+            f"policies.get_admission: name must be one of {', '.join(ADMISSIONS)}, got {name!r}"
+        )
     return _ADMISSIONS[name]()

@@ -98,8 +98,8 @@ def pack_chunks(chunks: Iterable[tuple[Query, int]], max_tokens: int) -> tuple[F
     return tuple(forwards)
 
 
-def positive(policy: str, **values: int) -> None:
-    """Raises ValueError unless all values are at least 1."""
+def positive(policy: Policy, **values: int) -> None:
+    """Raises ValueError unless all values, which are arguments of the policy, are at least 1."""
     for name, value in values.items():
         if value < 1:
-            raise ValueError(f"{policy}: {name} must be >= 1, got {value}")
+            raise ValueError(f"{type(policy).__name__}: {name} must be >= 1, got {value}")

@@ -36,9 +36,9 @@ class Baton(Policy):
         *,
         admission: str | Admission = "fcfs",
     ):
-        positive(self.name, max_prefill_tokens=max_prefill_tokens)
+        positive(self, max_prefill_tokens=max_prefill_tokens)
         if max_stall_tokens is not None:
-            positive(self.name, max_stall_tokens=max_stall_tokens)
+            positive(self, max_stall_tokens=max_stall_tokens)
         self.max_prefill_tokens = max_prefill_tokens
         self.max_stall_tokens = max_stall_tokens
         self.admission = get_admission(admission)

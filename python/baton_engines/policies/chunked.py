@@ -22,7 +22,7 @@ class Chunked(Policy):
     splits_prompts = True
 
     def __init__(self, token_budget: int = 512, *, admission: str | Admission = "fcfs"):
-        positive(self.name, token_budget=token_budget)
+        positive(self, token_budget=token_budget)
         self.token_budget = token_budget
         self.admission = get_admission(admission)
 

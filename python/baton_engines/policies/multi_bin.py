@@ -59,16 +59,16 @@ class MultiBin(Policy):
         max_prefill_tokens: int = 2048,
         admission: str | Admission = "fcfs",
     ):
-        positive(self.name, bins=bins, max_prefill_tokens=max_prefill_tokens)
+        positive(self, bins=bins, max_prefill_tokens=max_prefill_tokens)
         if batch_size is not None:
-            positive(self.name, batch_size=batch_size)
+            positive(self, batch_size=batch_size)
         if not callable(length) and length not in _LENGTHS:
             raise ValueError(
-                f"{self.name}: length must be {', '.join(_LENGTHS)} or callable, got {length!r}"
+                f"MultiBin: length must be {', '.join(_LENGTHS)} or callable, got {length!r}"
             )
         if edges is not None and (len(edges) != bins - 1 or list(edges) != sorted(edges)):
             raise ValueError(
-                f"{self.name}: edges must be {bins - 1} lengths in ascending order, got {edges}"
+                f"MultiBin: edges must be {bins - 1} lengths in ascending order, got {edges}"
             )
         self.bins = bins
         self.length = length if callable(length) else _LENGTHS[length]

@@ -21,7 +21,7 @@ class RunToCompletion(Policy):
     name = "run_to_completion"
 
     def __init__(self, max_prefill_tokens: int = 2048, *, admission: str | Admission = "fcfs"):
-        positive(self.name, max_prefill_tokens=max_prefill_tokens)
+        positive(self, max_prefill_tokens=max_prefill_tokens)
         self.max_prefill_tokens = max_prefill_tokens
         self.admission = get_admission(admission)
 

@@ -34,4 +34,4 @@ def get(mode: str | Prefiller, **options) -> Prefiller:
         from .apart import Apart
 
         return Apart(**options)
-    raise ValueError(f"prefill: mode must be one of {', '.join(NAMES)}, got {mode!r}")
+    raise ValueError(f"prefill.get: mode must be one of {', '.join(NAMES)}, got {mode!r}")

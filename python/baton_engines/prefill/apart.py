@@ -60,10 +60,10 @@ class Apart(Prefiller):
     ):
         super().__init__(workers, threads, always)
         if not hasattr(os, "memfd_create"):
-            raise NotImplementedError(f"prefill: apart needs Linux, got {sys.platform}")
+            raise NotImplementedError(f"Apart: system must be Linux, got {sys.platform}")
         for name, seconds in (("timeout", timeout), ("start_timeout", start_timeout)):
             if not seconds > 0:
-                raise ValueError(f"prefill: {name} must be > 0 seconds, got {seconds}")
+                raise ValueError(f"Apart: {name} must be > 0 seconds, got {seconds}")
         self.timeout = timeout
         self.start_timeout = start_timeout
 
@@ -144,7 +144,7 @@ class _ProcessWorker(Worker):
         if "error" in answer:
             self._end_process()
             self._failed_starts += 1
-            raise RuntimeError(f"prefill: worker process must start, got {answer['error']}")
+            raise RuntimeError(f"Apart: worker process must start, got {answer['error']}")
         self._failed_starts = 0
 
     def compute(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
@@ -171,7 +171,7 @@ class _ProcessWorker(Worker):
         if self.process is None:
             if self._failed_starts >= _MAX_FAILED_STARTS:
                 raise WorkerLostError(
-                    f"prefill: worker process could not be started {_MAX_FAILED_STARTS} times"
+                    f"Apart: worker process could not be started {_MAX_FAILED_STARTS} times"
                 )
             self.start()
         lengths = [len(prompt) for prompt in prompts]
@@ -185,14 +185,14 @@ class _ProcessWorker(Worker):
                 answer = self._receive(self._timeout)
             except OSError as error:
                 self._end_process()
-                raise WorkerLostError(f"prefill: worker process was lost, {error!r}") from error
+                raise WorkerLostError(f"Apart: worker process was lost, {error!r}") from error
             except WorkerLostError:
                 self._end_process()
                 raise
         finally:
             os.close(file)
         if "error" in answer:
-            raise RuntimeError(f"prefill: worker process raised {answer['error']}")
+            raise RuntimeError(f"Apart: worker process raised {answer['error']}")
         return Prefilled(handover.rows(), handover.logits)
 
     def _receive(self, timeout: float) -> dict:
@@ -201,12 +201,12 @@ class _ProcessWorker(Worker):
             data = self._socket.recv(MAX_MESSAGE_BYTES)
         except TimeoutError as error:
             raise WorkerLostError(
-                f"prefill: worker process {self.process.pid} must answer within {timeout} s"
+                f"Apart: worker process {self.process.pid} must answer within {timeout} s"
             ) from error
         except OSError as error:
-            raise WorkerLostError(f"prefill: worker process was lost, {error!r}") from error
+            raise WorkerLostError(f"Apart: worker process was lost, {error!r}") from error
         if not data:
-            raise WorkerLostError(f"prefill: worker process {self.process.pid} ended")
+            raise WorkerLostError(f"Apart: worker process {self.process.pid} ended")
         return json.loads(data)
 
     def _end_process(self) -> None:

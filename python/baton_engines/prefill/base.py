@@ -91,7 +91,7 @@ class Prefiller(ABC):
     def __init__(self, workers: int = 1, threads: int | None = None, always: bool = False):
         for argument, count in (("workers", workers), ("threads", threads)):
             if count is not None and count < 1:
-                raise ValueError(f"prefill: {argument} must be >= 1, got {count}")
+                raise ValueError(f"{type(self).__name__}: {argument} must be >= 1, got {count}")
         self.num_workers = workers
         self.threads = threads
         self.always = always
@@ -109,7 +109,9 @@ class Prefiller(ABC):
             Exception: what `make_workers` raises.
         """
         if self._desk is not None:
-            raise ValueError("prefill: object must belong to one relay, got one that is in use")
+            raise ValueError(
+                f"{type(self).__name__}: prefiller must belong to one relay, got one that is in use"
+            )
         if self.threads is None:
             self.threads = max(1, torch.get_num_threads() // (2 * self.num_workers))
         own_threads = torch.get_num_threads()

@@ -25,7 +25,7 @@ class Serial(Prefiller):
 
     def submit(self, job: Job) -> None:
         """Refuses the job: it would never end."""
-        raise RuntimeError("prefill: serial must be handed no job, got one")
+        raise RuntimeError("Serial.submit: job must be for another prefiller, got one")
 
     def wait(self, jobs: Sequence[Job], timeout: float | None = None) -> None:
         """There is nothing to wait for."""

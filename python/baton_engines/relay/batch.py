@@ -70,7 +70,7 @@ class Batch:
                 return queries
         if query.ended:
             return None
-        raise ValueError(f"relay: query must be one of this relay's, got {query!r}")
+        raise ValueError(f"Relay: query must be one of this relay's, got {query!r}")
 
     def wait(self, query: Query) -> None:
         """Put a query that is nowhere among those that wait, in its order of submission."""
@@ -126,7 +126,8 @@ class Batch:
             victim = self.policy.victim(self.running.values())
             if self.running.get(victim.id) is not victim:
                 raise ValueError(
-                    f"step: victim of {self.policy.name} must be a running query, got {victim!r}"
+                    f"Relay.step: victim of {self.policy.name} must be a running query, "
+                    f"got {victim!r}"
                 )
             self.unseat(victim)
             rows = [row for row in rows if row.query is not victim]
@@ -238,7 +239,7 @@ class Batch:
             self.fail(
                 query,
                 FloatingPointError(
-                    f"relay: logits of query {query.id} must be finite, got NaN or infinity for "
+                    f"Relay: logits of query {query.id} must be finite, got NaN or infinity for "
                     f"its token {len(query.tokens)}; are the weights finite?"
                 ),
             )

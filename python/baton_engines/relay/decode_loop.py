@@ -123,10 +123,13 @@ class DecodeLoop:
         free = batch.slots.num_slots - len(batch.running) + len(plan.park)
         if len(plan.admit) > free:
             raise ValueError(
-                f"step: plan of {name} must admit at most {free} queries, got {len(plan.admit)}"
+                f"Relay.step: plan of {name} must admit at most {free} queries, "
+                f"got {len(plan.admit)}"
             )
         if not plan.admit and not batch.running:
-            raise ValueError(f"step: plan of {name} must admit a query when nothing runs, got none")
+            raise ValueError(
+                f"Relay.step: plan of {name} must admit a query when nothing runs, got none"
+            )
         for query in plan.park:
             batch.unseat(query)
         for query in plan.admit:
