@@ -163,10 +163,87 @@ def run_records(
         stop: anything with a truth value, read between two steps.
         token_ids: see result_of.
     """
-    outcome = Outcome(results=[None] * len(records))
+    run = RecordRun(relay, records, queries, on_result=on_result, token_ids=token_ids)
+    begin = time.perf_counter()
+    while run.open_queries and not stop:
+        run.step()
+        on_step(
+            run.open_queries,
+            run.num_ended,
+            relay.counters.output_tokens / (time.perf_counter() - begin),
+        )
+    if stop:
+        run.cancel()
+    run.outcome.seconds = time.perf_counter() - begin
+    return run.outcome
 
-    def finish(index: int) -> None:
-        result = result_of(records[index], queries[index], token_ids=token_ids)
+
+class RecordRun:
+    """A run that somebody else steps.
+
+    Args:
+        relay, records, queries, on_result, token_ids: see `run_records`.
+
+    Attributes:
+        outcome: what became of the records so far.
+        num_ended: of the records.
+    """
+
+    def __init__(
+        self,
+        relay: Any,
+        records: Sequence[PromptRecord],
+        queries: Sequence[Sequence[Any]],
+        *,
+        on_result: Callable[[int, dict[str, Any]], object] = lambda index, result: None,
+        token_ids: bool = False,
+    ) -> None:
+        self.outcome = Outcome(results=[None] * len(records))
+        self.num_ended = 0
+        self._relay = relay
+        self._records = records
+        self._queries = queries
+        self._on_result = on_result
+        self._token_ids = token_ids
+        self._open = list(range(len(records)))
+        self._collect()
+
+    @property
+    def open_queries(self) -> list[Any]:
+        """The queries of the records that have not ended."""
+        return [query for index in self._open for query in self._queries[index]]
+
+    def step(self) -> None:
+        """One step of the relay.
+
+        Raises:
+            RuntimeError: the relay has nothing to do, while queries are open.
+        """
+        more = self._relay.step()
+        self._collect()
+        # Such a query would be lost without a word.
+        if self._open and not more:
+            raise RuntimeError(f"run: {len(self._open)} queries have not ended, the relay is idle")
+
+    def cancel(self) -> None:
+        """End what is open, now."""
+        for query in self.open_queries:
+            self._relay.cancel(query)
+        self._collect()
+
+    def _collect(self) -> None:
+        still_open = []
+        for index in self._open:
+            if all(query.ended for query in self._queries[index]):
+                self._finish(index)
+            else:
+                still_open.append(index)
+        self._open = still_open
+
+    def _finish(self, index: int) -> None:
+        self.num_ended += 1
+        outcome = self.outcome
+        result = result_of(self._records[index], self._queries[index], token_ids=self._token_ids)
         outcome.results[index] = result
         if "error" in result:
             outcome.failed += 1
@@ -177,36 +254,4 @@ def run_records(
             )
         elif was_cancelled(result):
             outcome.cancelled += 1
-        on_result(index, result)
-
-    def collect(open_indices: list[int]) -> list[int]:
-        still_open = []
-        for index in open_indices:
-            if all(query.ended for query in queries[index]):
-                finish(index)
-            else:
-                still_open.append(index)
-        return still_open
-
-    begin = time.perf_counter()
-    open_indices = collect(list(range(len(records))))
-    more = True
-    while more and not stop:
-        more = relay.step()
-        open_indices = collect(open_indices)
-        elapsed = time.perf_counter() - begin
-        on_step(
-            [query for index in open_indices for query in queries[index]],
-            len(records) - len(open_indices),
-            relay.counters.output_tokens / elapsed,
-        )
-    if stop:
-        for index in open_indices:
-            for query in queries[index]:
-                relay.cancel(query)
-    open_indices = collect(open_indices)
-    # A relay that reports nothing to do while a query is open would lose it without a word.
-    if open_indices:
-        raise RuntimeError(f"run: {len(open_indices)} queries have not ended, the relay is idle")
-    outcome.seconds = time.perf_counter() - begin
-    return outcome
+        self._on_result(index, result)

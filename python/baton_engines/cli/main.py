@@ -338,17 +338,19 @@ def demo(
     dtype: options.DtypeOption = options.Dtype.auto,
     threads: options.ThreadsOption = None,
 ) -> None:
-    """The same prompts by run_to_completion, then by baton: picture, figures, and equal answers."""
+    """The same prompts by run_to_completion and by baton, in turns: answers, counts, figures."""
     records = gather_prompts(prompts, []) if prompts is not None else demo_prompts()
     if not records:
         raise CommandError(f"{prompts} has no prompts")
-    from .demo import run_demo
+    console = Console(highlight=False)
+    from .demo import introduction, run_demo
+
+    console.print(introduction(len(records), slots))
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"cannot make {output_dir}: {error.strerror or error}") from error
-    console = Console(highlight=False)
     # No spinner: fetching a model draws its own progress.
     console.print(f"loading {escape(model)}")
     loaded, tokenizer = load(model, dtype, threads)
