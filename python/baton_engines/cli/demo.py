@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ CAPTIONS = {
     "baton": "a free slot goes to the next query at once",
 }
 ROUNDS = 3
+# No round begins that would end after that.
+MOST_SECONDS = 65.0
 # Tokens that a policy generates in one turn: about a second of work.
 TURN_TOKENS = 150
 # Tokens per query of the warm-up: enough that every kernel and thread has run with every row busy.
@@ -85,7 +88,8 @@ def run_demo(
         output_dir: existing folder; timeline.png and answers.jsonl are written there.
         slots, capacity: see Relay.
         console: where to print.
-        rounds: how many times each policy answers all prompts.
+        rounds: how many times each policy answers all prompts; fewer where that would take more
+            than a minute.
 
     Returns:
         Whether every query was answered, and alike by both policies.
@@ -94,8 +98,12 @@ def run_demo(
     with patch_llama(model) as patched:
         with console.status("warming up"):
             _warm_up(patched, tokenizer, records[:slots], slots, capacity)
-        played = []
+        played: list[dict[str, Run]] = []
+        begin = time.perf_counter()
         for number in range(rounds):
+            taken = time.perf_counter() - begin
+            if played and taken / number * (number + 1) > MOST_SECONDS:
+                break
             label = f"round {number + 1} of {rounds}"
             with RunProgress(console, label, len(records) * len(POLICIES)) as progress:
                 played.append(
@@ -235,8 +243,8 @@ def _verdict(played: Sequence[dict[str, Run]], medians: dict[str, dict[str, Any]
         )
         sentences.append(
             f"baton gives [bold green]{new[key] / old[key]:.2f}x[/] the output tokens per second "
-            f"of run_to_completion: medians of {len(played)} rounds, which gave "
-            f"{ratios[0]:.2f}x to {ratios[-1]:.2f}x"
+            f"of run_to_completion: medians of {len(played)} round{'s' * (len(played) > 1)}, which "
+            f"gave {ratios[0]:.2f}x to {ratios[-1]:.2f}x"
         )
     return sentences
 
