@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import types
 import warnings
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ if _torch_version() < MINIMUM_TORCH:
     )
 try:
     # torch is imported above: its libraries must be in the process before ours.
-    from baton_kernels import _C  # noqa: F401
+    from baton_kernels import _C  # type: ignore[attr-defined]  # noqa: F401  # has no source
 except ImportError as error:
     raise ImportError(
         f"baton_kernels: the compiled library does not load ({error}). From a source folder, build "
@@ -48,4 +49,4 @@ def _load_cuda() -> tuple[types.ModuleType | None, str | None]:
 # The module, which says what it was compiled for, and why there is none: one of the two is None.
 cuda, why_no_cuda = _load_cuda()
 
-ops = torch.ops.baton_kernels
+ops: Any = torch.ops.baton_kernels

@@ -10,6 +10,7 @@ import dataclasses
 import mmap
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -256,11 +257,12 @@ class Refusal:
         arguments = dict(arguments)
         for name, change in self.changes.items():
             arguments[name] = change(arguments[name]) if callable(change) else change
-        error, function, mode = self.error, getattr(baton_kernels, op), contextlib.nullcontext()
+        error, function = self.error, getattr(baton_kernels, op)
+        mode: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if route == "fake":
-            mode = FakeTensorMode()
+            mode = fake = FakeTensorMode()
             arguments = {
-                name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                name: fake.from_tensor(value) if isinstance(value, torch.Tensor) else value
                 for name, value in arguments.items()
             }
         elif route == "torch.ops":
@@ -425,7 +427,7 @@ def random_attention_problem(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    **placement: object,
+    **placement: Any,
 ) -> AttentionProblem:
     """`random_rows` of these lengths, placed by `attention_problem` (which takes ``placement``)."""
     rows = random_rows(

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .huggingface import unpatch
     from .llama import (
         ModelLoadError,
         PackedBatch,
         PatchedLlama,
         load_model,
         patch_llama,
-        unpatch,
     )
     from .relay import Query, Relay
 
@@ -28,7 +28,7 @@ _EXPORTS = {
     "Relay": ".relay",
     "load_model": ".llama",
     "patch_llama": ".llama",
-    "unpatch": ".llama",
+    "unpatch": ".huggingface",
 }
 
 __all__ = [

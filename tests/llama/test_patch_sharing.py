@@ -112,9 +112,21 @@ def test_hooks_are_refused(register, module):
     model = hooked(register, module)
     with pytest.raises(NotImplementedError, match=match):
         patch_llama(model)
-    with pytest.raises(NotImplementedError, match=match):
-        Relay(model, 2)
     assert not is_patched(model)
+
+
+def test_a_relay_calls_the_hooks_that_a_patch_would_not():
+    model, calls = small_llama(), []
+    plain = Relay(model, 2)
+    expected = answer(plain)
+    plain.close()
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    with Relay(model, 2) as relay, Relay(model, 3) as other:
+        assert answer(relay) == answer(other) == expected
+        assert len(calls) >= 12
+        assert not is_patched(model)
+        implementation = model.config._attn_implementation
+    assert model.config._attn_implementation != implementation
 
 
 def test_a_hook_that_comes_later_is_refused_then():

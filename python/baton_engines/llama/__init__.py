@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from .forward import PatchedLlama, patch_llama
     from .load import ModelLoadError, load_model
     from .packed_batch import PackedBatch
-    from .sharing import unpatch
 
 # Public name -> the module that defines it.
 _EXPORTS = {
@@ -19,7 +18,6 @@ _EXPORTS = {
     "PatchedLlama": ".forward",
     "load_model": ".load",
     "patch_llama": ".forward",
-    "unpatch": ".sharing",
 }
 
 __all__ = [
@@ -28,7 +26,6 @@ __all__ = [
     "PatchedLlama",
     "load_model",
     "patch_llama",
-    "unpatch",
 ]
 
 

@@ -90,8 +90,6 @@ class PatchedLlama:
         model: the model.
         num_layers, num_heads, num_kv_heads, head_dim, vocab_size: int, its sizes.
         dtype, device: of its weights.
-        num_sharing: how many users of `shared_patch` there are; None when the patch was made by
-            `patch_llama`, and stays until `undo`.
         whole_prompts: bool; whether a prompt in parts would be another prompt: the frequencies of
             dynamic RoPE are those of a forward's last token.
     """
@@ -122,7 +120,6 @@ class PatchedLlama:
         # An attribute of the instance hides the method of the class; whatever hid it before comes
         # back on undo.
         self._hidden_forward = model.__dict__.get("forward")
-        self.num_sharing: int | None = None
         # The dictionaries themselves, so that a hook that comes later is seen without a search.
         self._hooks = [
             hooks

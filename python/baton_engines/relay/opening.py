@@ -40,7 +40,7 @@ def open_loop(
     """What a relay is made of.
 
     Args:
-        model: LlamaForCausalLM or PatchedLlama.
+        model: a transformers model, or a handle of one.
         policy: an object of its own.
         undo: gets what has to be undone when the relay is closed. Written.
         on_end: called with every query that ends.
@@ -58,9 +58,9 @@ def open_loop(
         kv_budget = checked_int("Relay", "kv_budget", kv_budget, 1)
     if not hasattr(model, "new_cache"):
         # Here and not above: a handle of another kind needs no transformers.
-        from ..llama.sharing import shared_patch
+        from ..huggingface.sharing import shared_handle
 
-        model = undo.enter_context(shared_patch(model))
+        model = undo.enter_context(shared_handle(model))
     limits = Limits.of_model(model, capacity, tokenizer, generation_config)
     slots = Slots(
         model,

@@ -35,8 +35,9 @@ class Relay(RelayState):
     """Generates for many queries on one model, each as if it were alone.
 
     Args:
-        model: LlamaForCausalLM or PatchedLlama. A model is patched until the last relay on it is
-            closed or dropped.
+        model: a causal language model of transformers, in use through `patch_llama` where that
+            supports it, else through `AnyModel`, until the last relay on it is closed or dropped;
+            or a handle of either.
         num_slots: int, at least 1; the most queries that run at a time.
         capacity: int, at least 1; the most tokens of a query, prompt and answer together. Default:
             the model's `max_position_embeddings`.
@@ -70,7 +71,7 @@ class Relay(RelayState):
         ValueError: num_slots, capacity or kv_budget is below 1, max_slots below num_slots, or there
             is no such policy, shaping or prefill mode, or they do not go with the kind of cache.
         NotImplementedError: the generation config has a setting that only `generate` knows.
-        Exception: what `patch_llama` raises for a model that it does not know.
+        Exception: what `huggingface.adapt` raises for a model that cannot be computed exactly.
 
     Source: BATON, dynamic re-batching.
     """
