@@ -17,9 +17,6 @@ from baton_kernels.testing import assert_accurate, random_attention_problem
 from bench import describe_run
 from emulation import amx
 
-# Multiplications of one tdpbf16ps: 16 rows, 16 columns, 32 elements.
-PRODUCTS = 16 * 16 * 32
-
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
@@ -31,7 +28,7 @@ class Counts:
     @property
     def useful(self) -> float:
         """Share of the multiplications in tiles that the result needs."""
-        return self.needed / (self.instructions["multiplies"] * PRODUCTS)
+        return self.needed / self.instructions["products"]
 
     def per_product(self, name: str) -> float:
         """Instructions of a kind per tdpbf16ps."""
@@ -76,6 +73,7 @@ ATTENTION = [
     ("prefill", 512, 512, (3, 1), 64),
     ("chunk at the end", 64, 1024, (4, 1), 128),
     ("decode", 1, 1024, (32, 1), 128),
+    ("decode", 1, 1024, (4, 4), 64),
     ("decode", 1, 1024, (32, 8), 128),
 ]
 
@@ -85,7 +83,7 @@ def main() -> None:
     if not amx.can_be_emulated():
         raise SystemExit("needs the sources, and a CPU with AVX512-BF16 and without AMX")
     print(describe_run())
-    print("useful: of the 16 x 16 x 32 multiplications of each tdpbf16ps, those the result needs;")
+    print("useful: share of the tdpbf16ps' multiplications that the result needs;")
     print("loads, stores: of tiles, per tdpbf16ps")
     print(f"{'bfloat16':46} {'tdpbf16ps':>9} {'useful':>7} {'loads':>6} {'stores':>7}")
 

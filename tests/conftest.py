@@ -45,6 +45,9 @@ if amx.can_be_emulated():
     BACKENDS.append(Backend("cpu-amx_bf16-emulated", amx.AmxOps(), amx.entered))
 if torch.cuda.is_available():
     BACKENDS.append(Backend("cuda", DeviceOps("cuda")))
+    # Of ops that have a CUDA kernel, nothing else would run the Triton kernel on an NVIDIA GPU.
+    if torch.version.hip is None and baton_kernels.triton.why_unavailable() is None:
+        BACKENDS.append(Backend("triton-cuda", DeviceOps("cuda", baton_kernels.triton)))
 # Decided before triton is imported, for the whole process:
 # tests/triton/test_triton_interpreter.py starts one with it.
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -52,7 +55,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", help="run the tests of ops on this backend alone (cuda: a GPU's)")
+    parser.addoption(
+        "--backend", help="run the tests of ops on one backend (cuda, triton-cuda: a GPU's)"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -73,9 +78,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs the tests of ``test_<op>.py`` on every backend that has the op."""
+    """Runs the tests of ``test_<op>.py`` and ``test_<op>_*.py`` on every backend with the op."""
     if "ops" in metafunc.fixturenames:
-        op = metafunc.module.__name__.split(".")[-1].removeprefix("test_")
+        name = metafunc.module.__name__.split(".")[-1].removeprefix("test_")
+        fits = [op for op in baton_kernels.ops.__all__ if f"{name}_".startswith(f"{op}_")]
+        op = max(fits, key=len, default=name)
         # A file about several ops names one that has all of their backends.
         op = getattr(metafunc.module, "BACKENDS_OF", op)
         backends = [backend for backend in BACKENDS if backend.has(op)]
