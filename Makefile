@@ -17,6 +17,7 @@ FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(SOURCES) \
+  csrc/bindings/exports.map \
   $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu)
 	@$(PYTHON) -c 'import sys; sys.exit("python >= 3.10 is needed, got " + sys.version.split()[0] \
 	  + ": choose one with make PYTHON=...") if sys.version_info < (3, 10) else None'
@@ -49,9 +50,12 @@ wheel: setup
 	rm -rf dist
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
-# The same wheel file under the oldest pinned CPU torch and the newest CUDA torch (several GB).
+# Tags the wheel for manylinux_2_28, and runs that same file beside the pinned torch and the newest,
+# a CUDA build (several GB), and under OTHER_PYTHON if one is named.
+OTHER_PYTHON ?=
 test-wheel: wheel
-	PYTHON=$(PYTHON) bash scripts/wheel.sh dist/*.whl 2.13.0 2.14.1
+	PYTHON=$(PYTHON) bash scripts/wheel.sh dist/*.whl "$(PYTHON) 2.13.0" "$(PYTHON) 2.14.1" \
+	  $(if $(OTHER_PYTHON),"$(OTHER_PYTHON) 2.13.0")
 
 # The CUDA kernels compiled, linked and loaded beside a CUDA torch (several GB); needs no GPU.
 test-cuda-build:

@@ -43,10 +43,13 @@ def _cuda(op: str) -> str:
 def _cuda_build() -> dict[str, Any]:
     if cuda is None:
         return {"architectures": [], "toolkit": "", "why_not": why_no_cuda}
-    # The last one is there as PTX too, for all that follow.
-    architectures = [f"sm_{number}" for number in cuda.architectures.split()]
-    toolkit = f"{cuda.toolkit // 1000}.{cuda.toolkit % 1000 // 10}"
-    return {"architectures": architectures, "toolkit": toolkit, "why_not": None}
+    version, *numbers = map(int, ops.cuda_build().split())
+    return {
+        # The last one is there as PTX too, for all that follow.
+        "architectures": [f"sm_{number}" for number in numbers],
+        "toolkit": f"{version // 1000}.{version % 1000 // 10}",
+        "why_not": None,
+    }
 
 
 def build_info() -> dict[str, Any]:

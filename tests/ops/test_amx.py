@@ -14,6 +14,7 @@ import torch
 from bench_package import import_bench
 
 import baton_kernels
+from baton_kernels import _library
 from baton_kernels.testing import assert_same_bits, available_cpu_isas, cpu_isa
 from emulation import amx
 
@@ -194,7 +195,7 @@ def tile_instructions():
         pytest.skip("this compiler has no AMX")
     if shutil.which("objdump") is None:
         pytest.skip("needs objdump")
-    path = baton_kernels._C.__file__
+    path = str(_library.cpu)
     command = ["objdump", "--disassemble", "--wide", path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found, function = [], ""
