@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export CUDA_VENV ?= .venv-cuda
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp)
 EMULATION := python/emulation
-FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels/*.cpp \
+FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels/*.cpp tests/cpu/*.cpp \
   $(foreach kind,h cpp cu,$(EMULATION)/*/*.$(kind) $(EMULATION)/*/*/*.$(kind)))
 
-.PHONY: setup demo test lint format wheel test-wheel test-cuda-build gpu bench bench-engines \
+.PHONY: setup demo test lint format wheel test-wheel test-cuda-build gpu gpu-carry bench bench-engines \
   bench-kernels bench-peers clean
 
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
@@ -36,6 +36,7 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: setup
@@ -61,7 +62,12 @@ test-wheel: wheel
 test-cuda-build:
 	PYTHON=$(PYTHON) bash scripts/cuda_build.sh
 
-# On a machine with an NVIDIA GPU: builds, tests on the device, then measures.
+# What travels to a machine with an NVIDIA GPU: the libraries and the peers; prints the call to make
+# there. Needs nvcc and no GPU.
+gpu-carry: setup
+	$(BIN)/python -m bench.gpu_day.carry
+
+# On a machine with an NVIDIA GPU that has a network: builds, tests on the device, then measures.
 gpu:
 	@PYTHON=$(PYTHON) bash scripts/gpu.sh
 

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,4 +63,4 @@ def _load_cuda() -> tuple[Path | None, str | None]:
 # The file of the CUDA library, or why there is none.
 cuda, why_no_cuda = _load_cuda()
 
-ops = torch.ops.baton_kernels
+ops: Any = torch.ops.baton_kernels

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 
@@ -303,7 +304,7 @@ class BatchShape:
         return self._state() == other._state()
 
     # A shape changes, so it must not be a key of a dict.
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # the documented way to say so
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{slot}: [{self.start(slot)}, {self.end(slot)})" for slot in self.used)
@@ -385,7 +386,11 @@ class BatchShape:
 
 
 def checked_int(
-    where: str, name: str, value: object, low: int | None = None, high: int | None = None
+    where: str,
+    name: str,
+    value: SupportsIndex,
+    low: int | None = None,
+    high: int | None = None,
 ) -> int:
     """`value` as an int within `[low, high]`, else an error that names the argument."""
     try:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def describe_run() -> str:
+def describe_run(device: str = "cpu") -> str:
     """Device, versions and commit, in one line."""
     # Here and not above: bench.workloads needs no torch.
     import torch
@@ -26,7 +26,7 @@ def describe_run() -> str:
             versions.append(f"{package} not installed")
     return ", ".join(
         (
-            cpu_name(),
+            torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
             f"{torch.get_num_threads()} threads",
             *versions,
             f"commit {commit()}",

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluation(argv: Sequence[str]) -> int:
     """Runs the cells, or reads an earlier run; prints and draws. 1 when answers differ."""
-    # Before torch is imported: spinning threads get in the way of whatever else runs, and the
-    # other engines run too.
+    # Before torch is imported: torch's own threads, where they spin, take the cores of the kernels'
+    # threads and of the other engines.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
@@ -57,6 +57,7 @@ def evaluation(argv: Sequence[str]) -> int:
     )
     matrix.add_arguments(parser)
     parser.add_argument("--threads", type=int, help="CPU threads of every system; default: torch's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the model")
     parser.add_argument("--engines", nargs="*", choices=tuple(ENGINES), help="all when none named")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder; %(default)s")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="results.json")
@@ -69,6 +70,8 @@ def evaluation(argv: Sequence[str]) -> int:
     if arguments.source is not None:
         results = json.loads(arguments.source.read_text())
     else:
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            sys.exit("bench.relay: --device cuda needs a GPU that torch can use, and finds none")
         engines = arguments.engines
         if engines is not None and not engines:
             engines = list(ENGINES)
@@ -76,6 +79,7 @@ def evaluation(argv: Sequence[str]) -> int:
             results = evaluate(
                 matrix.select(arguments),
                 engines=engines or (),
+                device=arguments.device,
                 report=lambda line: print(line, file=sys.stderr, flush=True),
             )
         except GateError as error:

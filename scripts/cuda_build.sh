@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Builds the package with its CUDA kernels beside a CUDA torch, installs it, and tests what can be
-# tested without a GPU, away from the sources.
+# Compiles the bindings next to the headers of the oldest torch that is promised, builds the package
+# with its CUDA kernels next to a CUDA torch, installs it, and tests what can be tested without a
+# GPU, away from the sources.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/cuda_env.sh
+PYTHON=$cuda_python bash scripts/oldest_torch.sh
 BATON_CUDA=1 cuda_pip install --no-build-isolation --no-deps --force-reinstall .
 root=$PWD
 work=$(mktemp -d)

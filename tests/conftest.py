@@ -45,6 +45,9 @@ if amx.can_be_emulated():
     BACKENDS.append(Backend("cpu-amx_bf16-emulated", amx.AmxOps(), amx.entered))
 if torch.cuda.is_available():
     BACKENDS.append(Backend("cuda", DeviceOps("cuda")))
+    # Of ops that have a CUDA kernel, nothing else would run the Triton kernel on an NVIDIA GPU.
+    if torch.version.hip is None and baton_kernels.triton.why_unavailable() is None:
+        BACKENDS.append(Backend("triton-cuda", DeviceOps("cuda", baton_kernels.triton)))
 # Decided before triton is imported, for the whole process:
 # tests/triton/test_triton_interpreter.py starts one with it.
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -52,7 +55,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", help="run the tests of ops on this backend alone (cuda: a GPU's)")
+    parser.addoption(
+        "--backend", help="run the tests of ops on one backend (cuda, triton-cuda: a GPU's)"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

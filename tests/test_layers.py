@@ -20,7 +20,7 @@ PACKAGE = ROOT / "baton_kernels"
 OPS = sorted(reference.__all__)
 # The rooms of the engines' package, lowest first: a module imports from its own room and from those
 # before it. `testing` stands beside them: it serves tests and benchmarks, and no room imports it.
-ROOMS = ("query", "llama", "slots", "policies", "prefill", "relay", "testing", "cli")
+ROOMS = ("query", "llama", "huggingface", "slots", "policies", "prefill", "relay", "testing", "cli")
 MAX_LINES = 450
 SOURCES = sorted(
     path

@@ -1,6 +1,7 @@
 """What setup.py says before it compiles anything for CUDA."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,20 @@ def test_a_wrong_setting_ends_the_build(tmp_path, settings, expected):
     )
     assert done.returncode != 0
     assert expected in done.stderr
+
+
+def test_the_oldest_torch_is_the_same_everywhere():
+    """scripts/oldest_torch.sh compiles against the one that setup.py names."""
+    promises = {
+        "setup.py": r"MINIMUM_TORCH = \((\d+), (\d+)\)",
+        "baton_kernels/_library.py": r"MINIMUM_TORCH = \((\d+), (\d+)\)",
+        "pyproject.toml": r'dependencies = \["torch>=(\d+)\.(\d+)"\]',
+        "CMakeLists.txt": r"TORCH_TARGET_VERSION=0x(\w\w)(\w\w)0{12}",
+        "README.md": r"torch from (\d+)\.(\d+)",
+    }
+    found = {}
+    for name, pattern in promises.items():
+        numbers = re.search(pattern, (ROOT / name).read_text()).groups()
+        base = 16 if name == "CMakeLists.txt" else 10
+        found[name] = tuple(int(number, base) for number in numbers)
+    assert len(set(found.values())) == 1, found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from baton_kernels._library import ops
@@ -9,6 +11,51 @@ from baton_kernels.ops.checks import Checker, call, dtype_name
 
 _native = ops.append_kv.default
 _native_query = ops.append_kv.query
+
+
+@overload
+def append_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    query: None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+) -> None: ...
+
+
+@overload
+def append_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    query: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def append_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    query: torch.Tensor | None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+) -> torch.Tensor | None: ...
 
 
 def append_kv(

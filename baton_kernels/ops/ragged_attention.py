@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal, overload
 
 import torch
 
@@ -12,6 +13,72 @@ from baton_kernels.ops.checks import Checker, call
 _native = ops.ragged_attention.default
 _native_options = ops.ragged_attention.options
 _native_lse = ops.ragged_attention.lse
+
+
+@overload
+def ragged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: Literal[False] = False,
+    max_query_length: int | None = None,
+    max_length: int | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def ragged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: Literal[True],
+    max_query_length: int | None = None,
+    max_length: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def ragged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool,
+    max_query_length: int | None = None,
+    max_length: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def ragged_attention(
@@ -93,7 +160,8 @@ def ragged_attention(
     in FlashAttention-2 and Flash-Decoding; sinks as in gpt-oss.
     """
     # Converting eight options takes most of a microsecond: not where they are the defaults.
-    native, options = _native, ()
+    native: Any = _native
+    options: tuple[Any, ...] = ()
     if not (
         scale is None and causal is True and window is None and softcap == 0.0
         and alibi_slopes is None and sinks is None

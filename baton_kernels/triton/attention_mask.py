@@ -34,7 +34,8 @@ def run(starts, lengths, query_length, key_length, dtype=torch.bool, window=None
     mask = starts.new_empty((rows, 1, query_length, key_length), dtype=dtype)
     lines = rows * query_length
     # Elements are written as integers: their bits are all that matters.
-    element, hidden = torch.uint8, 0
+    element = torch.uint8
+    hidden: float = 0
     if dtype != torch.bool:
         element = torch.int32 if dtype.itemsize == 4 else torch.int16
         hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype).view(element).item()

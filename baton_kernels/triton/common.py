@@ -121,13 +121,15 @@ def ceil_div(a: int, b: int) -> int:
 def cache_strides(cache: torch.Tensor) -> tuple[int, int, int, int]:
     """Strides of layer, slot, head and column; the layer's is 0 without layers."""
     layer = cache.stride(0) if cache.dim() == 5 else 0
-    return (layer, *cache.stride()[-4:-1])
+    slot, head, column = cache.stride()[-4:-1]
+    return layer, slot, head, column
 
 
 def token_strides(tokens: torch.Tensor) -> tuple[int, int, int]:
     """Strides of layer, token and head; the layer's is 0 without layers."""
     layer = tokens.stride(0) if tokens.dim() == 4 else 0
-    return (layer, *tokens.stride()[-3:-1])
+    token, head = tokens.stride()[-3:-1]
+    return layer, token, head
 
 
 @triton.jit

@@ -29,6 +29,7 @@ def rms_norm(
     if x.dim() > 0 and residual.shape != x.shape:
         Checker("rms_norm").fail("residual", f"of shape {list(x.shape)}", list(residual.shape))
     y, total = run_residual(as_rows(x), weight, eps, as_rows(residual))
+    assert total is not None
     return y.view(x.shape), total.view(x.shape)
 
 

@@ -36,8 +36,8 @@ RANDOM_SIZES = {
 }
 
 
-def load(name: str, dtype: str) -> tuple[Any, list[int]]:
-    """A model, and a stream of tokens that prompts are cut out of.
+def load(name: str, dtype: str, device: str = "cpu") -> tuple[Any, list[int]]:
+    """A model on a device, and a stream of tokens that prompts are cut out of.
 
     SmolLM2 reads the demo's prompts, one after the other; a random model random tokens.
     """
@@ -45,23 +45,28 @@ def load(name: str, dtype: str) -> tuple[Any, list[int]]:
         model, tokenizer = load_model(name, dtype=dtype)
         model.set_attn_implementation("sdpa")
         stream = [token for record in demo_prompts() for token in record.encode(tokenizer)]
-        return model, stream
+        return model.to(device), stream
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(**RANDOM_SIZES, attn_implementation="sdpa")
         model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
         stream = torch.randint(RANDOM_SIZES["vocab_size"], (9973,)).tolist()
-    return model, stream
+    return model.to(device), stream
 
 
 def evaluate(
-    cells: Sequence[Cell], *, engines: Sequence[str] = (), report: Report = print
+    cells: Sequence[Cell],
+    *,
+    engines: Sequence[str] = (),
+    device: str = "cpu",
+    report: Report = print,
 ) -> dict[str, Any]:
     """Measure cells, in their order but model by model.
 
     Args:
         cells: what to run.
-        engines: other engines that run the cells with peers.
+        engines: other engines that run the cells with peers, on the CPU.
+        device: of the model: "cpu" or "cuda".
         report: called with lines of progress.
 
     Raises:
@@ -76,21 +81,21 @@ def evaluate(
     with quiet_transformers():
         for (name, dtype), indices in groups.items():
             report(f"{name} in {dtype}: {len(indices)} cells")
-            model, stream = load(name, dtype)
+            model, stream = load(name, dtype, device)
             kind = getattr(torch, dtype)
-            ceiling = measure_ceiling(kind)
+            ceiling = measure_ceiling(kind, device=device)
             with Session(model, stream, Sizes.of(model.config, kind), report) as session:
                 for index in indices:
                     cell = cells[index]
                     report(f"cell {len(measured) + 1} of {len(cells)}: {cell.title}")
                     at = time.perf_counter()
                     # What is measured again before each cell can only be nearer to the truth.
-                    ceiling = ceiling.best(measure_ceiling(kind, repeats=2))
+                    ceiling = ceiling.best(measure_ceiling(kind, 2, device))
                     measured[index] = session.measure(cell, ceiling, engines if cell.peers else ())
                     measured[index]["wall_seconds"] = time.perf_counter() - at
             ceilings[dtype] = ceilings.get(dtype, ceiling).best(ceiling)
     return {
-        "machine": describe_run(),
+        "machine": describe_run(device),
         "date": time.strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
         "seconds": time.perf_counter() - begin,

@@ -19,6 +19,7 @@ import torch
 
 import baton_kernels
 
+from ..kernels.cuda import readers
 from ..workloads import Request
 
 GEMM_SIZE = 1536
@@ -77,8 +78,10 @@ class Sizes:
         )
 
 
-def measure_ceiling(dtype: torch.dtype, repeats: int = 5) -> Ceiling:
+def measure_ceiling(dtype: torch.dtype, repeats: int = 5, device: str = "cpu") -> Ceiling:
     """The better of torch and this package at a large product, and of two ways to read memory."""
+    if device != "cpu":
+        return _gpu_ceiling(dtype, repeats, device)
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(2))
     product = min(
         _fastest(lambda: a @ b, repeats), _fastest(lambda: baton_kernels.linear(a, b), repeats)
@@ -86,6 +89,23 @@ def measure_ceiling(dtype: torch.dtype, repeats: int = 5) -> Ceiling:
     long = torch.ones(READ_BYTES // 4)
     read = min(_fastest(long.sum, repeats), _fastest(lambda: torch.dot(long, long), repeats))
     return Ceiling(2.0 * GEMM_SIZE**3 / product, long.nbytes / read)
+
+
+def _gpu_ceiling(dtype: torch.dtype, repeats: int, device: str) -> Ceiling:
+    """Of sizes that fill a GPU; the host waits for each call."""
+    size = 4 * GEMM_SIZE
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    words = torch.empty(8 * READ_BYTES // 4, dtype=torch.int32, device=device).random_()
+
+    def waited(call: Callable[[], object]) -> float:
+        def wait() -> None:
+            call()
+            torch.cuda.synchronize(device)
+
+        return _fastest(wait, repeats)
+
+    read = min(waited(lambda read=read: read(words)) for read in readers().values())
+    return Ceiling(2.0 * size**3 / waited(lambda: a @ b), words.nbytes / read)
 
 
 def work_seconds(

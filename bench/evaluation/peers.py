@@ -5,6 +5,7 @@ Both run the unpatched model in this process, with the same threads.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -41,16 +42,17 @@ def static_batches(
         for first in range(0, len(jobs), slots):
             batch = jobs[first : first + slots]
             width = max(len(job.token_ids) for job in batch)
+            # Made on the host and copied once: a GPU takes a launch for every small piece.
             ids = torch.zeros((len(batch), width), dtype=torch.long)
             mask = torch.zeros_like(ids)
             for row, job in enumerate(batch):
                 ids[row, width - len(job.token_ids) :] = torch.tensor(job.token_ids)
                 mask[row, width - len(job.token_ids) :] = 1
-            limits = torch.tensor([job.request.output_tokens for job in batch])
+            limits = torch.tensor([job.request.output_tokens for job in batch], device=model.device)
             clocked = _Clocked(width + limits, clock)
             out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
                 generation_config=_greedy(int(limits.max())),
                 stopping_criteria=StoppingCriteriaList([clocked]),
             )
@@ -80,13 +82,11 @@ def continuous_batching(
     Raises:
         RuntimeError: a request failed, or nothing came for `timeout` seconds.
     """
-    from transformers import ContinuousBatchingConfig
-
     requests = [job.request for job in jobs]
     page = 64
     pages = sum(-(-(r.prompt_tokens + r.output_tokens) // page) + 1 for r in requests)
-    config = ContinuousBatchingConfig(
-        page_size=page,
+    config = _batching_config(
+        page,
         num_blocks=pages,
         max_batch_tokens=512,
         max_requests_per_batch=slots,
@@ -132,6 +132,19 @@ def continuous_batching(
         "peak_bytes": memory.bytes,
     }
     return Run([tokens[index] for index in range(len(jobs))], figures)
+
+
+def _batching_config(page: int, **options: Any) -> Any:
+    """Releases of transformers differ in what they call the tokens of a page."""
+    from transformers import ContinuousBatchingConfig
+
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    name = next((name for name in ("page_size", "block_size") if name in known), None)
+    if name is None:
+        raise RuntimeError("continuous batching: this transformers names no size of a page")
+    return ContinuousBatchingConfig(
+        **{name: page}, **{key: value for key, value in options.items() if key in known}
+    )
 
 
 def _greedy(tokens: int) -> GenerationConfig:

@@ -10,7 +10,7 @@ import torch
 
 from baton_kernels import ragged_attention
 
-from . import cuda, peers
+from . import cuda_peers, peers
 from .attention_work import AttentionWork, Heads
 from .measure import LIMIT, OURS, Row, Way, Work
 from .options import Options
@@ -59,7 +59,7 @@ def ours(work: AttentionWork, name: str = "ragged_attention") -> Way:
 
 
 def limit(options: Options, num_bytes: int) -> list[Way]:
-    """Reading as many bytes, nothing else; where there is a host's memory to read."""
+    """Reading as many bytes, nothing else."""
     calls = options.device.readers(num_bytes)
     return [Way("read of the same bytes", calls, kind=LIMIT)] if calls else []
 
@@ -106,7 +106,7 @@ def decode_ways(work: AttentionWork, options: Options) -> list[Way]:
     """Every peer that runs where the work is."""
     ways = peers.decode_peers(work, flex=options.flex)
     if options.device.name == "cuda":
-        return [*ways, *cuda.decode_peers(work)]
+        return [*ways, *cuda_peers.decode_peers(work)]
     return [*ways, *options.vllm.ways(work, options.effort)]
 
 

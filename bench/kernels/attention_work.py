@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 # Columns on either side of a row that the gate poisons: more than any kernel reads at once.
 POISONED = 64
-# Query tokens per row that the gate looks at, the first and the last among them.
+# Query tokens per row that the gate looks at, the first and the last among them; and rows.
 CHECKED = 16
+CHECKED_ROWS = 64
 # Copies of the data at most.
 MAX_LAYERS = 64
 
@@ -51,6 +52,7 @@ class AttentionWork:
         device: Where: `options.Cpu` or `cuda.Cuda`.
         aligned: Rows end in the last column; otherwise they begin in column 0.
         huge_pages: Of the cache.
+        window: Tokens that a token sees; all before it if None. For decode steps only.
     """
 
     def __init__(
@@ -64,13 +66,16 @@ class AttentionWork:
         device: Cpu | Cuda,
         aligned: bool = False,
         huge_pages: bool = False,
+        window: int | None = None,
     ):
         self.heads, self.dtype, self.device = heads, dtype, device.name
         self.query_lengths, self.lengths = list(query_lengths), list(lengths)
         self.capacity = capacity or max(lengths)
         ends = [self.capacity if aligned else length for length in lengths]
         self.starts = [end - length for end, length in zip(ends, lengths, strict=True)]
-        self.columns = sum(lengths)
+        self.window = window
+        self.visible = [length if window is None else min(length, window) for length in lengths]
+        self.columns = sum(self.visible)
         self.bytes = 2 * self.columns * heads.kv * heads.dim * dtype.itemsize
         # Scores of visible pairs; a product of `dim` for each, once with keys, once with values.
         pairs = sum(
@@ -92,8 +97,11 @@ class AttentionWork:
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
 
+        # A GPU's cache is of gigabytes, which the host would take minutes for.
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(device=self.device, dtype=dtype)
+            if self.device == "cuda":
+                return torch.randn(shape, device=self.device, dtype=dtype)
+            return torch.randn(shape, generator=generator).to(dtype)
 
         self.query = normal(sum(query_lengths), heads.query, heads.dim)
         for row, (start, end) in enumerate(zip(self.starts, ends, strict=True)):
@@ -126,11 +134,14 @@ class AttentionWork:
                 tensor[:layers, row, :, end : end + reach] = value
 
     def calls(self, attend: Callable[..., object], **options: object) -> list[Callable]:
-        """`attend` as `ragged_attention` is called, once per layer."""
+        """`attend` as `ragged_attention` is called, once per layer; `options` replace bounds."""
+        bounds = {"max_query_length": max(self.query_lengths), "max_length": max(self.lengths)}
+        if self.window is not None:
+            bounds["window"] = self.window
         return [
             functools.partial(
                 attend, self.query, *self.cache.layer(layer), self.cu_seqlens, *self.index,
-                max_query_length=max(self.query_lengths), max_length=max(self.lengths), **options,
+                **bounds | options,
             )
             for layer in range(self.layers)
         ]  # fmt: skip
@@ -146,7 +157,8 @@ class AttentionWork:
         """Query tokens to look at, and what their attention is held to."""
         tokens, seen = [], []
         bounds = self.cu_seqlens.tolist()
-        for row, (count, length) in enumerate(zip(self.query_lengths, self.lengths, strict=True)):
+        rows = list(enumerate(zip(self.query_lengths, self.lengths, strict=True)))
+        for row, (count, length) in rows[:: -(-len(rows) // CHECKED_ROWS)]:
             step = max(1, (count - 1) // (CHECKED - 1))
             for offset in sorted({*range(0, count, step), count - 1}):
                 tokens.append(bounds[row] + offset)
@@ -158,13 +170,14 @@ class AttentionWork:
         def attention(query: torch.Tensor) -> torch.Tensor:
             outs = []
             for token, (row, length) in zip(query, seen, strict=True):
-                key, value = (x[:, :length].cpu().to(query.dtype) for x in self.row(0, row))
+                first = 0 if self.window is None else max(0, length - self.window)
+                key, value = (x[:, first:length].to(query.dtype) for x in self.row(0, row))
                 folded = token.view(self.heads.kv, group, -1)
                 scores = folded @ key.transpose(1, 2) * self.heads.dim**-0.5
                 outs.append((scores.softmax(-1) @ value).flatten(0, 1))
             return torch.stack(outs)
 
-        return tokens, Accuracy(attention, self.query[tokens].cpu())
+        return tokens, Accuracy(attention, self.query[tokens])
 
     def check(self, result: object) -> None:
         """The packed output is as accurate as plain torch at this dtype, within a factor of 2.
@@ -174,4 +187,4 @@ class AttentionWork:
         """
         tokens, accuracy = self._gate
         out = result[0] if isinstance(result, tuple) else result
-        accuracy.check(out.reshape(self.query.shape)[tokens].cpu())
+        accuracy.check(out.reshape(self.query.shape)[tokens])

@@ -1,6 +1,6 @@
-"""The GPU as a device of the suite, and the peers that exist there alone.
+"""The GPU as a device of the suite. Nothing here has run on a GPU yet.
 
-The cases and the reporting are the CPU's. Nothing here has run on a GPU yet.
+The cases and the reporting are the CPU's.
 """
 
 from __future__ import annotations
@@ -13,42 +13,63 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .attention_work import AttentionWork
 from .limits import Ceiling
-from .measure import Way, describe
 
-# Half a millisecond.
+# What the device waits for at first, so that the host is done launching when a call begins: half a
+# millisecond. It is doubled where that was too short.
 SLEEP_CYCLES = 1_000_000
+MOST_CYCLES = 256 * SLEEP_CYCLES
 
 
 class Cuda:
-    """The current GPU: events for a clock, and the bandwidth of a copy for a ceiling."""
+    """The current GPU: events for a clock, a cold and clean L2 cache before every call.
+
+    Args:
+        num_bytes: of each of the two buffers that ceilings are measured on.
+        repeats: of each ceiling; the best of several ways to read, the median of each.
+    """
 
     name = "cuda"
     copier = "device copy"
     gemm_size = 4096
+    settle = None  # No way has threads that could take another's cores.
 
     def __init__(self, num_bytes: int, repeats: int):
         self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         self.repeats = repeats
-        self._source = torch.ones(num_bytes, dtype=torch.uint8, device="cuda")
+        # Random: zeros and ones can be faster than what anybody reads.
+        words = torch.empty(num_bytes // 4, dtype=torch.int32, device="cuda").random_()
+        self._words = words
+        self._source = words.view(torch.uint8)
         self._target = torch.empty_like(self._source)
-        self._flush = torch.empty(2 * self.cache_bytes, dtype=torch.uint8, device="cuda")
+        flushed = max(1, min(len(words), 2 * self.cache_bytes // 4))
+        self._flush = words[:flushed]
+        self._next = 0
+        self._cycles = SLEEP_CYCLES
 
     def clock(self, call: Callable[[], object]) -> float:
-        """Seconds of a call on the GPU, its L2 cache cold."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
-        # Until the host has launched all of the call: what it takes for that is not the kernels'.
-        torch.cuda._sleep(SLEEP_CYCLES)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        """Seconds of a call on the GPU, its L2 cache cold.
+
+        The cache is flushed by reading: what is written instead lies dirty in the cache, and goes
+        to memory during the call.
+        """
+        while True:
+            self._flush.sum()
+            torch.cuda._sleep(self._cycles)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            # Whether the host was done launching before the device began, or the device has
+            # waited for it: that time is not the kernels'.
+            launched_first = not begin.query()
+            end.synchronize()
+            if launched_first or self._cycles >= MOST_CYCLES:
+                return begin.elapsed_time(end) / 1e3
+            self._cycles *= 2
 
     def ceilings(self, names: Sequence[str]) -> dict[str, Ceiling]:
-        """Every memory limit is the bandwidth of a copy, read and written bytes together."""
+        """The named ceilings: read, memcpy, copy, gemm_<dtype>."""
         return {name: self._ceiling(name) for name in names}
 
     def _ceiling(self, name: str) -> Ceiling:
@@ -58,6 +79,13 @@ class Cuda:
             a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
             rate = 2 * n**3 / self._seconds(lambda: a @ b) / 1e12
             return Ceiling(name, rate, "TFLOP/s", f"torch matmul of {n} x {n}")
+        if name == "read":
+            took = {
+                how: self._seconds(functools.partial(read, self._words))
+                for how, read in readers().items()
+            }
+            best = min(took, key=took.get)
+            return Ceiling(name, self._source.nbytes / took[best] / 1e9, "GB/s", best)
         took = self._seconds(lambda: self._target.copy_(self._source))
         # What a memcpy copies is half of what it moves.
         moved = self._source.nbytes * (1 if name == "memcpy" else 2)
@@ -67,9 +95,17 @@ class Cuda:
         call()
         return statistics.median(self.clock(call) for _ in range(self.repeats))
 
-    def readers(self, num_bytes: int) -> list[Callable[[], None]]:
-        """None: no torch op reads and does nothing else."""
-        return []
+    def readers(self, num_bytes: int) -> list[Callable[[], object]]:
+        """Calls that read as many bytes of cold memory, elsewhere each time."""
+        read = next(iter(readers().values()))
+        words = max(1, min(num_bytes // 4, len(self._words)))
+
+        def call() -> object:
+            place = self._next if self._next + words <= len(self._words) else 0
+            self._next = place + words
+            return read(self._words[place : place + words])
+
+        return [call]
 
     def copiers(self, num_bytes: int) -> list[Callable[[], None]]:
         """Calls that copy as many bytes."""
@@ -91,54 +127,11 @@ class Cuda:
         yield
 
 
-def decode_peers(work: AttentionWork) -> list[Way]:
-    """flash-attn and FlashInfer, where they are installed."""
-    return [
-        _installed("flash_attn", "flash-attn, with_kvcache", _flash_attn, work),
-        _installed("flashinfer", "FlashInfer, a page per slot", _flashinfer, work),
-    ]
+def readers() -> dict[str, Callable[[torch.Tensor], object]]:
+    """Ways to read int32 words and do nothing else, by name; the best one first as a rule."""
+    found = {}
+    if importlib.util.find_spec("triton") is not None and torch.cuda.is_initialized():
+        from .cuda_read import read
 
-
-def _installed(module: str, name: str, make: Callable, work: AttentionWork) -> Way:
-    if importlib.util.find_spec(module) is None:
-        return Way(name, missing=f"{module} is not installed")
-    try:
-        calls = make(work)
-        calls[0]()
-    except Exception as error:  # whatever it refuses is its answer
-        return Way(name, missing=describe(error))
-    return Way(name, calls, work.check, reset=work.finite_padding)
-
-
-def _flash_attn(work: AttentionWork) -> list[Callable]:
-    from flash_attn import flash_attn_with_kvcache
-
-    if any(work.starts):
-        raise ValueError("rows must begin in column 0")
-    query, lengths = work.query[:, None], work.index[2]
-    return [
-        functools.partial(
-            flash_attn_with_kvcache, query, keys.transpose(1, 2), values.transpose(1, 2),
-            cache_seqlens=lengths,
-        )
-        for keys, values in map(work.cache.layer, range(work.layers))
-    ]  # fmt: skip
-
-
-def _flashinfer(work: AttentionWork) -> list[Callable]:
-    import flashinfer
-
-    if any(work.starts):
-        raise ValueError("rows must begin in column 0")
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
-    slots, _, lengths = work.index
-    heads = work.heads
-    wrapper.plan(
-        work.cu_seqlens, slots, lengths, heads.query, heads.kv, heads.dim, work.capacity,
-        q_data_type=work.dtype, kv_data_type=work.dtype,
-    )  # fmt: skip
-    return [
-        functools.partial(wrapper.run, work.query, work.cache.layer(layer))
-        for layer in range(work.layers)
-    ]
+        found["read kernel"] = read
+    return found | {"torch sum": lambda words: words.view(torch.float32).sum()}

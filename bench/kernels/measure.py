@@ -136,12 +136,22 @@ def kept(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
     return [functools.partial(run, i) for i in range(len(calls))]
 
 
+# The most runs of a way in one turn, and the seconds after which a turn ends.
+_RUNS_IN_TURN, _SECONDS_IN_TURN = 8, 0.05
+
+
 def time_in_turns(
-    ways: Sequence[Way], effort: Effort, clock: Callable[[Callable], float], inner: int = 1
+    ways: Sequence[Way],
+    effort: Effort,
+    clock: Callable[[Callable], float],
+    inner: int = 1,
+    settle: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every run; one run of each way, then the next of each.
 
-    What disturbs the machine for a while thus disturbs all of them.
+    What disturbs the machine for a while thus disturbs all of them. Where ways have threads of
+    different libraries, `settle` waits until those of the last way have stopped spinning. A turn
+    then begins with a run that is not timed and wakes the way's own threads, and has several runs.
     """
     times: dict[str, list[float]] = {way.name: [] for way in ways}
     turns = {way.name: itertools.cycle(way.calls) for way in ways}
@@ -153,10 +163,19 @@ def time_in_turns(
         left = list(ways)
         while left:
             for way in left:
-                call = next(turns[way.name])
-                if inner > 1:
-                    call = functools.partial(_repeat, call, inner)
-                times[way.name].append(clock(call) / inner)
+                if settle is not None:
+                    settle()
+                    next(turns[way.name])()
+                spent = 0.0
+                for _ in range(1 if settle is None else _RUNS_IN_TURN):
+                    call = next(turns[way.name])
+                    if inner > 1:
+                        call = functools.partial(_repeat, call, inner)
+                    seconds = clock(call)
+                    times[way.name].append(seconds / inner)
+                    spent += seconds
+                    if spent > _SECONDS_IN_TURN or _enough(times[way.name], effort, inner):
+                        break
             left = [way for way in left if not _enough(times[way.name], effort, inner)]
     finally:
         gc.enable()
@@ -174,7 +193,12 @@ def _enough(times: list[float], effort: Effort, inner: int) -> bool:
 
 
 def measure(
-    case: str, work: Work, effort: Effort, clock: Callable[[Callable], float], threads: int
+    case: str,
+    work: Work,
+    effort: Effort,
+    clock: Callable[[Callable], float],
+    threads: int,
+    settle: Callable[[], object] | None = None,
 ) -> list[Row]:
     """The rows of one work: gate first, then time; what is missing or refused gets no figure."""
     notes = {way.name: way.missing and f"missing: {way.missing}" for way in work.ways}
@@ -182,7 +206,7 @@ def measure(
         if way.calls:
             notes[way.name] = refused(way)
     runnable = [way for way in work.ways if way.calls and not notes[way.name]]
-    times = time_in_turns(runnable, effort, clock, work.inner)
+    times = time_in_turns(runnable, effort, clock, work.inner, settle if threads > 1 else None)
     times |= {way.name: list(way.times) for way in work.ways if way.times and not notes[way.name]}
     rows = []
     for way in work.ways:

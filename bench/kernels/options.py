@@ -35,6 +35,12 @@ class Cpu:
         call()
         return time.perf_counter() - begin
 
+    @staticmethod
+    def settle() -> None:
+        """Wait until threads that spin after an earlier call have gone to sleep: torch's spin for
+        some milliseconds where nobody has told them not to."""
+        time.sleep(0.02)
+
     def readers(self, num_bytes: int) -> list[Callable[[], None]]:
         """Calls that read as many bytes of cold memory."""
         return [self.limits.read(num_bytes)]

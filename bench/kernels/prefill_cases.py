@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from . import cuda_peers
 from .attention_cases import LLAMA, SMOLLM2, decode_lengths, ours
 from .attention_work import AttentionWork
 from .measure import OURS, Row, Way, Work
@@ -46,9 +47,9 @@ def prefill_peers(work: AttentionWork, options: Options) -> list[Way]:
         Way("SDPA causal, enable_gqa", shared, work.check),
         Way("SDPA causal, heads repeated", repeated, work.check),
     ]
-    if options.device.name == "cpu":
-        ways += options.vllm.ways(work, options.effort)
-    return ways
+    if options.device.name == "cuda":
+        return [*ways, *cuda_peers.prefill_peers(work)]
+    return [*ways, *options.vllm.ways(work, options.effort)]
 
 
 def chunk(options: Options) -> Iterator[Work]:

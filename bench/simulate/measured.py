@@ -233,7 +233,7 @@ def calibrate(
                 # The first round warms up.
                 if repeat:
                     times[index].append(seconds)
-        bandwidth = _copy_bandwidth(clock)
+        bandwidth = _copy_bandwidth(clock, cache.keys.device)
         samples = [
             Sample(work_of(rows), median(measured))
             for rows, measured in zip(forwards, times, strict=True)
@@ -274,9 +274,11 @@ def drift(
 def _time_forward(patched: Any, cache: Any, rows: Sequence[Row], clock) -> float:
     slots = [cache.allocate(row.cached + row.count) for row in rows]
     try:
+        device = cache.keys.device
         begin = clock()
-        batch = PackedBatch.from_shape(cache.shape, slots, [row.count for row in rows])
-        tokens = torch.arange(batch.total_tokens) % patched.vocab_size
+        batch = PackedBatch.from_shape(cache.shape, slots, [row.count for row in rows], device)
+        tokens = torch.arange(batch.total_tokens, device=device) % patched.vocab_size
+        # Waits for the device: the choices are wanted here.
         greedy(patched.forward(tokens, batch, cache, logits="last"))
         return clock() - begin
     finally:
@@ -284,11 +286,21 @@ def _time_forward(patched: Any, cache: Any, rows: Sequence[Row], clock) -> float
             cache.free(slot)
 
 
-def _copy_bandwidth(clock: Callable[[], float]) -> float:
-    source = torch.ones(1 << 24, dtype=torch.uint8)
+def _copy_bandwidth(clock: Callable[[], float], device: torch.device) -> float:
+    # Larger than the caches of the device.
+    source = torch.ones(
+        1 << (28 if device.type == "cuda" else 24), dtype=torch.uint8, device=device
+    )
     target = torch.empty_like(source)
-    target.copy_(source)
-    begin = clock()
-    for _ in range(8):
+
+    def copied() -> float:
         target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    copied()
+    begin = copied()
+    for _ in range(8):
+        copied()
     return 8 * source.numel() / max(clock() - begin, 1e-9)

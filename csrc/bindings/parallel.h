@@ -1,4 +1,5 @@
-// The CPU, as the bindings of an op see it: a kernel's work items run on torch's threads.
+// The CPU, as the bindings of an op see it: a kernel's work items run on as many threads as torch's
+// operators take, but not on torch's own threads (cpu/host/team.h).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,11 +11,14 @@
 #include "bindings/checks.h"
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "cpu/host/team.h"
 
 namespace baton::bindings {
 
-// Work below this many bytes costs less than waking a second thread.
+// Work below so many bytes takes less time than handing some of it to a thread that is awake, and
+// work below the second number less than waking one.
 constexpr int64_t kSerialBytes = 32 * 1024;
+constexpr int64_t kAwakeBytes = 512 * 1024;
 
 struct CpuDevice {
   static constexpr DeviceType kType = DeviceType::CPU;
@@ -36,23 +40,23 @@ constexpr int64_t kNeighbours = 16;
 template <typename Fn>
 void for_each_item(int64_t num_items, int64_t total_bytes, const Fn& run, int64_t chunk = 1) {
   if (num_items == 0) return;
-  const int64_t threads = torch::stable::get_num_threads();
-  if (threads == 1 || num_items == 1 || total_bytes < kSerialBytes) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), num_items);
+  if (threads == 1 || total_bytes < kSerialBytes) {
     run(0, num_items);
     return;
   }
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t share = first; share < last; ++share) {
-      int64_t begin = next.load(std::memory_order_relaxed);
-      while (begin < num_items) {
-        const int64_t count = std::clamp<int64_t>((num_items - begin) / (2 * threads), 1, chunk);
-        if (!next.compare_exchange_weak(begin, begin + count, std::memory_order_relaxed)) continue;
-        run(begin, begin + count);
-        begin = next.load(std::memory_order_relaxed);
-      }
+  const auto take_items = [&] {
+    int64_t begin = next.load(std::memory_order_relaxed);
+    while (begin < num_items) {
+      const int64_t count = std::clamp<int64_t>((num_items - begin) / (2 * threads), 1, chunk);
+      if (!next.compare_exchange_weak(begin, begin + count, std::memory_order_relaxed)) continue;
+      run(begin, begin + count);
+      begin = next.load(std::memory_order_relaxed);
     }
-  });
+  };
+  const auto call = [](const void* take) { (*static_cast<const decltype(take_items)*>(take))(); };
+  cpu::run_on_team(static_cast<int>(threads - 1), total_bytes >= kAwakeBytes, call, &take_items);
 }
 
 }  // namespace baton::bindings

@@ -1,14 +1,19 @@
 """The kernel benchmark on a GPU, tried out with the CPU in the GPU's place."""
 
 import importlib.machinery
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from bench_package import import_bench
 from fake_cuda import fake_cuda
 from torch.nn.functional import scaled_dot_product_attention
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +38,7 @@ def options(main, monkeypatch):
     with fake_cuda(monkeypatch):
         arguments = ["--tiny", "--dtype", "float32", "--device", "cuda"]
         made = main.make_options(main.arguments(arguments))
-        assert made.flex
-        made.flex = False  # minutes on a CPU
+        assert not made.flex  # minutes per shape
         made.device.gemm_size = 32
         yield made
 
@@ -48,9 +52,45 @@ def test_case_runs_on_a_gpu_as_far_as_a_cpu_can_tell(main, options, case):
     if case == "decode":
         ways = {row.way for row in rows}
         assert {"flash-attn, with_kvcache", "FlashInfer, a page per slot"} <= ways
-        assert "read of the same bytes" not in ways
+        assert "read of the same bytes" in ways
     if case == "insert":
         assert "device copy of the same bytes" in {row.way for row in rows}
+
+
+def test_a_call_is_timed_when_the_host_was_ahead_of_the_device(options, monkeypatch):
+    """Where it was not, the device sleeps longer the next time."""
+    cycles, begun = [], iter([True, True, False, False])
+    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append)
+    monkeypatch.setattr(torch.cuda.Event, "query", lambda event: next(begun))
+    calls = []
+    options.device.clock(lambda: calls.append(1))
+    options.device.clock(lambda: calls.append(2))
+    first = cycles[0]
+    assert cycles == [first, 2 * first, 4 * first, 4 * first]
+    assert calls == [1, 1, 1, 2]
+
+
+READ = """
+import torch
+from bench.kernels.cuda_read import BLOCK, read
+for count in (1, BLOCK - 1, 5 * BLOCK, 132 * 8 * BLOCK + 3):
+    words = torch.randint(-(2**31), 2**31, (count,), dtype=torch.int64).to(torch.int32)
+    total = int(read(words).sum(dtype=torch.int64))
+    assert (total - int(words.sum(dtype=torch.int64))) % 2**32 == 0, count
+print("read")
+"""
+
+
+def test_the_read_kernel_reads_everything():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", READ],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "read", done.stderr
 
 
 def flash_attn(q, k_cache, v_cache, *, cache_seqlens):
@@ -66,8 +106,9 @@ def flash_attn(q, k_cache, v_cache, *, cache_seqlens):
 class FlashInferWrapper:
     """FlashInfer's decode wrapper by its documentation: [pages, heads, page size, dim]."""
 
-    def __init__(self, workspace, layout):
+    def __init__(self, workspace, layout, use_tensor_cores):
         assert workspace.dtype == torch.uint8 and layout == "HND"
+        assert isinstance(use_tensor_cores, bool)
 
     def plan(self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim,
              page_size, *, q_data_type, kv_data_type):  # fmt: skip

@@ -1,5 +1,6 @@
 """The evaluation on a tiny random Llama: its gate, its limit, its figures, tables and report."""
 
+import inspect
 import json
 import re
 import sys
@@ -58,8 +59,8 @@ def results(model):
     """A whole run on the tiny model, as `evaluate` returns it."""
     stream = torch.randint(4, 200, (499,), generator=torch.Generator().manual_seed(0)).tolist()
     patch = pytest.MonkeyPatch()
-    patch.setattr(evaluate, "load", lambda name, dtype: (model, stream))
-    patch.setattr(evaluate, "measure_ceiling", lambda dtype, repeats=5: CEILING)
+    patch.setattr(evaluate, "load", lambda name, dtype, device: (model, stream))
+    patch.setattr(evaluate, "measure_ceiling", lambda dtype, repeats=5, device="cpu": CEILING)
     absent = replace(engines.ENGINES["vllm"], environment="no-such-environment")
     patch.setitem(engines.ENGINES, "vllm", absent)
     poisson = replace(
@@ -365,3 +366,22 @@ def test_engine_that_does_not_come_up_says_why(engine):
     jobs = run.make_jobs([Request(0.0, 3, 4)], range(9))
     with pytest.raises(RuntimeError, match="no such instruction"):
         engines.EngineProcess(engine("raise OSError('no such instruction')"), jobs, "float32", 2)
+
+
+@pytest.mark.parametrize("name", ["page_size", "block_size"])
+def test_continuous_batching_is_configured_for_every_release(monkeypatch, name):
+    import transformers
+
+    seen = {}
+
+    class Config:
+        def __init__(self, **options):
+            seen.update(options)
+
+    parameters = [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in (name, "num_blocks")
+    ]
+    Config.__signature__ = inspect.Signature(parameters)
+    monkeypatch.setattr(transformers, "ContinuousBatchingConfig", Config)
+    peers._batching_config(64, num_blocks=3, use_cuda_graph=False)
+    assert seen == {name: 64, "num_blocks": 3}

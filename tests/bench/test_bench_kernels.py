@@ -179,6 +179,18 @@ def test_ways_take_turns(modules):
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 0), ("b", 0)]
 
 
+def test_ways_with_threads_of_their_own_have_runs_together(modules):
+    measure, order = modules("measure"), []
+    ways = [measure.Way(name, [lambda name=name: order.append(name)]) for name in "ab"]
+    effort = measure.Effort(seconds=0.0, least=9, most=9)
+    found = measure.time_in_turns(
+        ways, effort, lambda call: call() or 0.001, settle=lambda: order.append("settle")
+    )
+    assert found == {"a": [0.001] * 9, "b": [0.001] * 9}
+    first = ["settle", *"a" * 9, "settle", *"b" * 9]
+    assert order == ["a", "b", *first, "settle", "a", "a", "settle", "b", "b"]
+
+
 def test_short_calls_are_timed_together(modules):
     measure, count = modules("measure"), itertools.count()
     way = measure.Way("a", [lambda: next(count)])

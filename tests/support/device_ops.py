@@ -17,10 +17,16 @@ class DeviceOps:
     All memory behind an argument travels, padding and margins included, and keeps its strides and
     alignment there; afterwards it is copied back, so that a test sees every write, also a wrong
     one. Arguments that share memory share it on the device.
+
+    Args:
+        device: where the ops run.
+        namespace: has the ops: `baton_kernels`, or `baton_kernels.triton` for the Triton kernels
+            of ops that have others on the device too.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, namespace: Any = baton_kernels) -> None:
         self.device = device
+        self.namespace = namespace
 
     def __getattr__(self, op: str) -> Any:
         if op not in baton_kernels.ops.__all__:
@@ -43,7 +49,7 @@ class DeviceOps:
             there = memory[key][1]
             return there.as_strided(x.shape, x.stride(), x.storage_offset())
 
-        function = getattr(baton_kernels, op)
+        function = getattr(self.namespace, op)
         result = function(*map(send, args), **{name: send(x) for name, x in kwargs.items()})
         for here, there in memory.values():
             here.copy_(there)

@@ -35,6 +35,10 @@ class _Event:
     def record(self) -> None:
         self.seconds = time.perf_counter()
 
+    def query(self) -> bool:
+        # A device that has not begun yet, as one that was told to sleep.
+        return False
+
     def synchronize(self) -> None:
         pass
 

@@ -90,7 +90,9 @@ run = run_options
 
 def run_lse(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """With the results of torch.ops.baton_kernels.ragged_attention.lse."""
-    return _attend(True, *args, **options)
+    out, lse = _attend(True, *args, **options)
+    assert lse is not None
+    return out, lse
 
 
 def _attend(

@@ -14,7 +14,7 @@ CudaCall::CudaCall(const Checker& check, const Tensor& tensor) : op_(check.op())
   const int32_t device = tensor.get_device_index();
   guard_.emplace(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
 }
 

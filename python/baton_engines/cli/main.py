@@ -358,8 +358,7 @@ def demo(
 
 def main() -> None:
     """Entry point of the console script."""
-    # A step is hundreds of short parallel regions. Threads that spin between them are a little
-    # faster on an idle machine and many times slower on a shared one, where a spinning thread
-    # keeps its partner off the core. OpenMP reads this when torch is imported.
+    # The kernels have their own threads. Those of torch's operators, of which a step calls a few,
+    # would spin for milliseconds on the kernels' cores. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -118,7 +118,7 @@ class _ProcessWorker(Worker):
             # What this process can import, the other one must.
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         }
-        # Its threads share the cores with the loop's, and would slow it down by spinning.
+        # Those of torch's threads that spin would take the loop's cores.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         command = [sys.executable, "-m", "baton_engines.prefill.apart_worker"]
         numbers = (theirs.fileno(), self._model.file, self._threads)

@@ -36,7 +36,8 @@ class Relay:
     """Generates for many queries on one model, each as if it were alone.
 
     Args:
-        model: LlamaForCausalLM (patched until `close`) or PatchedLlama.
+        model: a causal language model of transformers, in use until `close` through `patch_llama`
+            where that supports it, else through `AnyModel`; or a handle of either.
         num_slots: int, at least 1; the most queries that run at a time.
         capacity: int, at least 1; the most tokens of a query, prompt and answer together. Default:
             the model's `max_position_embeddings`.
@@ -67,7 +68,7 @@ class Relay:
     Raises:
         ValueError: num_slots, capacity or kv_budget is below 1, max_slots below num_slots, or there
             is no such policy, shaping or prefill mode, or they do not go with the kind of cache.
-        Exception: what `patch_llama` raises for a model that it does not know.
+        Exception: what `huggingface.adapt` raises for a model that cannot be computed exactly.
 
     Source: BATON, dynamic re-batching.
     """
@@ -100,9 +101,9 @@ class Relay:
         self._undo = contextlib.ExitStack()
         if not hasattr(model, "new_cache"):
             # Here and not above: a handle of another kind needs no transformers.
-            from ..llama import patch_llama
+            from ..huggingface import adapt
 
-            model = self._undo.enter_context(patch_llama(model))
+            model = self._undo.enter_context(adapt(model))
         try:
             limits = Limits.of_model(model, capacity)
             slots = Slots(

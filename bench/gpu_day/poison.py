@@ -1,0 +1,48 @@
+"""A pytest plugin: a process whose GPU no longer answers runs no further test.
+
+After an illegal access every later call of the process fails, and so would every later test. Under
+pytest-xdist the worker ends and is replaced; without it the run stops.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+from .device import is_broken
+
+EXIT_CODE = 71
+
+
+class Poison:
+    """Looks at the device after every test that failed."""
+
+    def __init__(self, config: pytest.Config):
+        self.config = config
+        self.failed = False
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, object, object]:
+        report = yield
+        self.failed = self.failed or report.failed
+        return report
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self) -> None:
+        """Once the reports of a test have been sent."""
+        if not self.failed:
+            return
+        self.failed = False
+        if not is_broken():
+            return
+        if hasattr(self.config, "workerinput"):
+            os._exit(EXIT_CODE)
+        pytest.exit("the GPU no longer answers this process", returncode=EXIT_CODE)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The controller of xdist's workers runs no test.
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        config.pluginmanager.register(Poison(config), "baton-poison")

@@ -1,0 +1,282 @@
+"""Decode steps of unmodified transformers models, by attention implementation and cache.
+
+Every row of a batch is left-padded, as `generate` pads it. All sides hold the same random keys and
+values, decode the same tokens and take turns step by step, so a busy moment hits all of them; in
+float32 a different token ends the benchmark before a figure is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
+
+from baton_engines.huggingface import slot_cache
+from baton_engines.llama.load import load_model
+
+from . import describe_run, spread
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of the sizes of a 0.6B and a 1B model, with two layers of each kind: a step of them is attention,
+# cache and projections in the usual proportion.
+_RANDOM = {
+    "qwen3": ("Qwen3", "Config", {"num_hidden_layers": 4}),
+    "gemma3": ("Gemma3", "TextConfig", {"num_hidden_layers": 4, "sliding_window": 512}),
+}
+_SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32000,
+    "max_position_embeddings": 16384,
+    "eos_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to decode.
+
+    Attributes:
+        attention: attention implementation.
+        cache: dynamic, static or slot.
+        compiled: whether the step goes through torch.compile.
+    """
+
+    attention: str
+    cache: str
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """As the tables have it."""
+        return f"{self.attention}, {self.cache} cache" + (", compiled" if self.compiled else "")
+
+
+BASELINES = {"dynamic": Side("sdpa", "dynamic"), "static": Side("sdpa", "static")}
+SIDES = [
+    BASELINES["dynamic"],
+    Side("eager", "dynamic"),
+    Side("baton", "dynamic"),
+    BASELINES["static"],
+    Side("baton", "static"),
+    Side("baton", "slot"),
+]
+COMPILED = [Side("flex_attention", "static", True), Side("sdpa", "static", True)]
+COMPILED += [Side("baton", "static", True), Side("baton", "slot", True)]
+
+
+@dataclass
+class Decoder:
+    """A batch that decodes one way.
+
+    Attributes:
+        seconds: of each timed step.
+        tokens: `[rows]` of each step.
+    """
+
+    side: Side
+    step: Callable[[], torch.Tensor]
+    cache_bytes: Callable[[], int]
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[torch.Tensor] = field(default_factory=list)
+
+
+def make_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """SmolLM2-135M, or a random decoder of another kind."""
+    if name not in _RANDOM:
+        return load_model(name, dtype=dtype)[0].eval()
+    prefix, text, changes = _RANDOM[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{prefix}{text}")(**{**_SIZES, **changes})
+    return getattr(transformers, f"{prefix}ForCausalLM")(config).to(dtype).eval()
+
+
+def row_lengths(rows: int, columns: int) -> list[int]:
+    """Lengths from a quarter of the columns to all of them, evenly."""
+    return [columns * (rows + 3 * row) // (4 * rows - 3) for row in range(rows)]
+
+
+def make_cache(model: PreTrainedModel, kind: str, capacity: int) -> Cache:
+    """An empty cache of a kind."""
+    if kind == "slot":
+        return slot_cache(model, capacity)
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=capacity)
+    return DynamicCache(config=model.config)
+
+
+def fill(cache: Cache, model: PreTrainedModel, rows: int, tokens: int) -> None:
+    """Write the same random keys and values into any cache, as a prefill of `tokens` would."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    generator = torch.Generator().manual_seed(0)
+    sizes = (rows, config.num_key_value_heads, tokens, head_dim)
+    for layer in range(config.num_hidden_layers):
+        key, value = (torch.randn(sizes, generator=generator).to(model.dtype) for _ in range(2))
+        cache.update(key, value, layer)
+
+
+def make_decoder(
+    model: PreTrainedModel, side: Side, rows: int, tokens: int, steps: int, capacity: int
+) -> Decoder:
+    """A batch whose caches hold `tokens` columns, ready to decode `steps` more."""
+    cache = make_cache(model, side.cache, capacity)
+    fill(cache, model, rows, tokens)
+    names = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in names else "past_key_values"
+    lengths = torch.tensor(row_lengths(rows, tokens))
+    # As long as the static caches, so that no shape of a compiled step changes.
+    width = tokens + steps if side.cache == "dynamic" else capacity
+    mask = (torch.arange(width) >= (tokens - lengths)[:, None]).long()
+    mask[:, tokens:] = 0
+    state = {"token": torch.arange(rows)[:, None] + 5, "column": tokens}
+
+    def forward(token, seen, positions):
+        return model(token, attention_mask=seen, position_ids=positions, **{name: cache}).logits
+
+    run = forward
+    if side.compiled:
+        torch.compiler.reset()
+        run = torch.compile(forward, fullgraph=True)
+
+    def step() -> torch.Tensor:
+        model.set_attn_implementation(side.attention)
+        column = state["column"]
+        mask[:, column] = 1
+        seen = mask[:, : column + 1] if side.cache == "dynamic" else mask
+        positions = (lengths + column - tokens)[:, None]
+        state["token"] = run(state["token"], seen, positions)[:, -1].argmax(-1, keepdim=True)
+        state["column"] = column + 1
+        return state["token"][:, 0]
+
+    def cache_bytes() -> int:
+        if side.cache == "slot":
+            return sum(layer.bytes_committed for layer in cache.layers)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    return Decoder(side, step, cache_bytes)
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel, sides: Sequence[Side], rows: int, tokens: int, steps: int, capacity: int
+) -> list[Decoder]:
+    """Time the steps of all sides in turns.
+
+    Raises:
+        SystemExit: float32 tokens differ.
+    """
+    warm_up = 2
+    decoders = []
+    for side in sides:
+        decoder = make_decoder(model, side, rows, tokens, steps + warm_up, capacity)
+        # A compiled step is compiled while no other attention implementation is set.
+        decoder.tokens += [decoder.step() for _ in range(warm_up)]
+        decoders.append(decoder)
+    for _ in range(steps):
+        for decoder in decoders:
+            begin = time.perf_counter()
+            token = decoder.step()
+            decoder.seconds.append(time.perf_counter() - begin)
+            decoder.tokens.append(token)
+    if model.dtype == torch.float32:
+        for decoder in decoders[1:]:
+            if not torch.equal(torch.stack(decoder.tokens), torch.stack(decoders[0].tokens)):
+                raise SystemExit(f"{decoder.side.name}: float32 tokens differ from sdpa's")
+    return decoders
+
+
+def ratios(decoder: Decoder, baseline: Decoder) -> list[float]:
+    """How many times as long the baseline takes, step by step."""
+    return [a / b for a, b in zip(baseline.seconds, decoder.seconds, strict=True)]
+
+
+def to_records(decoders: Sequence[Decoder]) -> list[dict]:
+    """Medians in milliseconds, ratios to sdpa on the same kind of cache, and the caches' bytes."""
+    by_side = {decoder.side: decoder for decoder in decoders}
+    records = []
+    for decoder in decoders:
+        # A slot cache stands where either of transformers' own would.
+        kinds = ["dynamic", "static"] if decoder.side.cache == "slot" else [decoder.side.cache]
+        records.append(
+            {
+                "side": decoder.side.name,
+                "ms": 1e3 * statistics.median(decoder.seconds),
+                "cache_mib": decoder.cache_bytes() / 2**20,
+                "ratios": {
+                    BASELINES[kind].name: ratios(decoder, by_side[BASELINES[kind]])
+                    for kind in kinds
+                    if BASELINES[kind] in by_side and decoder.side != BASELINES[kind]
+                },
+            }
+        )
+    return records
+
+
+def show(title: str, records: Sequence[dict]) -> None:
+    """One table."""
+    table = Table(title=title, title_justify="left")
+    for name in ("attention, cache", "ms per step", "cache MiB", "times as fast as"):
+        table.add_column(name)
+    for record in records:
+        against = [f"{spread(values)} {name}" for name, values in record["ratios"].items()]
+        table.add_row(
+            record["side"],
+            f"{record['ms']:.1f}",
+            f"{record['cache_mib']:.0f}",
+            "\n".join(against),
+        )
+    Console(width=110).print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m bench.huggingface", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["smollm2", *_RANDOM])
+    parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--columns", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each side")
+    parser.add_argument("--compile", action="store_true", help="compiled steps as well (minutes)")
+    parser.add_argument("--json", type=Path, help="write the record there")
+    arguments = parser.parse_args(argv)
+    print(f"{describe_run()}\n{arguments.rows} left-padded rows, {arguments.dtype}")
+    found = []
+    for name in arguments.models:
+        model = make_model(name, _DTYPES[arguments.dtype])
+        for columns in arguments.columns:
+            # A static cache is as large as the longest answer may get; here the columns are full
+            # up to a fiftieth.
+            tokens = columns - max(columns // 50, arguments.steps + 2)
+            sides = SIDES + (COMPILED if arguments.compile else [])
+            decoders = measure(model, sides, arguments.rows, tokens, arguments.steps, columns)
+            records = to_records(decoders)
+            mean = sum(row_lengths(arguments.rows, tokens)) / arguments.rows
+            show(f"{name}, {columns} columns, rows of {mean:.0f} tokens on average", records)
+            found.append({"model": name, "columns": columns, "sides": records})
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"run": describe_run(), "dtype": arguments.dtype, "cases": found}, indent=1)
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

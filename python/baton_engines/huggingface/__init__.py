@@ -1,0 +1,13 @@
+"""baton_kernels inside Hugging Face transformers.
+
+Importing this package registers `attn_implementation="baton"`.
+"""
+
+from .adapt import adapt
+from .any_model import AnyModel
+from .attention import register
+from .slot_cache import SlotCache, slot_cache
+
+__all__ = ["AnyModel", "SlotCache", "adapt", "register", "slot_cache"]
+
+register()

@@ -1,0 +1,35 @@
+"""Which handle a relay computes a model through."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedModel
+
+from baton_engines.llama import PatchedLlama, patch_llama
+
+from .any_model import AnyModel
+
+_log = logging.getLogger(__name__)
+
+
+def adapt(model: PreTrainedModel) -> PatchedLlama | AnyModel:
+    """The fastest handle that computes the model exactly, in use until its `undo`.
+
+    `patch_llama` where it supports the model, else `AnyModel`, which runs the model's own code:
+    other architectures, adapters, quantized layers, hooks.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Raises:
+        TypeError: model is no transformers model.
+        ValueError: model is patched already.
+        NotImplementedError: neither supports it; the message says what `AnyModel` lacks.
+    """
+    try:
+        return patch_llama(model)
+    except (NotImplementedError, TypeError) as refused:
+        handle = AnyModel(model)
+        _log.info("%s runs through its own code: %s", type(model).__name__, refused)
+        return handle

@@ -1,0 +1,310 @@
+"""Any transformers decoder as the model of a relay, through its own code and no patch.
+
+The model computes packed tokens of many queries as if they were one row `[1, total_tokens]`: its
+norms, projections and rotary embedding look at one token at a time, and its attention is ours
+(`attn_implementation="baton"`), which knows the rows. Keys and values go into a `KVCache` through
+transformers' own cache interface.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+import baton_kernels as kernels
+from baton_engines.llama import PackedBatch
+
+from .attention import NAME, PackedRows, register
+
+# Layers whose state is keys and values per token, as a KVCache holds them.
+_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+# Their frequencies depend on the longest row of a forward, so on the other queries in it.
+_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+# Enough for two queries of different lengths, few enough to cost nothing.
+_PROBE_LENGTHS = (3, 2)
+
+
+class AnyModel:
+    """What a relay needs of a model, on top of an unmodified transformers decoder.
+
+    A row's logits are those of `model(input_ids)` on its query alone, up to the rounding of the
+    model's own modules, whose sums may depend on the number of packed tokens (torch's matrix
+    products do). `PatchedLlama` has no such dependence and is faster; it is for Llama.
+
+    Args:
+        model: a causal language model of transformers, loaded, in float32, float16 or bfloat16.
+            Written: its attention implementation, until `undo`. Two short queries are computed
+            once, to see how its layers use cache and attention.
+
+    Attributes:
+        model: the model.
+        num_layers, num_kv_heads, head_dim, vocab_size: int, its sizes as its cache sees them
+            (under tensor parallelism: of this rank).
+        dtype, device: of its keys and values.
+        whole_prompts: bool, False: prompts may be computed in parts.
+
+    Raises:
+        TypeError: model is no transformers model.
+        NotImplementedError: the model has an encoder, layers with another state than keys and
+            values, shared or differing layers, attention that is not causal, or a rotary embedding
+            that depends on the longest query; the message names which.
+
+    Undefined: results after the model's attention implementation was changed while in use.
+
+    Source: AttentionInterface and Cache of transformers; Orca's selective batching (OSDI'22).
+    """
+
+    whole_prompts = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        _check(model)
+        register()
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        # transformers 5.24 renamed it.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._former = model.config._attn_implementation
+        model.set_attn_implementation(NAME)
+        try:
+            if model.config.get_text_config()._attn_implementation != NAME:
+                _refuse("model", "one that uses AttentionInterface", type(model).__name__)
+            self._probe()
+        except BaseException:
+            self.undo()
+            raise
+
+    def new_cache(
+        self,
+        num_slots: int,
+        capacity: int,
+        *,
+        aligned: bool = False,
+        dtype: torch.dtype | None = None,
+        huge_pages: bool = False,
+    ) -> kernels.KVCache:
+        """A cache that fits the model; see `PatchedLlama.new_cache`.
+
+        Raises:
+            ValueError: num_slots or capacity is below 1.
+            NotImplementedError: dtype differs from the model's.
+        """
+        if dtype not in (None, self.dtype):
+            raise NotImplementedError(
+                f"AnyModel.new_cache: dtype must be the model's ({self.dtype}), got {dtype}"
+            )
+        return kernels.KVCache(
+            self.num_layers,
+            num_slots,
+            self.num_kv_heads,
+            capacity,
+            self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            aligned=aligned,
+            huge_pages=huge_pages,
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        batch: PackedBatch,
+        cache: kernels.KVCache,
+        *,
+        logits: str = "last",
+    ) -> torch.Tensor | None:
+        """Compute the packed tokens: write their keys and values, return logits.
+
+        Args:
+            token_ids: int32 or int64 `[total_tokens]`.
+            batch: PackedBatch of the cache's shape, whose rows already count these tokens.
+            cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
+            logits: "last" for those of each row's last token, "all" for those of every packed
+                token, "none" for none.
+
+        Returns:
+            float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`; or None.
+
+        Raises:
+            ValueError: token_ids does not fit the batch, or logits is another word.
+            RuntimeError: `undo` was called.
+        """
+        if self._former is None:
+            raise RuntimeError("AnyModel.forward: the handle must be in use, got one undone")
+        if token_ids.shape != batch.positions.shape:
+            raise ValueError(
+                f"AnyModel.forward: token_ids must be [{batch.total_tokens}], "
+                f"got {list(token_ids.shape)}"
+            )
+        keep: int | torch.Tensor
+        if logits == "last":
+            keep = batch.last_tokens.long()
+        elif logits == "all":
+            keep = 0
+        elif logits == "none":
+            keep = torch.zeros(0, dtype=torch.long, device=token_ids.device)
+        else:
+            raise ValueError(
+                f"AnyModel.forward: logits must be one of last, all, none, got {logits!r}"
+            )
+        rows = PackedRows(
+            batch.cu_seqlens_q,
+            batch.slots,
+            batch.starts,
+            batch.lengths,
+            batch.max_query_length,
+            batch.max_length,
+        )
+        layers = [
+            _PackedLayer(*pair, batch)
+            for pair in zip(cache.keys.unbind(0), cache.values.unbind(0), strict=True)
+        ]
+        found = self._call(token_ids, batch.positions, Cache(layers=layers), rows, keep)
+        return None if logits == "none" else found.float()
+
+    def twin(self) -> AnyModel:
+        """A handle on the same model whose `forward` another thread may call meanwhile."""
+        return copy.copy(self)
+
+    def undo(self) -> None:
+        """Give the model its former attention implementation back. Undoing twice does nothing."""
+        if self._former is not None:
+            self.model.set_attn_implementation(self._former)
+            self._former = None
+
+    def __enter__(self) -> AnyModel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AnyModel, (self.model,)
+
+    def _call(self, token_ids, positions, cache, rows, keep) -> torch.Tensor:
+        result = self.model(
+            input_ids=token_ids.view(1, -1).long(),
+            position_ids=positions.view(1, -1).long(),
+            use_cache=True,
+            logits_to_keep=keep,
+            baton_rows=rows,
+            **{self._cache_name: cache},
+        )
+        return result.logits[0]
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Computes two short queries, to learn the sizes of keys and values and to see that every
+        layer writes the cache once and attends through `attention`."""
+        config = self.model.config.get_text_config()
+        layers = [_ProbeLayer() for _ in range(config.num_hidden_layers)]
+        total = sum(_PROBE_LENGTHS)
+        device = self.model.get_input_embeddings().weight.device
+        bounds = [0, _PROBE_LENGTHS[0], total]
+        index = torch.tensor(
+            [*bounds, 0, 0, *bounds[:2], *_PROBE_LENGTHS], dtype=torch.int32, device=device
+        ).split([3, 2, 2, 2])
+        # Rows that lie one after the other in slot 0: what one packed forward writes there.
+        rows = PackedRows(*index, max(_PROBE_LENGTHS), total)
+        positions = torch.cat([torch.arange(n, device=device) for n in _PROBE_LENGTHS])
+        token_ids = torch.zeros(total, dtype=torch.long, device=device)
+        self._call(token_ids, positions, Cache(layers=layers), rows, 0)
+        counts = [layer.num_updates for layer in layers]
+        if counts != [1] * len(layers):
+            _refuse("every layer", "with keys and values, written once per forward", counts)
+        shapes = {(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers}
+        shapes |= {(layer.values.shape[1], layer.values.shape[3]) for layer in layers}
+        if len(shapes) != 1:
+            _refuse("(KV heads, head dimension)", "the same in all layers", sorted(shapes))
+        ((self.num_kv_heads, self.head_dim),) = shapes
+        self.num_layers = len(layers)
+        self.dtype, self.device = layers[0].keys.dtype, layers[0].keys.device
+
+
+class _Layer(CacheLayerMixin):
+    """What transformers asks of a layer whose length no one may rely on: rows have their own."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the memory is there."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of keys, and how many were dropped: those of the packed tokens."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens before this forward."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Most tokens; -1 without a bound."""
+        return -1
+
+
+class _PackedLayer(_Layer):
+    """One layer of a KVCache, written at the slots and columns of packed tokens."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, batch: PackedBatch) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self._slots, self._columns = batch.token_slots, batch.token_columns
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values `[1, num_kv_heads, total_tokens, head_dim]`; the slot cache."""
+        kernels.append_kv(
+            key_states[0].transpose(0, 1),
+            value_states[0].transpose(0, 1),
+            self.keys,
+            self.values,
+            self._slots,
+            self._columns,
+        )
+        return self.keys, self.values
+
+
+class _ProbeLayer(_Layer):
+    """Keeps what it is given: a cache of one slot that holds the packed tokens."""
+
+    num_updates = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take keys and values as they come."""
+        self.num_updates += 1
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+def _check(model: object) -> None:
+    """Refuse what the probe would not notice."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"AnyModel: model must be a transformers model, got {type(model).__name__}")
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+        _refuse("model", "a decoder with a language model head", type(model).__name__)
+    others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if others:
+        _refuse("layer_types", " or ".join(sorted(_LAYER_TYPES)), sorted(others))
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One for all layers, or one per layer type.
+    for parameters in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if parameters.get("rope_type") in _BATCH_DEPENDENT_ROPE:
+            _refuse("rope_type", "one that does not depend on length", parameters["rope_type"])
+
+
+def _refuse(name: str, expected: str, actual: object) -> None:
+    raise NotImplementedError(f"AnyModel: {name} must be {expected}, got {actual}")

@@ -1,0 +1,161 @@
+"""A transformers cache in slots: in-place appends, and rows that come and go between two steps."""
+
+from __future__ import annotations
+
+import hf_models
+import pytest
+import torch
+from hf_models import expected, make, prompts
+from transformers import DynamicCache
+
+from baton_engines.huggingface import slot_cache
+
+
+def test_rows_come_and_go():
+    """Insert, merge and select change nothing that stays, bit by bit, and every query goes on as if
+    it had run in a batch of its own."""
+    model, (ids, mask) = make("qwen3"), prompts()
+    model.set_attn_implementation("baton")
+    name = hf_models.cache_argument(model)
+
+    def prefill(rows, padded):
+        cache = slot_cache(model, 96)
+        if padded:
+            prompt, seen = ids[rows], mask[rows]
+        else:
+            prompt = ids[rows][:, mask[rows][0].bool()]
+            seen = torch.ones_like(prompt)
+        positions = (seen.cumsum(1) - 1).clamp(min=0)
+        out = model(prompt, attention_mask=seen, position_ids=positions, **{name: cache})
+        return cache, seen, out.logits[:, -1:].argmax(-1)
+
+    def steps(cache, seen, token, answers, count):
+        for _ in range(count):
+            for answer, row in zip(answers, token[:, 0].tolist(), strict=True):
+                answer.append(row)
+            seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
+            positions = seen.sum(1, keepdim=True) - 1
+            token = (
+                model(token, attention_mask=seen, position_ids=positions, **{name: cache})
+                .logits[:, -1:]
+                .argmax(-1)
+            )
+        return seen, token
+
+    answers = {row: [] for row in range(6)}
+    with torch.inference_mode():
+        cache, seen, token = prefill([1, 3], padded=True)
+        order = [1, 3]
+        seen, token = steps(cache, seen, token, [answers[r] for r in order], 3)
+        # A newcomer longer than the batch takes the place of row 0.
+        kept = [layer.keys[1][:, seen[1].bool().nonzero()[:, 0]].clone() for layer in cache.layers]
+        other, _, first = prefill([2], padded=False)
+        seen = cache.insert(other, 0, seen)
+        for layer, before in zip(cache.layers, kept, strict=True):
+            assert torch.equal(layer.keys[1][:, seen[1].bool().nonzero()[:, 0]], before)
+        token[0], order[0] = first[0], 2
+        seen, token = steps(cache, seen, token, [answers[r] for r in order], 4)
+        # A batch of two joins, one of them padded.
+        other, other_seen, first = prefill([0, 5], padded=True)
+        seen = cache.merge(other, seen, other_seen)
+        token, order = torch.cat([token, first]), [*order, 0, 5]
+        seen, token = steps(cache, seen, token, [answers[r] for r in order], 5)
+        # The longest leaves, and its columns with it.
+        rows = [3, 1]
+        length = seen.shape[1]
+        seen = cache.select(rows, seen)
+        assert seen.shape[1] == max(8 + 5, 12 + 12) < length
+        token, order = token[rows], [order[row] for row in rows]
+        steps(cache, seen, token, [answers[r] for r in order], 4)
+    want = expected("qwen3").tolist()
+    assert {row: answer for row, answer in answers.items() if answer} == {
+        row: want[row][: len(answer)] for row, answer in answers.items() if answer
+    }
+    assert [len(answers[row]) for row in range(6)] == [5, 3, 9, 16, 0, 9]
+
+
+def filled(rows=2, tokens=5, capacity=8, name="llama"):
+    model = make(name)
+    model.set_attn_implementation("baton")
+    cache = slot_cache(model, capacity)
+    with torch.inference_mode():
+        model(torch.randint(5, 300, (rows, tokens)), **{hf_models.cache_argument(model): cache})
+    return cache, torch.ones(rows, tokens, dtype=torch.long)
+
+
+def test_repeat_crop_and_reset():
+    cache, _ = filled()
+    keys = [layer.keys[:, :, :5].clone() for layer in cache.layers]
+    cache.batch_repeat_interleave(2)
+    assert cache.batch_size == 4
+    for layer, before in zip(cache.layers, keys, strict=True):
+        assert torch.equal(layer.keys[:, :, :5], before.repeat_interleave(2, 0))
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    for layer, before in zip(cache.layers, keys, strict=True):
+        assert torch.equal(layer.keys[:, :, :5], before.flip(0))
+    cache.crop(-2)
+    assert cache.get_seq_length() == 3
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+def test_memory_is_not_that_of_the_capacity():
+    cache, _ = filled(capacity=1 << 16)
+    layer = cache.layers[0]
+    assert layer._memory.bytes_reserved >= 2 * 2 * 2 * (1 << 16) * 16 * 4
+
+
+BAD_CALLS = {
+    "capacity": (lambda c, m: slot_cache(make("llama"), 0), "capacity must be at least 1"),
+    "full": (
+        lambda c, m: c.update(*(torch.zeros(2, 2, 4, 16) for _ in range(2)), 0),
+        "at most 8, the capacity, got 9",
+    ),
+    "rows": (
+        lambda c, m: c.update(*(torch.zeros(3, 2, 1, 16) for _ in range(2)), 0),
+        "rows must be 2, got 3",
+    ),
+    "crop": (lambda c, m: c.crop(-6), "from -5 to 0, got -6"),
+    "insert several": (lambda c, m: c.insert(filled()[0], 0, m), "other must have 1 row, got 2"),
+    "insert nowhere": (lambda c, m: c.insert(filled(1)[0], 2, m), "row must be"),
+    "insert too long": (
+        lambda c, m: c.insert(filled(1, 9, 16)[0], 0, m),
+        "other must have at most 8 tokens, the capacity, got 9",
+    ),
+    "mask": (
+        lambda c, m: c.insert(filled(1)[0], 0, m[:, 1:]),
+        r"attention_mask must be of shape \[2, 5\], got \[2, 4\]",
+    ),
+    "other mask": (
+        lambda c, m: c.merge(filled(1)[0], m, m),
+        r"other_mask must be of shape \[1, 5\], got \[2, 5\]",
+    ),
+    "empty": (
+        lambda c, m: c.merge(slot_cache(make("llama"), 8), m),
+        "other must be a SlotCache with rows",
+    ),
+    "other kind": (lambda c, m: c.merge(DynamicCache(), m), "other must be a SlotCache with rows"),
+    "other model": (
+        lambda c, m: c.merge(filled(name="gpt_neox")[0], m),
+        "other must be of the same model",
+    ),
+    "no rows": (lambda c, m: c.select([], m), "rows must be at least one row"),
+    "no such row": (lambda c, m: c.select([2], m), "rows must be"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_change_nothing(case):
+    call, message = BAD_CALLS[case]
+    cache, mask = filled()
+    before = [layer.keys[:, :, :5].clone() for layer in cache.layers]
+    with pytest.raises(ValueError, match=message):
+        call(cache, mask)
+    assert cache.get_seq_length() == 5 and cache.batch_size == 2
+    for layer, keys in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys[:, :, :5], keys)
+
+
+def test_layers_of_another_kind_are_refused():
+    with pytest.raises(NotImplementedError, match="layer_types of the config must be"):
+        slot_cache(make("llama4"), 8)
