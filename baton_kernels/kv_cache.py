@@ -7,7 +7,9 @@ that raises leaves both as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +19,9 @@ from baton_kernels.ops.extract_kv import extract_kv
 from baton_kernels.ops.insert_kv import insert_kv
 from baton_kernels.ops.move_kv import move_kv
 from baton_kernels.slot_memory import SlotMemory
+
+# What a copy of a cache makes anew.
+_MEMORIES = ("_key_memory", "_value_memory")
 
 
 class KVCache:
@@ -229,6 +234,40 @@ class KVCache:
             self.keys, self.values, index[:2], index[2:3], index[3:], total_tokens=tokens, out=out
         )
 
+    def copy_row(self, slot: int, target: int | None = None, *, length: int | None = None) -> int:
+        """Copies the row in `slot` into a free slot, e.g. to sample several answers to one prompt.
+
+        Token t of the new row is token t of the row in `slot`, in all layers.
+
+        Args:
+            slot: int, a slot in use.
+            target: int, the free slot to take; None takes the lowest.
+            length: int, 0 to the row's length; only the first `length` tokens are copied. None
+                copies all.
+
+        Returns:
+            The slot of the copy.
+
+        Raises:
+            ValueError: slot is not in use, length or target is out of range, target is in use, or
+                no slot is free.
+
+        Source: parallel sampling; the prompt is computed once.
+        """
+        tokens = self._shape.length(slot)
+        if length is not None:
+            tokens = checked_int("KVCache.copy_row", "length", length, 0, tokens)
+        planned = self._shape.copy()
+        target, moves = planned.allocate(tokens, target)
+        places = (slot, self._shape.start(slot), target, planned.start(target), tokens)
+        # As in `insert`: first the free slot, which no row can see yet, then the moves.
+        if tokens:
+            move_kv(self.keys, self.values, *self._index([[place] for place in places]))
+        self._touch(target, planned)
+        self._move(moves)
+        self._commit(planned)
+        return target
+
     def free(self, slot: int) -> None:
         """Forgets the row in `slot`. Nothing is cleared; see `release` and `trim`.
 
@@ -322,12 +361,54 @@ class KVCache:
         """
         return sum(m.committed(self._touched) for m in (self._key_memory, self._value_memory))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        """A cache of its own with the same rows. Padding is not copied."""
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        return copied
+
+    def __copy__(self) -> KVCache:
+        """As `copy.deepcopy`: two caches never share rows that either of them may change."""
+        copied = self.__class__.__new__(self.__class__)
+        copied._restore(self.__dict__, self._rows())
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: the sizes, the shape, and the rows without their padding."""
+        state = {name: value for name, value in self.__dict__.items() if name not in _MEMORIES}
+        # A view would be pickled together with all the memory that it is a view of.
+        return {**state, "rows": [(key.clone(), value.clone()) for key, value in self._rows()]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._restore(state, state["rows"])
+
     def __repr__(self) -> str:
         return (
             f"KVCache(num_layers={self._num_layers}, num_kv_heads={self._num_kv_heads}, "
             f"head_dim={self._head_dim}, dtype={self._dtype}, device={self._device}, "
             f"shape={self._shape})"
         )
+
+    def _rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of the valid columns of every row in use, in the order of the slots."""
+        for slot in self._shape.used:
+            columns = slice(self._shape.start(slot), self._shape.end(slot))
+            yield self.keys[:, slot, :, columns], self.values[:, slot, :, columns]
+
+    def _restore(
+        self, state: Mapping[str, Any], rows: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Becomes a cache of this state with these rows, in memory of its own."""
+        own = {name: value for name, value in state.items() if name not in (*_MEMORIES, "rows")}
+        self.__dict__.update(own)
+        self._shape = own["_shape"].copy()
+        self._key_memory, self._value_memory = self._new_memory(self._shape.num_slots)
+        self._touched = [(0, 0)] * self._shape.num_slots
+        for (key, value), (own_key, own_value) in zip(rows, self._rows(), strict=True):
+            own_key.copy_(key)
+            own_value.copy_(value)
+        for slot in self._shape.used:
+            self._touch(slot, self._shape)
 
     def _new_memory(self, num_slots: int) -> tuple[SlotMemory, SlotMemory]:
         capacity = self._shape.capacity

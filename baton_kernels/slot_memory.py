@@ -9,10 +9,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import mmap
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+# Address space for a long capacity may exceed memory and swap together; by default Linux refuses
+# such a private mapping unless it is told that most of it will never be written. Python's own
+# constant came with 3.11.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 @functools.cache
@@ -71,10 +77,15 @@ class SlotMemory:
         room = self._page - mmap.PAGESIZE
         try:
             self._mapping = mmap.mmap(
-                -1, self.num_bytes + room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                -1,
+                self.num_bytes + room,
+                flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE,
             )
         except (OSError, OverflowError) as error:
-            raise MemoryError(f"KVCache: {self.num_bytes} bytes could not be reserved") from error
+            raise MemoryError(
+                f"KVCache: {self.num_bytes} bytes could not be reserved for "
+                f"num_slots {num_slots} and capacity {capacity}; a smaller one of them needs less"
+            ) from error
         self._advise(huge_pages)
         address = torch.frombuffer(self._mapping, dtype=torch.uint8).data_ptr()
         self._begin = -address % self._page

@@ -37,11 +37,8 @@ def available_cpu_isas() -> tuple[str, ...]:
     from . import build_info
 
     cpu = build_info()["cpu"]
-    return tuple(
-        isa
-        for isa in CPU_ISAS
-        if isa in cpu["isa_compiled"] and (isa in cpu["isa_found"] or isa == "baseline")
-    )
+    found = {"baseline", *cpu["isa_found"]}
+    return tuple(isa for isa in CPU_ISAS if isa in cpu["isa_compiled"] and isa in found)
 
 
 @contextlib.contextmanager
@@ -173,7 +170,7 @@ class Accuracy:
         op = getattr(reference, op) if isinstance(op, str) else op
         floats = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         self.truths = _outputs(op, args, kwargs, torch.float64)
-        args = [_before_zeros(arg) for arg in args]
+        args = tuple(_before_zeros(arg) for arg in args)
         self.plains = list(_outputs(op, args, kwargs, None))
         for i, plain in enumerate(self.plains):
             if torch.finfo(plain.dtype).eps < torch.finfo(floats[0].dtype).eps:
@@ -440,13 +437,7 @@ def random_attention_problem(
 ) -> AttentionProblem:
     """`random_rows` of these lengths, placed by `attention_problem` (which takes ``placement``)."""
     rows = random_rows(
-        query_lengths,
-        lengths,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        seed=seed,
-        device=device,
-    )
+        query_lengths, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        dtype=dtype, seed=seed, device=device,
+    )  # fmt: skip
     return attention_problem(rows, seed=seed, **placement)

@@ -9,7 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .llama import ModelLoadError, PackedBatch, PatchedLlama, load_model, patch_llama
+    from .huggingface import unpatch
+    from .llama import (
+        ModelLoadError,
+        PackedBatch,
+        PatchedLlama,
+        load_model,
+        patch_llama,
+    )
     from .relay import Query, Relay
 
 # Public name -> the module that defines it.
@@ -21,6 +28,7 @@ _EXPORTS = {
     "Relay": ".relay",
     "load_model": ".llama",
     "patch_llama": ".llama",
+    "unpatch": ".huggingface",
 }
 
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "Relay",
     "load_model",
     "patch_llama",
+    "unpatch",
 ]
 
 

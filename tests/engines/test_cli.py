@@ -8,44 +8,24 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_model import EOS, save_tiny_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import baton_kernels
-from baton_engines.cli import demo, report
+from baton_engines.cli import report
 from baton_engines.cli.main import app
 from baton_engines.cli.prompts_io import (
-    ResultWriter,
     demo_prompts,
     read_prompt_file,
     read_prompts,
 )
 from baton_engines.relay import Relay
-from baton_engines.testing.small_llama import small_llama
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
-EOS = 256
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Model folder: two layers, random weights, one token per byte."""
-    path = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)} | {"<eos>": EOS}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(path)
-    sizes = {"vocab_size": EOS + 1, "max_position_embeddings": 512}
-    small_llama(**sizes, bos_token_id=None, eos_token_id=EOS).save_pretrained(path)
-    return path
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 def run(*arguments, **options):
@@ -73,7 +53,7 @@ def write_lines(path, *lines):
     [
         (b'{"prompt": "broken', "line 1: not valid JSON"),
         (b"plain text", "line 1: not valid JSON"),
-        (b"\xff\xfe", "line 1: not UTF-8"),
+        (b"\xff\xfa", "line 1: not UTF-8"),
         (b"[" * 100_000, "line 1: not valid JSON"),
         (b'["a"]', "line 1: expected a JSON object, got list"),
         (b"{}", "line 1: expected exactly one of prompt, messages or token_ids, got none of them"),
@@ -127,20 +107,7 @@ def test_prompts_of_the_package():
     assert not [record.error for record in records if record.error]
     assert not [record for record in records if record.unknown_fields]
     limits = [record.options["max_new_tokens"] for record in records]
-    assert (min(limits), max(limits)) == (8, 200)
-
-
-def test_results_keep_the_order_of_the_prompts(tmp_path):
-    path = tmp_path / "results.jsonl"
-    with path.open("wb") as stream:
-        writer = ResultWriter(stream)
-        writer.put(1, {"id": "b"})
-        assert path.read_bytes() == b""
-        writer.put(0, {"id": "a"})
-        writer.put(3, {"id": "d", "text": "\ud800"})
-        assert path.read_text() == '{"id": "a"}\n{"id": "b"}\n'
-        writer.flush()
-    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b", "d"]
+    assert (min(limits), max(limits)) == (8, 100)
 
 
 # generate
@@ -268,9 +235,29 @@ def test_no_chat(folder):
 
 
 def test_unknown_fields_are_named(folder):
-    result = generate(folder, "--max-new-tokens", 1, input='{"prompt": "a", "max_tokens": 9}\n')
+    result = generate(folder, "--max-new-tokens", 1, input='{"prompt": "a", "topic": "b"}\n')
     assert result.exit_code == 0
-    assert "max_tokens" in result.stderr
+    assert "fields without meaning, ignored: topic" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ('"max_tokens": 9', "max_tokens is not supported: use max_new_tokens"),
+        ('"tools": [{"type": "function"}]', "tools is not supported"),
+        ('"images": ["cat.png"]', "images is not supported"),
+        ('"best_of": 3', "best_of is not supported"),
+        ('"n": 0', "n must be at least 1, got 0"),
+        ('"logit_bias": {"x": 1}', "logit_bias must be an object of token ids and numbers"),
+        ('"min_p": 2', "min_p must be in [0, 1], got 2"),
+    ],
+)
+def test_options_that_cannot_be_followed_fail_their_query(folder, field, message):
+    lines = f'{{"prompt": "a", {field}}}\n{{"prompt": "b"}}\n'
+    result = generate(folder, "--max-new-tokens", 1, input=lines)
+    assert result.exit_code == 1
+    bad, good = lines_of(result)
+    assert message in bad["error"] and good["output_tokens"] == 1
 
 
 def test_ctrl_c_keeps_what_there_is(folder, tmp_path, monkeypatch):
@@ -319,7 +306,7 @@ def test_prompts_computed_elsewhere_have_the_same_answers(folder):
         (["--prefill", "later"], "must be one of serial, overlapped, apart, got 'later'"),
         (["--prefill-threads", "1"], "--prefill-threads needs --prefill overlapped or apart"),
         (["--policy", "orca", "--bins", 3], "options of orca must be admission, got 'bins'"),
-        (["--admission", "last"], "admission must be one of fcfs, shortest, length_aware, prio"),
+        (["--admission", "last"], "name must be one of fcfs, shortest, length_aware, prio"),
         (["--prompts", "missing.jsonl"], "cannot read missing.jsonl"),
         (["--timeline", "slots.gif"], "must end in .png, .svg, .pdf"),
         (["--timeline", "nowhere/slots.png"], "the folder nowhere does not exist"),
@@ -392,53 +379,3 @@ def test_info_json():
     details = json.loads(run("info", "--json").stdout)
     assert details["packages"]["transformers"]
     assert details["ops"]["insert_kv"]["cpu"]
-
-
-# demo
-
-
-def demo_arguments(folder, tmp_path):
-    prompts = write_lines(
-        tmp_path / "prompts.jsonl",
-        *(
-            json.dumps({"prompt": "word " * (i % 4), "max_new_tokens": 2 + 7 * (i % 3)})
-            for i in range(9)
-        ),
-    )
-    output = tmp_path / "out" / "demo"
-    return output, [
-        "demo", "--model", folder, "--prompts", prompts, "--output-dir", output, "--slots", 3,
-    ]  # fmt: skip
-
-
-def test_demo(folder, tmp_path):
-    output, arguments = demo_arguments(folder, tmp_path)
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    assert "the output tokens per second of run_to_completion" in result.stdout
-    assert "same answers" in result.stdout
-    assert (output / "timeline.png").stat().st_size > 10_000
-    answers = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == list(range(1, 10))
-
-
-def test_demo_fails_when_nothing_can_be_answered(folder, tmp_path):
-    prompts = write_lines(tmp_path / "prompts.jsonl", '{"token_ids": []}', "[1]")
-    result = run("demo", "--model", folder, "--prompts", prompts, "--output-dir", tmp_path)
-    assert result.exit_code == 1
-    assert "baton: failed: line 2: expected a JSON object, got list" in result.stdout
-
-
-def test_demo_fails_on_different_answers(folder, tmp_path, monkeypatch):
-    def run_records(relay, *arguments, **options):
-        outcome = original(relay, *arguments, **options)
-        # The warm-up has fewer queries than there are.
-        if relay.policy.name == "baton" and len(outcome.results) == 9:
-            outcome.results[4]["token_ids"][0] ^= 1
-        return outcome
-
-    original = demo.run_records
-    monkeypatch.setattr(demo, "run_records", run_records)
-    result = run(*demo_arguments(folder, tmp_path)[1])
-    assert result.exit_code == 1
-    assert "different answers for 1 of 9: 5" in result.stdout

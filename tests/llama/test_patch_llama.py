@@ -273,13 +273,13 @@ def other_architecture() -> Qwen2ForCausalLM:
 
 
 UNSUPPORTED = {
-    "a LlamaForCausalLM, got Qwen2ForCausalLM": other_architecture,
+    "got transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM": other_architecture,
     "pretraining_tp must be 1, got 2": lambda: small_llama(pretraining_tp=2),
     "hidden_act must be silu or swish, got gelu": lambda: small_llama(hidden_act="gelu"),
     "head_dim must be a multiple of 8 from 16 to 256, got 20": lambda: small_llama(head_dim=20),
     "num_key_value_heads must be a divisor": lambda: small_llama(num_key_value_heads=3),
     "default, linear, dynamic, llama3, yarn, got 'longrope'": longrope,
-    "up_proj must be a plain Linear, got Sequential": replaced_module,
+    "up_proj must be a plain Linear, got torch.nn.modules.container.Sequential": replaced_module,
     "float32, float16, bfloat16, got torch.float64": lambda: small_llama(dtype=torch.float64),
     "one device that holds data, got meta": lambda: small_llama().to("meta"),
 }

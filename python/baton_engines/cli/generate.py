@@ -20,7 +20,6 @@ class Outcome:
     """What became of the prompts: their results in the order of the prompts, and counts."""
 
     results: list[dict[str, Any] | None]
-    queries: list[Any | None]
     failed: int = 0
     cancelled: int = 0
     seconds: float = 0.0
@@ -65,70 +64,89 @@ def submit_records(
     *,
     defaults: Mapping[str, Any],
     chat: bool = True,
-    seed: int | None = None,
-) -> list[Any | None]:
+) -> list[tuple[Any, ...]]:
     """Submits every record that has no error; a record that cannot be tokenized gets one.
 
     Args:
         relay: Relay.
         records: PromptRecords. `error` is written.
         tokenizer: Hugging Face tokenizer or None.
-        defaults: options of Relay.submit for records that do not set their own.
+        defaults: options of Relay.submit, and n, for records that do not set their own.
         chat: see PromptRecord.encode.
-        seed: record i (from 0) samples with seed + i unless it has a seed of its own, so equal
-            prompts give different samples.
 
     Returns:
-        One Query per record, None for a record with an error.
+        The queries of every record: one for each of its n answers, none if it has an error.
     """
-    queries: list[Any | None] = []
-    for index, record in enumerate(records):
-        query = None
+    queries: list[tuple[Any, ...]] = []
+    for record in records:
+        own: tuple[Any, ...] = ()
         if record.error is None:
             options = {**defaults, **record.options}
-            if seed is not None:
-                options.setdefault("seed", seed + index)
+            count = options.pop("n", None)
             try:
                 token_ids = record.encode(tokenizer, chat=chat)
+                own = tuple(
+                    relay.submit_n(
+                        token_ids, 1 if count is None else count, name=str(record.id), **options
+                    )
+                )
             except ValueError as error:
                 where = f"line {record.line}: " if record.line is not None else ""
                 record.error = f"{where}{error}"
-            else:
-                query = relay.submit(token_ids, name=str(record.id), **options)
-        queries.append(query)
+        queries.append(own)
     return queries
 
 
 def result_of(
-    record: PromptRecord, query: Any | None, *, token_ids: bool = False
+    record: PromptRecord, queries: Sequence[Any], *, token_ids: bool = False
 ) -> dict[str, Any]:
-    """The result of one ended query, ready for JSON.
+    """The result of one record whose queries have ended, ready for JSON.
 
     Args:
         token_ids: add the generated token ids (always there when the relay has no tokenizer).
     """
+    errors = [query.error for query in queries if query.error is not None]
     error = record.error
-    if query is not None and query.error is not None:
-        error = str(query.error) or type(query.error).__name__
+    if errors:
+        error = str(errors[0]) or type(errors[0]).__name__
     if error is not None:
         line = {} if record.line is None else {"line": record.line}
         return {"id": record.id, **line, "error": error}
-    result = {
-        "id": record.id,
+    answers = [_answer_of(query, token_ids) for query in queries]
+    prompt_tokens = {"prompt_tokens": len(queries[0].prompt)}
+    if len(answers) == 1:
+        # In the order in which one reads it.
+        text_and_reason = {name: answers[0].pop(name) for name in ("text", "finish_reason")}
+        return {"id": record.id, **text_and_reason, **prompt_tokens, **answers[0]}
+    return {"id": record.id, **prompt_tokens, "answers": answers}
+
+
+def _answer_of(query: Any, token_ids: bool) -> dict[str, Any]:
+    answer = {
         "text": query.text,
         "finish_reason": query.finish_reason,
-        "prompt_tokens": len(query.prompt),
         "output_tokens": len(query.tokens),
     }
     if token_ids or query.text is None:
-        result["token_ids"] = list(query.tokens)
-    return result
+        answer["token_ids"] = list(query.tokens)
+    if query.logprobs is not None:
+        answer["logprobs"] = [
+            {"token_id": entry.token, "logprob": entry.logprob, "top": entry.top}
+            for entry in query.logprobs
+        ]
+    return answer
+
+
+def was_cancelled(result: Mapping[str, Any]) -> bool:
+    """Whether an answer of the result is not what it would have become."""
+    answers = result.get("answers", [result])
+    return any(answer.get("finish_reason") == "cancelled" for answer in answers)
 
 
 def run_records(
     relay: Any,
     records: Sequence[PromptRecord],
-    queries: Sequence[Any | None],
+    queries: Sequence[Sequence[Any]],
     *,
     on_result: Callable[[int, dict[str, Any]], object] = lambda index, result: None,
     on_step: Callable[[Sequence[Any], int, float], object] = lambda running, done, rate: None,
@@ -145,11 +163,87 @@ def run_records(
         stop: anything with a truth value, read between two steps.
         token_ids: see result_of.
     """
-    outcome = Outcome(results=[None] * len(records), queries=list(queries))
+    run = RecordRun(relay, records, queries, on_result=on_result, token_ids=token_ids)
+    begin = time.perf_counter()
+    while run.open_queries and not stop:
+        run.step()
+        on_step(
+            run.open_queries,
+            run.num_ended,
+            relay.counters.output_tokens / (time.perf_counter() - begin),
+        )
+    if stop:
+        run.cancel()
+    run.outcome.seconds = time.perf_counter() - begin
+    return run.outcome
 
-    def finish(index: int) -> None:
-        query = queries[index]
-        result = result_of(records[index], query, token_ids=token_ids)
+
+class RecordRun:
+    """A run that somebody else steps.
+
+    Args:
+        relay, records, queries, on_result, token_ids: see `run_records`.
+
+    Attributes:
+        outcome: what became of the records so far.
+        num_ended: of the records.
+    """
+
+    def __init__(
+        self,
+        relay: Any,
+        records: Sequence[PromptRecord],
+        queries: Sequence[Sequence[Any]],
+        *,
+        on_result: Callable[[int, dict[str, Any]], object] = lambda index, result: None,
+        token_ids: bool = False,
+    ) -> None:
+        self.outcome = Outcome(results=[None] * len(records))
+        self.num_ended = 0
+        self._relay = relay
+        self._records = records
+        self._queries = queries
+        self._on_result = on_result
+        self._token_ids = token_ids
+        self._open = list(range(len(records)))
+        self._collect()
+
+    @property
+    def open_queries(self) -> list[Any]:
+        """The queries of the records that have not ended."""
+        return [query for index in self._open for query in self._queries[index]]
+
+    def step(self) -> None:
+        """One step of the relay.
+
+        Raises:
+            RuntimeError: the relay has nothing to do, while queries are open.
+        """
+        more = self._relay.step()
+        self._collect()
+        # Such a query would be lost without a word.
+        if self._open and not more:
+            raise RuntimeError(f"run: {len(self._open)} queries have not ended, the relay is idle")
+
+    def cancel(self) -> None:
+        """End what is open, now."""
+        for query in self.open_queries:
+            self._relay.cancel(query)
+        self._collect()
+
+    def _collect(self) -> None:
+        still_open = []
+        for index in self._open:
+            if all(query.ended for query in self._queries[index]):
+                self._finish(index)
+            else:
+                still_open.append(index)
+        self._open = still_open
+
+    def _finish(self, index: int) -> None:
+        self.num_ended += 1
+        outcome = self.outcome
+        result = result_of(self._records[index], self._queries[index], token_ids=self._token_ids)
         outcome.results[index] = result
         if "error" in result:
             outcome.failed += 1
@@ -158,37 +252,6 @@ def run_records(
             outcome.errors.append(
                 result["error"] if named else f"query {result['id']}: {result['error']}"
             )
-        elif query.status == "cancelled":
+        elif was_cancelled(result):
             outcome.cancelled += 1
-        on_result(index, result)
-
-    def collect(open_indices: list[int]) -> list[int]:
-        still_open = []
-        for index in open_indices:
-            if queries[index] is None or queries[index].ended:
-                finish(index)
-            else:
-                still_open.append(index)
-        return still_open
-
-    begin = time.perf_counter()
-    open_indices = collect(list(range(len(records))))
-    more = True
-    while more and not stop:
-        more = relay.step()
-        open_indices = collect(open_indices)
-        elapsed = time.perf_counter() - begin
-        on_step(
-            [queries[index] for index in open_indices],
-            len(records) - len(open_indices),
-            relay.counters.output_tokens / elapsed,
-        )
-    if stop:
-        for index in open_indices:
-            relay.cancel(queries[index])
-    open_indices = collect(open_indices)
-    # A relay that reports nothing to do while a query is open would lose it without a word.
-    if open_indices:
-        raise RuntimeError(f"run: {len(open_indices)} queries have not ended, the relay is idle")
-    outcome.seconds = time.perf_counter() - begin
-    return outcome
+        self._on_result(index, result)

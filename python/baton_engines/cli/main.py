@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 try:
     import typer
@@ -25,7 +24,10 @@ except ImportError as error:
     ) from error
 
 from . import options
-from .prompts_io import PromptRecord, ResultWriter, demo_prompts, read_prompt_file, read_prompts
+from .errors import CommandError, reported, show_tracebacks
+from .inputs import check_output, gather_prompts, left_to_do, warn_of_unknown_fields
+from .prompts_io import PromptRecord, demo_prompts
+from .results_io import LineStream, ResultWriter, is_terminal, open_results
 
 # Failed queries that are named on the console; the results have all of them.
 _ERRORS_SHOWN = 5
@@ -38,70 +40,24 @@ app = typer.Typer(
 )
 
 
-def fail(message: str, code: int = 2) -> typer.Exit:
-    """Prints an error; raise what it returns."""
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-    return typer.Exit(code)
+@app.callback()
+def _common(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error came from.")
+    ] = False,
+) -> None:
+    show_tracebacks(traceback)
 
 
 def load(model: str, dtype: options.Dtype, threads: int | None) -> tuple[Any, Any]:
-    """Model and tokenizer, or the end of the program with a message that says what to do."""
+    """Model and tokenizer."""
     import torch
 
-    from ..llama import ModelLoadError, load_model
+    from ..llama import load_model
 
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        return load_model(model, dtype=dtype.value)
-    except ModelLoadError as error:
-        raise fail(str(error)) from error
-
-
-def gather_prompts(prompts: Path | None, texts: list[str]) -> list[PromptRecord]:
-    """Queries from --prompt texts, then from a file or standard input.
-
-    Standard input is read for "-", or when neither a file nor a text was given and it is a pipe.
-    """
-    records = [PromptRecord(id=number, prompt=text) for number, text in enumerate(texts, start=1)]
-    from_stdin = str(prompts) == "-" if prompts is not None else not texts
-    if prompts is not None and not from_stdin:
-        try:
-            return records + read_prompt_file(prompts)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise typer.BadParameter(f"cannot read {prompts}: {reason}") from error
-    if not from_stdin:
-        return records
-    if prompts is None and sys.stdin.isatty():
-        raise typer.BadParameter("give --prompts FILE, --prompt TEXT, or pipe prompts in")
-    return records + read_prompts(sys.stdin.buffer, plain_text=True)
-
-
-def _check_output(output: Path | None, prompts: Path | None) -> None:
-    """Opening the results for writing would empty the prompts."""
-    both = output is not None and prompts is not None and output.exists() and prompts.exists()
-    if both and output.samefile(prompts):
-        raise typer.BadParameter(f"--output and --prompts are the same file, {output}")
-
-
-def _warn_of_unknown_fields(console: Console, records: Sequence[PromptRecord]) -> None:
-    unknown = sorted({name for record in records for name in record.unknown_fields})
-    if unknown:
-        console.print(f"[yellow]fields without meaning, ignored:[/] {escape(', '.join(unknown))}")
-
-
-@contextlib.contextmanager
-def _result_stream(output: Path | None) -> Iterator[BinaryIO]:
-    if output is None:
-        yield sys.stdout.buffer
-        return
-    try:
-        stream = output.open("wb")
-    except OSError as error:
-        raise fail(f"cannot write {output}: {error.strerror or error}") from error
-    with stream:
-        yield stream
+    return load_model(model, dtype=dtype.value)
 
 
 def _open_relay(
@@ -114,7 +70,11 @@ def _open_relay(
     prefill_threads: int | None,
     **settings: Any,
 ) -> Any:
-    """The relay, or the end of the program with a message that says what stands against it."""
+    """The relay.
+
+    Raises:
+        CommandError: what stands against it.
+    """
     from .. import prefill as prefills
     from ..relay import Relay
 
@@ -124,19 +84,27 @@ def _open_relay(
         return Relay(model, slots, capacity, policy, prefill=prefiller, **settings)
     # No Llama, or one with something that the patch does not know; a process that cannot start.
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-        raise fail(str(error)) from error
+        raise CommandError(str(error)) from error
+
+
+def _empty_generation_config(model: Any) -> Any:
+    """One that only says when an answer ends, as the model's own does."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
 
 
 def _run(
     relay: Any,
     records: Sequence[PromptRecord],
     tokenizer: Any,
-    stream: BinaryIO,
+    stream: LineStream,
     console: Console,
     *,
     name: str,
     quiet: bool,
     token_ids: bool,
+    resume: bool,
     **submission: Any,
 ) -> tuple[Any, int | None]:
     """Answers the records, with progress on the console and results on the stream.
@@ -144,12 +112,14 @@ def _run(
     Args:
         name: of the run, for the progress.
         token_ids: see `run_records`.
+        resume: whether the rest is done another time: results are written as they come, and those
+            of cancelled queries are not.
         submission: see `submit_records`.
 
     Returns:
         The Outcome, and the number of the signal that stopped the run, if one did.
     """
-    from .generate import StopRequest, run_records, submit_records
+    from .generate import StopRequest, run_records, submit_records, was_cancelled
     from .report import ConsoleStream, RunProgress
 
     with (
@@ -157,19 +127,32 @@ def _run(
         StopRequest() as stopping,
     ):
         # On a terminal that shows both, results scroll by above the progress.
-        shared = progress.console is not None and stream is sys.stdout.buffer and stream.isatty()
-        writer = ResultWriter(ConsoleStream(progress.console) if shared else stream)
-        outcome = run_records(
-            relay,
-            records,
-            submit_records(relay, records, tokenizer, **submission),
-            on_result=writer.put,
-            on_step=lambda running, done, rate: progress.update(
-                running, done, rate, relay.num_slots
-            ),
-            stop=stopping,
-            token_ids=token_ids,
+        shared = progress.console is not None and is_terminal(stream)
+        writer = ResultWriter(
+            ConsoleStream(progress.console) if shared else stream, in_order=not resume
         )
+
+        def put(index: int, result: dict[str, Any]) -> None:
+            if not (resume and was_cancelled(result)):
+                writer.put(index, result)
+
+        try:
+            outcome = run_records(
+                relay,
+                records,
+                submit_records(relay, records, tokenizer, **submission),
+                on_result=put,
+                on_step=lambda running, done, rate: progress.update(
+                    running, done, rate, relay.num_slots
+                ),
+                stop=stopping,
+                token_ids=token_ids,
+            )
+        except BaseException:
+            # Whatever ended the run, answers that waited for earlier ones are not lost with it.
+            with contextlib.suppress(OSError):
+                writer.flush()
+            raise
         writer.flush()
     return outcome, stopping.signal
 
@@ -195,11 +178,13 @@ def _report(
 
 
 @app.command()
+@reported
 def generate(
     model: options.ModelOption = "smollm2",
     prompts: options.PromptsOption = None,
     prompt: options.PromptOption = None,
     output: options.OutputOption = None,
+    resume: options.ResumeOption = False,
     slots: options.SlotsOption = 16,
     policy: options.PolicyOption = "baton",
     prefill: options.PrefillOption = "serial",
@@ -213,11 +198,19 @@ def generate(
     capacity: options.CapacityOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     threads: options.ThreadsOption = None,
-    max_new_tokens: options.MaxNewTokensOption = 128,
-    temperature: options.TemperatureOption = 0.0,
-    top_p: options.TopPOption = 1.0,
-    top_k: options.TopKOption = 0,
-    seed: options.SeedOption = None,
+    max_new_tokens: options.MaxNewTokensOption = None,
+    min_new_tokens: options.MinNewTokensOption = None,
+    temperature: options.TemperatureOption = None,
+    top_p: options.TopPOption = None,
+    top_k: options.TopKOption = None,
+    min_p: options.MinPOption = None,
+    repetition_penalty: options.RepetitionPenaltyOption = None,
+    frequency_penalty: options.FrequencyPenaltyOption = None,
+    presence_penalty: options.PresencePenaltyOption = None,
+    generation_config: options.GenerationConfigOption = True,
+    n: options.NOption = 1,
+    logprobs: options.LogprobsOption = None,
+    seed: options.SeedOption = 0,
     stop: options.StopOption = None,
     chat: options.ChatOption = True,
     token_ids: options.TokenIdsOption = False,
@@ -227,7 +220,8 @@ def generate(
     """Answer prompts; one JSON object per query, in the order of the prompts.
 
     A query that fails has an `error` in its place and does not stop the others; the exit code is
-    then 1. Ctrl-C writes down what there is, and ends with 130.
+    then 1. Ctrl-C writes down what there is, and ends with 130. The file of results appears when
+    the run is over; with `--resume` it grows line by line, and what it already holds is kept.
     """
     if prefill == "serial" and prefill_threads is not None:
         raise typer.BadParameter("--prefill-threads needs --prefill overlapped or apart")
@@ -239,13 +233,21 @@ def generate(
         bins=bins,
     )
     records = gather_prompts(prompts, prompt or [])
-    _check_output(output, prompts)
+    check_output(output, prompts, resume)
     console = Console(stderr=True, highlight=False)
-    _warn_of_unknown_fields(console, records)
+    warn_of_unknown_fields(console, records)
+    # Of all records, so that a record has the same seed when a run is resumed.
+    for index, record in enumerate(records):
+        record.options.setdefault("seed", seed + index)
     if not records:
         console.print("no prompts")
         return
-    with _result_stream(output) as stream:
+    if resume:
+        total, records = len(records), left_to_do(records, output)
+        console.print(f"{total - len(records)} of {total} queries have results already")
+        if not records:
+            return
+    with open_results(output, resume=resume) as stream:
         loaded, tokenizer = load(model, dtype, threads)
         relay = _open_relay(
             loaded,
@@ -255,15 +257,23 @@ def generate(
             prefill=prefill,
             prefill_threads=prefill_threads,
             tokenizer=tokenizer,
+            generation_config=None if generation_config else _empty_generation_config(loaded),
             max_slots=max_slots,
             kv_budget=None if kv_budget is None else int(kv_budget * 2**20),
         )
         defaults = {
             "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens,
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,
-            "stop": tuple(stop or ()),
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "frequency_penalty": frequency_penalty,
+            "presence_penalty": presence_penalty,
+            "n": n,
+            "logprobs": logprobs,
+            "stop": tuple(stop) if stop else None,
         }
         with relay:
             outcome, stopped_by = _run(
@@ -275,9 +285,9 @@ def generate(
                 name=policy,
                 quiet=quiet,
                 token_ids=token_ids,
+                resume=resume,
                 defaults=defaults,
                 chat=chat,
-                seed=seed,
             )
     title = f"{len(records)} queries, {slots} slots, {model}"
     _report(console, relay, outcome, title=title, quiet=quiet, timeline=timeline)
@@ -289,6 +299,7 @@ def generate(
 
 
 @app.command()
+@reported
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
@@ -313,6 +324,7 @@ def info(
 
 
 @app.command()
+@reported
 def demo(
     model: options.ModelOption = "smollm2",
     output_dir: Annotated[
@@ -326,17 +338,19 @@ def demo(
     dtype: options.DtypeOption = options.Dtype.auto,
     threads: options.ThreadsOption = None,
 ) -> None:
-    """The same prompts by run_to_completion, then by baton: picture, figures, and equal answers."""
+    """The same prompts by run_to_completion and by baton, in turns: answers, counts, figures."""
     records = gather_prompts(prompts, []) if prompts is not None else demo_prompts()
     if not records:
-        raise fail(f"{prompts} has no prompts")
-    from .demo import run_demo
+        raise CommandError(f"{prompts} has no prompts")
+    console = Console(highlight=False)
+    from .demo import introduction, run_demo
+
+    console.print(introduction(len(records), slots))
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise fail(f"cannot make {output_dir}: {error.strerror or error}") from error
-    console = Console(highlight=False)
+        raise CommandError(f"cannot make {output_dir}: {error.strerror or error}") from error
     # No spinner: fetching a model draws its own progress.
     console.print(f"loading {escape(model)}")
     loaded, tokenizer = load(model, dtype, threads)
@@ -352,7 +366,7 @@ def demo(
             console=console,
         )
     except NotImplementedError as error:
-        raise fail(str(error)) from error
+        raise CommandError(str(error)) from error
     raise typer.Exit(0 if same else 1)
 
 

@@ -68,15 +68,20 @@ PromptsOption = Annotated[
     Path | None,
     typer.Option(
         help="JSONL file with one query per line (prompt, messages or token_ids; optional id, "
-        "max_new_tokens, priority, temperature, top_p, top_k, seed, stop), text file with one "
-        "prompt per line, or `-` for standard input."
+        "priority, stop, n, seed, continue_final_message, and the options of sampling), text file "
+        "with one prompt per line, or `-` for standard input."
     ),
 ]
 PromptOption = Annotated[
     list[str] | None, typer.Option(help="A prompt; may be given several times.")
 ]
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", help="JSONL file for the results.")
+    Path | None,
+    typer.Option("--output", "-o", help="JSONL file for the results; `-` for standard output."),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Append to the results, without the ids that are there already."),
 ]
 TokenIdsOption = Annotated[bool, typer.Option(help="Add token ids to the results.")]
 TimelineOption = Annotated[
@@ -125,11 +130,43 @@ KvBudgetOption = Annotated[
 ]
 
 # How answers are chosen.
-MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
-TopPOption = Annotated[float, typer.Option(min=0.0, max=1.0)]
-TopKOption = Annotated[int, typer.Option(min=0, help="0 for all.")]
-SeedOption = Annotated[int | None, typer.Option(help="Query i (from 0) samples with seed + i.")]
+# What is left out is what the model's generation config says.
+MaxNewTokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Longest answer; 128 if nothing says otherwise.")
+]
+MinNewTokensOption = Annotated[int | None, typer.Option(min=0, help="Shortest answer.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option(min=0.0, help="0 takes the likeliest token.")
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens that sum to this; 1 for all."),
+]
+TopKOption = Annotated[
+    int | None, typer.Option(min=0, help="Keep this many of the likeliest tokens; 0 for all.")
+]
+MinPOption = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Keep tokens this times as likely as the likeliest."),
+]
+RepetitionPenaltyOption = Annotated[
+    float | None, typer.Option(help="As in Hugging Face; 1 for none.")
+]
+FrequencyPenaltyOption = Annotated[
+    float | None, typer.Option(help="Taken off a logit each time that the answer has its token.")
+]
+PresencePenaltyOption = Annotated[
+    float | None, typer.Option(help="Taken off a logit once the answer has its token.")
+]
+GenerationConfigOption = Annotated[
+    bool, typer.Option(help="Follow the model's generation config where no option says otherwise.")
+]
+NOption = Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")]
+LogprobsOption = Annotated[
+    int | None,
+    typer.Option(min=0, max=100, help="Add logarithms of probabilities, of so many tokens more."),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Query i (from 0) samples with seed + i.")]
 StopOption = Annotated[
     list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")
 ]

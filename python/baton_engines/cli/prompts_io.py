@@ -1,4 +1,4 @@
-"""Prompts in, results out: JSONL or plain text lines to PromptRecords, result records to JSONL.
+"""Prompts in: JSONL or plain text lines to PromptRecords.
 
 A line that cannot be used becomes a PromptRecord with an `error` that names the line; reading
 never stops at it.
@@ -6,20 +6,33 @@ never stops at it.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from ..query.chat import ContentError, encode_messages
+from ..query.errors import is_failure
 
 CONTENT_FIELDS = ("prompt", "messages", "token_ids")
+_NO_OPTIONS = (*CONTENT_FIELDS, "id", "continue_final_message")
 STRICT_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+
+class EncodingError(ValueError):
+    """Prompts are in another encoding than UTF-8; the message says in which."""
 
 
 @dataclass
 class PromptRecord:
-    """One query as it was written down: its content and sampling options, or what is wrong."""
+    """One query as it was written down: its content and sampling options, or what is wrong.
+
+    `continue_final_message` says whether the answer goes on with the last message; None: if that is
+    the assistant's.
+    """
 
     id: str | int
     line: int | None = None
@@ -27,6 +40,7 @@ class PromptRecord:
     messages: list[dict[str, Any]] | None = None
     token_ids: list[int] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    continue_final_message: bool | None = None
     error: str | None = None
     unknown_fields: tuple[str, ...] = ()
 
@@ -45,22 +59,21 @@ class PromptRecord:
         if tokenizer is None:
             raise ValueError("the model folder has no tokenizer: give token_ids instead of text")
         template = getattr(tokenizer, "chat_template", None)
+        if self.messages is not None and not template:
+            raise ValueError("messages need a chat template, and this tokenizer has none")
         try:
-            if self.messages is not None and not template:
-                raise ValueError("messages need a chat template, and this tokenizer has none")
             if self.messages is not None or (chat and template):
                 messages = self.messages or [{"role": "user", "content": self.prompt}]
-                text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-                # The template has already written the special tokens.
-                return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+                return encode_messages(tokenizer, messages, continued=self.continue_final_message)
             return list(tokenizer(self.prompt)["input_ids"])
-        except ValueError:
+        # The message names the part of the record.
+        except ContentError:
             raise
         # Templates and tokenizers raise what they like (jinja2 errors, TypeError for lone
-        # surrogates); whatever it is concerns this query alone.
-        except Exception as error:
+        # surrogates, panics); whatever it is concerns this query only.
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise ValueError(
                 f"the text cannot be tokenized ({type(error).__name__}: {error})"
             ) from error
@@ -87,6 +100,12 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(_is_int(token) for token in value)
 
 
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        key.isdecimal() and _is_number(bias) for key, bias in value.items()
+    )
+
+
 def _is_stop(value: Any) -> bool:
     return isinstance(value, str) or (
         isinstance(value, list) and all(isinstance(s, str) or _is_ids(s) for s in value)
@@ -104,8 +123,42 @@ FIELDS = {
     "temperature": (_is_number, "a number"),
     "top_p": (_is_number, "a number"),
     "top_k": (_is_int, "an integer"),
+    "min_p": (_is_number, "a number"),
+    "repetition_penalty": (_is_number, "a number"),
+    "frequency_penalty": (_is_number, "a number"),
+    "presence_penalty": (_is_number, "a number"),
+    "logit_bias": (_is_bias, "an object of token ids and numbers"),
+    "suppress_tokens": (_is_ids, "a list of integers"),
+    "min_new_tokens": (_is_int, "an integer"),
+    "logprobs": (_is_int, "an integer"),
+    "n": (_is_int, "an integer"),
     "seed": (_is_int, "an integer"),
     "stop": (_is_stop, "a string or a list of strings or of token id lists"),
+    "continue_final_message": (lambda v: isinstance(v, bool), "true or false"),
+}
+# Fields of other programs that would change the answer, and what to write instead. To leave them
+# out without a word would be an answer to another question.
+REFUSED = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "num_return_sequences": "n",
+    "top_logprobs": "logprobs",
+    "stop_sequences": "stop",
+    "stop_token_ids": "stop",
+    "do_sample": "temperature",
+    "bad_words_ids": "suppress_tokens",
+    **dict.fromkeys(
+        (
+            *("tools", "tool_choice", "functions", "function_call"),
+            *("images", "image", "image_url", "audio", "videos", "multi_modal_data", "modalities"),
+            *("response_format", "structured_outputs", "guided_json", "guided_regex"),
+            *("guided_choice", "guided_grammar", "grammar", "json_schema"),
+            *("num_beams", "use_beam_search", "beam_width", "best_of", "length_penalty"),
+            *("early_stopping", "no_repeat_ngram_size", "typical_p", "epsilon_cutoff"),
+            *("eta_cutoff", "top_h", "top_a", "tfs", "mirostat", "penalty_alpha"),
+            *("guidance_scale", "bad_words", "ignore_eos", "prompt_logprobs", "echo", "suffix"),
+        )
+    ),
 }
 
 
@@ -126,14 +179,20 @@ def parse_object(data: Any, line: int | None, default_id: str | int) -> PromptRe
             shown = shown if len(shown) <= 60 else shown[:57] + "..."
             record.error = f"{where}{name} must be {FIELDS[name][1]}, got {shown}"
             return record
+    for name, instead in REFUSED.items():
+        if data.get(name):
+            hint = f": use {instead}" if instead else ""
+            record.error = f"{where}{name} is not supported{hint}"
+            return record
     given = [name for name in CONTENT_FIELDS if name in data]
     if len(given) != 1:
         got = " and ".join(given) if given else "none of them"
         record.error = f"{where}expected exactly one of prompt, messages or token_ids, got {got}"
         return record
     setattr(record, given[0], data[given[0]])
+    record.continue_final_message = data.get("continue_final_message")
     record.options = {
-        name: data[name] for name in FIELDS if name in data and name not in (*CONTENT_FIELDS, "id")
+        name: data[name] for name in FIELDS if name in data and name not in _NO_OPTIONS
     }
     stop = record.options.get("stop")
     if stop is not None:
@@ -148,9 +207,14 @@ def read_prompts(lines: Iterable[bytes], *, plain_text: bool) -> list[PromptReco
     Args:
         lines: raw lines, with or without their ends.
         plain_text: take a line that does not begin with `{` as the prompt itself.
+
+    Raises:
+        EncodingError: the text is encoded in UTF-16 or UTF-32, which has no lines of bytes.
     """
     records = []
     for number, raw in enumerate(lines, start=1):
+        if number == 1:
+            _check_encoding(raw)
         try:
             # Editors on Windows put a byte order mark at the beginning of the file.
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -177,6 +241,25 @@ def read_prompts(lines: Iterable[bytes], *, plain_text: bool) -> list[PromptReco
     return records
 
 
+# The mark of UTF-32 begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def _check_encoding(beginning: bytes) -> None:
+    """Refuse what PowerShell and some editors write, once instead of line by line."""
+    encoding = next((name for mark, name in _MARKS.items() if beginning.startswith(mark)), None)
+    # Without a mark every second byte of ASCII is zero.
+    if encoding is None and len(beginning) >= 4 and 0 in beginning[:2]:
+        encoding = "UTF-16"
+    if encoding is not None:
+        raise EncodingError(f"must be encoded in UTF-8, got {encoding}; save it as UTF-8")
+
+
 def read_prompt_file(path: Path) -> list[PromptRecord]:
     """Queries of a file: JSONL by its suffix, otherwise lines of plain text or JSON objects."""
     with path.open("rb") as stream:
@@ -187,37 +270,3 @@ def demo_prompts() -> list[PromptRecord]:
     """The 48 prompts that come with the package."""
     resource = resources.files("baton_engines.cli") / "prompts" / "demo.jsonl"
     return read_prompts(resource.read_bytes().splitlines(), plain_text=False)
-
-
-class ResultWriter:
-    """JSONL records in the order of the prompts, each written once those before it are there.
-
-    The order of finishing depends on policy and machine; the file does not, so two runs can be
-    compared with `diff`.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._waiting: dict[int, dict[str, Any]] = {}
-        self._next = 0
-
-    def put(self, index: int, record: dict[str, Any]) -> None:
-        """Takes the record of the prompt number `index` (from 0)."""
-        self._waiting[index] = record
-        while self._next in self._waiting:
-            self._write(self._waiting.pop(self._next))
-            self._next += 1
-
-    def flush(self) -> None:
-        """Writes what is still held back, for a run that ends early."""
-        for index in sorted(self._waiting):
-            self._write(self._waiting.pop(index))
-
-    def _write(self, record: dict[str, Any]) -> None:
-        try:
-            line = json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            # Lone surrogates exist in JSON strings but not in UTF-8.
-            line = json.dumps(record).encode()
-        self._stream.write(line + b"\n")
-        self._stream.flush()

@@ -34,6 +34,8 @@ def _count(value: float | None) -> str:
 ROWS = (
     ("queries", "queries", _count, 0),
     ("output_tokens", "output tokens", _count, 0),
+    ("steps", "decode steps", _count, 0),
+    ("slot_idle", "idle: slots", _share, 0),
     ("seconds", "wall time", _seconds, -1),
     ("queries_per_second", "queries/s", _number, 1),
     ("output_tokens_per_second", "output tokens/s", _number, 1),
@@ -41,7 +43,6 @@ ROWS = (
     ("ttft_p99", "time to first token, p99", _seconds, -1),
     ("time_per_token_p50", "time per token, p50", _seconds, -1),
     ("time_per_token_p99", "time per token, p99", _seconds, -1),
-    ("slot_idle", "idle: slots", _share, 0),
     ("slot_prefilling", "slots: prefill elsewhere", _share, 0),
     ("prefill_stall", "idle: prefill stall", _share, 0),
     ("joint_padding", "idle: joint-forward padding", _share, 0),

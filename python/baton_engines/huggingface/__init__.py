@@ -6,8 +6,9 @@ Importing this package registers `attn_implementation="baton"`.
 from .adapt import adapt
 from .any_model import AnyModel
 from .attention import register
+from .sharing import unpatch
 from .slot_cache import SlotCache, slot_cache
 
-__all__ = ["AnyModel", "SlotCache", "adapt", "register", "slot_cache"]
+__all__ = ["AnyModel", "SlotCache", "adapt", "register", "slot_cache", "unpatch"]
 
 register()

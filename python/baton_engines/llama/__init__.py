@@ -20,7 +20,13 @@ _EXPORTS = {
     "patch_llama": ".forward",
 }
 
-__all__ = ["ModelLoadError", "PackedBatch", "PatchedLlama", "load_model", "patch_llama"]
+__all__ = [
+    "ModelLoadError",
+    "PackedBatch",
+    "PatchedLlama",
+    "load_model",
+    "patch_llama",
+]
 
 
 def __getattr__(name: str) -> Any:

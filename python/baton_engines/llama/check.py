@@ -5,6 +5,8 @@ Whatever is not supported is refused here, with what is supported, and never com
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -35,7 +37,10 @@ def check_model(model: object) -> None:
             f"patch_llama: model must be a LlamaForCausalLM, got {type(model).__name__}"
         )
     _supported(
-        "model", "a LlamaForCausalLM", type(model).__name__, isinstance(model, LlamaForCausalLM)
+        "model",
+        "a LlamaForCausalLM",
+        f"{_full_name(type(model))}{_advice(type(model))}",
+        isinstance(model, LlamaForCausalLM),
     )
     config = model.config
     tensor_parallel = getattr(config, "pretraining_tp", None)
@@ -69,6 +74,7 @@ def check_model(model: object) -> None:
         1 <= config.num_hidden_layers <= num_layers,
     )
     _check_modules(model)
+    _check_forwards(model)
     _check_parameters(model)
 
 
@@ -87,11 +93,66 @@ def _check_modules(model: LlamaForCausalLM) -> None:
             expected.append((name, getattr(attention, name), nn.Linear))
         for name in ("gate_proj", "up_proj", "down_proj"):
             expected.append((name, getattr(mlp, name), nn.Linear))
+    names = {module: name for name, module in model.named_modules()}
     for name, module, kind in expected:
-        _supported(name, f"a plain {kind.__name__}", type(module).__name__, type(module) is kind)
+        if type(module) is kind:
+            continue
+        where = names.get(module, name)
+        actual = f"{_full_name(type(module))}{_advice(type(module))}"
+        _supported(where, f"a plain {kind.__name__}", actual, False)
+
+
+def foreign_hooks(model: nn.Module) -> Iterator[str]:
+    """The names of modules with a forward hook that the packed pass would not call.
+
+    Those with which transformers itself records hidden states and attentions do not count: they
+    only act in a forward that requests these.
+    """
+    for name, module in model.named_modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if any(is_foreign(hook) for hook in hooks.values()):
+                yield name or "model"
+
+
+def is_foreign(hook: object) -> bool:
+    """Whether a forward hook is the user's and not one of transformers' own recorders."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+
+
+def _check_forwards(model: LlamaForCausalLM) -> None:
+    """What runs besides the modules' own forward methods would be left out without a word."""
+    kind = type(model)
+    _supported(
+        "forward",
+        "that of LlamaForCausalLM",
+        f"one that {_full_name(kind)} overrides",
+        kind.forward is LlamaForCausalLM.forward,
+    )
+    hooked = next(foreign_hooks(model), None)
+    _supported(
+        "modules",
+        "free of forward hooks, which the packed pass does not call",
+        f"a hook on {hooked}; remove it first",
+        hooked is None,
+    )
+    replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    # A forward that hides the model's own is called by the unpatched way in, and comes back.
+    replaced = [name for name in replaced if name]
+    _supported(
+        "modules",
+        "called through the forward of their class",
+        f"another forward on {replaced[0] if replaced else None} "
+        "(accelerate's offloading does that; load the model without device_map)",
+        not replaced,
+    )
 
 
 def _check_parameters(model: LlamaForCausalLM) -> None:
+    for name, parameter in model.named_parameters():
+        kind = type(parameter)
+        _supported(
+            name, "a plain Parameter", f"{_full_name(kind)}{_advice(kind)}", kind is nn.Parameter
+        )
     dtypes = {parameter.dtype for parameter in model.parameters()}
     _supported(
         "dtype of all weights",
@@ -106,6 +167,20 @@ def _check_parameters(model: LlamaForCausalLM) -> None:
         ", ".join(sorted(devices)),
         len(devices) == 1 and "meta" not in devices,
     )
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _advice(kind: type) -> str:
+    """What to do about a class that replaces one of the model's."""
+    package = kind.__module__
+    if package.split(".")[0] == "peft":
+        return "; merge the adapter first: model = model.merge_and_unload()"
+    if any(word in package.lower() for word in ("quant", "bitsandbytes", "torchao", "awq")):
+        return "; load the model with unquantised weights"
+    return ""
 
 
 def _supported(name: str, expected: str, actual: object, is_supported: bool) -> None:

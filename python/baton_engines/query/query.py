@@ -7,6 +7,22 @@ query; everybody else reads it.
 
 from array import array
 from collections.abc import Callable
+from typing import NamedTuple
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of the model's own probabilities, before penalties and temperature.
+
+    Attributes:
+        token: the generated token id.
+        logprob: its logarithm.
+        top: ids and logarithms of the likeliest tokens, as many as `submit` requested, in order.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
 
 ENDED = ("finished", "cancelled", "failed")
 
@@ -29,6 +45,8 @@ class Query:
         token_times: clock seconds of every generated token.
         slot: the row of the cache that holds the query, None outside of one.
         cached: how many tokens have keys and values, in the slot or parked.
+        shared_prompt: SharedPrompt of queries that were submitted together, else None.
+        logprobs: of every generated token, if `submit` requested them, else None.
     """
 
     def __init__(
@@ -38,6 +56,7 @@ class Query:
         *,
         name: object = None,
         on_token: Callable[["Query", int], object] | None = None,
+        on_text: Callable[["Query", str], object] | None = None,
         tokenizer=None,
     ):
         self.id = id
@@ -55,9 +74,13 @@ class Query:
         self.token_times = array("d")
         self.slot: int | None = None
         self.cached = 0
+        self.logprobs: list[TokenLogprobs] | None = None
         # What the relay needs while the query lives; dropped at its end, so that an ended query is
         # tokens and times only.
+        self.shared_prompt = None
         self._on_token = on_token
+        self._on_text = on_text
+        self._pieces = None
         self._sampler = None
         self._stopper = None
         self._parked_kv = None
@@ -81,10 +104,14 @@ class Query:
 
     @property
     def text(self) -> str | None:
-        """The generated text, cut before what stopped it; None when the relay has no tokenizer."""
+        """The generated text, cut before what stopped it; None when the relay has no tokenizer.
+
+        Before the end it holds complete characters only.
+        """
         if self._final_text is not None or self._tokenizer is None:
             return self._final_text
-        return decode_text(self._tokenizer, self.tokens)
+        text = decode_text(self._tokenizer, self.tokens)
+        return text if self.ended else text[: len(text) - unfinished(text)]
 
     def result(self) -> list[int]:
         """The generated tokens of a query that has ended, those before the end if it was cancelled.
@@ -114,8 +141,33 @@ class Query:
         return f"<Query {self.id}{label} {self.status}, {tokens}>"
 
 
-def decode_text(tokenizer, tokens: list[int]) -> str:
-    """The text of `tokens`, special tokens left out: the one way in which a tokenizer is called."""
+def wait_in_order(waiting: dict[int, Query], query: Query) -> None:
+    """Put a query that is nowhere among those that wait, in its order of submission."""
+    query.status = "waiting"
+    in_order = not waiting or next(reversed(waiting)) < query.id
+    waiting[query.id] = query
+    if not in_order:
+        ordered = sorted(waiting.items())
+        waiting.clear()
+        waiting.update(ordered)
+
+
+def decode_text(tokenizer, tokens: list[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of `tokens`: the one way in which a tokenizer is called."""
     # Cleaning up spaces would let a later token change earlier text, and text cut at a stop string
     # could not be trusted.
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer.decode(
+        tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+
+
+# Replacement characters at the end are held back, as the next token may complete what they stand
+# for. Tokenizers with byte fallback show a character or two as one of them per byte; beyond that
+# they are no unfinished text but noise, which must not be decoded over and over again.
+_MAX_UNFINISHED = 16
+
+
+def unfinished(text: str) -> int:
+    """How many characters at the end of decoded text may be the beginning of another one."""
+    count = len(text) - len(text.rstrip("\ufffd"))
+    return 0 if count > _MAX_UNFINISHED else count

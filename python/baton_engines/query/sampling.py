@@ -1,142 +1,294 @@
-"""Choosing the next token: greedy for all rows at once, or drawn with the query's own generator.
+"""Choosing the next token of every row at once: rules on its logits, then greedy or a draw.
 
-A drawn token is a function of its row's logits, the query's parameters and seed, and how many
-tokens the query has drawn: neighbors, slots and pauses do not enter.
+A token is a function of its row's logits, the query's own options, tokens and seed: neighbors,
+slots and pauses do not enter. So everything here is either elementwise or row by row in a fixed
+order, and a draw's random number belongs to the query and the position of the token.
 """
 
-import math
-import operator
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-# Below this a softmax is the arg max in every case that float32 can tell apart, and dividing would
-# overflow.
-_GREEDY_TEMPERATURE = 1e-6
-# Candidates looked at first for top-p: sorting a whole vocabulary costs milliseconds, and the
-# nucleus is nearly always smaller.
-_NUCLEUS_GUESS = 1024
+from .logit_rules import LogitRules, apply_rules
+from .query import Query, TokenLogprobs
+from .sampling_options import SamplingOptions
+
+# Candidates looked at first for top-p and min-p: sorting a whole vocabulary costs milliseconds, and
+# the nucleus is nearly always smaller.
+_GUESS = 256
+# Beyond a row's top-k, for tokens that tie with its last one.
+_TIES = 32
 
 
-def greedy(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """The arg max of every row, and whether all of the row's logits are finite.
+class Choice(NamedTuple):
+    """What became of one row of logits.
 
-    Args:
-        logits: float32 [rows, vocab].
+    Attributes:
+        finite: whether all logits were finite; if not, there is no token.
+        token: the next token.
+        logprobs: what the query wants to know of it, or None.
     """
-    if not len(logits):
-        return [], []
-    low, high = torch.aminmax(logits, dim=-1)
-    finite = torch.isfinite(low) & torch.isfinite(high)
-    return logits.argmax(dim=-1).tolist(), finite.tolist()
 
-
-def candidates(
-    logits: torch.Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that may be drawn and their probabilities: temperature, then top-k, then top-p.
-
-    Args:
-        logits: float32 [vocab], finite.
-        temperature: > 0.
-        top_k: keep the k largest logits and whatever equals the smallest of them; 0 keeps all.
-        top_p: keep a token while the more probable ones sum to less than this; 1.0 keeps all.
-
-    Returns:
-        ids int64 [candidates] and probabilities float32 [candidates], summing to 1.
-    """
-    # The largest logit is taken off first, so that no division by a small temperature overflows at
-    # the top.
-    scores = (logits.float() - logits.max()) / temperature
-    ids = None
-    if 0 < top_k < len(scores):
-        kth = torch.topk(scores, top_k).values[-1]
-        ids = torch.nonzero(scores >= kth).squeeze(1)
-        scores = scores[ids]
-    probabilities = torch.softmax(scores, dim=-1)
-    if top_p < 1.0:
-        order, probabilities = _nucleus(probabilities, top_p)
-        ids = order if ids is None else ids[order]
-        probabilities = probabilities / probabilities.sum()
-    if ids is None:
-        ids = torch.arange(len(scores), device=scores.device)
-    return ids, probabilities
-
-
-def _nucleus(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and values of the fewest largest probabilities that sum to top_p or more."""
-    guess = min(_NUCLEUS_GUESS, len(probabilities))
-    values, order = torch.topk(probabilities, guess)
-    mass = values.double().cumsum(0)
-    if guess < len(probabilities) and mass[-1] < top_p:
-        values, order = torch.sort(probabilities, descending=True, stable=True)
-        mass = values.double().cumsum(0)
-    # A token stays while what stands before it sums to less than top_p; the first one always does.
-    count = 1 + int((mass[:-1] < top_p).sum())
-    return order[:count], values[:count]
+    finite: bool
+    token: int = 0
+    logprobs: TokenLogprobs | None = None
 
 
 class Sampler:
-    """How one query's tokens are chosen.
+    """How one query's tokens are chosen: its options, its random numbers, what it has generated.
 
     Args:
-        temperature: 0 is greedy (as is anything under 1e-6).
-        top_k: 0 for no limit.
-        top_p: in (0, 1].
-        seed: of the query's own generator.
-
-    Raises:
-        ValueError: a parameter out of its range.
-        TypeError: a parameter that is no number.
+        options: SamplingOptions.
+        seed: of the query's own generator; used if the options have none.
+        prompt: token ids, which repetition_penalty counts as seen.
+        eos: ids that end the query, which min_new_tokens holds back.
     """
 
-    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0):
-        self.temperature = _number("temperature", temperature)
-        self.top_p = _number("top_p", top_p)
-        self.top_k = _integer("top_k", top_k)
-        self.seed = _integer("seed", seed)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"submit: temperature must be finite and >= 0, got {temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"submit: top_p must be in (0, 1], got {top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"submit: top_k must be >= 0, got {top_k}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"submit: seed must be in [0, 2**64), got {seed}")
+    def __init__(
+        self,
+        options: SamplingOptions,
+        seed: int = 0,
+        prompt: Sequence[int] = (),
+        eos: Sequence[int] = (),
+    ):
+        self.options = options
+        self.seed = seed if options.seed is None else options.seed
+        self.rules = LogitRules.of(options, prompt, eos)
         # A generator holds 5 kB, so greedy queries and those that still wait have none.
         self._generator: torch.Generator | None = None
+        self._drawn = (-1, 0.0)
 
     @property
     def greedy(self) -> bool:
         """Whether the token is the arg max, which needs no generator."""
-        return self.temperature < _GREEDY_TEMPERATURE
+        return self.options.greedy
 
-    def sample(self, logits: torch.Tensor) -> int:
-        """Draw one token from one row of finite logits, float32 [vocab]."""
+    def draw(self, position: int) -> float:
+        """The random number in [0, 1) for the query's token number `position`.
+
+        Positions are asked for in order; the newest one may be asked for again, as a step is that
+        was interrupted.
+        """
         if self._generator is None:
-            self._generator = torch.Generator().manual_seed(self.seed)
-        ids, probabilities = candidates(
-            logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-        )
-        # One uniform number from the CPU per token, whatever the device: a seed then means the same
-        # everywhere.
-        draw = torch.rand((), generator=self._generator, dtype=torch.float64).item()
-        # float64 sums: in float32 the tail of a large vocabulary would be lost in the rounding.
-        mass = probabilities.double().cumsum(0)
-        total = mass[-1].item()
-        # Rounding could lift the product onto the total, past every candidate.
-        threshold = min(total * draw, math.nextafter(total, 0.0))
-        return int(ids[torch.searchsorted(mass, threshold, right=True)])
+            self._generator = torch.Generator("cpu").manual_seed(self.seed)
+        if position != self._drawn[0]:
+            # From the CPU whatever the device, and whatever torch's default device: a seed means
+            # the same everywhere.
+            number = torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu")
+            self._drawn = (position, number.item())
+        return self._drawn[1]
 
 
-def _number(name: str, value: object) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"submit: {name} must be a number, got {value!r}") from None
+def choose_next(
+    queries: Sequence[Query], ready: Sequence[bool], logits: torch.Tensor
+) -> list[Choice]:
+    """The next token of every query that is ready for one.
+
+    Args:
+        queries: one per row.
+        ready: whether its prompt is complete.
+        logits: float32 [rows, vocab].
+    """
+    if not queries:
+        return []
+    low, high = torch.aminmax(logits, dim=-1)
+    finite = (torch.isfinite(low) & torch.isfinite(high)).tolist()
+    choices = [Choice(is_finite) for is_finite in finite]
+    rows = [row for row, is_finite in enumerate(finite) if is_finite and ready[row]]
+    if not rows:
+        return choices
+    samplers = [queries[row]._sampler for row in rows]
+    own = logits if len(rows) == len(queries) else logits[rows]
+    tokens = choose(samplers, [queries[row].tokens for row in rows], own)
+    for place, row in enumerate(rows):
+        top = samplers[place].options.logprobs
+        logprobs = None if top is None else token_logprobs(own[place], tokens[place], top)
+        choices[row] = Choice(True, tokens[place], logprobs)
+    return choices
 
 
-def _integer(name: str, value: object) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"submit: {name} must be an integer, got {value!r}") from None
+def token_logprobs(logits: torch.Tensor, token: int, top: int) -> TokenLogprobs:
+    """Logarithms of probabilities of one token and of the likeliest ones.
+
+    Args:
+        logits: float32 [vocab], as the model gave them.
+        token: the chosen id.
+        top: how many of the likeliest.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, ids = torch.topk(logprobs, min(top, len(logprobs)))
+    pairs = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token, logprobs[token].item(), pairs)
+
+
+def choose(
+    samplers: Sequence[Sampler], tokens: Sequence[Sequence[int]], logits: torch.Tensor
+) -> list[int]:
+    """The next token of every row.
+
+    Args:
+        samplers: one per row.
+        tokens: what each row's query has generated so far.
+        logits: float32 [rows, vocab], finite.
+    """
+    ruled = [row for row, sampler in enumerate(samplers) if sampler.rules is not None]
+    if ruled:
+        # The logits stay as they are: someone may want to see them.
+        scores = logits.clone() if len(ruled) == len(samplers) else logits[ruled]
+        apply_rules([samplers[row].rules for row in ruled], [tokens[row] for row in ruled], scores)
+        if len(ruled) < len(samplers):
+            where = torch.tensor(ruled, device=logits.device)
+            scores = logits.index_copy(0, where, scores)
+        logits = scores
+    drawn = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
+    chosen = [0] * len(samplers)
+    if len(drawn) < len(samplers):
+        chosen = logits.argmax(dim=-1).tolist()
+    if drawn:
+        numbers = [samplers[row].draw(len(tokens[row])) for row in drawn]
+        options = [samplers[row].options for row in drawn]
+        picked = draw_tokens(logits[drawn], options, numbers)
+        for row, token in zip(drawn, picked, strict=True):
+            chosen[row] = token
+    return chosen
+
+
+def draw_tokens(
+    logits: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
+) -> list[int]:
+    """One token of every row, at the place in its cumulative probability that a number says.
+
+    Args:
+        logits: float32 [rows, vocab]; -inf for what must not be drawn.
+        options: temperature > 0, top_k, top_p and min_p of each row.
+        numbers: in [0, 1), one per row.
+    """
+    restricted = [row for row, option in enumerate(options) if option.restricts]
+    free = [row for row, option in enumerate(options) if not option.restricts]
+    chosen = [0] * len(options)
+    for rows, pick in ((restricted, _draw_restricted), (free, _draw_free)):
+        if rows:
+            scores = _scaled(logits[rows], [options[row] for row in rows])
+            picked = pick(scores, [options[row] for row in rows], [numbers[row] for row in rows])
+            for row, token in zip(rows, picked, strict=True):
+                chosen[row] = token
+    return chosen
+
+
+def candidates(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """All tokens of one row that may be drawn, the likeliest first, and their probabilities.
+
+    Args:
+        logits: float32 [vocab].
+        options: temperature > 0, then top_k (keep the k largest and whatever equals the smallest
+            of them), then top_p (keep a token while the likelier ones sum to less), then min_p
+            (keep a token at least this times as likely as the likeliest).
+
+    Returns:
+        ids int64 [candidates] and probabilities float64 [candidates], summing to 1.
+    """
+    scores = _scaled(logits[None], [options])
+    probabilities = torch.softmax(scores, dim=-1)
+    values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
+    weights = probabilities.gather(1, ids)
+    mass, kept = _keep(values, weights, [options])
+    count = int(kept[0])
+    return ids[0, :count], weights[0, :count].double() / mass[0, count - 1]
+
+
+def _scaled(logits: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.Tensor:
+    # The largest logit is taken off first, so that no division by a small temperature overflows at
+    # the top.
+    temperatures = logits.new_tensor([option.temperature for option in options])
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
+
+
+def _draw_free(
+    scores: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
+) -> list[int]:
+    """From whole vocabularies, in the order of the ids, so that nothing has to be sorted."""
+    # float64 sums: in float32 the tail of a large vocabulary would be lost in the rounding.
+    mass = torch.softmax(scores, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    return _pick(mass, mass[:, -1:], numbers).tolist()
+
+
+def _draw_restricted(
+    scores: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
+) -> list[int]:
+    """From the candidates, in the order of `candidates`: likeliest first, then the lower id."""
+    vocab_size = scores.shape[-1]
+    probabilities = torch.softmax(scores, dim=-1)
+    tokens = [0] * len(options)
+    rows = list(range(len(options)))
+    size = max(option.top_k + _TIES if option.top_k else _GUESS for option in options)
+    while rows:
+        size = min(size, vocab_size)
+        own = [options[row] for row in rows]
+        values, ids = _largest(scores[rows], size)
+        mass, kept = _keep(values, probabilities[rows].gather(1, ids), own)
+        last = kept[:, None] - 1
+        places = _pick(mass, mass.gather(1, last), [numbers[row] for row in rows], kept)
+        found = ids.gather(1, places[:, None]).squeeze(1).tolist()
+        for row, token in zip(rows, found, strict=True):
+            tokens[row] = token
+        if size == vocab_size:
+            break
+        # Where the last candidate ties with the last one looked at, there may be more of them, and
+        # which of the equal ones were found is chance. Such rows look further.
+        at_edge = (values.gather(1, last) <= values[:, -1:]).squeeze(1).tolist()
+        rows = [row for row, is_at_edge in zip(rows, at_edge, strict=True) if is_at_edge]
+        size *= 16
+    return tokens
+
+
+def _largest(scores: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest scores of every row and their ids; of equal ones the lower id comes first."""
+    _, ids = torch.topk(scores, size, dim=-1, sorted=False)
+    ids = ids.sort(dim=-1).values
+    values, order = scores.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
+def _keep(
+    values: torch.Tensor, probabilities: torch.Tensor, options: Sequence[SamplingOptions]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cumulative probabilities float64 of sorted candidates, and how many of each row are kept."""
+    size = values.shape[-1]
+    device = values.device
+    mass = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    ones = torch.ones_like(mass[:, :1])
+    # top_k keeps a beginning of the row.
+    limits = torch.tensor(
+        [min(option.top_k, size) if option.top_k else size for option in options], device=device
+    )
+    kept = (values >= values.gather(1, limits[:, None] - 1)).sum(dim=-1)
+    top_k = torch.tensor([bool(option.top_k) for option in options], device=device)[:, None]
+    # Without top_k all of the vocabulary counts, whose probabilities sum to 1.
+    total = torch.where(top_k, mass.gather(1, kept[:, None] - 1), ones)
+    top_p = mass.new_tensor([option.top_p for option in options])[:, None]
+    # A token stays while what stands before it sums to less than top_p; the first one always does.
+    before = torch.cat([torch.zeros_like(ones), mass[:, :-1]], dim=-1)
+    stays = (before < top_p * total) | (top_p >= 1)
+    min_p = mass.new_tensor([option.min_p for option in options])[:, None]
+    stays &= probabilities.double() >= min_p * probabilities[:, :1].double()
+    stays[:, 0] = True
+    # Both rules keep a beginning of the row, too.
+    return mass, torch.minimum(kept, stays.long().cumprod(dim=-1).sum(dim=-1))
+
+
+def _pick(
+    mass: torch.Tensor,
+    total: torch.Tensor,
+    numbers: Sequence[float],
+    kept: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The first place of every row at which its cumulative probability passes number * total."""
+    share = mass.new_tensor(numbers)[:, None]
+    # Rounding could lift the product onto the total, past every candidate.
+    threshold = torch.minimum(total * share, torch.nextafter(total, torch.zeros_like(total)))
+    places = torch.searchsorted(mass, threshold, right=True).squeeze(1)
+    last = mass.shape[-1] - 1 if kept is None else kept - 1
+    return places.clamp(max=last)

@@ -4,50 +4,87 @@ A string is looked for in text that is decoded token by token, so it is found ac
 and in the middle of a token, and never inside a character that is still incomplete.
 """
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .query import decode_text
-
-# Replacement characters at the end are held back, as the next token may complete what they stand
-# for. Tokenizers with byte fallback show a character or two as one of them per byte; beyond that
-# they are no unfinished text but noise, which must not be decoded over and over again.
-_MAX_UNFINISHED = 16
+from .text import TextDecoder
 
 
-class TextDecoder:
-    """Text of a growing list of tokens, decoded from a short window instead of the beginning.
+class StopText:
+    """The text that stop strings are looked for in, and how much of it the user sees.
 
-    `text` never holds an unfinished character: its bytes are kept back until the next tokens
-    complete it.
+    The two differ where a stop string contains a special token, which the user's text leaves out,
+    and where the tokenizer takes the space off the first word, which a stop string may begin with.
+
+    Args:
+        tokenizer: of Hugging Face.
+        strings: the stop strings.
     """
 
-    def __init__(self, tokenizer):
-        self.text = ""
+    def __init__(self, tokenizer, strings: tuple[str, ...]):
+        special = getattr(tokenizer, "all_special_tokens", ())
         self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._context = 0
-        self._shown = 0
+        self._strings = strings
+        self._shown = TextDecoder(tokenizer)
+        self._all = self._shown
+        if any(token in string for string in strings for token in special):
+            self._all = TextDecoder(tokenizer, skip_special_tokens=False)
+        self._lost_space: str | None = None
+        # Of both texts, how long they are after each token.
+        self._lengths: list[tuple[int, int]] = [(0, 0)]
 
-    def push(self, token: int) -> str:
-        """Add one token and return the text that became final with it."""
-        self._window.append(token)
-        decoded = decode_text(self._tokenizer, self._window)
-        unfinished = len(decoded) - len(decoded.rstrip("\ufffd"))
-        if unfinished > _MAX_UNFINISHED:
-            unfinished = 0
-        final = len(decoded) - unfinished
-        new = decoded[self._shown : final]
-        self._shown = max(self._shown, final)
-        if new and not unfinished:
-            # The last shown tokens stay as context: tokenizers drop or add a space at the first
-            # token they see.
-            self._window = self._window[self._context :]
-            self._context = len(self._window)
-            self._shown = len(decode_text(self._tokenizer, self._window))
-        self.text += new
-        return new
+    @property
+    def text(self) -> str:
+        """What the user sees so far."""
+        return self._shown.text
+
+    @property
+    def lengths(self) -> list[int]:
+        """How long the user's text was before the first token and after each one."""
+        return [shown for _, shown in self._lengths]
+
+    def push(self, token: int) -> int | None:
+        """Add a token; where the user's text ends if it completes a stop string, else None."""
+        if self._lost_space is None:
+            self._lost_space = _lost_space(self._tokenizer, token)
+        new = self._all.push(token)
+        if self._all is not self._shown:
+            self._shown.push(token)
+        self._lengths.append((len(self._all.text), len(self._shown.text)))
+        if not new or not self._strings:
+            return None
+        text = self._lost_space + self._all.text
+        # A match may begin in text of earlier tokens, but it has to end in the new text.
+        begin = max(0, len(text) - len(new) - max(map(len, self._strings)) + 1)
+        found = [index for string in self._strings if (index := text.find(string, begin)) >= 0]
+        return self._shown_length(min(found)) if found else None
+
+    def sure(self) -> int:
+        """How much of the user's text no stop string that is still incomplete can take back."""
+        text = (self._lost_space or "") + self._all.text
+        longest = max(map(len, self._strings), default=0)
+        for begin in range(max(0, len(text) - longest + 1), len(text)):
+            if any(string.startswith(text[begin:]) for string in self._strings):
+                return self._shown_length(begin)
+        return len(self._shown.text)
+
+    def _shown_length(self, index: int) -> int:
+        """From an index into the text that is searched to one into the user's."""
+        index = max(0, index - len(self._lost_space or ""))
+        if self._all is self._shown:
+            return index
+        known, shown = max(pair for pair in self._lengths if pair[0] <= index)
+        return min(shown + index - known, len(self._shown.text))
+
+
+def _lost_space(tokenizer, token: int) -> str:
+    """The space that a decoder takes off a first word, as those of SentencePiece do."""
+    alone, twice = (decode_text(tokenizer, [token] * count) for count in (1, 2))
+    return " " if alone and twice == f"{alone} {alone}" else ""
 
 
 @dataclass
@@ -67,18 +104,21 @@ class Stopper:
     strings: tuple[str, ...] = ()
     tokenizer: object = None
     text: str | None = None
-    _decoder: TextDecoder | None = field(default=None, repr=False)
+    _stop_text: StopText | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if self.strings:
-            self._decoder = TextDecoder(self.tokenizer)
+            self._stop_text = StopText(self.tokenizer, self.strings)
 
     def push(self, tokens: list[int]) -> str | None:
         """Look at the newest of all `tokens` generated so far; "eos", "stop" or None for go on."""
         if tokens[-1] in self.eos:
             return "eos"
-        if self._decoder is not None and self._met_string(self._decoder.push(tokens[-1])):
-            return "stop"
+        if self._stop_text is not None:
+            end = self._stop_text.push(tokens[-1])
+            if end is not None:
+                self.text = self._stop_text.text[:end]
+                return "stop"
         for sequence in self.sequences:
             if tokens[-len(sequence) :] == list(sequence):
                 if self.tokenizer is not None:
@@ -86,15 +126,51 @@ class Stopper:
                 return "stop"
         return None
 
-    def _met_string(self, new: str) -> bool:
-        text = self._decoder.text
-        # A match may begin in text of earlier tokens, but it has to end in the new text.
-        begin = max(0, len(text) - len(new) - max(map(len, self.strings)) + 1)
-        found = [index for string in self.strings if (index := text.find(string, begin)) >= 0]
-        if found and new:
-            self.text = text[: min(found)]
-            return True
-        return False
+    def fresh(self) -> Stopper:
+        """The same conditions, before the first token."""
+        return replace(self, text=None, _stop_text=None)
+
+
+class TextPieces:
+    """The text of a query piece by piece, as it becomes certain.
+
+    A piece holds complete characters, and nothing that a stop string or sequence in the making
+    could take back; together the pieces are `Query.text`.
+
+    Args:
+        stopper: the query's stop conditions; needs a tokenizer. Read.
+    """
+
+    def __init__(self, stopper: Stopper):
+        self._sequences = stopper.sequences
+        self._stop_text = StopText(stopper.tokenizer, stopper.strings)
+        self._tokens: list[int] = []
+        self._given = 0
+
+    def push(self, token: int) -> str:
+        """Add a token that did not end the query; the text that became certain with it."""
+        self._tokens.append(token)
+        self._stop_text.push(token)
+        sure = self._stop_text.sure()
+        held = max((self._beginning(sequence) for sequence in self._sequences), default=0)
+        sure = min(sure, self._stop_text.lengths[-1 - held])
+        return self._give(self._stop_text.text, sure)
+
+    def finish(self, text: str) -> str:
+        """What is left of the whole text of a query that has ended."""
+        return self._give(text, len(text))
+
+    def _beginning(self, sequence: tuple[int, ...]) -> int:
+        """How many of the newest tokens are the beginning of a sequence."""
+        for count in range(min(len(sequence) - 1, len(self._tokens)), 0, -1):
+            if tuple(self._tokens[-count:]) == sequence[:count]:
+                return count
+        return 0
+
+    def _give(self, text: str, end: int) -> str:
+        piece = text[self._given : end]
+        self._given = max(self._given, end)
+        return piece
 
 
 def make_stopper(eos: int | Iterable[int] | None, stop: object, tokenizer=None) -> Stopper:

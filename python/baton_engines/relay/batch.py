@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..policies import Policy
-from ..query import Query
-from ..query.errors import drop_tracebacks, explained
+from ..query import Query, wait_in_order
+from ..query.callbacks import call, give_text
+from ..query.errors import drop_tracebacks, explained, is_failure
+from ..query.sampling import Choice, choose_next
 from ..slots import Row, Slots
 from .counters import Counters, Timeline
 
@@ -72,11 +74,7 @@ class Batch:
 
     def wait(self, query: Query) -> None:
         """Put a query that is nowhere among those that wait, in its order of submission."""
-        query.status = "waiting"
-        in_order = not self.waiting or next(reversed(self.waiting)) < query.id
-        self.waiting[query.id] = query
-        if not in_order:
-            self.waiting = dict(sorted(self.waiting.items()))
+        wait_in_order(self.waiting, query)
 
     def admit(self, query: Query) -> None:
         """Let a waiting query run; it has no row yet."""
@@ -155,6 +153,7 @@ class Batch:
         if query._stopper is not None:
             query._final_text = query._stopper.text
         query._sampler = query._stopper = query._on_token = None
+        query._on_text = query._pieces = query.shared_prompt = None
         self.timeline.end(query.id, query.finished)
         setattr(self.counters, status, getattr(self.counters, status) + 1)
         self.on_end(query)
@@ -171,26 +170,37 @@ class Batch:
         """Call what only this query needs: (True, result), or (False, None) and it has failed."""
         try:
             return True, function(*args)
-        except Exception as cause:
+        except BaseException as cause:
+            if not is_failure(cause):
+                raise
             self.fail(
                 query,
                 explained(f"{what} of query {query.id} must not raise, got {cause!r}", cause),
             )
             return False, None
 
-    def take(
-        self,
-        rows: Sequence[Row],
-        logits: torch.Tensor,
-        tokens: Sequence[int],
-        finite: Sequence[bool],
-    ) -> None:
+    def choose(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Choice]:
+        """The next token of every row whose prompt is complete; a query whose options cannot be
+        followed fails."""
+        queries = [row.query for row in rows]
+        ready = [row.count >= row.query.prompt_left for row in rows]
+        try:
+            return choose_next(queries, ready, logits)
+        except Exception as error:
+            _log.info("choosing tokens of %d rows failed", len(rows), exc_info=error)
+        choices = []
+        for query, is_ready, own in zip(queries, ready, logits.split(1), strict=True):
+            done, result = self.attempt(query, "sampling", choose_next, [query], [is_ready], own)
+            choices.append(result[0] if done else Choice(False))
+        return choices
+
+    def take(self, rows: Sequence[Row], logits: torch.Tensor, choices: Sequence[Choice]) -> None:
         """Give every row whose prompt is complete its next token.
 
         Args:
             rows: what was computed.
             logits: float32 [rows, vocab], those after the last token of every row.
-            tokens, finite: of every row, see `greedy`.
+            choices: what `choose` made of them.
         """
         complete = [row.count >= row.query.prompt_left for row in rows]
         for row, done in zip(rows, complete, strict=True):
@@ -200,12 +210,28 @@ class Batch:
         for index, row in enumerate(rows):
             # A callback of another row may have cancelled or preempted this one.
             if complete[index] and row.query.status == "running":
-                self._take_one(row.query, logits[index], tokens[index], finite[index])
+                if choices[index].finite:
+                    self._share_prompt(row.query, logits[index])
+                # Their callbacks may have done the same.
+                if row.query.status == "running":
+                    self._take_one(row.query, logits[index], choices[index])
 
-    def _take_one(self, query: Query, logits: torch.Tensor, token: int, finite: bool) -> None:
+    def _share_prompt(self, query: Query, logits: torch.Tensor) -> None:
+        """Give the queries with the same prompt their first tokens; they copy its row later."""
+        shared = query.shared_prompt
+        if shared is None or shared.ready or shared.leader is not query:
+            return
+        others = shared.offer()
+        rows = [Row(other, 1) for other in others]
+        choices = self.choose(rows, logits.repeat(len(rows), 1))
+        for other, choice in zip(others, choices, strict=True):
+            if not other.ended:
+                self._take_one(other, logits, choice)
+
+    def _take_one(self, query: Query, logits: torch.Tensor, choice: Choice) -> None:
         if self.on_logits is not None:
             self.on_logits(query, logits)
-        if not finite:
+        if not choice.finite:
             self.fail(
                 query,
                 FloatingPointError(
@@ -214,33 +240,35 @@ class Batch:
                 ),
             )
             return
-        if not query._sampler.greedy:
-            done, token = self.attempt(query, "sampling", query._sampler.sample, logits)
-            if not done:
-                return
-        self._record(query, token)
+        self._record(query, choice)
         done, reason = self.attempt(query, "tokenizer", query._stopper.push, query.tokens)
         if done and reason is None and len(query.tokens) == query.max_new_tokens:
             reason = "length"
         try:
             if query._on_token is not None:
-                self.attempt(query, "on_token", query._on_token, query, token)
+                self.attempt(query, "on_token", call, query._on_token, query, choice.token)
+            if query._on_text is not None:
+                self.attempt(query, "on_text", give_text, query, reason is not None)
         finally:
             # Whatever a callback does, Ctrl-C included: a query gets no token after its last one.
             if reason is not None and not query.ended:
                 self.end(query, "finished", reason)
 
-    def _record(self, query: Query, token: int) -> None:
+    def _record(self, query: Query, choice: Choice) -> None:
         now = self.clock()
         query.cached += 1
         if query.tokens:
             self.counters.time_per_token.add(now - query.token_times[-1])
         else:
             query.first_token = now
-            self.counters.prefills += 1
             self.counters.time_to_first_token.add(now - query.submitted)
-            self.timeline.begin(query.id, query.slot, "decode", now)
-        query.tokens.append(token)
+            # A query that shares another one's prompt has its first token before it has a row.
+            if query.slot is not None:
+                self.counters.prefills += 1
+                self.timeline.begin(query.id, query.slot, "decode", now)
+        query.tokens.append(choice.token)
+        if choice.logprobs is not None:
+            query.logprobs.append(choice.logprobs)
         query.token_times.append(now)
         self.counters.output_tokens += 1
 

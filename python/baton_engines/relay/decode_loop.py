@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from ..policies import Forward, Plan, View
-from ..query.sampling import greedy
+from ..query.shared_prompt import is_held_back
 from ..slots import Row
 from .autoscale import Autoscale
 from .batch import Batch
@@ -104,7 +104,7 @@ class DecodeLoop:
     def _view(self, now: float, more_to_come: bool) -> View:
         batch, slots = self.batch, self.batch.slots
         return View(
-            waiting=batch.waiting.values(),
+            waiting=[query for query in batch.waiting.values() if not is_held_back(query)],
             running=batch.running.values(),
             num_slots=slots.num_slots,
             capacity=slots.capacity,
@@ -166,14 +166,14 @@ class DecodeLoop:
         computed, logits = self._compute(rows, forward.padded)
         if not computed:
             return True
-        choices = greedy(logits)
+        choices = batch.choose(computed, logits)
         now = batch.clock()
         # Rows that were tried alone, because one of them failed, had no padding.
         padded = forward.padded and computed == rows
         self._count(computed, padded, len(stalled), now - begin)
         for query in stalled:
             batch.timeline.begin(query.id, query.slot, "decode", now)
-        batch.take(computed, logits, *choices)
+        batch.take(computed, logits, choices)
         return True
 
     def _rows(self, forward: Forward) -> list[Row]:

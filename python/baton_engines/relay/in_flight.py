@@ -15,7 +15,6 @@ from ..policies import Forward
 from ..prefill import Job, Prefiller
 from ..query import Query
 from ..query.errors import drop_tracebacks
-from ..query.sampling import greedy
 from ..slots import Row
 from .batch import Batch
 
@@ -180,7 +179,7 @@ class InFlight:
         counters.prompt_tokens += sum(row.count for row in rows)
         counters.columns_read += sum(row.count for row in rows)
         logits = trip.job.prefilled.logits[entered]
-        batch.take(rows, logits, *greedy(logits))
+        batch.take(rows, logits, batch.choose(rows, logits))
 
 
 def _set_num_threads(count: int) -> None:

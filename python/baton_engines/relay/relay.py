@@ -11,38 +11,40 @@ from __future__ import annotations
 import contextlib
 import operator
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 from weakref import WeakValueDictionary
 
 from baton_kernels.batch_shape import checked_int
 
 from .. import policies
 from ..prefill import Prefiller
-from ..prefill import get as get_prefiller
 from ..query import Query
-from ..slots import Slots
-from .autoscale import Autoscale
-from .batch import Batch
-from .counters import Counters, Span, Timeline
-from .decode_loop import DecodeLoop
-from .in_flight import InFlight
-from .submission import MODEL_EOS, Limits, fill_query
+from ..query.callbacks import give_text
+from ..query.shared_prompt import SharedPrompt
+from .opening import open_loop
+from .state import RelayState
+from .streams import text_of, tokens_of
+from .submission import MODEL_EOS, fill_query
 
 __all__ = ["Query", "Relay"]
 
 
-class Relay:
+class Relay(RelayState):
     """Generates for many queries on one model, each as if it were alone.
 
     Args:
-        model: a causal language model of transformers, in use until `close` through `patch_llama`
-            where that supports it, else through `AnyModel`; or a handle of either.
+        model: a causal language model of transformers, in use through `patch_llama` where that
+            supports it, else through `AnyModel`, until the last relay on it is closed or dropped;
+            or a handle of either.
         num_slots: int, at least 1; the most queries that run at a time.
         capacity: int, at least 1; the most tokens of a query, prompt and answer together. Default:
             the model's `max_position_embeddings`.
         policy: one of `policies.NAMES`, or a `Policy` object that no other relay uses.
-        tokenizer: of Hugging Face; for stop strings and `Query.text`.
+        tokenizer: of Hugging Face; for stop strings, `Query.text` and streams of text.
+        generation_config: a transformers GenerationConfig instead of the model's own; what it
+            leaves unset stays unset.
         aligned: keep all rows ending in one column, as the paper does: same results, more copies.
         prefill: where newcomers' prompts are computed, one of `prefill.NAMES`, or a `Prefiller`
             that no other relay uses. "serial": here, between two steps. "overlapped": by a thread
@@ -68,6 +70,7 @@ class Relay:
     Raises:
         ValueError: num_slots, capacity or kv_budget is below 1, max_slots below num_slots, or there
             is no such policy, shaping or prefill mode, or they do not go with the kind of cache.
+        NotImplementedError: the generation config has a setting that only `generate` knows.
         Exception: what `huggingface.adapt` raises for a model that cannot be computed exactly.
 
     Source: BATON, dynamic re-batching.
@@ -81,6 +84,7 @@ class Relay:
         policy: str | policies.Policy = "baton",
         *,
         tokenizer=None,
+        generation_config=None,
         aligned: bool = False,
         shaping: str = "in_place",
         kv_budget: int | None = None,
@@ -89,49 +93,30 @@ class Relay:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.policy = policies.get(policy)
-        autoscale = None
-        if max_slots is not None:
-            max_slots = checked_int("Relay", "max_slots", max_slots, num_slots)
-            autoscale = Autoscale(num_slots, max_slots)
-        if kv_budget is not None:
-            kv_budget = checked_int("Relay", "kv_budget", kv_budget, 1)
         self.more_to_come = False
         self._clock = clock
         self._tokenizer = tokenizer
         self._undo = contextlib.ExitStack()
-        if not hasattr(model, "new_cache"):
-            # Here and not above: a handle of another kind needs no transformers.
-            from ..huggingface import adapt
-
-            model = self._undo.enter_context(adapt(model))
         try:
-            limits = Limits.of_model(model, capacity)
-            slots = Slots(
+            self._limits, self._batch, self._loop = open_loop(
                 model,
-                num_slots,
-                limits.capacity,
+                self.policy,
+                self._undo,
+                num_slots=num_slots,
+                capacity=capacity,
+                tokenizer=tokenizer,
+                generation_config=generation_config,
                 aligned=aligned,
                 shaping=shaping,
-                padded=self.policy.pads,
                 kv_budget=kv_budget,
+                max_slots=max_slots,
+                prefill=prefill,
+                clock=clock,
+                on_end=self._note_end,
             )
-            if slots.whole_prompts and self.policy.splits_prompts:
-                raise ValueError(
-                    f"Relay: policy must compute prompts whole in an aligned cache and under "
-                    f"dynamic RoPE, got {self.policy.name}, which splits them"
-                )
-            prefiller = get_prefiller(prefill)
-            prefiller.open(model)
-            # Before the patch is undone: the workers use it.
-            self._undo.callback(prefiller.close)
         except BaseException:
             self._undo.close()
             raise
-        self._limits = replace(
-            limits, kv_budget=kv_budget, bytes_per_token=slots.cache.bytes_per_token
-        )
-        self._batch = Batch(slots, self.policy, clock, self._note_end)
-        self._loop = DecodeLoop(self._batch, InFlight(self._batch, prefiller), autoscale)
         self._next_id = 0
         # Ended queries that `run` has not returned. Weak, so that a server that never calls `run`
         # keeps none of them alive; `_held` has those of the current `run`, and those that have
@@ -140,79 +125,65 @@ class Relay:
         self._held: list[Query] = []
         self._holding = False
         self._closed = False
-
-    @property
-    def cache(self):
-        """The KVCache, for reading."""
-        return self._batch.slots.cache
-
-    @property
-    def counters(self) -> Counters:
-        """What the relay has done."""
-        return self._batch.counters
-
-    @property
-    def num_slots(self) -> int:
-        """The most queries that run at a time."""
-        return self._batch.slots.num_slots
-
-    @property
-    def waiting(self) -> tuple[Query, ...]:
-        """Queries that wait for a slot, in order of submission."""
-        return tuple(self._batch.waiting.values())
-
-    @property
-    def running(self) -> tuple[Query, ...]:
-        """Queries in the batch, in order of admission."""
-        return tuple(self._batch.running.values())
-
-    @property
-    def parked(self) -> tuple[Query, ...]:
-        """Preempted queries that wait for `resume`."""
-        return tuple(self._batch.parked.values())
-
-    @property
-    def parked_bytes(self) -> int:
-        """Bytes of the keys and values in host memory."""
-        return self._batch.slots.parked_bytes
-
-    @property
-    def timeline(self) -> list[Span]:
-        """Who held which slot when, a span split by each stall; the newest 16384 spans."""
-        return self._batch.timeline.spans(self._clock())
+        # A relay that is dropped leaves no patch behind. At the end of the program nobody minds.
+        weakref.finalize(self, self._undo.close).atexit = False
 
     def submit(
         self,
         token_ids,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         priority: float = 0.0,
         eos=MODEL_EOS,
-        stop=(),
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        stop=None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        suppress_tokens: Iterable[int] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
         seed: int | None = None,
         on_token: Callable[[Query, int], object] | None = None,
+        on_text: Callable[[Query, str], object] | None = None,
         name: object = None,
     ) -> Query:
         """Add a query to those that wait.
 
+        Options that are None are those of the generation config, as for `generate`; where it says
+        nothing, they change nothing, and the likeliest token is chosen.
+
         Args:
             token_ids: the prompt; integers, or a 1-D tensor or array of them.
-            max_new_tokens: >= 1; prompt and answer together must fit the capacity and the budget.
+            max_new_tokens: >= 1, 128 if nobody says; prompt and answer together must fit the
+                capacity and the budget.
             priority: finite; what the admission "priority" goes by, more before less.
             eos: an id, several, or None to go on after an end-of-sequence token; default: the
-                model's.
+                model's, the tokenizer's, and the one that ends a turn in its chat template.
             stop: a string or an id, or an iterable of strings, sequences of ids and single ids;
                 strings need the relay's tokenizer. What matched stays in `Query.tokens` and is cut
                 from `Query.text`.
-            temperature: 0 is greedy.
-            top_p, top_k: as in Hugging Face; 1.0 and 0 keep all.
+            temperature: 0 is greedy. One that is given overrides a config that says to sample.
+            top_p, top_k, min_p: as in Hugging Face; 1.0, 0 and 0.0 keep all.
+            repetition_penalty: as in Hugging Face, for tokens of prompt and answer; 1.0 is none.
+            frequency_penalty, presence_penalty: taken off the logits of the answer's tokens, per
+                occurrence and once.
+            logit_bias: what is added to the logits of some token ids.
+            suppress_tokens: ids that are never chosen.
+            min_new_tokens: no end-of-sequence id is chosen before that many tokens.
+            logprobs: 0 to 100; record every token's logarithm of its probability in
+                `Query.logprobs`, and those of the likeliest tokens, this many.
             seed: of the query's own random numbers; default: the query's id, so that a program
                 repeats itself.
             on_token: called with the query and each generated token, once per token. If it raises,
-                the query fails.
+                the query fails. It must not be async.
+            on_text: called likewise with each piece of text that has become certain: complete
+                characters, and nothing that a stop string could still take back. All pieces
+                together are `Query.text`.
             name: kept as `Query.name`.
 
         Returns:
@@ -225,7 +196,12 @@ class Relay:
         if self._closed:
             raise RuntimeError("submit: relay must be open, got a closed one")
         query = Query(
-            self._next_id, self._clock(), name=name, on_token=on_token, tokenizer=self._tokenizer
+            self._next_id,
+            self._clock(),
+            name=name,
+            on_token=on_token,
+            on_text=on_text,
+            tokenizer=self._tokenizer,
         )
         self._next_id += 1
         self.counters.submitted += 1
@@ -238,10 +214,20 @@ class Relay:
                 priority=priority,
                 eos=eos,
                 stop=stop,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
+                sampling={
+                    "temperature": temperature,
+                    "top_p": top_p,
+                    "top_k": top_k,
+                    "min_p": min_p,
+                    "repetition_penalty": repetition_penalty,
+                    "frequency_penalty": frequency_penalty,
+                    "presence_penalty": presence_penalty,
+                    "logit_bias": logit_bias,
+                    "suppress_tokens": suppress_tokens,
+                    "min_new_tokens": min_new_tokens,
+                    "logprobs": logprobs,
+                    "seed": seed,
+                },
             )
         except Exception as error:
             self._batch.fail(query, error)
@@ -249,6 +235,34 @@ class Relay:
         else:
             self._batch.wait(query)
         return query
+
+    def submit_n(
+        self, token_ids, n: int, *, seed: int | None = None, **options: Any
+    ) -> list[Query]:
+        """Add n queries with one prompt, which is computed once; the others copy its row.
+
+        Args:
+            token_ids: the prompt.
+            n: >= 1.
+            seed: of the first query, the next one has seed + 1, and so on; default: as in `submit`.
+            options: see `submit`. Greedy queries all have the same answer.
+
+        Returns:
+            The queries.
+
+        Raises:
+            ValueError: n is below 1.
+            RuntimeError: the relay is closed.
+        """
+        n = checked_int("submit_n", "n", n, 1)
+        queries = [
+            self.submit(token_ids, seed=None if seed is None else seed + index, **options)
+            for index in range(n)
+        ]
+        alive = [query for query in queries if not query.ended]
+        if len(alive) > 1:
+            SharedPrompt(alive)
+        return queries
 
     def step(self) -> bool:
         """One iteration: admit, prefill newcomers, one decode step of all running queries.
@@ -300,28 +314,31 @@ class Relay:
             Exception: the query's error when it fails, after its last token.
             RuntimeError: the query is parked and nothing else is left to do.
         """
-        given = 0
-        while True:
-            while given < len(query.tokens):
-                yield query.tokens[given]
-                given += 1
-            if query.ended:
-                break
-            self._between_steps("stream")
-            self._held.clear()
-            if not self._loop.iterate() and not query.ended:
-                raise RuntimeError(
-                    f"stream: query {query.id} must be resumed to go on, "
-                    f"got status {query.status!r}"
-                )
-        if query.error is not None:
-            raise query.error.with_traceback(None)
+        return tokens_of(query, lambda: self._step_for(query))
+
+    def stream_text(self, query: Query) -> Iterator[str]:
+        """The query's text in pieces, as it becomes certain; steps the relay as `stream` does.
+
+        A piece holds complete characters, and nothing that a stop string in the making could take
+        back; together they are `Query.text`.
+
+        Raises:
+            ValueError: the relay has no tokenizer.
+            Exception: see `stream`.
+        """
+        if self._tokenizer is None:
+            raise ValueError("stream_text: relay must have a tokenizer, got none")
+        return text_of(query, self._tokenizer, lambda: self._step_for(query))
 
     def cancel(self, query: Query) -> bool:
         """End the query now, without another token, and free its slot. False if it had ended."""
         if self._batch.place(query) is None:
             return False
-        self._batch.end(query, "cancelled", "cancelled")
+        if query._on_text is not None:
+            # What was held back, as the text ends here.
+            self._batch.attempt(query, "on_text", give_text, query, True)
+        if not query.ended:
+            self._batch.end(query, "cancelled", "cancelled")
         return True
 
     def preempt(self, query: Query) -> bool:
@@ -360,18 +377,6 @@ class Relay:
             raise ValueError(f"resize: num_slots must be >= 1, got {num_slots}")
         self._batch.resize(num_slots)
 
-    def reset_counters(self) -> None:
-        """Start counters and timeline anew, for a measurement after a warm-up."""
-        self._batch.counters = Counters()
-        self._batch.timeline = Timeline()
-
-    def summary(self) -> dict:
-        """Policy, prefill mode, slots, rates, latencies in seconds, the idle split and all
-        counters, by name."""
-        mode = self._loop.in_flight.prefiller.name
-        about = {"policy": self.policy.name, "prefill": mode, "num_slots": self.num_slots}
-        return {**about, **self.counters.summary()}
-
     def close(self) -> None:
         """Cancel what has not ended, give the cache's memory back, undo the relay's own patch."""
         self._between_steps("close")
@@ -382,6 +387,15 @@ class Relay:
         self._closed = True
         batch.slots.cache.release()
         self._undo.close()
+
+    def _step_for(self, query: Query) -> None:
+        """One iteration for the one who listens to a query."""
+        self._between_steps("stream")
+        self._held.clear()
+        if not self._loop.iterate() and not query.ended:
+            raise RuntimeError(
+                f"stream: query {query.id} must be resumed to go on, got status {query.status!r}"
+            )
 
     def _between_steps(self, where: str) -> None:
         if self._loop.stepping:

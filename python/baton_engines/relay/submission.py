@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from ..query import Query
+from ..query.callbacks import check_callback
+from ..query.chat import end_of_turn
+from ..query.generation_defaults import GenerationDefaults
 from ..query.sampling import Sampler
-from ..query.stopping import make_stopper
+from ..query.sampling_options import make_options
+from ..query.stopping import TextPieces, make_stopper
 
 # Stands for the model's own end-of-sequence ids, which None could not: None is to have none.
 MODEL_EOS = "model"
@@ -21,30 +26,45 @@ class Limits:
     Attributes:
         capacity: the most tokens of a query.
         vocab_size: token ids are below this.
-        eos: the model's end-of-sequence ids.
+        defaults: what the model's generation config and the tokenizer say.
         kv_budget: the most bytes of keys and values, None without a bound.
         bytes_per_token: of one token's keys and values.
     """
 
     capacity: int
     vocab_size: int
-    eos: tuple[int, ...]
+    defaults: GenerationDefaults
     kv_budget: int | None = None
     bytes_per_token: int = 0
 
     @classmethod
-    def of_model(cls, handle, capacity: int | None) -> Limits:
-        """The limits of a `PatchedLlama` and a capacity, by default the model's longest input."""
+    def of_model(
+        cls, handle, capacity: int | None, tokenizer=None, generation_config=None
+    ) -> Limits:
+        """The limits of a `PatchedLlama` and a capacity, by default the model's longest input.
+
+        Args:
+            handle: `PatchedLlama`.
+            capacity: in tokens, or None.
+            tokenizer: whose end-of-sequence token, and end of the assistant's turn, end a query,
+                too.
+            generation_config: instead of the model's own.
+
+        Raises:
+            NotImplementedError: see `GenerationDefaults.of`.
+        """
         config = handle.model.config
         if capacity is None:
             capacity = config.max_position_embeddings
-        generation = getattr(handle.model, "generation_config", None)
-        eos = getattr(generation, "eos_token_id", None)
-        if eos is None:
-            eos = config.eos_token_id
-        if eos is None:
-            eos = ()
-        return cls(capacity, handle.vocab_size, (eos,) if isinstance(eos, int) else tuple(eos))
+        if generation_config is None:
+            generation_config = getattr(handle.model, "generation_config", None)
+        defaults = GenerationDefaults.of(generation_config, config.eos_token_id)
+        own = ()
+        if tokenizer is not None:
+            own = (getattr(tokenizer, "eos_token_id", None), end_of_turn(tokenizer))
+        own = [id for id in own if isinstance(id, int) and id < handle.vocab_size]
+        defaults = replace(defaults, eos=tuple(dict.fromkeys((*defaults.eos, *own))))
+        return cls(capacity, handle.vocab_size, defaults)
 
 
 def fill_query(
@@ -52,22 +72,28 @@ def fill_query(
     limits: Limits,
     *,
     token_ids,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     priority: float,
     eos,
     stop,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
+    sampling: Mapping[str, object],
 ) -> None:
     """Check everything and set the query up.
+
+    Args:
+        query: a new one. Written.
+        limits: of the model and the cache.
+        token_ids, max_new_tokens, priority, eos, stop: see `Relay.submit`.
+        sampling: the other options, by the names of `SamplingOptions`.
 
     Raises:
         ValueError, TypeError: what is wrong with the query.
     """
+    defaults = limits.defaults
     query.prompt = _prompt(token_ids, limits.vocab_size)
-    query.max_new_tokens = _count(max_new_tokens)
+    query.max_new_tokens = _count(
+        defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
+    )
     total = len(query.prompt) + query.max_new_tokens
     if total > limits.capacity:
         raise ValueError(
@@ -81,11 +107,18 @@ def fill_query(
             f"got {len(query.prompt)} + {query.max_new_tokens} with up to {needed} bytes"
         )
     query.priority = _priority(priority)
-    if query._on_token is not None and not callable(query._on_token):
-        raise TypeError(f"submit: on_token must be callable, got {query._on_token!r}")
-    eos = limits.eos if isinstance(eos, str) and eos == MODEL_EOS else eos
+    check_callback("on_token", query._on_token)
+    check_callback("on_text", query._on_text)
+    eos = defaults.eos if isinstance(eos, str) and eos == MODEL_EOS else eos
+    stop = defaults.stop if stop is None else stop
     query._stopper = make_stopper(eos, stop, query._tokenizer)
-    query._sampler = Sampler(temperature, top_k, top_p, query.id if seed is None else seed)
+    if query._on_text is not None:
+        if query._tokenizer is None:
+            raise ValueError("submit: on_text must be None when the relay has no tokenizer")
+        query._pieces = TextPieces(query._stopper)
+    options = make_options(limits.vocab_size, defaults.fill(sampling, len(query.prompt)))
+    query._sampler = Sampler(options, query.id, query.prompt, query._stopper.eos)
+    query.logprobs = None if options.logprobs is None else []
 
 
 def _prompt(token_ids, vocab_size: int) -> list[int]:

@@ -5,7 +5,7 @@ The cache may run ahead of a query by one forward: columns are reserved before t
 just run again, into the same columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ import baton_kernels
 
 from ..llama.packed_batch import PackedBatch
 from ..query import Query
+from ..query.shared_prompt import SharedPrompt
 from .concatenated_cache import ConcatenatedCache
 
 # How an aligned cache stays aligned when a row enters or leaves: the rows that must move do, or all
@@ -97,6 +98,10 @@ class Slots:
 
     def enter(self, query: Query, length: int) -> None:
         """Give the query a free row of `length` tokens, which begins with what it had parked."""
+        shared = query.shared_prompt
+        if shared is not None and shared.ready and query.id in shared.pending:
+            self._copy_shared(query, shared, length)
+            return
         if query._parked_kv is None:
             query.slot = self.cache.allocate(length)
             return
@@ -145,6 +150,9 @@ class Slots:
     def leave(self, query: Query) -> None:
         """Free the query's row, if it has one, and forget its keys and values."""
         self._drop_parked(query)
+        if query.shared_prompt is not None:
+            self._keep_shared(query, query.shared_prompt)
+            self._take_from(query.shared_prompt, query)
         if query.slot is not None:
             self.cache.free(query.slot)
             query.slot = None
@@ -153,6 +161,8 @@ class Slots:
         """Copy the query's row to host memory and free it."""
         if query.slot is None:
             return
+        if query.shared_prompt is not None:
+            self._keep_shared(query, query.shared_prompt)
         if query.cached:
             # A row that lags has one token more than counts; it is computed again after the return.
             key, value = (
@@ -163,6 +173,39 @@ class Slots:
             self.parking_bytes += _bytes_of(query)
         self.cache.free(query.slot)
         query.slot = None
+
+    def _copy_shared(self, query: Query, shared: SharedPrompt, length: int) -> None:
+        """A row that begins with the prompt which another query has computed."""
+        if shared.lost is not None:
+            raise shared.lost
+        if shared.parked is None:
+            query.slot = self.cache.copy_row(shared.leader.slot, length=length)
+        else:
+            query.slot = self._insert(*shared.parked, query.cached, length)
+            self.parking_bytes += _num_bytes(shared.parked)
+        self._take_from(shared, query)
+
+    def _keep_shared(self, query: Query, shared: SharedPrompt) -> None:
+        """Copy the prompt to host memory before its row is freed, if others still need it."""
+        is_needed = shared.ready and shared.pending and shared.parked is None
+        if query is not shared.leader or query.slot is None or not is_needed:
+            return
+        tokens = len(query.prompt)
+        try:
+            key, value = (tensor[:, :tokens].cpu() for tensor in self.cache.extract(query.slot))
+            shared.parked = (key.contiguous(), value.contiguous())
+        except (MemoryError, RuntimeError) as error:
+            shared.lost = error
+            return
+        self.parked_bytes += _num_bytes(shared.parked)
+        self.parking_bytes += _num_bytes(shared.parked)
+
+    def _take_from(self, shared: SharedPrompt, query: Query) -> None:
+        """The query needs the shared prompt no more; the last one lets go of it."""
+        shared.pending.pop(query.id, None)
+        if not shared.pending and shared.parked is not None:
+            self.parked_bytes -= _num_bytes(shared.parked)
+            shared.parked = None
 
     def relocate(self, query: Query) -> None:
         """Move the query's row to the lowest free slot, with the columns that do not count yet."""
@@ -219,4 +262,8 @@ class Slots:
 
 def _bytes_of(query: Query) -> int:
     """Of the keys and values that the query has parked."""
-    return sum(tensor.nbytes for tensor in query._parked_kv or ())
+    return _num_bytes(query._parked_kv or ())
+
+
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,97 @@
+"""The one place where a command's errors become a line for the user and an exit code.
+
+2: the command line asks for something that cannot be; 1: queries failed, or the run did.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..query.errors import is_failure
+from .results_io import OutputError
+
+USAGE = 2
+FAILED = 1
+_INTERRUPTED = 130
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+# Typer's own errors know how to show themselves. It has brought its own click along for some
+# versions, so the class is found by its name.
+_SHOWN_BY_TYPER = (
+    typer.Exit,
+    typer.Abort,
+    *(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"),
+)
+_show_tracebacks = False
+
+
+class CommandError(Exception):
+    """Ends a command with a message and an exit code."""
+
+    def __init__(self, message: str, code: int = USAGE) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def show_tracebacks(shown: bool) -> None:
+    """Whether errors come with the place they came from, for a report of a bug."""
+    global _show_tracebacks
+    _show_tracebacks = shown
+
+
+def reported(command: _Command) -> _Command:
+    """A command whose every error becomes one line on standard error and an exit code."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        # A reader that has gone away, as `head` does, is no error of ours.
+        except (*_SHOWN_BY_TYPER, BrokenPipeError):
+            raise
+        except KeyboardInterrupt as error:
+            _end("interrupted", _INTERRUPTED, error)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            _end(*explained(error), error)
+
+    return run  # type: ignore[return-value]
+
+
+def explained(error: BaseException) -> tuple[str, int]:
+    """What to tell the user of an error, and the exit code."""
+    from ..llama.load import ModelLoadError
+
+    if isinstance(error, CommandError):
+        return str(error), error.code
+    if isinstance(error, ModelLoadError):
+        return str(error), USAGE
+    if isinstance(error, OutputError):
+        return str(error), FAILED
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        reason = str(error) or "the system gives no more"
+        return f"not enough memory: {reason}; try a smaller --capacity or fewer --slots", USAGE
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", FAILED
+    return (
+        f"unexpected {type(error).__name__}: {error} (baton --traceback COMMAND shows where)",
+        FAILED,
+    )
+
+
+def _end(message: str, code: int, error: BaseException) -> NoReturn:
+    if _show_tracebacks:
+        raise error
+    if sys.stderr is not None:
+        line = " ".join(message.split())
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+    raise typer.Exit(code) from None

@@ -1,0 +1,74 @@
+"""Who uses a model: relays that share one handle of it, and what is undone when they are gone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedModel
+
+from ..llama.forward import PatchedForward, PatchedLlama
+from .adapt import adapt
+from .any_model import AnyModel
+
+
+@dataclass
+class _Shared:
+    """A handle that nobody but `shared_handle` undoes, and how many blocks use it."""
+
+    handle: PatchedLlama | AnyModel
+    num_users: int = 0
+
+
+_shared: WeakKeyDictionary[PreTrainedModel, _Shared] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def shared_handle(model: PreTrainedModel) -> Iterator[PatchedLlama | AnyModel]:
+    """A handle of the model for as long as the block runs; several blocks share one.
+
+    The last of them undoes it. A patch that the user made with `patch_llama` is used as it is, and
+    stays.
+
+    Args:
+        model: see `adapt`.
+
+    Raises:
+        Exception: what `adapt` raises.
+    """
+    patched = _patch_of(model)
+    shared = _shared.get(model) if isinstance(model, PreTrainedModel) else None
+    if shared is None or (patched is not None and patched is not shared.handle):
+        if patched is not None:
+            yield patched
+            return
+        shared = _shared[model] = _Shared(adapt(model))
+    shared.num_users += 1
+    try:
+        yield shared.handle
+    finally:
+        shared.num_users -= 1
+        if shared.num_users == 0:
+            shared.handle.undo()
+            if _shared.get(model) is shared:
+                del _shared[model]
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Make the model what it was, whoever uses or has patched it; handles can no longer compute.
+
+    For a notebook whose handle is lost. A model that is not in use stays as it is.
+
+    Args:
+        model: a model of transformers. Written: see `PatchedLlama.undo` and `AnyModel.undo`.
+    """
+    for handle in (_patch_of(model), getattr(_shared.pop(model, None), "handle", None)):
+        if handle is not None:
+            handle.undo()
+
+
+def _patch_of(model: object) -> PatchedLlama | None:
+    forward = getattr(model, "__dict__", {}).get("forward")
+    return forward.handle if isinstance(forward, PatchedForward) else None

@@ -1,0 +1,51 @@
+"""Several linear modules on the same input as one weight, without a second copy of any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+class MergedProjection:
+    """Several linear modules on the same input as one weight and one bias, which their parameters
+    are views of."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self._weights = [linear.weight for linear in linears]
+        self._biases = [linear.bias for linear in linears if linear.bias is not None]
+        self.weight = _merge(self._weights)
+        self.bias = _merge(self._biases) if self._biases else None
+
+    def is_shared(self) -> bool:
+        """Whether the first parameter still is a view of the merged weight."""
+        return self._weights[0].data_ptr() == self.weight.data_ptr()
+
+    def split(self) -> None:
+        """Give each parameter memory of its own."""
+        for parameter in (*self._weights, *self._biases):
+            parameter.data = parameter.data.clone()
+
+
+def _merge(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    merged = _neighbors([parameter.data for parameter in parameters])
+    if merged is None:
+        merged = torch.cat([parameter.data for parameter in parameters])
+    parts = merged.split([len(parameter) for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part
+    return merged
+
+
+def _neighbors(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The parts as one tensor, if they lie one after the other in one memory: those of a model that
+    was patched when it was saved do, and need no second copy."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        memory = part.untyped_storage().data_ptr()
+        same = memory == first.untyped_storage().data_ptr() and part.data_ptr() == end
+        if not (same and part.is_contiguous()):
+            return None
+        end += part.nbytes
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

@@ -1,0 +1,67 @@
+"""Calling what `Relay.submit` was given: on_token with every token, on_text with pieces of text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from .query import Query, decode_text
+
+
+def check_callback(name: str, callback: object) -> None:
+    """Raise unless something can be called between two steps.
+
+    Args:
+        name: of the argument.
+        callback: None, or what was given.
+
+    Raises:
+        TypeError: it cannot be called, or would have to be awaited.
+    """
+    if callback is None:
+        return
+    if not callable(callback):
+        raise TypeError(f"submit: {name} must be callable, got {callback!r}")
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    function = getattr(callback, "__call__", None)  # noqa: B004  the method of a callable object
+    if any(kind(one) for kind in kinds for one in (callback, function)):
+        raise TypeError(
+            f"submit: {name} must be a plain function, which nobody awaits, got the async "
+            f"{callback!r}; it may put what it gets into a queue"
+        )
+
+
+def call(callback: Callable[..., object], query: Query, value: object) -> None:
+    """Call a callback.
+
+    Raises:
+        TypeError: it returned something to be awaited.
+        Exception: what it raises.
+    """
+    result = callback(query, value)
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()
+        raise TypeError(f"a callback must not return an awaitable, got {result!r}")
+
+
+def give_text(query: Query, has_ended: bool) -> None:
+    """Call a query's on_text with what its newest token made certain.
+
+    Args:
+        query: has the token, and text as far as it was given.
+        has_ended: whether the token was the last one; all that was held back is then given.
+    """
+    if has_ended:
+        piece = query._pieces.finish(final_text(query))
+    else:
+        piece = query._pieces.push(query.tokens[-1])
+    if piece:
+        call(query._on_text, query, piece)
+
+
+def final_text(query: Query) -> str:
+    """The whole text of a query whose last token has come, before the relay has ended it."""
+    if query._stopper is not None and query._stopper.text is not None:
+        return query._stopper.text
+    return decode_text(query._tokenizer, query.tokens)

@@ -1,0 +1,85 @@
+"""From the arguments of `Relay` to a loop that can run: the patch, the cache, the prefiller."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from baton_kernels.batch_shape import checked_int
+
+from ..policies import Policy
+from ..prefill import Prefiller
+from ..prefill import get as get_prefiller
+from ..query import Query
+from ..slots import Slots
+from .autoscale import Autoscale
+from .batch import Batch
+from .decode_loop import DecodeLoop
+from .in_flight import InFlight
+from .submission import Limits
+
+
+def open_loop(
+    model,
+    policy: Policy,
+    undo: contextlib.ExitStack,
+    *,
+    num_slots: int,
+    capacity: int | None,
+    tokenizer,
+    generation_config,
+    aligned: bool,
+    shaping: str,
+    kv_budget: int | None,
+    max_slots: int | None,
+    prefill: str | Prefiller,
+    clock: Callable[[], float],
+    on_end: Callable[[Query], object],
+) -> tuple[Limits, Batch, DecodeLoop]:
+    """What a relay is made of.
+
+    Args:
+        model: a transformers model, or a handle of one.
+        policy: an object of its own.
+        undo: gets what has to be undone when the relay is closed. Written.
+        on_end: called with every query that ends.
+        num_slots, capacity, tokenizer, generation_config, aligned, shaping, kv_budget, max_slots,
+            prefill, clock: see `Relay`.
+
+    Raises:
+        Exception: see `Relay`; `undo` then has to be closed.
+    """
+    autoscale = None
+    if max_slots is not None:
+        max_slots = checked_int("Relay", "max_slots", max_slots, num_slots)
+        autoscale = Autoscale(num_slots, max_slots)
+    if kv_budget is not None:
+        kv_budget = checked_int("Relay", "kv_budget", kv_budget, 1)
+    if not hasattr(model, "new_cache"):
+        # Here and not above: a handle of another kind needs no transformers.
+        from ..huggingface.sharing import shared_handle
+
+        model = undo.enter_context(shared_handle(model))
+    limits = Limits.of_model(model, capacity, tokenizer, generation_config)
+    slots = Slots(
+        model,
+        num_slots,
+        limits.capacity,
+        aligned=aligned,
+        shaping=shaping,
+        padded=policy.pads,
+        kv_budget=kv_budget,
+    )
+    if slots.whole_prompts and policy.splits_prompts:
+        raise ValueError(
+            f"Relay: policy must compute prompts whole in an aligned cache and under dynamic RoPE, "
+            f"got {policy.name}, which splits them"
+        )
+    prefiller = get_prefiller(prefill)
+    prefiller.open(model)
+    # Before the patch is undone: the workers use it.
+    undo.callback(prefiller.close)
+    limits = replace(limits, kv_budget=kv_budget, bytes_per_token=slots.cache.bytes_per_token)
+    batch = Batch(slots, policy, clock, on_end)
+    return limits, batch, DecodeLoop(batch, InFlight(batch, prefiller), autoscale)
