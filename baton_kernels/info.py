@@ -14,10 +14,14 @@ from baton_kernels._library import cuda, ops, why_no_cuda
 
 
 def _version() -> str:
+    """That of pyproject.toml, as installed; in a source tree that is not, one below all others."""
     try:
         return importlib.metadata.version("baton_kernels")
     except importlib.metadata.PackageNotFoundError:
-        return "unknown (not installed as a package)"
+        return "0+unknown"
+
+
+__version__ = _version()
 
 
 def _triton(op: str) -> str:
@@ -72,7 +76,7 @@ def build_info() -> dict[str, Any]:
         if is_used == "1":
             used = name
     return {
-        "version": _version(),
+        "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from baton_kernels import KVCache
 from baton_kernels.testing import Accuracy, cumulative, int32
+
+if TYPE_CHECKING:
+    from .cuda import Cuda
+    from .options import Cpu
 
 # Columns on either side of a row that the gate poisons: more than any kernel reads at once.
 POISONED = 64
@@ -31,13 +35,6 @@ class Heads:
 
     def __str__(self) -> str:
         return f"{self.query}/{self.kv} x {self.dim}"
-
-
-class Device(Protocol):
-    """Where a problem lies: its name, and the bytes of the caches between it and memory."""
-
-    name: str
-    cache_bytes: int
 
 
 class AttentionWork:
@@ -66,7 +63,7 @@ class AttentionWork:
         *,
         capacity: int | None = None,
         dtype: torch.dtype,
-        device: Device,
+        device: Cpu | Cuda,
         aligned: bool = False,
         huge_pages: bool = False,
         window: int | None = None,

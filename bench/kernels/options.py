@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-
-from baton_kernels.testing import cpu_threads
 
 from .cuda import Cuda
 from .limits import Limits, release_free_memory
@@ -60,9 +58,14 @@ class Cpu:
         """What is allocated next is new memory."""
         release_free_memory()
 
-    @staticmethod
-    def on_threads(count: int) -> AbstractContextManager[None]:
-        return cpu_threads(count)
+    @contextlib.contextmanager
+    def on_threads(self, count: int) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 @dataclass

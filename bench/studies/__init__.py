@@ -1,1 +1,0 @@
-"""Studies of the re-batching policies that time nothing here: their method has a document each."""
