@@ -12,8 +12,8 @@ EMULATION := python/emulation
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels/*.cpp tests/cpu/*.cpp \
   $(foreach kind,h cpp cu,$(EMULATION)/*/*.$(kind) $(EMULATION)/*/*/*.$(kind)))
 
-.PHONY: setup demo test lint format docs wheel test-wheel test-cuda-build gpu gpu-carry bench bench-engines \
-  bench-kernels bench-peers clean
+.PHONY: setup demo test test-quick lint format docs wheel test-wheel test-cuda-build gpu gpu-carry \
+  bench bench-engines bench-kernels bench-peers clean
 
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
 setup: $(VENV)/.ready
@@ -48,8 +48,15 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
+# Every processor, but no more processes than memory is sure to hold; they share what is compiled.
+WORKERS := -n logical --maxprocesses 4 --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest $(WORKERS) --durations=10
+
+# One dtype, one instruction set, nothing that is compiled first.
+test-quick: lint
+	$(BIN)/python -m pytest $(WORKERS) --durations=5 --quick
 
 wheel: setup
 	rm -rf dist
