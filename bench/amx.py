@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from baton_kernels import linear, ragged_attention
-from baton_kernels.testing import assert_accurate, random_attention_problem
+from baton_kernels.testing import assert_accurate, cpu_threads, random_attention_problem
 from bench import describe_run
 from emulation import amx
 
@@ -37,16 +37,11 @@ class Counts:
 
 def count(needed: int, op: Callable, *args: torch.Tensor) -> Counts:
     """Runs an op on tiles in software, with one thread, and checks its result."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with amx.entered():
-            amx.take_counts()
-            result = op(*args)
-            amx.check_faults()
-            instructions = amx.take_counts()
-    finally:
-        torch.set_num_threads(threads)
+    with cpu_threads(1), amx.entered():
+        amx.take_counts()
+        result = op(*args)
+        amx.check_faults()
+        instructions = amx.take_counts()
     assert_accurate(result, op.__name__, *args)
     return Counts(instructions, needed)
 
