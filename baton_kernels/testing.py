@@ -437,13 +437,7 @@ def random_attention_problem(
 ) -> AttentionProblem:
     """`random_rows` of these lengths, placed by `attention_problem` (which takes ``placement``)."""
     rows = random_rows(
-        query_lengths,
-        lengths,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        seed=seed,
-        device=device,
-    )
+        query_lengths, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        dtype=dtype, seed=seed, device=device,
+    )  # fmt: skip
     return attention_problem(rows, seed=seed, **placement)

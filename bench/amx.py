@@ -13,12 +13,9 @@ from collections.abc import Callable
 import torch
 
 from baton_kernels import linear, ragged_attention
-from baton_kernels.testing import assert_accurate, random_attention_problem
+from baton_kernels.testing import assert_accurate, cpu_threads, random_attention_problem
 from bench import describe_run
 from emulation import amx
-
-# Multiplications of one tdpbf16ps: 16 rows, 16 columns, 32 elements.
-PRODUCTS = 16 * 16 * 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Counts:
     @property
     def useful(self) -> float:
         """Share of the multiplications in tiles that the result needs."""
-        return self.needed / (self.instructions["multiplies"] * PRODUCTS)
+        return self.needed / self.instructions["products"]
 
     def per_product(self, name: str) -> float:
         """Instructions of a kind per tdpbf16ps."""
@@ -40,16 +37,11 @@ class Counts:
 
 def count(needed: int, op: Callable, *args: torch.Tensor) -> Counts:
     """Runs an op on tiles in software, with one thread, and checks its result."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with amx.entered():
-            amx.take_counts()
-            result = op(*args)
-            amx.check_faults()
-            instructions = amx.take_counts()
-    finally:
-        torch.set_num_threads(threads)
+    with cpu_threads(1), amx.entered():
+        amx.take_counts()
+        result = op(*args)
+        amx.check_faults()
+        instructions = amx.take_counts()
     assert_accurate(result, op.__name__, *args)
     return Counts(instructions, needed)
 
@@ -76,6 +68,7 @@ ATTENTION = [
     ("prefill", 512, 512, (3, 1), 64),
     ("chunk at the end", 64, 1024, (4, 1), 128),
     ("decode", 1, 1024, (32, 1), 128),
+    ("decode", 1, 1024, (4, 4), 64),
     ("decode", 1, 1024, (32, 8), 128),
 ]
 
@@ -85,7 +78,7 @@ def main() -> None:
     if not amx.can_be_emulated():
         raise SystemExit("needs the sources, and a CPU with AVX512-BF16 and without AMX")
     print(describe_run())
-    print("useful: of the 16 x 16 x 32 multiplications of each tdpbf16ps, those the result needs;")
+    print("useful: share of the tdpbf16ps' multiplications that the result needs;")
     print("loads, stores: of tiles, per tdpbf16ps")
     print(f"{'bfloat16':46} {'tdpbf16ps':>9} {'useful':>7} {'loads':>6} {'stores':>7}")
 

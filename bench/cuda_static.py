@@ -8,6 +8,7 @@ machine code for each architecture. No figure here is a speed.
 from __future__ import annotations
 
 from bench import describe_run
+from emulation.artifacts import ROOT
 from emulation.ptx import counts as cuda_counts
 from emulation.static import kernels as cuda_static
 
@@ -56,7 +57,7 @@ def decode() -> None:
 
 def flight() -> None:
     """Bytes on their way per multiprocessor in the decode loop."""
-    source = cuda_static.ROOT / "csrc" / "cuda" / "ragged_attention" / "bfloat16.cu"
+    source = ROOT / "csrc" / "cuda" / "ragged_attention" / "bfloat16.cu"
     print("KB on their way per SM in the loop: least-mean-most over its instructions,")
     print("as the flow of data allows and as the code's scoreboards have it")
     for kernel in cuda_static.compile_kernels(source):

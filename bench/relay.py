@@ -1,15 +1,13 @@
 """The evaluation: every policy on the same requests, beside other engines and beside the limit.
 
 `python -m bench.relay` runs all systems of `bench.evaluation.systems` on the default cells, checks
-that they give the same tokens, prints tables, and writes results.json, report.html and pictures
-into `--output`. `--quick` takes under three minutes. `--models`, `--dtypes`, `--workloads`,
-`--slots` and `--rates` choose other cells, every combination of them.
+that they give the same tokens, prints tables, and writes results.json and pictures into `--output`.
+`--quick` takes under three minutes. `--models`, `--dtypes`, `--workloads`, `--slots` and `--rates`
+choose other cells, every combination of them.
 
 `--from FILE` prints and draws an earlier run's results.json; `--markdown` prints its tables as
 docs/evaluation.md has them. `--engines` adds OpenVINO GenAI and vLLM, which `make bench-engines`
 installs.
-
-`--vs-generate` and `--memory` are benchmarks of their own: `--vs-generate --help`.
 """
 
 from __future__ import annotations
@@ -25,27 +23,13 @@ OUTPUT = Path(__file__).resolve().parents[1] / "build" / "evaluation"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--vs-generate" in argv:
-        from . import vs_generate
-
-        return vs_generate.main(argv)
-    if any(argument.startswith("--memory") for argument in argv):
-        from . import memory
-
-        return memory.main(argv)
-    return evaluation(argv)
-
-
-def evaluation(argv: Sequence[str]) -> int:
     """Runs the cells, or reads an earlier run; prints and draws. 1 when answers differ."""
     # Before torch is imported: torch's own threads, where they spin, take the cores of the kernels'
     # threads and of the other engines.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    from .evaluation import matrix, page, tables
+    from .evaluation import figures, matrix, tables
     from .evaluation.engines import ENGINES
     from .evaluation.evaluate import evaluate
     from .evaluation.measure import GateError
@@ -91,7 +75,7 @@ def evaluation(argv: Sequence[str]) -> int:
         print(tables.markdown(results))
         return 0
     tables.show(results)
-    for path in page.write(results, arguments.output):
+    for path in figures.write(results, arguments.output):
         print(path)
     return 0
 

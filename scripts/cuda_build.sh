@@ -4,12 +4,15 @@
 # GPU, away from the sources.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# nvcc's intermediate files: another nvcc on this machine may use the same names.
+export TMPDIR=$work/tmp
+mkdir "$TMPDIR"
 . scripts/cuda_env.sh
 PYTHON=$cuda_python bash scripts/oldest_torch.sh
 BATON_CUDA=1 cuda_pip install --no-build-isolation --no-deps --force-reinstall .
 root=$PWD
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 mkdir "$work/tests"
 cp -r tests/conftest.py tests/support tests/ops tests/cuda "$work/tests"
 # What reads compiled kernels; there are no kernels beside it to emulate.

@@ -8,6 +8,10 @@ if ! nvidia-smi -L 2>/dev/null; then
   echo "make gpu: needs an NVIDIA GPU, and nvidia-smi finds none; nothing was built or run" >&2
   exit 1
 fi
+# nvcc's intermediate files: another nvcc on this machine may use the same names.
+TMPDIR=$(mktemp -d)
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
 if [ -n "${GPU_PYTHON:-}" ]; then
   cuda_python=$GPU_PYTHON
 else

@@ -15,6 +15,8 @@ from baton_kernels.testing import available_cpu_isas, cpu_isa
 
 # What tests share: relay_checks, op_tables, device_ops and others.
 sys.path.append(str(Path(__file__).parent / "support"))
+import quick
+import turns
 from device_ops import DeviceOps
 
 from emulation import amx, build
@@ -58,29 +60,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend", help="run the tests of ops on one backend (cuda, triton-cuda: a GPU's)"
     )
+    parser.addoption("--quick", action="store_true", help="one dtype, one instruction set: minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: no other test runs at the same time")
+    config.addinivalue_line("markers", "slow: left out by --quick")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --backend, tests of ops that do not run on it are left out."""
+    """With --backend, tests of ops that do not run on it are left out; with --quick, most are."""
+    kept = items
+    if config.getoption("quick"):
+        kept = quick.chosen(items, f"cpu-{baton_kernels.build_info()['cpu']['isa_used']}")
     name = config.getoption("backend")
-    if name is None:
-        return
-    if name not in (backend.name for backend in BACKENDS):
-        known = ", ".join(backend.name for backend in BACKENDS)
-        raise pytest.UsageError(f"--backend: must be one of {known}, got {name}")
-
-    def is_kept(item: pytest.Item) -> bool:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        return "ops" in parameters and parameters["ops"].name == name
-
-    config.hook.pytest_deselected(items=[item for item in items if not is_kept(item)])
-    items[:] = [item for item in items if is_kept(item)]
+    if name is not None:
+        if name not in (backend.name for backend in BACKENDS):
+            known = ", ".join(backend.name for backend in BACKENDS)
+            raise pytest.UsageError(f"--backend: must be one of {known}, got {name}")
+        kept = [
+            item for item in kept
+            if getattr(quick.parameters(item).get("ops"), "name", None) == name
+        ]  # fmt: skip
+    if len(kept) < len(items):
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = kept
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs the tests of ``test_<op>.py`` on every backend that has the op."""
+    """Runs the tests of ``test_<op>.py`` and ``test_<op>_*.py`` on every backend with the op."""
     if "ops" in metafunc.fixturenames:
-        op = metafunc.module.__name__.split(".")[-1].removeprefix("test_")
+        name = metafunc.module.__name__.split(".")[-1].removeprefix("test_")
+        fits = [op for op in baton_kernels.ops.__all__ if f"{name}_".startswith(f"{op}_")]
+        op = max(fits, key=len, default=name)
         backends = [backend for backend in BACKENDS if backend.has(op)]
         metafunc.parametrize("ops", backends, ids=lambda backend: backend.name, indirect=True)
 
@@ -96,6 +109,17 @@ def ops(request: pytest.FixtureRequest) -> Iterator[object]:
 def _one_thread() -> None:
     """A test that is about threads asks for them; the others leave the cores to each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _turn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of several xdist processes at the same time, but for those that are marked alone."""
+    if not hasattr(request.config, "workerinput"):
+        yield
+        return
+    folder = request.getfixturevalue("tmp_path_factory").getbasetemp().parent
+    with turns.turn(folder, request.node.get_closest_marker("alone") is not None):
+        yield
 
 
 @pytest.fixture

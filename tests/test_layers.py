@@ -111,7 +111,7 @@ def test_an_upward_import_is_found(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("package", ["baton_kernels", "baton_engines"])
+@pytest.mark.parametrize("package", ["baton_kernels", "baton_engines", "bench", "emulation"])
 def test_no_import_cycle(package):
     """Neither between modules nor between rooms, imports for a type checker included."""
     modules = structure.find_modules({package: structure.find_packages(ROOT)[package]})

@@ -107,7 +107,7 @@ def ragged_attention(
     `starts[i] + k`::
 
         s_k = scale * q . key_k;   s_k = softcap * tanh(s_k / softcap) if softcap > 0
-        s_k = s_k - slope * (p - k);   hidden unless k <= p (causal) and k > p - window
+        s_k = s_k - slope * |p - k|;   hidden unless k <= p (causal) and k > p - window
         out = sum_k softmax(s)_k value_k;   lse = log(sum_k exp(s_k) + exp(sink))
 
     One call serves decode (q_len 1), chunked prefill, whole prefill and any mixture. A row of 4
@@ -117,8 +117,12 @@ def ragged_attention(
         slot 1  columns 0 1 2       token 1   x x .          cu_seqlens_q = [0, 1, 3]
                                     token 2   x x x
 
+    A hidden key never reaches a token, even if its key or value is NaN or infinite.
+
     Batch invariance: a row's bits depend on that row alone, not on the rest of the batch, its slot,
-    its start, the capacity or the number of threads.
+    its start, the capacity or the number of threads. On the CPU a token's bits depend only on its
+    query vector, its position and the keys and values that it sees: decoded, prefilled whole or in
+    chunks of any size, computed again or behind a reused prefix it gets the same ones.
 
     Args:
         query: `[total_queries, num_heads, head_dim]`, float32, float16 or bfloat16, last dimension
@@ -146,7 +150,9 @@ def ragged_attention(
         out `[total_queries, num_heads, head_dim]`, contiguous; with return_lse also lse
         `[total_queries, num_heads]`, float32, natural logarithm, sink included. A token that sees
         nothing (`p < 0`, when a row has more query tokens than `lengths[i]`) gives zeros and
-        lse = -inf, or the sink.
+        lse = -inf, or the sink. A token that sees keys whose scores are all -inf (overflowed) gives
+        NaN and lse = -inf, as torch.softmax and logsumexp do; a sink makes that zeros and the sink.
+        A score of +inf or NaN gives NaN for both.
 
     Raises:
         ValueError: A shape, stride, device, index value or option does not fit.

@@ -23,7 +23,8 @@ def ragged_attention(
     """``softmax(score) @ v`` over the columns ``[start, start + length)`` of every row.
 
     ``score = scale * q.k``, then ``softcap * tanh(score / softcap)``, then
-    ``- slope * (query position - key position)``.
+    ``- slope * |query position - key position|``. What a token does not see never reaches it, not
+    even a value that is not finite; a token that sees keys whose scores are all -inf gets NaN.
     """
     num_queries, num_heads, head_dim = query.shape
     group = num_heads // key_cache.shape[1]
@@ -48,7 +49,7 @@ def ragged_attention(
         if softcap > 0:
             score = softcap * torch.tanh(score / softcap)
         if alibi_slopes is not None:
-            distance = (q_position - k_position).to(score.dtype)
+            distance = (q_position - k_position).abs().to(score.dtype)
             score = score - alibi_slopes.to(score.dtype)[:, None, None] * distance
         visible = (q_position >= 0) & (k_position >= 0)
         if causal:
@@ -62,11 +63,27 @@ def ragged_attention(
         sink = sink.to(score.dtype)[:, None, None].expand(num_heads, last - first, 1)
         logits = torch.cat((score, sink), dim=-1)
         peak = logits.amax(dim=-1, keepdim=True)
-        # Where nothing is visible every logit is -inf: subtracting 0 makes exp() 0, not NaN.
+        # Where every logit is -inf: subtracting 0 makes exp() 0, not NaN.
         peak = peak.masked_fill(peak == float("-inf"), 0.0)
         weight = torch.exp(logits - peak)
         total = weight.sum(dim=-1, keepdim=True)
-        attended = (weight[..., :-1] @ v) / total
-        out[first:last] = attended.masked_fill(total == 0, 0.0).transpose(0, 1)
+        attended = _weigh(weight[..., :-1], v, visible) / total
+        sees = visible.any(dim=-1)[:, None]
+        out[first:last] = attended.masked_fill(~sees, 0.0).transpose(0, 1)
         lse[first:last] = (peak + torch.log(total)).squeeze(-1).transpose(0, 1).to(lse.dtype)
     return (out, lse) if return_lse else out
+
+
+def _weigh(weight: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """``weight @ value``, except that a hidden key's value counts as 0 even where it is not finite.
+
+    weight ``[heads, queries, keys]``, value ``[heads, keys, dim]``, visible ``[queries, keys]``.
+    """
+    is_finite = value.isfinite()
+    total = weight @ value.masked_fill(~is_finite, 0.0)
+    # 0 * NaN and 0 * inf are NaN: the other values are added where they are seen.
+    for key in (~is_finite).any(-1).any(0).nonzero().flatten().tolist():
+        sees = visible[:, key]
+        rest = value[:, key].masked_fill(is_finite[:, key], 0.0)[:, None]
+        total[:, sees] += weight[:, sees, key, None] * rest
+    return total

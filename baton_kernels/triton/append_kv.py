@@ -9,6 +9,7 @@ import triton.language as tl
 from baton_kernels.ops.append_kv import _check
 from baton_kernels.triton import common
 from baton_kernels.triton.common import narrow, widen
+from baton_kernels.triton.tokens import cache_places, token_places
 
 # 32 heads x 64 numbers of each half: 16-byte accesses, also with 4 warps of 64 threads.
 MAX_BLOCK_HEADS = 32
@@ -113,7 +114,7 @@ def append_kv_kernel(
         if query_ptr is not None:
             head = block * BLOCK_HEADS + lane
             mask = (head < num_heads)[:, None] & is_half[None, :]
-            at = row * query_row_stride + head[:, None] * query_head_stride + d[None, :]
+            at = token_places(0, row, head, d, 0, query_row_stride, query_head_stride)
             x1, x2 = _rotated(
                 query_ptr, cos_ptr, sin_ptr, at, d, mask, is_half, IS_ROTARY, HALF, SECOND_ANGLE
             )
@@ -126,18 +127,22 @@ def append_kv_kernel(
         has_place = (slot >= 0) & (slot < num_slots) & (column >= 0) & (column < capacity)
         head = (block - query_blocks) * BLOCK_HEADS + lane
         mask = (head < tl.where(has_place, num_kv_heads, 0))[:, None] & is_half[None, :]
-        at = row * key_row_stride + head[:, None] * key_head_stride + d[None, :]
+        at = token_places(0, row, head, d, 0, key_row_stride, key_head_stride)
         x1, x2 = _rotated(
             key_ptr, cos_ptr, sin_ptr, at, d, mask, is_half, IS_ROTARY, HALF, SECOND_ANGLE
         )
-        to = slot * key_cache_slot_stride + column * key_cache_column_stride
-        to += head[:, None] * key_cache_head_stride + d[None, :]
+        to = cache_places(
+            0, slot, head, column, d, 0, key_cache_slot_stride, key_cache_head_stride,
+            key_cache_column_stride,
+        )  # fmt: skip
         tl.store(key_cache_ptr + to, x1, mask=mask)
         tl.store(key_cache_ptr + to + HALF, x2, mask=mask)
-        at = row * value_row_stride + head[:, None] * value_head_stride + d[None, :]
+        at = token_places(0, row, head, d, 0, value_row_stride, value_head_stride)
         x1 = tl.load(value_ptr + at, mask=mask)
         x2 = tl.load(value_ptr + at + HALF, mask=mask)
-        to = slot * value_cache_slot_stride + column * value_cache_column_stride
-        to += head[:, None] * value_cache_head_stride + d[None, :]
+        to = cache_places(
+            0, slot, head, column, d, 0, value_cache_slot_stride, value_cache_head_stride,
+            value_cache_column_stride,
+        )  # fmt: skip
         tl.store(value_cache_ptr + to, x1, mask=mask)
         tl.store(value_cache_ptr + to + HALF, x2, mask=mask)

@@ -9,7 +9,7 @@ import triton.language as tl
 from baton_kernels.ops.extract_kv import _check, _check_out
 from baton_kernels.triton import common
 from baton_kernels.triton.insert_kv import BLOCK_TOKENS
-from baton_kernels.triton.tokens import locate_tokens, split_program
+from baton_kernels.triton.tokens import cache_places, locate_tokens, split_program, token_places
 
 
 def extract_kv(
@@ -80,13 +80,21 @@ def extract_kv_kernel(
     )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     mask = has_place[:, None] & (d < HEAD_DIM)[None, :]
-    key_cache_at = layer * key_cache_layer_stride + head * key_cache_head_stride
-    key_cache_at += slot * key_cache_slot_stride + column * key_cache_column_stride
-    value_cache_at = layer * value_cache_layer_stride + head * value_cache_head_stride
-    value_cache_at += slot * value_cache_slot_stride + column * value_cache_column_stride
-    key = tl.load(key_cache_ptr + key_cache_at[:, None] + d[None, :], mask=mask)
-    value = tl.load(value_cache_ptr + value_cache_at[:, None] + d[None, :], mask=mask)
-    key_at = layer * key_layer_stride + head * key_head_stride + token * key_token_stride
-    value_at = layer * value_layer_stride + head * value_head_stride + token * value_token_stride
-    tl.store(key_ptr + key_at[:, None] + d[None, :], key, mask=mask)
-    tl.store(value_ptr + value_at[:, None] + d[None, :], value, mask=mask)
+    key_from = cache_places(
+        layer, slot, head, column, d, key_cache_layer_stride, key_cache_slot_stride,
+        key_cache_head_stride, key_cache_column_stride,
+    )  # fmt: skip
+    value_from = cache_places(
+        layer, slot, head, column, d, value_cache_layer_stride, value_cache_slot_stride,
+        value_cache_head_stride, value_cache_column_stride,
+    )  # fmt: skip
+    key = tl.load(key_cache_ptr + key_from, mask=mask)
+    value = tl.load(value_cache_ptr + value_from, mask=mask)
+    key_to = token_places(
+        layer, token, head, d, key_layer_stride, key_token_stride, key_head_stride
+    )  # fmt: skip
+    value_to = token_places(
+        layer, token, head, d, value_layer_stride, value_token_stride, value_head_stride
+    )  # fmt: skip
+    tl.store(key_ptr + key_to, key, mask=mask)
+    tl.store(value_ptr + value_to, value, mask=mask)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from baton_kernels.ops.insert_kv import _check
 from baton_kernels.triton import common
-from baton_kernels.triton.tokens import locate_tokens, split_program
+from baton_kernels.triton.tokens import cache_places, locate_tokens, split_program, token_places
 
 # 32 tokens x 128 numbers are 4 16-byte accesses per thread and cache: enough to hide the look-up.
 BLOCK_TOKENS = 32
@@ -84,16 +84,24 @@ def insert_kv_kernel(
     )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     mask = has_place[:, None] & (d < HEAD_DIM)[None, :]
-    key_at = layer * key_layer_stride + head * key_head_stride + token * key_token_stride
-    value_at = layer * value_layer_stride + head * value_head_stride + token * value_token_stride
-    key = tl.load(key_ptr + key_at[:, None] + d[None, :], mask=mask)
-    value = tl.load(value_ptr + value_at[:, None] + d[None, :], mask=mask)
-    key_cache_at = layer * key_cache_layer_stride + head * key_cache_head_stride
-    key_cache_at += slot * key_cache_slot_stride + column * key_cache_column_stride
-    value_cache_at = layer * value_cache_layer_stride + head * value_cache_head_stride
-    value_cache_at += slot * value_cache_slot_stride + column * value_cache_column_stride
-    tl.store(key_cache_ptr + key_cache_at[:, None] + d[None, :], key, mask=mask)
-    tl.store(value_cache_ptr + value_cache_at[:, None] + d[None, :], value, mask=mask)
+    key_from = token_places(
+        layer, token, head, d, key_layer_stride, key_token_stride, key_head_stride
+    )  # fmt: skip
+    value_from = token_places(
+        layer, token, head, d, value_layer_stride, value_token_stride, value_head_stride
+    )  # fmt: skip
+    key = tl.load(key_ptr + key_from, mask=mask)
+    value = tl.load(value_ptr + value_from, mask=mask)
+    key_to = cache_places(
+        layer, slot, head, column, d, key_cache_layer_stride, key_cache_slot_stride,
+        key_cache_head_stride, key_cache_column_stride,
+    )  # fmt: skip
+    value_to = cache_places(
+        layer, slot, head, column, d, value_cache_layer_stride, value_cache_slot_stride,
+        value_cache_head_stride, value_cache_column_stride,
+    )  # fmt: skip
+    tl.store(key_cache_ptr + key_to, key, mask=mask)
+    tl.store(value_cache_ptr + value_to, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["blocks", "num_slots"])
@@ -117,9 +125,13 @@ def clear_padding_kernel(
     d = tl.arange(0, BLOCK_D)
     mask = (column < start)[:, None] & (d < HEAD_DIM)[None, :]
     zeros = tl.zeros([BLOCK_TOKENS, BLOCK_D], key_cache_ptr.dtype.element_ty)
-    key_at = layer * key_cache_layer_stride + head * key_cache_head_stride
-    key_at += slot * key_cache_slot_stride + column * key_cache_column_stride
-    value_at = layer * value_cache_layer_stride + head * value_cache_head_stride
-    value_at += slot * value_cache_slot_stride + column * value_cache_column_stride
-    tl.store(key_cache_ptr + key_at[:, None] + d[None, :], zeros, mask=mask)
-    tl.store(value_cache_ptr + value_at[:, None] + d[None, :], zeros, mask=mask)
+    key_to = cache_places(
+        layer, slot, head, column, d, key_cache_layer_stride, key_cache_slot_stride,
+        key_cache_head_stride, key_cache_column_stride,
+    )  # fmt: skip
+    value_to = cache_places(
+        layer, slot, head, column, d, value_cache_layer_stride, value_cache_slot_stride,
+        value_cache_head_stride, value_cache_column_stride,
+    )  # fmt: skip
+    tl.store(key_cache_ptr + key_to, zeros, mask=mask)
+    tl.store(value_cache_ptr + value_to, zeros, mask=mask)

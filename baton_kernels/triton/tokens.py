@@ -1,4 +1,4 @@
-"""Where packed tokens lie in a cache: what insert_kv and extract_kv share."""
+"""Where tokens lie in a cache and in packed tensors: what insert, extract and append share."""
 
 import triton
 import triton.language as tl
@@ -38,3 +38,20 @@ def split_program(program, num_kv_heads, num_layers):
     layer = program // num_kv_heads % num_layers
     block = program // num_kv_heads // num_layers
     return block.to(tl.int64), layer.to(tl.int64), head.to(tl.int64)
+
+
+@triton.jit
+def cache_places(
+    layer, slot, head, column, d, layer_stride, slot_stride, head_stride, column_stride
+):
+    """Offsets of elements d of places in a cache, [places, d]: head or column may be a vector."""
+    at = layer * layer_stride + head * head_stride
+    at += slot * slot_stride + column * column_stride
+    return at[:, None] + d[None, :]
+
+
+@triton.jit
+def token_places(layer, token, head, d, layer_stride, token_stride, head_stride):
+    """Offsets of elements d of packed tokens, [tokens, d]: head or token may be a vector."""
+    at = layer * layer_stride + head * head_stride + token * token_stride
+    return at[:, None] + d[None, :]

@@ -16,6 +16,7 @@ from baton_engines.relay.counters import Span
 
 from .summary import medians, ratios
 
+DPI = 110
 INK, FAINT, GRID = "#2B2F36", "#6B7280", "#E3E5E9"
 LIMIT = "#B3261E"
 # A color per system in all pictures: ours strong, what it is compared with quiet.
@@ -43,6 +44,36 @@ CAPTIONS = {
     "baton": "a free slot goes to the next query at once",
     "baton_overlapped": "the same, prompts on half of the cores",
 }
+
+
+def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write the pictures of a run.
+
+    Args:
+        results: what `evaluate` returned.
+        folder: existing or not.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = results["cells"]
+    # The pictures of one cell show the first one whose spans were kept.
+    head = next((cell for cell in cells if cell["timeline"]), cells[0])
+    drawn = {
+        "throughput": throughput(head),
+        "slot_time": idle_split(head),
+        "load": load_curves([cell for cell in cells if cell["group"] == "rates"]),
+        "all_cells": all_cells(cells),
+    }
+    paths = []
+    for name, figure in drawn.items():
+        if figure is not None:
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=DPI, bbox_inches="tight", pad_inches=0.12)
+    if timelines(head, folder / "timelines.png"):
+        paths.append(folder / "timelines.png")
+    return paths
 
 
 def timelines(cell: Mapping[str, Any], path: Path) -> bool:

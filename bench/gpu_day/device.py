@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from .exits import SKIPPED
 from .record import Record
-from .runner import SKIPPED
 
 T = TypeVar("T")
 
@@ -50,17 +50,6 @@ class Stage:
         self.record.headline = why
         self.record.save()
         raise SystemExit(SKIPPED)
-
-
-def is_broken() -> bool:
-    """Whether this process can no longer use its GPU, as after an illegal access."""
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
-        return False
-    try:
-        torch.cuda.synchronize()
-        return False
-    except Exception:
-        return True
 
 
 def run(main: Callable[..., None], *names: str, argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Generator
 
 import pytest
 
-from .device import is_broken
+from .exits import is_broken
 
 EXIT_CODE = 71
 

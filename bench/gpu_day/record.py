@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .exits import BROKEN_DEVICE, is_broken
+
 
 def write_json(path: Path, content: Any) -> None:
     """Writes the file, or leaves the one that is there: never half of it."""
@@ -83,9 +85,6 @@ class Record:
             traceback.print_exc()
             text = (str(error).splitlines() or [""])[0][:300]
             self.add(case, error=f"{type(error).__name__}: {text}")
-            from .device import is_broken
-            from .runner import BROKEN_DEVICE
-
             if is_broken():
                 raise SystemExit(BROKEN_DEVICE) from None
 

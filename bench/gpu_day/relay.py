@@ -18,8 +18,8 @@ from ..evaluation.measure import agreement
 from ..evaluation.peers import PEERS
 from ..evaluation.run import make_jobs, run_relay
 from ..evaluation.systems import REFERENCE, SYSTEMS
-from ..simulate.measured import calibrate
-from ..simulate.validate import Case, validate
+from ..studies.simulate.measured import calibrate
+from ..studies.simulate.validate import Case, validate
 from .device import Stage, run
 from .rates import read_rate
 from .timing import Replay

@@ -18,13 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .exits import BROKEN_DEVICE, SKIPPED
 from .record import write_json
 from .stages import Stage
 
-# A stage ends with this code where the device no longer answers and a new process would help.
-BROKEN_DEVICE = 71
-# And with this one where it cannot run here, which its headline explains.
-SKIPPED = 77
 # Processes that one stage may take.
 ATTEMPTS = 4
 # A stage with less time than this is not begun, unless its cap is shorter.

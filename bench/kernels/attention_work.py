@@ -5,16 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from baton_kernels import KVCache
 from baton_kernels.testing import Accuracy, cumulative, int32
-
-if TYPE_CHECKING:
-    from .cuda import Cuda
-    from .options import Cpu
 
 # Columns on either side of a row that the gate poisons: more than any kernel reads at once.
 POISONED = 64
@@ -35,6 +31,13 @@ class Heads:
 
     def __str__(self) -> str:
         return f"{self.query}/{self.kv} x {self.dim}"
+
+
+class Device(Protocol):
+    """Where a problem lies: its name, and the bytes of the caches between it and memory."""
+
+    name: str
+    cache_bytes: int
 
 
 class AttentionWork:
@@ -63,7 +66,7 @@ class AttentionWork:
         *,
         capacity: int | None = None,
         dtype: torch.dtype,
-        device: Cpu | Cuda,
+        device: Device,
         aligned: bool = False,
         huge_pages: bool = False,
         window: int | None = None,

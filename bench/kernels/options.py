@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+
+from baton_kernels.testing import cpu_threads
 
 from .cuda import Cuda
 from .limits import Limits, release_free_memory
@@ -58,14 +60,9 @@ class Cpu:
         """What is allocated next is new memory."""
         release_free_memory()
 
-    @contextlib.contextmanager
-    def on_threads(self, count: int) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    @staticmethod
+    def on_threads(count: int) -> AbstractContextManager[None]:
+        return cpu_threads(count)
 
 
 @dataclass

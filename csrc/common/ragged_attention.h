@@ -1,10 +1,12 @@
 // ragged_attention: softmax(scale q k^T) v of every query token over the valid columns of its row.
 //
-// A row's work is cut into query tiles and, for a row with a single tile, into splits of its own
-// columns. Both depend on the row's own query length and length alone: that makes a row's bits
-// independent of its batch. Splits leave partial results, merged in column order.
+// On the CPU a row's work is cut into query tiles and, for a row with a single tile, into the
+// segments of its keys (attention_segments.h), whose partial results are merged in order. A row
+// with several tiles merges them as it goes, in the same order and with the same arithmetic: a
+// token's bits depend on its own query vector and on the keys that it sees, not on the cut.
 #pragma once
 
+#include "common/attention_segments.h"
 #include "common/cache.h"
 #include "common/dtype.h"
 
@@ -53,8 +55,7 @@ struct AttentionItem {
 struct AttentionRowPlan {
   int64_t tile_tokens;  // query tokens of one tile
   int64_t num_tiles;
-  int64_t num_splits;
-  int64_t split_columns;  // columns of one split
+  int64_t num_splits;  // 1: every tile streams all of its segments; else one each
 };
 
 static inline AttentionRowPlan plan_attention_row(int64_t query_length, int64_t length,
@@ -63,13 +64,7 @@ static inline AttentionRowPlan plan_attention_row(int64_t query_length, int64_t 
   plan.tile_tokens = group >= kAttentionTileQueries ? 1 : kAttentionTileQueries / group;
   plan.num_tiles = (query_length + plan.tile_tokens - 1) / plan.tile_tokens;
   plan.num_splits = 1;
-  plan.split_columns = length;
-  if (plan.num_tiles != 1 || length <= kAttentionSplitColumns) return plan;
-  int64_t most = (length + kAttentionSplitColumns - 1) / kAttentionSplitColumns;
-  if (most > kAttentionMaxSplits) most = kAttentionMaxSplits;
-  const int64_t blocks = (length + kAttentionBlockColumns - 1) / kAttentionBlockColumns;
-  plan.split_columns = (blocks + most - 1) / most * kAttentionBlockColumns;
-  plan.num_splits = (length + plan.split_columns - 1) / plan.split_columns;
+  if (plan.num_tiles == 1 && length > 0) plan.num_splits = attention_segment_of(length - 1) + 1;
   return plan;
 }
 

@@ -1,25 +1,24 @@
 """Compiles kernels with the host compiler: Python modules of them, or programs with a sanitizer.
 
-Objects are kept in ``build/emulation`` under the hash of all that they are made from, so that
-nothing is compiled twice.
+Objects, programs and modules are kept in ``build/emulation`` (see artifacts.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import hashlib
+import functools
 import importlib.util
 import os
 import subprocess
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+from emulation.artifacts import ROOT, hash_of, kept, run_compiler
 from emulation.tools import cuda_include, with_includes
 
-ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "python" / "emulation" / "cuda"
 BUILD = ROOT / "build" / "emulation"
 DISPATCH = ROOT / "csrc" / "common" / "dispatch.cpp"
@@ -67,32 +66,27 @@ THREAD = Variant(
 )
 
 
-def _hash_of(paths: Iterable[Path]) -> bytes:
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.digest()
+@functools.cache
+def compiler_version() -> str:
+    """Another compiler makes other objects."""
+    return subprocess.run(
+        [COMPILER, "--version"], capture_output=True, text=True, check=True
+    ).stdout
 
 
-def _cached(command: list[str], made_from: bytes, suffix: str, stem: str) -> Path:
-    """Runs ``command -o <path>`` unless the same was done before."""
-    key = hashlib.sha256(" ".join(command).encode() + made_from).hexdigest()[:16]
-    target = BUILD / f"{stem}-{key}{suffix}"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    # Several test processes may want the same file.
-    with open(BUILD / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            for old in BUILD.glob(f"{stem}-*{suffix}"):
-                old.unlink()
-            unfinished = target.with_suffix(".tmp")
-            done = subprocess.run(
-                [*command, "-o", str(unfinished)], cwd=ROOT, capture_output=True, text=True
-            )
-            if done.returncode != 0:
-                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-            unfinished.rename(target)
-    return target
+def _made(name: str, command: Sequence[str], sources: Iterable[Path]) -> Path:
+    """The file of that name which ``command -o <path>`` makes of the sources."""
+    return kept(
+        BUILD / name,
+        [compiler_version(), *command, hash_of(sources)],
+        lambda path: run_compiler([*command, "-o", path]),
+    )
+
+
+def at_once(jobs: Iterable[Callable[[], Path]]) -> list[Path]:
+    """Results of compilations, of which as many run at a time as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda job: job(), jobs))
 
 
 def compile_object(source: Path, variant: Variant, *flags: str) -> Path:
@@ -103,21 +97,26 @@ def compile_object(source: Path, variant: Variant, *flags: str) -> Path:
         "-I", "csrc", "-I", "python", "-isystem", str(cuda_include()),
         "-x", "c++", "-c", str(source.relative_to(ROOT)),
     ]  # fmt: skip
-    made_from = _hash_of(with_includes(source, (ROOT / "csrc", ROOT / "python")))
-    return _cached(command, made_from, ".o", f"{variant.name}-{source.stem}")
+    sources = with_includes(source, (ROOT / "csrc", ROOT / "python"))
+    return _made(f"{variant.name}-{source.stem}.o", command, sources)
+
+
+def compile_objects(sources: Iterable[Path], variant: Variant) -> list[Path]:
+    """Several sources compiled for a variant."""
+    return at_once(functools.partial(compile_object, source, variant) for source in sources)
 
 
 def build_program(name: str, sources: Iterable[Path], variant: Variant, *objects: Path) -> Path:
     """An executable of the sources, the emulator, and what is compiled already."""
-    objects += tuple(compile_object(source, variant) for source in (*sources, *variant.runtime))
+    objects += tuple(compile_objects((*sources, *variant.runtime), variant))
     command = [COMPILER, *variant.link, *map(str, objects)]
-    return _cached(command, _hash_of(objects), ".run", f"{variant.name}-{name}")
+    return _made(f"{variant.name}-{name}.run", command, objects)
 
 
 def build_library(source: Path, *flags: str) -> Path:
     """A shared library of one source that is not about CUDA."""
     command = [COMPILER, *COMMON, "-shared", *flags, str(source.relative_to(ROOT))]
-    return _cached(command, _hash_of([source]), ".so", source.stem)
+    return _made(f"{source.stem}.so", command, [source])
 
 
 def build_module(variant: Variant) -> ModuleType:
@@ -130,10 +129,11 @@ def build_module(variant: Variant) -> ModuleType:
         "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"),
     ]  # fmt: skip
     sources = [*KERNELS, DISPATCH, *variant.runtime]
-    objects = [compile_object(source, variant) for source in sources]
-    objects.append(compile_object(CUDA / "module.cpp", variant, *python))
+    jobs = [functools.partial(compile_object, source, variant) for source in sources]
+    jobs.append(functools.partial(compile_object, CUDA / "module.cpp", variant, *python))
+    objects = at_once(jobs)
     command = [COMPILER, "-shared", *map(str, objects)]
-    path = _cached(command, _hash_of(objects), ".so", name)
+    path = _made(f"{name}.so", command, objects)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -47,7 +47,11 @@ def options(main, monkeypatch):
 def test_case_runs_on_a_gpu_as_far_as_a_cpu_can_tell(main, options, case):
     rows, lines = main.run_case(case, options)
     assert len(lines) >= len(main.CASES[case].ceilings)
-    assert all(row.median_us or row.note.startswith("missing: ") for row in rows)
+    # How exact a peer is depends on the CPU that stands in: the gate may refuse one.
+    without = {"peer": ("missing: ", "refused: ")}
+    assert all(
+        row.median_us or row.note.startswith(without.get(row.kind, "missing: ")) for row in rows
+    )
     assert bool(rows) == (case not in ("ceilings", "overhead", "step"))
     if case == "decode":
         ways = {row.way for row in rows}

@@ -44,6 +44,12 @@ def test_cases_are_all_here(main):
     assert tuple(main.CASES) == CASES
 
 
+def is_expected(row):
+    """Ours are right. How exact a peer is depends on the CPU, so the gate may refuse one."""
+    without = ("missing: ", "refused: ") if row.kind == "peer" else ("missing: ",)
+    return row.note == "" or row.note.startswith(without)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_case_runs(main, options, case):
     rows, lines = main.run_case(case, options)
@@ -52,7 +58,7 @@ def test_case_runs(main, options, case):
     # Each ceiling has its line, each summary something to say.
     assert len(lines) >= len(names)
     for row in rows:
-        assert row.note == "" or row.note.startswith("missing: ")
+        assert is_expected(row)
         assert (row.median_us is None) == bool(row.note)
         if row.median_us:
             assert 0 < row.p10_us <= row.median_us <= row.p90_us
@@ -376,5 +382,5 @@ def test_a_small_card_ends_a_table_early(main, options, monkeypatch):
 def test_benchmarks_are_listed(capsys):
     import_bench("__main__").main()
     printed = capsys.readouterr().out
-    for name in ("kernels", "relay", "simulate", "masks", "cuda_static", "amx"):
+    for name in ("kernels", "relay", "simulate", "cuda_static", "amx"):
         assert f"python -m bench.{name}\n" in printed

@@ -13,12 +13,12 @@ from baton_engines.testing import FakeLlama
 from baton_engines.testing.small_llama import small_llama
 
 workloads = import_bench("workloads")
-cases = import_bench("simulate.cases")
-costs = import_bench("simulate.costs")
-events = import_bench("simulate.events")
-system = import_bench("simulate.system")
-measured = import_bench("simulate.measured")
-validation = import_bench("simulate.validate")
+cases = import_bench("studies.simulate.cases")
+costs = import_bench("studies.simulate.costs")
+events = import_bench("studies.simulate.events")
+system = import_bench("studies.simulate.system")
+measured = import_bench("studies.simulate.measured")
+validation = import_bench("studies.simulate.validate")
 
 Request = workloads.Request
 System = system.System
@@ -372,7 +372,7 @@ def test_results_do_not_depend_on_the_number_of_processes(monkeypatch):
 
 
 def test_the_study_prints_and_draws(monkeypatch, tmp_path, capsys):
-    study = import_bench("simulate.study")
+    study = import_bench("studies.simulate.study")
     monkeypatch.setattr(cases, "REQUESTS", 4)
     # The searches have a test of their own.
     monkeypatch.setattr(cases, "run_goodput", lambda sought: 1.0)

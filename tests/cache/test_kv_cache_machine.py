@@ -378,9 +378,9 @@ TestRagged = KVCacheMachine.TestCase
 TestRagged.settings = MANY
 TestAligned = AlignedMachine.TestCase
 TestAligned.settings = MANY
-TestEmulated = EmulatedMachine.TestCase
+TestEmulated = pytest.mark.slow(EmulatedMachine.TestCase)
 TestEmulated.settings = MANY
-TestJudged = JudgedMachine.TestCase
+TestJudged = pytest.mark.slow(JudgedMachine.TestCase)
 TestJudged.settings = settings(MANY, max_examples=40)
 TestHalfAligned = HalfAlignedMachine.TestCase
 TestHalfAligned.settings = settings(MANY, max_examples=20)

@@ -148,6 +148,7 @@ def test_committed_columns_are_tracked_per_slot(monkeypatch):
 
 
 @linux
+@pytest.mark.alone  # huge pages come and go with the memory that others take
 def test_resident_set_follows_what_is_written():
     """Four GiB reserved cost nothing; tokens cost their pages; releasing gives them back."""
     before = resident_bytes()

@@ -1,11 +1,11 @@
 """The CUDA kernels compiled for every architecture, and nvcc's own PTX executed."""
 
 import re
-import subprocess
 
 import pytest
 
 from emulation import build
+from emulation.artifacts import run_compiler, run_nvcc
 from emulation.cuda.ops import EmulatedOps
 from emulation.ptx import counts as cuda_counts
 from emulation.ptx.counts import append_case, extract_case, insert_case, merge_case, move_case
@@ -163,13 +163,8 @@ def test_decode_has_loads_on_their_way_all_the_time():
 def compile_text(tmp_path, text: str) -> Kernel:
     source = tmp_path / "kernel.cu"
     source.write_text(text)
-    done = subprocess.run(
-        [tool("nvcc"), "-arch=sm_80", "-Xptxas", "-v", "-cubin", source, "-o", tmp_path / "cubin"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    sass = subprocess.run(
-        [tool("cuobjdump"), "-sass", tmp_path / "cubin"], capture_output=True, text=True, check=True
-    )
+    done = run_nvcc("-arch=sm_80", "-Xptxas", "-v", "-cubin", source, "-o", tmp_path / "cubin")
+    sass = run_compiler([tool("cuobjdump"), "-sass", tmp_path / "cubin"])
     listing = "\n".join(cuda_static.shortened(sass.stdout))
     return cuda_static.parse(done.stderr, listing)[0]
 

@@ -12,8 +12,9 @@ import torch
 
 from baton_kernels.testing import Accuracy, assert_same_bits, random_attention_problem
 from emulation import build
+from emulation.artifacts import ROOT
 from emulation.ptx.counts import append_case, extract_case, insert_case, merge_case, move_case
-from emulation.ptx.machine import ROOT, Machine, compile_ptx
+from emulation.ptx.machine import Machine, compile_ptx
 from emulation.ptx.ops import PtxOps
 from emulation.static import kernels as cuda_static
 from emulation.tools import cuda_include

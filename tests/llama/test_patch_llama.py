@@ -299,7 +299,7 @@ def test_something_else_than_a_model() -> None:
         patch_llama("smollm2")
 
 
-SMOLLM2_PROMPTS = ("What is the capital of France?", "Name three colours.", "Hi")
+SMOLLM2_PROMPTS = ("What is the capital of France?", "Name three colors.", "Hi")
 
 
 def smollm2_queries(tokenizer) -> list[KnownQuery]:

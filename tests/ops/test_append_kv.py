@@ -1,5 +1,6 @@
 import pytest
 import torch
+from cache_problems import embedded_cache
 
 import baton_kernels
 from baton_kernels import reference
@@ -40,18 +41,19 @@ def problem(
     generator = torch.Generator().manual_seed(seed)
     capacity = rows // num_slots + 9 if capacity is None else capacity
 
-    def numbers(*shape, dtype=dtype):
-        x = torch.randn(shape, generator=generator).to(dtype)
-        return embed(x, [1] * (len(shape) - 1) + [margin])
+    def normal(shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    def numbers(*shape):
+        return embed(normal(shape), [1] * (len(shape) - 1) + [margin])
 
     arguments = {"key": numbers(rows, num_kv_heads, head_dim)}
     arguments["value"] = numbers(rows, num_kv_heads, head_dim)
     for name in ("key_cache", "value_cache"):
-        if columns_first:
-            cache = numbers(num_slots, capacity, num_kv_heads, head_dim).transpose(1, 2)
-        else:
-            cache = numbers(num_slots, num_kv_heads, capacity, head_dim)
-        arguments[name] = cache
+        arguments[name] = embedded_cache(
+            normal, num_slots=num_slots, num_kv_heads=num_kv_heads, capacity=capacity,
+            head_dim=head_dim, columns_first=columns_first, margin=margin,
+        )  # fmt: skip
     places = torch.randperm(num_slots * capacity, generator=generator)[:rows]
     arguments["slots"] = (places // capacity).int()
     arguments["columns"] = (places % capacity).int()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from cache_problems import embedded_cache
 
 import baton_kernels
 from baton_kernels import reference
@@ -36,12 +37,11 @@ def problem(
     starts = [int(torch.randint(capacity - n + 1, ())) for n in lengths]
     caches = {}
     for name in ("key_cache", "value_cache"):
-        shape = (*layers, num_slots, num_kv_heads, capacity, head_dim)
-        if columns_first:
-            shape = (*layers, num_slots, capacity, num_kv_heads, head_dim)
-        cache = poison_(torch.empty(shape, dtype=dtype))
-        cache = embed(cache, [1] * (len(shape) - 1) + [margin])
-        cache = cache.transpose(-3, -2) if columns_first else cache
+        cache = embedded_cache(
+            lambda shape: poison_(torch.empty(shape, dtype=dtype)),
+            layers=layers, num_slots=num_slots, num_kv_heads=num_kv_heads,
+            capacity=capacity, head_dim=head_dim, columns_first=columns_first, margin=margin,
+        )  # fmt: skip
         for slot, start, length in zip(slots, starts, lengths, strict=False):
             columns = cache[..., slot, :, start : start + length, :]
             columns.copy_(torch.randn(columns.shape))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from cache_problems import embedded_cache
 
 import baton_kernels
 from baton_kernels import reference
@@ -31,20 +32,23 @@ def problem(
     """Packed keys and values, caches full of numbers, and random places: arguments by name."""
     torch.manual_seed(sum(lengths))
     capacity = max(lengths, default=0) + 7 if capacity is None else capacity
-    tokens = (*layers, sum(lengths), num_kv_heads, head_dim)
-    cache = (*layers, num_slots, num_kv_heads, capacity, head_dim)
 
     def numbers(shape):
-        return embed(torch.randn(shape).to(dtype), [1] * (len(shape) - 1) + [margin])
+        return torch.randn(shape).to(dtype)
+
+    def new_tokens():
+        shape = (*layers, sum(lengths), num_kv_heads, head_dim)
+        return embed(numbers(shape), [1] * (len(shape) - 1) + [margin])
 
     def new_cache():
-        if not columns_first:
-            return numbers(cache)
-        return numbers((*layers, num_slots, capacity, num_kv_heads, head_dim)).transpose(-3, -2)
+        return embedded_cache(
+            numbers, layers=layers, num_slots=num_slots, num_kv_heads=num_kv_heads,
+            capacity=capacity, head_dim=head_dim, columns_first=columns_first, margin=margin,
+        )  # fmt: skip
 
     return {
-        "key": numbers(tokens),
-        "value": numbers(tokens),
+        "key": new_tokens(),
+        "value": new_tokens(),
         "key_cache": new_cache(),
         "value_cache": new_cache(),
         "cu_seqlens": cumulative(lengths),

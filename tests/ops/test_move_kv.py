@@ -1,5 +1,6 @@
 import pytest
 import torch
+from cache_problems import embedded_cache
 
 import baton_kernels
 from baton_kernels import reference
@@ -7,7 +8,6 @@ from baton_kernels.testing import (
     DTYPES,
     Refusal,
     assert_same_bits,
-    embed,
     int32,
     poison_,
     storage,
@@ -33,14 +33,15 @@ def problem(
     torch.manual_seed(len(moves))
     if capacity is None:
         capacity = max((max(m[1], m[3]) + m[4] for m in moves), default=0) + 3
-    arguments = {}
-    for name in ("key_cache", "value_cache"):
-        shape = (*layers, num_slots, num_kv_heads, capacity, head_dim)
-        if columns_first:
-            shape = (*layers, num_slots, capacity, num_kv_heads, head_dim)
-        cache = embed(torch.randn(shape).to(dtype), [1] * (len(shape) - 1) + [margin])
-        arguments[name] = cache.transpose(-3, -2) if columns_first else cache
-    return arguments | {name: int32([m[i] for m in moves]) for i, name in enumerate(INDICES)}
+    caches = {
+        name: embedded_cache(
+            lambda shape: torch.randn(shape).to(dtype),
+            layers=layers, num_slots=num_slots, num_kv_heads=num_kv_heads,
+            capacity=capacity, head_dim=head_dim, columns_first=columns_first, margin=margin,
+        )
+        for name in ("key_cache", "value_cache")
+    }  # fmt: skip
+    return caches | {name: int32([m[i] for m in moves]) for i, name in enumerate(INDICES)}
 
 
 def check(ops, arguments):

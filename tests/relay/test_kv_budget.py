@@ -1,9 +1,8 @@
 """A budget of bytes for keys and values, and a number of slots that follows the load."""
 
-import random
-
 import pytest
 from policy_settings import watch_budget
+from relay_checks import assert_right, prompt
 
 from baton_engines import policies
 from baton_engines.policies import Forward, Plan, Policy, View
@@ -17,17 +16,6 @@ BYTES_PER_TOKEN = 256
 @pytest.fixture
 def model() -> FakeLlama:
     return FakeLlama()
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    numbers = random.Random(1000 * seed + length)
-    return [numbers.randrange(50) for _ in range(length)]
-
-
-def assert_right(model: FakeLlama, queries: list[Query]) -> None:
-    for query in queries:
-        assert query.status == "finished", (query, query.error)
-        assert query.tokens == model.decode_alone(query.prompt, query.max_new_tokens)
 
 
 class Eager(Policy):

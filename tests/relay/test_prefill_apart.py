@@ -3,6 +3,7 @@
 Nothing may be left of a process: it is asked for by its id, memory and descriptors by counting.
 """
 
+import functools
 import gc
 import os
 import random
@@ -15,13 +16,15 @@ import time
 
 import psutil
 import pytest
+import relay_checks
 import torch
+from relay_checks import assert_right
 
 from baton_engines.llama import patch_llama
 from baton_engines.llama.packed_batch import PackedBatch
 from baton_engines.prefill.apart import Apart
 from baton_engines.prefill.handover import Handover, Sizes
-from baton_engines.relay import Query, Relay
+from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
 from baton_engines.testing.prefill import ProcessFault
 from baton_engines.testing.small_llama import small_llama
@@ -31,15 +34,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def prompt(length: int, seed: int = 0) -> list[int]:
-    numbers = random.Random(1000 * seed + length)
-    return [numbers.randrange(40) for _ in range(length)]
-
-
-def assert_right(model: FakeLlama, queries: list[Query]) -> None:
-    for query in queries:
-        assert query.status == "finished", (query, query.error)
-        assert query.tokens == model.decode_alone(query.prompt, query.max_new_tokens)
+# The first tokens that are left are those of ProcessFault.
+prompt = functools.partial(relay_checks.prompt, vocab_size=40)
 
 
 def descriptors() -> int:
@@ -141,6 +137,7 @@ def test_a_worker_that_is_killed_is_replaced():
         assert [psutil.pid_exists(process) for process in processes] == [False, False, True]
 
 
+@pytest.mark.alone  # a worker that does not answer for five seconds is killed
 def test_faults_inside_a_worker_end_no_query(tmp_path):
     """One prompt raises and one kills every process that tries it: the loop computes them. One
     hangs, once: it is killed, and another process computes it."""

@@ -2,13 +2,13 @@
 
 import gc
 import itertools
-import random
 import weakref
 
 import pytest
 import torch
+from relay_checks import assert_empty, assert_right, prompt
 
-from baton_engines.relay import Query, Relay
+from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
 
 LAYOUTS = pytest.mark.parametrize("aligned", [False, True], ids=["ragged", "aligned"])
@@ -18,26 +18,6 @@ POLICIES = pytest.mark.parametrize("policy", ["baton", "run_to_completion"])
 @pytest.fixture
 def model() -> FakeLlama:
     return FakeLlama()
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    numbers = random.Random(1000 * seed + length)
-    return [numbers.randrange(50) for _ in range(length)]
-
-
-def assert_right(model: FakeLlama, queries: list[Query]) -> None:
-    for query in queries:
-        assert query.status == "finished", (query, query.error)
-        assert query.tokens == model.decode_alone(query.prompt, query.max_new_tokens)
-        assert query.finish_reason == "length"
-        assert len(query.token_times) == len(query.tokens)
-
-
-def assert_empty(relay: Relay) -> None:
-    assert (relay.waiting, relay.running, relay.parked) == ((), (), ())
-    assert relay.cache.shape.used == ()
-    assert relay.cache.bytes_in_use == 0
-    assert relay.cache.bytes_committed == 0
 
 
 @LAYOUTS

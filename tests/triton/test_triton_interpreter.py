@@ -43,58 +43,38 @@ SELECTED = {
 }
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """By op: the names of the tests that ran and the texts of those that failed."""
+def run(op: str, folder: pathlib.Path) -> tuple[list[str], list[str]]:
+    """The names of an op's tests that ran, and the texts of those that failed."""
     pytest.importorskip("triton")
-    report = tmp_path_factory.mktemp("triton") / "report.xml"
-    chosen = " or ".join(f"(test_{op}.py and ({tests}))" for op, tests in SELECTED.items())
-    files = [str(next((ROOT / "tests").glob(f"*/test_{op}.py"))) for op in SELECTED]
+    report = folder / "report.xml"
+    path = next((ROOT / "tests").glob(f"*/test_{op}.py"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore",
-         f"--junitxml={report}", "-k", f"triton and ({chosen})", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+         "-W", "ignore", f"--junitxml={report}", "-k", f"triton and ({SELECTED[op]})", str(path)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )  # fmt: skip
     assert report.is_file(), done.stdout + done.stderr
-    found = {op: ([], []) for op in SELECTED}
+    ran, failed = [], []
     for case in ElementTree.parse(report).iter("testcase"):
-        ran, failed = found[case.get("classname").rpartition("test_")[2]]
         ran.append(case.get("name"))
         failed += [f"{case.get('name')}: {part.text}" for part in case if part.tag != "skipped"]
-    return found
+    return ran, failed
 
 
-def test_torch(results):
+def test_torch(tmp_path):
     """opcheck, torch.compile and index values out of range: tests/triton/test_triton_torch.py."""
-    ran, failed = results["triton_torch"]
+    ran, failed = run("triton_torch", tmp_path)
     assert not failed, "\n\n".join(failed)
     assert len(ran) >= 2 * len(baton_kernels.triton.OPS)
 
 
 @pytest.mark.parametrize("op", baton_kernels.triton.OPS)
-def test_op(results, op):
-    ran, failed = results[op]
+def test_op(op, tmp_path):
+    ran, failed = run(op, tmp_path)
     assert not failed, "\n\n".join(failed)
     for section in ("matches_reference", "by_hand"):
         assert any(section in name for name in ran), f"{section} is not among {ran}"
     print(f"{op}: {len(ran)} tests passed on the interpreter")
-
-
-def test_bench_of_masks():
-    """No way but (a) and (b) writes a mask, and (b) writes each of its elements once."""
-    pytest.importorskip("triton")
-    pytest.importorskip("transformers")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "bench.masks", "--key-length=64", "--prompt=16"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    # 8 rows of 1 x 64 numbers of 2 bytes, then 2 rows of 16 x 16.
-    for table, mask in zip(done.stdout.split("\n\n")[1:], (1.0, 1.0), strict=True):
-        written = [float(line.split()[-3]) for line in table.splitlines()[2:]]
-        assert written[0] > mask and written[1:] == [mask, 0.0, 0.0]

@@ -11,9 +11,6 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// Keys of one block: scores of a tile stay in the core's own cache.
-constexpr int kBlockKeys = static_cast<int>(kAttentionBlockColumns);
-
 // How long before their use. Measured: 4 to 9 KB are slower, 16 and 18 KB too.
 constexpr int64_t kAheadBytes = 12 * 1024;
 
@@ -115,6 +112,7 @@ class ReadAhead {
     const Tile tile = make_tile(p_, item, row_plan(p_, item.row));
     from_ = streams<T>(p_, tile, item.kv_head);
     rows_ = tile.end > tile.begin ? tile.end - tile.begin : 0;
+    begin_ = tile.begin;
   }
 
   // Whether there are rows left, those of the block that begins now if the last one has been
@@ -126,9 +124,10 @@ class ReadAhead {
       ++item_;
       open();
     }
-    left_ = rows_ - done_ < kBlockKeys ? rows_ - done_ : kBlockKeys;
+    const int64_t block = kBlockKeys - (begin_ + done_) % kBlockKeys;
+    left_ = rows_ - done_ < block ? rows_ - done_ : block;
     stride_ = values_ ? p_.value_cache_strides.column_stride : p_.key_cache_strides.column_stride;
-    row_ = (values_ ? from_.values : from_.keys) + done_ * stride_;
+    row_ = (values_ ? from_.values : from_.keys) + (begin_ + done_) * stride_;
     if (values_) done_ += left_;
     values_ = !values_;
     return true;
@@ -148,6 +147,7 @@ class ReadAhead {
   const int64_t full_lead_;  // rows from request to use
   Streams<T> from_{};
   int64_t rows_ = 0, done_ = 0;  // of the item; those behind the current block
+  int64_t begin_ = 0;            // the item's first key
   bool values_ = false;          // whether values come next
   const T* row_ = nullptr;       // the current run
   int64_t stride_ = 0, left_ = 0;

@@ -15,6 +15,13 @@ struct Tile {
   int64_t begin, end;  // keys to stream
 };
 
+// Keys of one block, which begins at a multiple of this: scores of a tile stay in the core's own
+// cache.
+constexpr int kBlockKeys = static_cast<int>(kAttentionBlockColumns);
+
+// A block is streamed from a multiple of this on: what a window hides before it is not read.
+constexpr int64_t kFirstKeys = 16;
+
 struct Range {
   int64_t begin, end;
 };
@@ -47,14 +54,18 @@ static inline Tile make_tile(const RaggedAttentionParams& p, const AttentionItem
   // The first token sees the furthest back, the last one the furthest on.
   const Range first = visible(p, tile, tile.token);
   const Range last = visible(p, tile, tile.token + tile.num_tokens - 1);
-  tile.begin = item.split * plan.split_columns;
-  tile.end = tile.begin + plan.split_columns;
-  if (tile.begin < first.begin) tile.begin = first.begin;
-  if (tile.end > last.end) tile.end = last.end;
+  tile.begin = first.begin / kFirstKeys * kFirstKeys;
+  tile.end = last.end;
+  if (plan.num_splits > 1) {
+    const int64_t begin = attention_segment_begin(item.split);
+    const int64_t end = attention_segment_begin(item.split + 1);
+    if (tile.begin < begin) tile.begin = begin;
+    if (tile.end > end) tile.end = end;
+  }
   return tile;
 }
 
-// Where the keys and values of a tile begin.
+// Where the keys and values of a row begin.
 template <typename T>
 struct Streams {
   const T* keys;
@@ -63,7 +74,7 @@ struct Streams {
 
 template <typename T>
 Streams<T> streams(const RaggedAttentionParams& p, const Tile& t, int64_t kv_head) {
-  const int64_t slot = p.slots[t.row], column = p.starts[t.row] + t.begin;
+  const int64_t slot = p.slots[t.row], column = p.starts[t.row];
   return {
       static_cast<const T*>(p.key_cache) + offset(p.key_cache_strides, 0, slot, kv_head, column),
       static_cast<const T*>(p.value_cache) +

@@ -1,7 +1,11 @@
-// ragged_attention on the CPU: one work item is one (row, KV head, query tile, split). It streams
-// its columns once, in blocks of kBlockKeys, with a running maximum and sum, so that scores exist
-// for one block only. Padding columns are never loaded; hidden ones are skipped where a whole block
-// is hidden.
+// ragged_attention on the CPU: one work item is one (row, KV head, query tile), or one segment of
+// its keys. It streams its columns once, in blocks of kBlockKeys, with a running maximum and sum,
+// so that scores exist for one block only. Padding columns are never loaded; hidden ones are
+// skipped where a whole block is hidden.
+//
+// Blocks and segments begin at fixed keys of the row, and whatever is decided per query vector is
+// decided from its own scores: a token has the same bits however its row is cut into calls, items
+// and tiles.
 #include "cpu/kernels.h"
 #include "cpu/ragged_attention/softmax.h"
 #include "cpu/ragged_attention/tile_amx.h"
@@ -10,51 +14,147 @@ namespace baton::cpu::BATON_ISA {
 
 namespace {
 
-// Streams the tile's keys and values; leaves sums, maxima and totals in scratch. `ahead` asks for
-// what will be streamed next; null where the tile before had the same keys and values.
+// A tile's query vectors, and what each of them sees.
 template <typename T>
-void stream(const RaggedAttentionParams& p, const Tile& t, const Streams<T>& from,
-            ReadAhead<T>* ahead, AttentionScratch& scratch) {
-  typedef AttentionProducts<T> Products;
-  const int64_t dim = p.sizes.head_dim;
-  const int count = static_cast<int>(t.count);
+struct TileQueries {
   const T* query[kMaxQueries];
   View views[kMaxQueries];
-  int m = 0;
-  for (int64_t token = t.token; token < t.token + t.num_tokens; ++token) {
-    Range range = visible(p, t, token);
-    // Another split sees to what lies behind this one's end.
-    if (range.end > t.end) range.end = t.end;
-    for (int64_t head = t.first_head; head < t.first_head + t.num_heads; ++head, ++m) {
-      query[m] = static_cast<const T*>(p.query) +
-                 offset(p.query_strides, 0, p.cu_seqlens[t.row] + token, head);
-      views[m] = {range, t.length - t.query_length + token,
-                  p.alibi_slopes ? p.alibi_slopes[head] : 0.0f};
-      scratch.maximum[m] = kNothing;
-      store(scratch.sum[m], zero());
-      for (int64_t d = 0; d < attention_sums(dim); d += kLanes) store(&scratch.out[m][d], zero());
+  int count = 0;
+
+  TileQueries(const RaggedAttentionParams& p, const Tile& t) {
+    for (int64_t token = t.token; token < t.token + t.num_tokens; ++token) {
+      for (int64_t head = t.first_head; head < t.first_head + t.num_heads; ++head, ++count) {
+        query[count] = static_cast<const T*>(p.query) +
+                       offset(p.query_strides, 0, p.cu_seqlens[t.row] + token, head);
+        views[count] = {visible(p, t, token), t.length - t.query_length + token,
+                        p.alibi_slopes ? p.alibi_slopes[head] : 0.0f};
+      }
     }
   }
-  Products::load_queries(query, count, dim, scratch);
+
+  // Whether some of these keys are hidden from some vector.
+  bool some_hides(int64_t begin, int64_t end) const {
+    bool hides = false;
+    for (int m = 0; m < count; ++m) hides = hides || views[m].hides(begin, end);
+    return hides;
+  }
+};
+
+// The product with values for query vectors that do not see all of the block's keys, where a hidden
+// value may be NaN or infinite, which times a probability of 0 is NaN. Each multiplies a copy in
+// which the rows that it does not see are 0, in the same order of additions.
+template <typename T, typename Softmax>
+__attribute__((noinline)) void weigh_visible(const View* views, int count, int64_t first_key,
+                                             const Rows<T>& values, Softmax& softmax,
+                                             AttentionScratch& scratch) {
+  alignas(64) T copy[kBlockKeys][kMaxHeadDim];
+  alignas(64) float before[kMaxQueries * kMaxHeadDim], after[kMaxQueries * kMaxHeadDim];
+  const int64_t stride = scratch.out.stride, size = stride * sizeof(float);
+  __builtin_memcpy(before, scratch.out.data, count * size);
+  int next = 0;
+  for (int m = 0; m < count; m = next) {
+    const Range range = views[m].range;
+    for (int64_t k = values.first; k < values.count; ++k) {
+      const bool sees = first_key + k >= range.begin && first_key + k < range.end;
+      const T* row = values.data + k * values.stride;
+      if (sees) __builtin_memcpy(copy[k], row, values.dim * sizeof(T));
+      if (!sees) __builtin_memset(copy[k], 0, values.dim * sizeof(T));
+    }
+    __builtin_memcpy(scratch.out.data, before, count * size);
+    const Rows<T> seen{copy[0], kMaxHeadDim, values.first, values.count, values.dim, {}};
+    AttentionProducts<T>::weigh(count, seen, softmax, scratch);
+    // The heads of a token see the same.
+    for (; next < count && views[next].range.begin == range.begin &&
+           views[next].range.end == range.end;
+         ++next) {
+      __builtin_memcpy(after + next * stride, scratch.out[next], size);
+    }
+  }
+  __builtin_memcpy(scratch.out.data, after, count * size);
+}
+
+// Streams keys [begin, end) of the tile from nothing; leaves sums, maxima and totals in scratch.
+// `ahead` asks for what will be streamed next; null where that has been streamed before.
+template <typename T, bool kCareful>
+void stream(const RaggedAttentionParams& p, const TileQueries<T>& queries, const Streams<T>& from,
+            Range keys, ReadAhead<T>* ahead, AttentionScratch& scratch) {
+  typedef AttentionProducts<T> Products;
+  const int64_t dim = p.sizes.head_dim;
+  const int count = queries.count;
+  for (int m = 0; m < count; ++m) {
+    scratch.maximum[m] = kNothing;
+    store(scratch.sum[m], zero());
+    for (int64_t d = 0; d < attention_sums(dim); d += kLanes) store(&scratch.out[m][d], zero());
+  }
   const int64_t key_stride = p.key_cache_strides.column_stride;
   const int64_t value_stride = p.value_cache_strides.column_stride;
-  for (int64_t first = t.begin; first < t.end; first += kBlockKeys) {
-    const int64_t done = first - t.begin, remaining = t.end - first;
-    const int64_t here = remaining < kBlockKeys ? remaining : kBlockKeys;
-    const Rows<T> keys{from.keys + done * key_stride, key_stride, here, dim,
-                       ahead ? ahead->step(here) : Ask<T>{}};
-    Products::score(query, count, keys, scratch);
-    BlockSoftmax<Products> softmax(p, views, count, first, here, scratch);
-    const Rows<T> values{from.values + done * value_stride, value_stride, here, dim,
-                         ahead ? ahead->step(here) : Ask<T>{}};
-    Products::weigh(count, values, softmax, scratch);
+  int64_t first = keys.begin % kBlockKeys;
+  for (int64_t block = keys.begin - first; block < keys.end; block += kBlockKeys, first = 0) {
+    const int64_t end = keys.end - block < kBlockKeys ? keys.end - block : kBlockKeys;
+    Products::score(count,
+                    {from.keys + block * key_stride, key_stride, first, end, dim,
+                     ahead ? ahead->step(end - first) : Ask<T>{}},
+                    scratch);
+    BlockSoftmax<Products> softmax(p, queries.views, count, block, end, scratch);
+    const Rows<T> values{from.values + block * value_stride,         value_stride, first, end, dim,
+                         ahead ? ahead->step(end - first) : Ask<T>{}};
+    if (kCareful && queries.some_hides(block + first, block + end)) {
+      weigh_visible(queries.views, count, block, values, softmax, scratch);
+    } else {
+      Products::weigh(count, values, softmax, scratch);
+    }
   }
 }
 
-// Divides by the softmax denominator, the sink included, and writes the result of one query vector.
+static bool has_nan(int count, int64_t dim, const AttentionScratch& scratch) {
+  IntVec found{};
+  for (int m = 0; m < count; ++m) {
+    for (int64_t d = 0; d < attention_sums(dim); d += kLanes) {
+      const Vec sums = load(&scratch.out[m][d]);
+      found |= sums != sums;
+    }
+  }
+  return any(found);
+}
+
 template <typename T>
-void write_result(const RaggedAttentionParams& p, int64_t token, int64_t head, const float* sums,
-                  float maximum, float sum) {
+void stream_segment(const RaggedAttentionParams& p, const TileQueries<T>& queries,
+                    const Streams<T>& from, Range keys, ReadAhead<T>* ahead,
+                    AttentionScratch& scratch) {
+  stream<T, false>(p, queries, from, keys, ahead, scratch);
+  // Products take whole blocks, and a hidden value that is not finite has left a NaN.
+  if (queries.some_hides(keys.begin, keys.end) &&
+      has_nan(queries.count, p.sizes.head_dim, scratch)) {
+    stream<T, true>(p, queries, from, keys, nullptr, scratch);
+  }
+}
+
+// The softmax of one query vector over the segments so far: sums [attention_sums(head_dim)],
+// relative to `maximum`.
+struct Merged {
+  float* sums;
+  float maximum, sum;
+
+  // Adds the next segment. One of which the vector saw nothing is skipped, and so is one whose
+  // scores all overflowed.
+  void add(const float* segment_sums, float segment_maximum, float segment_sum, int64_t num_sums) {
+    if (segment_sum == 0.0f) return;
+    const float top = maximum > segment_maximum ? maximum : segment_maximum;
+    const Vec old_weight = exp(set1(maximum - top)), weight = exp(set1(segment_maximum - top));
+    sum = fmadd(set1(sum), old_weight, set1(segment_sum) * weight)[0];
+    for (int64_t d = 0; d < num_sums; d += kLanes) {
+      store(sums + d, fmadd(load(sums + d), old_weight, load(segment_sums + d) * weight));
+    }
+    maximum = top;
+  }
+};
+
+// Divides by the softmax denominator, the sink included, and writes the result of one query vector.
+// `sees`: some key. Where all of its scores are -inf the denominator is 0 without a sink, and the
+// result NaN, as of torch.softmax.
+template <typename T>
+void write_result(const RaggedAttentionParams& p, int64_t token, int64_t head, bool sees,
+                  const float* sums, float maximum, float sum) {
   const int64_t dim = p.sizes.head_dim, index = token * p.num_heads + head;
   T* out = static_cast<T*>(p.out) + index * dim;
   float top = maximum, total = sum, weight = 1.0f;
@@ -66,7 +166,7 @@ void write_result(const RaggedAttentionParams& p, int64_t token, int64_t head, c
     total = sum * weight + exp(set1(sink - top))[0];
   }
   if (p.lse) p.lse[index] = total == 0.0f ? kNothing : top + __builtin_logf(total);
-  if (sum == 0.0f) {
+  if (!sees) {
     __builtin_memset(out, 0, dim * sizeof(T));
     return;
   }
@@ -77,26 +177,59 @@ template <typename T>
 void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
               const AttentionRowPlan& plan, const Tile& tile, ReadAhead<T>* ahead,
               AttentionScratch& scratch) {
-  stream<T>(p, tile, streams<T>(p, tile, item.kv_head), ahead, scratch);
-  const int64_t dim = p.sizes.head_dim;
-  int m = 0;
-  for (int64_t token = tile.token; token < tile.token + tile.num_tokens; ++token) {
-    for (int64_t head = tile.first_head; head < tile.first_head + tile.num_heads; ++head, ++m) {
-      const float sum = reduce_add(load(scratch.sum[m]));
-      if (plan.num_splits == 1) {
-        write_result<T>(p, p.cu_seqlens[item.row] + token, head, scratch.out[m], scratch.maximum[m],
-                        sum);
-        continue;
-      }
+  const int64_t dim = p.sizes.head_dim, num_sums = attention_sums(dim);
+  const TileQueries<T> queries(p, tile);
+  const int count = queries.count;
+  const Streams<T> from = streams<T>(p, tile, item.kv_head);
+  AttentionProducts<T>::load_queries(queries.query, count, dim, scratch);
+  const auto segment_sum = [&](int m) { return reduce_add(load(scratch.sum[m])); };
+  // Calls write(m, token, head) for every query vector.
+  const auto for_each_vector = [&](const auto& write) {
+    for (int m = 0; m < count; ++m) {
+      write(m, tile.token + m / tile.num_heads, tile.first_head + m % tile.num_heads);
+    }
+  };
+  const auto result = [&](const auto& of) {
+    for_each_vector([&](int m, int64_t token, int64_t head) {
+      const Range range = queries.views[m].range;
+      const Merged merged = of(m);
+      write_result<T>(p, p.cu_seqlens[item.row] + token, head, range.begin < range.end, merged.sums,
+                      merged.maximum, merged.sum);
+    });
+  };
+  const bool is_split = plan.num_splits > 1;
+  const int64_t segment_end = attention_segment_begin(attention_segment_of(tile.begin) + 1);
+  if (is_split || tile.end <= segment_end) {
+    stream_segment<T>(p, queries, from, {tile.begin, tile.end}, ahead, scratch);
+    if (!is_split) {
+      return result(
+          [&](int m) { return Merged{scratch.out[m], scratch.maximum[m], segment_sum(m)}; });
+    }
+    for_each_vector([&](int m, int64_t token, int64_t head) {
       float* partial = work.partials + work.partial_offsets[item.row] +
                        ((token * p.num_heads + head) * plan.num_splits + item.split) *
                            attention_partial_size(dim);
-      const int64_t num_sums = attention_sums(dim);
       __builtin_memcpy(partial, scratch.out[m], num_sums * sizeof(float));
       partial[num_sums] = scratch.maximum[m];
-      partial[num_sums + 1] = sum;
-    }
+      partial[num_sums + 1] = segment_sum(m);
+    });
+    return;
   }
+  Merged merged[kMaxQueries];
+  for (int m = 0; m < count; ++m) {
+    merged[m] = {scratch.merged[m], kNothing, 0.0f};
+    __builtin_memset(merged[m].sums, 0, num_sums * sizeof(float));
+  }
+  for (int64_t begin = tile.begin; begin < tile.end;) {
+    const int64_t next = attention_segment_begin(attention_segment_of(begin) + 1);
+    const int64_t end = next < tile.end ? next : tile.end;
+    stream_segment<T>(p, queries, from, {begin, end}, ahead, scratch);
+    for (int m = 0; m < count; ++m) {
+      merged[m].add(scratch.out[m], scratch.maximum[m], segment_sum(m), num_sums);
+    }
+    begin = end;
+  }
+  result([&](int m) { return merged[m]; });
 }
 
 template <typename T>
@@ -115,36 +248,26 @@ void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const A
   }
 }
 
-// Merges the partial results of one query vector in column order.
+// Merges the partial results of one query vector in the order of its segments.
 template <typename T>
 void merge_splits(const RaggedAttentionParams& p, const float* partials, int64_t num_splits,
-                  int64_t token, int64_t head) {
+                  bool sees, int64_t token, int64_t head) {
   const int64_t num_sums = attention_sums(p.sizes.head_dim);
   const int64_t size = attention_partial_size(p.sizes.head_dim);
-  float top = kNothing;
-  bool saw = false;
-  for (int64_t s = 0; s < num_splits; ++s) {
-    const float maximum = partials[s * size + num_sums];
-    top = maximum > top ? maximum : top;
-    saw = saw || partials[s * size + num_sums + 1] != 0.0f;
-  }
   alignas(64) float sums[kMaxHeadDim] = {};
-  float sum = 0.0f;
-  for (int64_t s = 0; s < num_splits && saw; ++s) {
+  Merged merged{sums, kNothing, 0.0f};
+  for (int64_t s = 0; s < num_splits; ++s) {
     const float* partial = partials + s * size;
-    if (partial[num_sums + 1] == 0.0f) continue;
-    const float weight = exp(set1(partial[num_sums] - top))[0];
-    sum += partial[num_sums + 1] * weight;
-    for (int64_t d = 0; d < num_sums; ++d) sums[d] += partial[d] * weight;
+    merged.add(partial, partial[num_sums], partial[num_sums + 1], num_sums);
   }
-  write_result<T>(p, token, head, sums, top, sum);
+  write_result<T>(p, token, head, sees, merged.sums, merged.maximum, merged.sum);
 }
 
 }  // namespace
 
 void ragged_attention(const RaggedAttentionParams& p, const AttentionWork& work, int64_t begin,
                       int64_t end) {
-  AttentionScratch scratch;
+  AttentionScratch scratch(p.sizes.head_dim);
   dispatch_dtype(p.dtype, [&]<typename T>() {
     [[maybe_unused]] const typename AttentionProducts<T>::Scope scope;
     ReadAhead<T> ahead(p, work, begin, end);
@@ -165,12 +288,12 @@ void ragged_attention_merge(const RaggedAttentionParams& p, const AttentionWork&
       const int64_t row = i / p.sizes.num_kv_heads, kv_head = i % p.sizes.num_kv_heads;
       if (work.partial_offsets[row] < 0) continue;
       const int64_t first = p.cu_seqlens[row], tokens = p.cu_seqlens[row + 1] - first;
-      const int64_t num_splits = row_plan(p, row).num_splits;
+      const int64_t num_splits = row_plan(p, row).num_splits, length = p.lengths[row];
       const float* partials = work.partials + work.partial_offsets[row];
       for (int64_t token = 0; token < tokens; ++token) {
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
           merge_splits<T>(p, partials + (token * p.num_heads + head) * num_splits * size,
-                          num_splits, first + token, head);
+                          num_splits, length - tokens + token >= 0, first + token, head);
         }
       }
     }

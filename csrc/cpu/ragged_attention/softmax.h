@@ -14,10 +14,15 @@ struct View {
   Range range;       // keys
   int64_t position;  // its own
   float slope;       // of ALiBi
+
+  // Whether some of these keys are hidden from it.
+  bool hides(int64_t begin, int64_t end) const { return range.begin > begin || range.end < end; }
 };
 
 // Probabilities are relative to a reference that follows the largest score lazily: what was summed
 // before is rescaled only when a score exceeds it by this much. e^10 more costs a float nothing.
+// Each query vector decides for itself, from its own scores of whole blocks, so that the tile it
+// shares with others does not matter.
 constexpr float kSlack = 10.0f;
 
 // The softmax of one block, for all query vectors of a tile. The constructor moves the references;
@@ -56,7 +61,7 @@ class BlockSoftmax {
 
  private:
   // Moves the reference of query vector m, whose scores are num_vecs vectors; `now`: makes its
-  // probabilities, too.
+  // probabilities, too. A block of which it sees nothing changes nothing.
   BATON_INLINE void begin(const View& view, int64_t first_key, int num_vecs, int m, bool now) {
     float* scores = scratch_.scores[m];
     Vec s[kBlockVecs];
@@ -117,7 +122,8 @@ class BlockSoftmax {
       Vec s = out[i];
       if (p_.softcap > 0.0f) s = set1(p_.softcap) * tanh(s / set1(p_.softcap));
       if (p_.alibi_slopes) {
-        s = s - set1(view.slope) * (set1(distance) - __builtin_convertvector(key, Vec));
+        const Vec signed_distance = set1(distance) - __builtin_convertvector(key, Vec);
+        s = s - set1(view.slope) * as_float(as_bits(signed_distance) & 0x7fffffffu);
       }
       out[i] = (key >= from) & (key < to) ? s : set1(kNothing);
       key += kLanes;

@@ -1,13 +1,14 @@
-// The products of tile.h for bfloat16 in AMX tiles: of prefill, and of decode with a
-// group of heads; one to three query vectors are left to tile_bf16.h.
+// The products of scores.h and values.h for bfloat16 in AMX tiles, both in prefill and in decode:
+// no other instruction adds in the order of a tile, and a token has the same bits in both.
 //
 // Keys are the operand that tiles load straight from the cache, query vectors are packed to pairs
 // once per tile of theirs: tiles of scores come out transposed. Values, of which a product sums
 // over the rows, are interleaved to pairs of rows; probabilities are loaded from the scores. Rows
 // behind the last key are not read: they are padding or another row's.
 //
-// Tiles are always whole. Where there are fewer query vectors, rows of scratch beyond them are
-// multiplied too, whatever they hold: no row of a product sees another, and nobody uses theirs.
+// Up to 16 query vectors have tiles of their number. Of more, the last tile is whole: rows of
+// scratch beyond them are multiplied too, with any content. No row of a product sees another, and
+// nobody uses theirs.
 #pragma once
 
 #include "cpu/ragged_attention/tile_bf16.h"
@@ -25,63 +26,60 @@ struct AttentionProducts : BlockProducts<T> {
 
 template <>
 struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
-  typedef BlockProducts<BFloat16> Few;
   typedef Rows<BFloat16> BlockRows;
 
-  // Tiles multiply 16 query vectors in the time of one, and the pairs of values are interleaved
-  // once for all of them: from here on that is less work than a pass over vectors for each.
-  static constexpr int kFewest = 4;
-
+  // Left configured, tiles would be saved at every switch of threads.
   struct Scope {
-    TileScope tiles{kAmxRows};
+    ~Scope() { tile_release(); }
   };
 
   static void load_queries(const BFloat16* const* query, int count, int64_t dim,
                            AttentionScratch& scratch) {
-    if (count < kFewest) return Few::load_queries(query, count, dim, scratch);
+    configure(count, scratch);
     const int64_t size = packed_size(tile_steps(dim));
     for (int m = 0; m < count; m += kAmxRows) {
       const auto vector = [&](int i) { return query[m + i]; };
       const int here = count - m < kAmxRows ? count - m : kAmxRows;
-      pack_columns(vector, here, dim, kAmxRows, &scratch.query[0][0] + m / kAmxRows * size);
+      const int columns = count < kAmxRows ? count : kAmxRows;
+      pack_columns(vector, here, dim, columns, scratch.query.data + m / kAmxRows * size);
     }
   }
 
-  static void score(const BFloat16* const* query, int count, const BlockRows& keys,
-                    AttentionScratch& scratch) {
-    if (count < kFewest) return Few::score(query, count, keys, scratch);
+  static void score(int count, const BlockRows& keys, AttentionScratch& scratch) {
+    if (count <= kAmxRows) return score_few(count, keys, scratch);
     const int64_t steps = tile_steps(keys.dim), size = packed_size(steps);
-    const TileRows rows{keys.data, keys.stride, keys.count, keys.dim};
+    const int64_t num_keys = keys.count - keys.first;
+    const TileRows rows{keys.data + keys.first * keys.stride, keys.stride, num_keys, keys.dim};
     const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
-      const TileColumns queries{&scratch.query[0][0] + j * size, kAmxRows, size};
+      const TileColumns queries{scratch.query.data + j * size, kAmxRows, size};
       for_each_sum<kRows, kColumns>([]<int kI, int kJ>() { tile_zero<kI * 2 + kJ>(); });
       multiply<kRows, kColumns>(rows, i * kAmxRows, queries, steps);
       for_each_sum<kRows, kColumns>([&]<int kI, int kJ>() {
+        const int64_t k = keys.first + (i + kI) * kAmxRows;
         // The first query vectors ask for what comes next, a share beside every tile of scores.
         constexpr int kShare = kAmxRows / kColumns;
-        if (j == 0) keys.used<kShare>(i * kAmxRows + (kI * kColumns + kJ) * kShare);
+        if (j == 0) keys.used<kShare>(k + kJ * kShare);
         alignas(64) float sums[kAmxRows][kAmxRows];
         tile_store<kI * 2 + kJ>(sums, kAmxRowBytes);
         Vec scores[kAmxRows];
-        for (int k = 0; k < kAmxRows; ++k) scores[k] = load(sums[k]);
+        for (int n = 0; n < kAmxRows; ++n) scores[n] = load(sums[n]);
         transpose(scores);
         for (int m = 0; m < kAmxRows; ++m) {
-          store(&scratch.scores[(j + kJ) * kAmxRows + m][(i + kI) * kAmxRows], scores[m]);
+          store(&scratch.scores[(j + kJ) * kAmxRows + m][k], scores[m]);
         }
       });
     };
-    for_each_block(num_tiles(keys.count), num_tiles(count), block);
+    for_each_block(num_tiles(num_keys), num_tiles(count), block);
   }
 
-  static bool uses_block_in_place(int count) { return count < kFewest; }
+  static bool uses_block_in_place(int) { return false; }
 
   template <typename Softmax>
-  static void weigh(int count, const BlockRows& values, Softmax& softmax,
-                    AttentionScratch& scratch) {
-    if (count < kFewest) return Few::weigh(count, values, softmax, scratch);
-    float* pairs = &scratch.values[0][0];
+  static void weigh(int count, const BlockRows& values, Softmax&, AttentionScratch& scratch) {
+    float* pairs = scratch.values.data;
     const int64_t steps = tile_steps(values.count), size = packed_size(steps);
     pack_values(values, pairs);
+    if (count <= kAmxRows) return weigh_few(count, values, pairs, scratch);
     const TileRows probabilities{reinterpret_cast<const BFloat16*>(scratch.scores), 2 * kBlockKeys,
                                  kMaxQueries, values.count};
     const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
@@ -89,12 +87,12 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
       const auto total = [&](int64_t row, int64_t column) {
         return &scratch.out[row * kAmxRows][column * kAmxRows];
       };
-      constexpr int64_t kStride = sizeof(scratch.out[0]);
+      const int64_t stride = scratch.out.stride * sizeof(float);
       for_each_sum<kRows, kColumns>(
-          [&]<int kI, int kJ>() { tile_load<kI * 2 + kJ>(total(i + kI, j + kJ), kStride); });
+          [&]<int kI, int kJ>() { tile_load<kI * 2 + kJ>(total(i + kI, j + kJ), stride); });
       multiply<kRows, kColumns>(probabilities, i * kAmxRows, columns, steps);
       for_each_sum<kRows, kColumns>(
-          [&]<int kI, int kJ>() { tile_store<kI * 2 + kJ>(total(i + kI, j + kJ), kStride); });
+          [&]<int kI, int kJ>() { tile_store<kI * 2 + kJ>(total(i + kI, j + kJ), stride); });
     };
     for_each_block(num_tiles(count), 2 * tile_steps(values.dim), block);
   }
@@ -104,8 +102,110 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
 
   // Floats of one packed tile of columns: a step is 16 pairs of 16 columns.
   static int64_t packed_size(int64_t steps) { return steps * kAmxRows * kAmxRows; }
-  static_assert(sizeof(AttentionScratch::query) >= kMaxQueries * kMaxHeadDim * 2);
-  static_assert(sizeof(AttentionScratch::values) >= kBlockKeys * kMaxHeadDim * 2);
+
+  // Tiles of up to 16 query vectors are as wide (scores) or as high (sums) as these are many: 0 and
+  // 1 are scores, 2 and 3 sums, 4 and 5 keys or values, 6 query vectors, 7 probabilities. More
+  // vectors use TileScope's tiles.
+  static void configure(int count, AttentionScratch& scratch) {
+    const int vectors = count < kAmxRows ? count : kAmxRows;
+    if (scratch.tile_vectors == vectors) return;
+    scratch.tile_vectors = vectors;
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) {
+      const bool is_wide = tile == 0 || tile == 1 || tile == 6;
+      const bool is_high = tile == 2 || tile == 3 || tile == 7;
+      config.rows[tile] = static_cast<uint8_t>(is_high ? vectors : kAmxRows);
+      config.row_bytes[tile] = static_cast<uint16_t>(is_wide ? 4 * vectors : kAmxRowBytes);
+    }
+    tile_configure(config);
+  }
+
+  // Rows [row, row + 16) of a step.
+  template <int kTile>
+  static BATON_INLINE void load_rows(const TileRows& a, int64_t row, int64_t column) {
+    if (row + kAmxRows <= a.num_rows && column + kAmxStep <= a.num_columns) {
+      tile_load<kTile>(a.data + row * a.stride + column, 2 * a.stride);
+    } else {
+      load_some_rows<kTile>(a, row, column);
+    }
+  }
+
+  static void score_few(int count, const BlockRows& keys, AttentionScratch& scratch) {
+    const int64_t steps = tile_steps(keys.dim), step_size = kAmxRows * count;
+    const TileRows rows{keys.data, keys.stride, keys.count, keys.dim};
+    for (int64_t k = keys.first; k < keys.count; k += 2 * kAmxRows) {
+      const bool two = k + kAmxRows < keys.count;
+      tile_zero<0>();
+      if (two) tile_zero<1>();
+      for (int64_t step = 0; step < steps; ++step) {
+        tile_load<6>(scratch.query.data + step * step_size, 4 * count);
+        load_rows<4>(rows, k, step * kAmxStep);
+        tile_multiply<0, 4, 6>();
+        if (!two) continue;
+        load_rows<5>(rows, k + kAmxRows, step * kAmxStep);
+        tile_multiply<1, 5, 6>();
+      }
+      store_scores<0>(count, keys, k, scratch);
+      if (two) store_scores<1>(count, keys, k + kAmxRows, scratch);
+    }
+  }
+
+  // Scores of 16 keys, of which a tile has one in every row.
+  template <int kTile>
+  static void store_scores(int count, const BlockRows& keys, int64_t k, AttentionScratch& scratch) {
+    keys.used<kAmxRows>(k);
+    if (count == 1) return tile_store<kTile>(&scratch.scores[0][k], sizeof(float));
+    alignas(64) float sums[kAmxRows * kAmxRows];
+    if (count <= 4) {
+      tile_store<kTile>(sums, 4 * sizeof(float));
+      // Vector i has keys 4 i to 4 i + 3: the parts change places, then the lanes inside of them.
+      const __m512 a = (__m512)load(sums), b = (__m512)load(sums + 16), c = (__m512)load(sums + 32),
+                   d = (__m512)load(sums + 48);
+      const __m512 ab_even = _mm512_shuffle_f32x4(a, b, 0x88),
+                   ab_odd = _mm512_shuffle_f32x4(a, b, 0xdd);
+      const __m512 cd_even = _mm512_shuffle_f32x4(c, d, 0x88),
+                   cd_odd = _mm512_shuffle_f32x4(c, d, 0xdd);
+      Vec scores[4] = {(Vec)_mm512_shuffle_f32x4(ab_even, cd_even, 0x88),
+                       (Vec)_mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88),
+                       (Vec)_mm512_shuffle_f32x4(ab_even, cd_even, 0xdd),
+                       (Vec)_mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd)};
+      transpose_parts(scores[0], scores[1], scores[2], scores[3]);
+      for (int m = 0; m < count; ++m) store(&scratch.scores[m][k], scores[m]);
+      return;
+    }
+    tile_store<kTile>(sums, kAmxRowBytes);
+    Vec scores[kAmxRows];
+    for (int n = 0; n < kAmxRows; ++n) scores[n] = load(sums + n * kAmxRows);
+    transpose(scores);
+    for (int m = 0; m < count; ++m) store(&scratch.scores[m][k], scores[m]);
+  }
+
+  static void weigh_few(int count, const BlockRows& values, const float* pairs,
+                        AttentionScratch& scratch) {
+    const int64_t steps = tile_steps(values.count), size = packed_size(steps);
+    const int64_t stride = scratch.out.stride * sizeof(float);
+    const TileRows probabilities{reinterpret_cast<const BFloat16*>(scratch.scores), 2 * kBlockKeys,
+                                 count, values.count};
+    const bool is_whole = values.count == kBlockKeys;
+    for (int64_t d = 0; d < values.dim; d += 2 * kAmxRows, pairs += 2 * size) {
+      float* out = scratch.out.data + d;
+      tile_load<2>(out, stride);
+      tile_load<3>(out + kAmxRows, stride);
+      for (int64_t step = 0; step < steps; ++step) {
+        if (is_whole) {
+          tile_load<7>(probabilities.data + step * kAmxStep, 2 * probabilities.stride);
+        } else {
+          load_some_rows<7>(probabilities, 0, step * kAmxStep);
+        }
+        tile_load<4>(pairs + step * kAmxRows * kAmxRows, kAmxRowBytes);
+        tile_multiply<2, 7, 4>();
+        tile_load<5>(pairs + size + step * kAmxRows * kAmxRows, kAmxRowBytes);
+        tile_multiply<3, 7, 5>();
+      }
+      tile_store<2>(out, stride);
+      tile_store<3>(out + kAmxRows, stride);
+    }
+  }
 
   // Tiles of 16 columns of values, in the order of head_dim that put_result() undoes:
   // out[tile][step][pair of rows][column]. Rows behind the last one count as 0.
@@ -116,9 +216,10 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
       const BFloat16* row = values.data + k * values.stride;
       values.used<2>(k);
       for (int64_t d = 0; d < values.dim; d += kPairStep) {
-        const Vec even = k < values.count ? load_step(row, d, values.dim) : zero();
+        const bool is_row = k >= values.first && k < values.count;
+        const Vec even = is_row ? load_step(row, d, values.dim) : zero();
         const Vec odd =
-            k + 1 < values.count ? load_step(row + values.stride, d, values.dim) : zero();
+            is_row && k + 1 < values.count ? load_step(row + values.stride, d, values.dim) : zero();
         const ValuePairs both = interleave((Pairs)even, (Pairs)odd);
         store(out + d / kAmxRows * size, (Vec)both.low);
         store(out + (d / kAmxRows + 1) * size, (Vec)both.high);

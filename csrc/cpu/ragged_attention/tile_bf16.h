@@ -1,4 +1,4 @@
-// The products of tile.h where the CPU multiplies pairs of bfloat16 into float32 sums.
+// The product with values where the CPU multiplies pairs of bfloat16 into float32 sums.
 //
 // Probabilities are rounded to bfloat16 for the product with values, as every tensor-core attention
 // does; their sum is taken before rounding. Two rows of values interleave to pairs of keys with one
@@ -15,10 +15,10 @@ namespace baton::cpu::BATON_ISA {
 // out[m][d ..] += p value over kSteps * 32 elements of head_dim; source(k, i) gives a row pair,
 // before(k) comes before it.
 template <int kQueries, int kSteps, typename Source, typename Before>
-BATON_INLINE void weigh_pairs(const float (*p)[kBlockKeys], int64_t num_pairs, const Source& source,
-                              Before& before, float (*out)[kMaxHeadDim], int64_t d) {
+BATON_INLINE void weigh_pairs(const float (*p)[kBlockKeys], Columns pairs, const Source& source,
+                              Before& before, Matrix out, int64_t d) {
   Vec sums[kQueries][2 * kSteps] = {};
-  for (int64_t k = 0; k < num_pairs; ++k) {
+  for (int64_t k = pairs.begin; k < pairs.end; ++k) {
     before(k);
     ValuePairs v[kSteps];
     BATON_UNROLL
@@ -44,37 +44,8 @@ BATON_INLINE void weigh_pairs(const float (*p)[kBlockKeys], int64_t num_pairs, c
 }
 
 template <>
-struct BlockProducts<BFloat16> {
+struct BlockProducts<BFloat16> : BlockScores<BFloat16> {
   typedef Rows<BFloat16> BlockRows;
-
-  static void load_queries(const BFloat16* const* query, int count, int64_t dim,
-                           AttentionScratch& scratch) {
-    if (count <= kDirectQueries) return DirectProducts::load_queries(query, count, dim, scratch);
-    for (int m = 0; m < count; ++m) __builtin_memcpy(scratch.query[m], query[m], dim * 2);
-  }
-
-  static void score(const BFloat16* const* query, int count, const BlockRows& keys,
-                    AttentionScratch& scratch) {
-    if (count <= kDirectQueries) return DirectProducts::score(query, count, keys, scratch);
-    // A pair of neighbouring elements is one 32-bit unit: transposed like a float.
-    const Rows<float> pairs{
-        reinterpret_cast<const float*>(keys.data), keys.stride / 2, keys.count, keys.dim / 2, {}};
-    if (keys.stride % 2 == 0) {
-      unpack_keys(pairs, scratch.keys);
-    } else {
-      // Rows that begin between two pairs are first copied to where they do not.
-      BFloat16* copy = reinterpret_cast<BFloat16*>(&scratch.values[0][0]);
-      for (int64_t k = 0; k < keys.count; ++k) {
-        __builtin_memcpy(copy + k * kMaxHeadDim, keys.data + k * keys.stride, keys.dim * 2);
-      }
-      unpack_keys(Rows<float>{&scratch.values[0][0], kMaxHeadDim / 2, keys.count, keys.dim / 2, {}},
-                  scratch.keys);
-    }
-    for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
-      score_pairs<kQueries>(scratch.query + m, scratch.keys, keys.dim / 2, scratch.scores + m,
-                            keys.share(m, kQueries, count));
-    });
-  }
 
   static bool uses_block_in_place(int count) { return count <= kDirectQueries; }
 
@@ -108,31 +79,6 @@ struct BlockProducts<BFloat16> {
   }
 
  private:
-  // scores[m][k] = sum over pairs of elements of query[m] . keys[.][k], lanes are keys.
-  template <int kQueries, typename Before>
-  static void score_pairs(const float (*query)[kMaxHeadDim], const float (*keys)[kBlockKeys],
-                          int64_t num_pairs, float (*scores)[kBlockKeys], Before before) {
-    static_assert(kPackedVecs * kLanes == kBlockKeys);
-    Vec sums[kQueries][kPackedVecs] = {};
-    for (int64_t d = 0; d < num_pairs; ++d) {
-      before(d);
-      Pairs v[kPackedVecs];
-      BATON_UNROLL
-      for (int i = 0; i < kPackedVecs; ++i) v[i] = load_pairs(&keys[d][i * kLanes]);
-      BATON_UNROLL
-      for (int m = 0; m < kQueries; ++m) {
-        const Pairs q = broadcast_pair(&query[m][d]);
-        BATON_UNROLL
-        for (int i = 0; i < kPackedVecs; ++i) sums[m][i] = dot_pairs(sums[m][i], q, v[i]);
-      }
-    }
-    BATON_UNROLL
-    for (int m = 0; m < kQueries; ++m) {
-      BATON_UNROLL
-      for (int i = 0; i < kPackedVecs; ++i) store(&scores[m][i * kLanes], sums[m][i]);
-    }
-  }
-
   // Row pair k of the block from element d on. The row behind an odd count is not read: it is
   // padding or another row's.
   static BATON_INLINE ValuePairs row_pair(const BlockRows& rows, int64_t k, int64_t d) {
@@ -147,35 +93,35 @@ struct BlockProducts<BFloat16> {
   }
 
   template <typename Source>
-  static void weigh_tiles(int count, int64_t num_pairs, const BlockRows& values,
-                          const Source& source, AttentionScratch& scratch) {
+  static void weigh_tiles(int count, Columns pairs, const BlockRows& values, const Source& source,
+                          AttentionScratch& scratch) {
     for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
       auto before = values.share(m, kQueries, count);
       int64_t d = 0;
       for (; d + 2 * kPairStep <= values.dim; d += 2 * kPairStep) {
-        weigh_pairs<kQueries, 2>(scratch.scores + m, num_pairs, source, before, scratch.out + m, d);
+        weigh_pairs<kQueries, 2>(scratch.scores + m, pairs, source, before, scratch.out + m, d);
       }
       for (; d < values.dim; d += kPairStep) {
-        weigh_pairs<kQueries, 1>(scratch.scores + m, num_pairs, source, before, scratch.out + m, d);
+        weigh_pairs<kQueries, 1>(scratch.scores + m, pairs, source, before, scratch.out + m, d);
       }
     });
   }
 
   static void weigh_packed(int count, const BlockRows& values, AttentionScratch& scratch) {
-    const int64_t num_pairs = (values.count + 1) / 2;
+    const Columns pairs{values.first / 2, (values.count + 1) / 2};
     // [pair of keys][element pairs in the interleaved order]
-    float (*pairs)[kMaxHeadDim] = scratch.values;
-    for (int64_t k = 0; k < num_pairs; ++k) {
+    const Matrix unpacked = scratch.values;
+    for (int64_t k = pairs.begin; k < pairs.end; ++k) {
       for (int64_t d = 0; d < values.dim; d += kPairStep) {
         const ValuePairs pair = row_pair(values, k, d);
-        _mm512_storeu_si512(&pairs[k][d], pair.low);
-        _mm512_storeu_si512(&pairs[k][d + kLanes], pair.high);
+        _mm512_storeu_si512(&unpacked[k][d], pair.low);
+        _mm512_storeu_si512(&unpacked[k][d + kLanes], pair.high);
       }
     }
     const auto source = [&](int64_t k, int64_t d) BATON_INLINE_LAMBDA {
-      return ValuePairs{load_pairs(&pairs[k][d]), load_pairs(&pairs[k][d + kLanes])};
+      return ValuePairs{load_pairs(&unpacked[k][d]), load_pairs(&unpacked[k][d + kLanes])};
     };
-    weigh_tiles(count, num_pairs, values, source, scratch);
+    weigh_tiles(count, pairs, values, source, scratch);
   }
 };
 

@@ -10,6 +10,7 @@
 #if defined(BATON_HAS_TILES)
 
 #include "cpu/simd/dot.h"
+#include "cpu/simd/transpose.h"
 
 namespace baton::cpu::BATON_ISA {
 

@@ -196,7 +196,7 @@ BATON_INLINE Vec from_half(ShortVec x) {
 #elif defined(__aarch64__)
   return (Vec)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)x));
 #else
-  // Exponent and mantissa move into place by one multiplication, which also normalises subnormals;
+  // Exponent and mantissa move into place by one multiplication, which also normalizes subnormals;
   // infinities and NaN get the exponent that the multiplication cannot give them.
   const UintVec bits = widen(x);
   const UintVec sign = (bits & 0x8000u) << 16;
@@ -285,68 +285,6 @@ BATON_INLINE void store_partial(T* p, Vec x, int64_t n) {
   T buffer[kLanes];
   store(buffer, x);
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
-}
-
-// rows[i][j] <- rows[j][i] for kLanes vectors of 32-bit elements.
-BATON_INLINE void transpose(Vec (&rows)[kLanes]) {
-#if defined(__x86_64__)
-  // 4 x 4 inside every 128-bit part.
-  BATON_UNROLL
-  for (int i = 0; i < kLanes; i += 4) {
-#if defined(__AVX512F__)
-    typedef __m512 V;
-#define BATON_SHUFFLE(name) _mm512_##name
-#elif defined(__AVX2__)
-    typedef __m256 V;
-#define BATON_SHUFFLE(name) _mm256_##name
-#else
-    typedef __m128 V;
-#define BATON_SHUFFLE(name) _mm_##name
-#endif
-    const V a = (V)rows[i], b = (V)rows[i + 1], c = (V)rows[i + 2], d = (V)rows[i + 3];
-    const V ab_low = BATON_SHUFFLE(unpacklo_ps)(a, b), ab_high = BATON_SHUFFLE(unpackhi_ps)(a, b);
-    const V cd_low = BATON_SHUFFLE(unpacklo_ps)(c, d), cd_high = BATON_SHUFFLE(unpackhi_ps)(c, d);
-    rows[i] = (Vec)BATON_SHUFFLE(shuffle_ps)(ab_low, cd_low, 0x44);
-    rows[i + 1] = (Vec)BATON_SHUFFLE(shuffle_ps)(ab_low, cd_low, 0xee);
-    rows[i + 2] = (Vec)BATON_SHUFFLE(shuffle_ps)(ab_high, cd_high, 0x44);
-    rows[i + 3] = (Vec)BATON_SHUFFLE(shuffle_ps)(ab_high, cd_high, 0xee);
-#undef BATON_SHUFFLE
-  }
-  // Then the 128-bit parts among each other.
-#if defined(__AVX512F__)
-  Vec parts[kLanes];
-  BATON_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const __m512 a = (__m512)rows[j], b = (__m512)rows[4 + j];
-    const __m512 c = (__m512)rows[8 + j], d = (__m512)rows[12 + j];
-    const __m512 ab_even = _mm512_shuffle_f32x4(a, b, 0x88),
-                 ab_odd = _mm512_shuffle_f32x4(a, b, 0xdd);
-    const __m512 cd_even = _mm512_shuffle_f32x4(c, d, 0x88),
-                 cd_odd = _mm512_shuffle_f32x4(c, d, 0xdd);
-    parts[j] = (Vec)_mm512_shuffle_f32x4(ab_even, cd_even, 0x88);
-    parts[8 + j] = (Vec)_mm512_shuffle_f32x4(ab_even, cd_even, 0xdd);
-    parts[4 + j] = (Vec)_mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88);
-    parts[12 + j] = (Vec)_mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
-  }
-  BATON_UNROLL
-  for (int i = 0; i < kLanes; ++i) rows[i] = parts[i];
-#elif defined(__AVX2__)
-  BATON_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const __m256 a = (__m256)rows[j], b = (__m256)rows[4 + j];
-    rows[j] = (Vec)_mm256_permute2f128_ps(a, b, 0x20);
-    rows[4 + j] = (Vec)_mm256_permute2f128_ps(a, b, 0x31);
-  }
-#endif
-#else
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const float x = rows[i][j];
-      rows[i][j] = rows[j][i];
-      rows[j][i] = x;
-    }
-  }
-#endif
 }
 
 // The value that x has after a round trip through T.

@@ -1,5 +1,5 @@
 """One query: its tokens, how they are chosen, when it ends."""
 
-from .query import Query, decode_text
+from .query import Query, decode_text, wait_in_order
 
-__all__ = ["Query", "decode_text"]
+__all__ = ["Query", "decode_text", "wait_in_order"]

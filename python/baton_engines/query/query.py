@@ -141,6 +141,17 @@ class Query:
         return f"<Query {self.id}{label} {self.status}, {tokens}>"
 
 
+def wait_in_order(waiting: dict[int, Query], query: Query) -> None:
+    """Put a query that is nowhere among those that wait, in its order of submission."""
+    query.status = "waiting"
+    in_order = not waiting or next(reversed(waiting)) < query.id
+    waiting[query.id] = query
+    if not in_order:
+        ordered = sorted(waiting.items())
+        waiting.clear()
+        waiting.update(ordered)
+
+
 def decode_text(tokenizer, tokens: list[int], *, skip_special_tokens: bool = True) -> str:
     """The text of `tokens`: the one way in which a tokenizer is called."""
     # Cleaning up spaces would let a later token change earlier text, and text cut at a stop string

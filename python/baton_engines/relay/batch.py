@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..policies import Policy
-from ..query import Query
+from ..query import Query, wait_in_order
 from ..query.callbacks import call, give_text
 from ..query.errors import drop_tracebacks, explained, is_failure
 from ..query.sampling import Choice, choose_next
@@ -74,11 +74,7 @@ class Batch:
 
     def wait(self, query: Query) -> None:
         """Put a query that is nowhere among those that wait, in its order of submission."""
-        query.status = "waiting"
-        in_order = not self.waiting or next(reversed(self.waiting)) < query.id
-        self.waiting[query.id] = query
-        if not in_order:
-            self.waiting = dict(sorted(self.waiting.items()))
+        wait_in_order(self.waiting, query)
 
     def admit(self, query: Query) -> None:
         """Let a waiting query run; it has no row yet."""

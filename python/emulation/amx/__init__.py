@@ -21,10 +21,10 @@ from emulation.cuda.ops import EmulationError
 # The ops with AMX kernels of their own.
 OPS = ("linear", "ragged_attention")
 CPUINFO = Path("/proc/cpuinfo")
-COUNTS = ("configures", "releases", "zeros", "loads", "stores", "multiplies")
+COUNTS = ("configures", "releases", "zeros", "loads", "stores", "multiplies", "products")
 FLAGS = (
     "-O2", "-mavx512f", "-mavx512bw", "-mfma",
-    # GCC 12 takes undefined operands inside its own intrinsics for our uninitialised variables.
+    # GCC 12 takes undefined operands inside its own intrinsics for our uninitialized variables.
     "-Wno-uninitialized", "-Wno-maybe-uninitialized",
 )  # fmt: skip
 
@@ -60,7 +60,7 @@ def check_faults() -> None:
 
 
 def take_counts() -> dict[str, int]:
-    """Executed instructions since the last call."""
+    """Executed instructions since the last call, and the products of elements they made."""
     values = (ctypes.c_int64 * len(COUNTS))()
     library().take_counts(values)
     return dict(zip(COUNTS, values, strict=True))

@@ -32,6 +32,7 @@ thread_local State state;
 
 struct Counts {
   std::atomic<int64_t> configures, releases, zeros, loads, stores, multiplies;
+  std::atomic<int64_t> products;  // of elements, in all of these multiplies
 };
 Counts counts;
 std::atomic<const char*> first_fault{nullptr};
@@ -149,6 +150,7 @@ void tile_multiply(int sum, int a, int b) {
   if (rows[sum] != rows[a] || bytes[sum] != bytes[b] || bytes[a] / 4 != rows[b]) {
     return fault("#UD: shapes that do not multiply");
   }
+  counts.products += int64_t{rows[sum]} * (bytes[sum] / 4) * (bytes[a] / 2);
   // All exceptions masked, round to nearest even, flush to zero, denormals are zeros.
   const unsigned int before = _mm_getcsr();
   _mm_setcsr(0x9fc0);
@@ -261,10 +263,11 @@ EXPORT const char* take_fault() {
   return first_fault.exchange(nullptr);
 }
 
-// Instructions since the last call: configures, releases, zeros, loads, stores, multiplies.
+// Instructions since the last call: configures, releases, zeros, loads, stores, multiplies; and the
+// products of elements.
 EXPORT void take_counts(int64_t* out) {
   for (auto* count : {&counts.configures, &counts.releases, &counts.zeros, &counts.loads,
-                      &counts.stores, &counts.multiplies}) {
+                      &counts.stores, &counts.multiplies, &counts.products}) {
     *out++ = count->exchange(0);
   }
 }

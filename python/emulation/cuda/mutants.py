@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import re
 from pathlib import Path
 
 from emulation import build
+from emulation.artifacts import ROOT, kept
 
 ATTENTION = Path("cuda", "ragged_attention")
 BARRIER = re.compile(r"\b(?:__sync(?:threads|warp)|copy_async_wait<\d+>)\(\);")
@@ -73,7 +73,7 @@ def _copies() -> tuple[tuple[Mutant, ...], dict[str, str]]:
     found: list[Mutant] = []
     texts = {
         path.name: _number_barriers(path.name, path.read_text(), found)
-        for path in sorted((build.ROOT / "csrc" / ATTENTION).iterdir())
+        for path in sorted((ROOT / "csrc" / ATTENTION).iterdir())
     }
     for file, right, wrong, what in SPOILT:
         if texts[file].count(right) != 1:
@@ -91,12 +91,14 @@ def all_mutants() -> tuple[Mutant, ...]:
 def program(variant: build.Variant) -> Path:
     """Runs one: ``program <number, 0 for none> <generic or tensor_core>``."""
     texts = _copies()[1]
-    digest = hashlib.sha256("".join(f"{name}\n{text}" for name, text in texts.items()).encode())
-    folder = build.BUILD / f"mutants-{digest.hexdigest()[:16]}"
-    (folder / ATTENTION).mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / ATTENTION / name).write_text(text)
+
+    def make(folder: Path) -> None:
+        (folder / ATTENTION).mkdir(parents=True)
+        for name, text in texts.items():
+            (folder / ATTENTION / name).write_text(text)
+
+    folder = kept(build.BUILD / "mutants", [part for pair in texts.items() for part in pair], make)
     source = build.CUDA / "mutants.cu"
     # Before csrc, whose files of the same names it hides.
-    kernels = build.compile_object(source, variant, "-I", str(folder.relative_to(build.ROOT)))
+    kernels = build.compile_object(source, variant, "-I", str(folder.relative_to(ROOT)))
     return build.build_program("mutants", [build.DISPATCH], variant, kernels)

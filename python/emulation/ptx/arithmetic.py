@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from emulation.ptx.machine import Instruction, Machine
+from emulation.ptx.instruction import Instruction, Lanes
 
 TYPES = {
     name: np.dtype(kind) for name, kind in {
@@ -42,7 +39,7 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def compute(machine: Machine, x: Instruction) -> np.ndarray:
+def compute(machine: Lanes, x: Instruction) -> np.ndarray:
     """The value that goes into the first operand."""
     inputs = x.operands[1:]
     if x.name == "setp":
@@ -83,7 +80,7 @@ def compute(machine: Machine, x: Instruction) -> np.ndarray:
     raise NotImplementedError(x.opcode)
 
 
-def _convert(machine: Machine, x: Instruction) -> np.ndarray:
+def _convert(machine: Lanes, x: Instruction) -> np.ndarray:
     to, source = x.modifiers[-2:]
     if source == "bf16":
         return from_bfloat16(machine.bits(x.operands[1]))
@@ -114,7 +111,7 @@ def _shift(x: Instruction, value: np.ndarray, amount: np.ndarray) -> np.ndarray:
     return np.where(amount < bits, shifted, 0).astype(value.dtype)
 
 
-def _multiply(machine: Machine, x: Instruction, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _multiply(machine: Lanes, x: Instruction, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     wide = np.dtype(f"{a.dtype.kind}{2 * a.itemsize}")
     product = a.astype(wide) * b.astype(wide)
     if x.modifiers[0] == "hi":

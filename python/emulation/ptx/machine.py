@@ -6,52 +6,39 @@ counter run next, which brings branches together again where they meet; a barrie
 threads until all have come. Every executed instruction is counted once per warp; loads of
 parameters, which become constant operands, are not.
 
-This file reads and schedules; ptx_arithmetic.py computes what a lane computes alone, ptx_warp.py
-what lanes do together, ptx_memory.py loads, stores and counts them.
+This file reads and schedules; arithmetic.py computes what each lane computes, warp.py what lanes do
+together, memory.py loads, stores and counts them.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import re
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from emulation.artifacts import ROOT, hash_of, kept, nvcc_version, run_nvcc
 from emulation.ptx import arithmetic
 from emulation.ptx import warp as ptx_warp
+from emulation.ptx.instruction import Instruction
 from emulation.ptx.memory import Memory
-from emulation.tools import tool
+from emulation.tools import with_includes
 
-ROOT = Path(__file__).resolve().parents[3]
+BUILD = ROOT / "build" / "ptx"
 
 
 def compile_ptx(source: Path, architecture: int, include: Path = ROOT / "csrc") -> str:
-    """PTX of a kernel source."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "kernel.ptx"
-        command = [tool("nvcc"), "-std=c++20", "-O3", "-I", str(include),
-                   f"-arch=sm_{architecture}", "-ptx", str(source), "-o", str(target)]  # fmt: skip
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        return target.read_text()
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    guard: str | None  # a predicate, with ! before it when inverted
-    opcode: str
-    name: str
-    modifiers: tuple[str, ...]
-    operands: tuple[str, ...]
-
-    @property
-    def kind(self) -> str:
-        """Type of its operands: the last modifier."""
-        return self.modifiers[-1] if self.modifiers else ""
+    """PTX of a kernel source, which may include files of a copy of csrc; kept on disk."""
+    flags = ["-std=c++20", "-O3", f"-arch=sm_{architecture}", "-ptx"]
+    made_from = [nvcc_version(), *flags, hash_of(with_includes(source, (include,)))]
+    path = kept(
+        BUILD / f"{source.stem}.ptx",
+        made_from,
+        lambda path: run_nvcc(*flags, "-I", include, source, "-o", path),
+    )
+    return path.read_text()
 
 
 class Machine:

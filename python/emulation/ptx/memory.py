@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from emulation.ptx.arithmetic import TYPES
+from emulation.ptx.instruction import Instruction, Lanes
 from emulation.ptx.warp import registers
-
-if TYPE_CHECKING:
-    from emulation.ptx.machine import Instruction, Machine
 
 
 def count_sectors(address: np.ndarray, mask: np.ndarray) -> int:
@@ -47,7 +44,7 @@ def count_wavefronts(address: np.ndarray, mask: np.ndarray, width: int) -> tuple
 class Memory:
     """What one launch can reach."""
 
-    def __init__(self, machine: Machine, arguments: list[bytes], tensors: list[torch.Tensor],
+    def __init__(self, machine: Lanes, arguments: list[bytes], tensors: list[torch.Tensor],
                  blocks: int, shared_bytes: int) -> None:  # fmt: skip
         self.machine = machine
         offsets = np.cumsum([0, *((len(x) + 15) // 16 * 16 for x in arguments)])

@@ -1,6 +1,6 @@
 """The CUDA kernels behind the signatures of ``baton_kernels``, executed from nvcc's own PTX.
 
-The host code runs in the emulator, which records its launches; the machine of ptx_machine.py then
+The host code runs in the emulator, which records its launches; the machine of machine.py then
 executes them on the same memory, after the emulator's results have been taken away.
 """
 
@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from emulation import build
+from emulation.artifacts import ROOT
 from emulation.cuda.ops import EmulatedOps
-from emulation.ptx.machine import ROOT, Machine, compile_ptx
+from emulation.ptx.machine import Machine, compile_ptx
+from emulation.static.kernels import PTX_ARCHITECTURES, SOURCES, compiled
 
 
 @functools.cache
@@ -37,12 +39,9 @@ def ptx_of(op: str, kernel: str, architecture: int, source: Path) -> str:
     of_dtype = re.search(r"(decode|prefill)_kernelI(13__nv_bfloat16|6__half)", kernel)
     folder = source / op if (source / op).is_dir() else source
     path = folder / f"{files[of_dtype[2]] if of_dtype else op}.cu"
-    return _compiled(path, architecture, source.parent)
-
-
-@functools.cache
-def _compiled(path: Path, architecture: int, include: Path) -> str:
-    return compile_ptx(path, architecture, include)
+    if path in SOURCES and architecture in PTX_ARCHITECTURES:
+        return compiled(path).ptx[architecture]
+    return compile_ptx(path, architecture, source.parent)
 
 
 class PtxOps(EmulatedOps):

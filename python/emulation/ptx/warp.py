@@ -7,14 +7,11 @@ mma instruction"), with its names: groupID = lane / 4, threadID_in_group = lane 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from emulation.ptx.arithmetic import from_bfloat16
-
-if TYPE_CHECKING:
-    from emulation.ptx.machine import Instruction, Machine
+from emulation.ptx.instruction import Instruction, Lanes
 
 LANE = np.arange(32)
 GROUP, IN_GROUP = LANE >> 2, LANE % 4
@@ -24,7 +21,7 @@ def registers(operand: str) -> list[str]:
     return re.findall(r"[%\w]+", operand)
 
 
-def _together(machine: Machine, x: Instruction, mask, members=None) -> None:
+def _together(machine: Lanes, x: Instruction, mask, members=None) -> None:
     """All lanes that an instruction names must execute it at the same time."""
     if mask is None:
         return
@@ -38,7 +35,7 @@ def _together(machine: Machine, x: Instruction, mask, members=None) -> None:
         raise RuntimeError(f"{x.opcode} without all of the lanes that it names")
 
 
-def _shuffle(machine: Machine, x: Instruction, mask) -> None:
+def _shuffle(machine: Lanes, x: Instruction, mask) -> None:
     target, source, lane_operand, clamp, members = x.operands
     _together(machine, x, mask, members)
     lane = machine.lane
@@ -58,7 +55,7 @@ def _shuffle(machine: Machine, x: Instruction, mask) -> None:
         machine.set(predicate, inside, mask)
 
 
-def _vote(machine: Machine, x: Instruction, mask) -> None:
+def _vote(machine: Lanes, x: Instruction, mask) -> None:
     target, source, members = x.operands
     _together(machine, x, mask, members)
     value = np.broadcast_to(machine.bits(source.lstrip("!")), machine.count)
@@ -74,17 +71,17 @@ def _vote(machine: Machine, x: Instruction, mask) -> None:
     machine.set(target, np.repeat(result, 32), mask)
 
 
-def _warp_barrier(machine: Machine, x: Instruction, mask) -> None:
+def _warp_barrier(machine: Lanes, x: Instruction, mask) -> None:
     _together(machine, x, mask, x.operands[0])
 
 
-def _elements(machine: Machine, operand: str) -> np.ndarray:
+def _elements(machine: Lanes, operand: str) -> np.ndarray:
     """Pairs of 16 bits of a lane's registers: [warp, lane, element]."""
     bits = np.stack([machine.get(name, "b32") for name in registers(operand)], -1)
     return bits.view(np.uint16).reshape(-1, 32, 2 * bits.shape[-1])
 
 
-def _mma(machine: Machine, x: Instruction, mask) -> None:
+def _mma(machine: Lanes, x: Instruction, mask) -> None:
     _together(machine, x, mask)
     shape, a_kind, b_kind = x.modifiers[2], x.modifiers[-3], x.modifiers[-2]
     if x.modifiers[3:5] != ("row", "col") or a_kind != b_kind or x.modifiers[-1] != "f32":
@@ -125,7 +122,7 @@ def _fragments(matrix: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pair).view(np.uint32)[..., 0]
 
 
-def _transpose(machine: Machine, x: Instruction, mask) -> None:
+def _transpose(machine: Lanes, x: Instruction, mask) -> None:
     _together(machine, x, mask)
     elements = _elements(machine, x.operands[1])
     matrix = np.empty((len(elements), 8, 8), np.uint16)
@@ -133,7 +130,7 @@ def _transpose(machine: Machine, x: Instruction, mask) -> None:
     machine.set(x.operands[0], _fragments(matrix.swapaxes(1, 2)).reshape(-1), mask)
 
 
-def _load_matrix(machine: Machine, x: Instruction, mask) -> None:
+def _load_matrix(machine: Lanes, x: Instruction, mask) -> None:
     _together(machine, x, mask)
     names = registers(x.operands[0])
     # Lanes 8 k to 8 k + 7 name the rows of matrix k.

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import fcntl
-import hashlib
+import functools
 import inspect
+import json
 import math
 import re
 import subprocess
@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from emulation.tools import INSTALL, tool, with_includes
+from emulation.artifacts import ROOT, hash_of, kept, nvcc_version, run_compiler, run_nvcc
+from emulation.tools import tool, with_includes
 
-ROOT = Path(__file__).resolve().parents[3]
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 BUILD = ROOT / "build" / "static"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+# Whose PTX is kept too, for the machine of emulation/ptx.
+PTX_ARCHITECTURES = (75, 80)
 FLAGS = ["-std=c++20", "-O3", "-I", "csrc", "-Xptxas", "-v"]
 
 
@@ -217,47 +219,51 @@ def _demangle(names: list[str]) -> dict[str, str]:
     return short
 
 
-def _compile(source: Path) -> tuple[str, str]:
-    """ptxas's report and the disassembly of a source for all architectures; kept on disk."""
-    nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
-    if not nvcc or not cuobjdump:
+class Compiled(NamedTuple):
+    """What nvcc and ptxas make of a source, for all architectures."""
+
+    report: str  # of ptxas
+    listing: str  # the machine code
+    ptx: dict[int, str]  # by architecture, of those in PTX_ARCHITECTURES
+
+
+@functools.cache
+def compiled(source: Path) -> Compiled:
+    """A source compiled once, for every question about it; kept on disk."""
+    cuobjdump = tool("cuobjdump")
+    if not cuobjdump:
         raise FileNotFoundError(
-            f"{INSTALL}; cuobjdump: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
+            "needs cuobjdump: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
         )
-    made_by = [nvcc, *FLAGS, *map(str, ARCHITECTURES), inspect.getsource(shortened)]
-    digest = hashlib.sha256(" ".join(made_by).encode())
-    for path in with_includes(source, (ROOT / "csrc",)):
-        digest.update(path.read_bytes())
-    BUILD.mkdir(parents=True, exist_ok=True)
-    report = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.txt"
-    listing, fatbin = report.with_suffix(".sass"), report.with_suffix(".fatbin")
-    with open(BUILD / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not listing.exists():
-            for old in BUILD.glob(f"{source.stem}-*"):
-                old.unlink()
-            targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-            command = [
-                nvcc,
-                *FLAGS,
-                *targets,
-                "--threads",
-                "2",
-                "-fatbin",
-                str(source),
-                "-o",
-                str(fatbin),
-            ]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-            report.write_text(done.stderr)
-            sass = subprocess.run(
-                [cuobjdump, "-sass", str(fatbin)], capture_output=True, text=True, check=True
-            ).stdout
-            listing.write_text("\n".join(shortened(sass)))
-            fatbin.unlink()
-    return report.read_text(), listing.read_text()
+
+    def code(architecture: int) -> str:
+        with_ptx = f",compute_{architecture}" if architecture in PTX_ARCHITECTURES else ""
+        return f"-gencode=arch=compute_{architecture},code=[sm_{architecture}{with_ptx}]"
+
+    arguments = [*FLAGS, *map(code, ARCHITECTURES), "--threads", "2", "-fatbin", str(source)]
+
+    def make(path: Path) -> None:
+        fatbin = path.with_suffix(".fatbin")
+        report = run_nvcc(*arguments, "-o", fatbin).stderr
+        listing = "\n".join(shortened(run_compiler([cuobjdump, "-sass", fatbin]).stdout))
+        ptx = {
+            architecture: ptx_text(
+                run_compiler([cuobjdump, "-ptx", "-arch", f"sm_{architecture}", fatbin]).stdout
+            )
+            for architecture in PTX_ARCHITECTURES
+        }
+        path.write_text(json.dumps([report, listing, ptx]))
+
+    made_from = [nvcc_version(), *arguments, inspect.getsource(shortened)]
+    made_from.append(hash_of(with_includes(source, (ROOT / "csrc",))))
+    path = kept(BUILD / f"{source.stem}.json", made_from, make)
+    report, listing, ptx = json.loads(path.read_text())
+    return Compiled(report, listing, {int(key): text for key, text in ptx.items()})
+
+
+def ptx_text(listing: str) -> str:
+    """The PTX in what cuobjdump prints, without what it says about it."""
+    return listing[listing.index(".version") :]
 
 
 def shortened(sass: str) -> list[str]:
@@ -275,7 +281,7 @@ def shortened(sass: str) -> list[str]:
 
 def compile_kernels(source: Path) -> list[Kernel]:
     """Every kernel of a source for every architecture."""
-    return parse(*_compile(source))
+    return parse(compiled(source).report, compiled(source).listing)
 
 
 def parse(report: str, listing: str) -> list[Kernel]:

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 
 from baton_engines import policies
 
-from ..workloads import Request, at_once, azure, orca, poisson
+from ...workloads import Request, at_once, azure, orca, poisson
 from .costs import Roofline, roofline
 from .result import Result
 from .system import System, simulate

@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from .cases import Case
-from .study import CLAIM, RATES, SERVING, SLOTS, SYSTEMS, WORKLOADS, claims
+from .questions import CLAIM, RATES, SERVING, SLOTS, SYSTEMS, WORKLOADS, claims
 
 _COLORS = dict(zip(SYSTEMS, plt.get_cmap("tab10").colors, strict=False))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from baton_engines.policies import Policy
 from baton_engines.query import Query
 
-from ..workloads import Request, longest
+from ...workloads import Request, longest
 from .costs import CostModel, Work
 from .decoder import Decoder, pairs
 from .events import Events, SharedDevice

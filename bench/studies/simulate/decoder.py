@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton_engines.policies import Forward, Policy, View
-from baton_engines.query import Query
+from baton_engines.query import Query, wait_in_order
 
 from .costs import Cost, CostModel, Work
 from .events import Events, SharedDevice
@@ -108,7 +108,7 @@ class Decoder:
         """A query waits from now on; one that was prefilled elsewhere has its first token."""
         if query.tokens:
             self._last_token[query.id] = query.first_token
-        self._wait(query)
+        wait_in_order(self.waiting, query)
         self.wake()
 
     def wake(self) -> None:
@@ -116,13 +116,6 @@ class Decoder:
         if not self._awake:
             self._awake = True
             self._events.at(self._events.now, self._plan, late=True)
-
-    def _wait(self, query: Query) -> None:
-        query.status = "waiting"
-        in_order = not self.waiting or next(reversed(self.waiting)) < query.id
-        self.waiting[query.id] = query
-        if not in_order:
-            self.waiting = dict(sorted(self.waiting.items()))
 
     def _plan(self) -> None:
         if not self.waiting and not self.running:
@@ -173,7 +166,7 @@ class Decoder:
             self.counts.preemptions += 1
         if query.tokens:
             self._last_token.setdefault(query.id, self._last_step)
-        self._wait(query)
+        wait_in_order(self.waiting, query)
 
     def _admit(self, query: Query) -> None:
         if query.cached and not self._fits(query.cached):

@@ -14,7 +14,7 @@ import torch
 from baton_engines import policies
 from baton_engines.relay import Relay
 
-from ..workloads import Request, longest, orca, poisson
+from ...workloads import Request, longest, orca, poisson
 from .costs import CostModel
 from .measured import Measured, drift
 from .result import Result

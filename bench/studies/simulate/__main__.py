@@ -49,8 +49,8 @@ def _validate(arguments: argparse.Namespace) -> int:
     from baton_engines.llama import patch_llama
     from baton_engines.llama.load import load_model
 
-    from .. import describe_run
-    from ..workloads import longest, orca
+    from ... import describe_run
+    from ...workloads import longest, orca
     from .measured import calibrate
     from .validate import print_case, print_summary, validate
 

@@ -1,0 +1,11 @@
+"""The study of docs/simulation.md, and the validation of what it rests on.
+
+`python -m bench.simulate --help`; the code is in bench/studies/simulate.
+"""
+
+import sys
+
+from .studies.simulate.__main__ import main
+
+if __name__ == "__main__":
+    sys.exit(main())

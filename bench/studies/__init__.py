@@ -1,0 +1,1 @@
+"""Studies of the re-batching policies that time nothing here: their method has a document each."""

@@ -1,0 +1,193 @@
+// The product of one block's probabilities with its values, and both products by type.
+//
+// A block's sum starts from zero and takes its keys in order; it is then added to the segment's.
+// Added one by one to a long total, small terms would drown. Where the sums of a block find no
+// registers they go on in scratch.block, in the same order.
+//
+// BlockProducts<T> is the definition for every type; tile_bf16.h replaces it where the
+// CPU multiplies bfloat16 itself.
+#pragma once
+
+#include "cpu/ragged_attention/scores.h"
+
+namespace baton::cpu::BATON_ISA {
+
+// Rows of a block.
+struct Columns {
+  int64_t begin, end;
+};
+
+// out[m][d ..] += sum_k p[m][k] value[k][d ..] over these rows, for kQueries query vectors and
+// kVecs vectors of d; before(k) comes before row k. kGoesOn: the sums go on in out, term by term.
+template <typename T, int kQueries, int kVecs, bool kGoesOn, typename Before>
+BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values, Columns rows,
+                        Matrix out, int64_t d, Before&& before) {
+  Vec sums[kQueries][kVecs] = {};
+  if constexpr (kGoesOn) {
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      BATON_UNROLL
+      for (int i = 0; i < kVecs; ++i) sums[m][i] = load(&out[m][d + i * kLanes]);
+    }
+  }
+  const T* value = values.data + rows.begin * values.stride + d;
+  for (int64_t k = rows.begin; k < rows.end; ++k, value += values.stride) {
+    before(k);
+    Vec v[kVecs];
+    BATON_UNROLL
+    for (int i = 0; i < kVecs; ++i) v[i] = load(value + i * kLanes);
+    BATON_UNROLL
+    for (int m = 0; m < kQueries; ++m) {
+      const Vec weight = set1(p[m][k]);
+      BATON_UNROLL
+      for (int i = 0; i < kVecs; ++i) sums[m][i] = fmadd(weight, v[i], sums[m][i]);
+    }
+  }
+  BATON_UNROLL
+  for (int m = 0; m < kQueries; ++m) {
+    BATON_UNROLL
+    for (int i = 0; i < kVecs; ++i) {
+      float* total = &out[m][d + i * kLanes];
+      store(total, kGoesOn ? sums[m][i] : load(total) + sums[m][i]);
+    }
+  }
+}
+
+// The same for the last elements of head_dim, fewer than a vector.
+template <typename T, int kQueries, bool kGoesOn>
+BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const Rows<T>& values, Columns rows,
+                             Matrix out, int64_t d) {
+  for (int m = 0; m < kQueries; ++m) {
+    Vec sum = kGoesOn ? load(&out[m][d]) : zero();
+    for (int64_t k = rows.begin; k < rows.end; ++k) {
+      sum = fmadd(set1(p[m][k]), load_partial(values.data + k * values.stride + d, values.dim - d),
+                  sum);
+    }
+    store(&out[m][d], kGoesOn ? sum : load(&out[m][d]) + sum);
+  }
+}
+
+// All of head_dim, kVecs vectors of it at a time.
+template <typename T, int kQueries, int kVecs, bool kGoesOn, typename Before>
+BATON_INLINE void weigh_columns(const float (*p)[kBlockKeys], const Rows<T>& values, Columns rows,
+                                Matrix out, Before&& before) {
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= values.dim; d += kVecs * kLanes) {
+    weigh<T, kQueries, kVecs, kGoesOn>(p, values, rows, out, d, before);
+  }
+  for (; d + kLanes <= values.dim; d += kLanes) {
+    weigh<T, kQueries, 1, kGoesOn>(p, values, rows, out, d, before);
+  }
+  if (d < values.dim) weigh_rest<T, kQueries, kGoesOn>(p, values, rows, out, d);
+}
+
+// Many query vectors: each pass over the block's rows serves as many sums as there are registers.
+// `stored`: what the rows have been unpacked from.
+template <typename T, typename Stored>
+void weigh_packed(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
+                  const Rows<Stored>& stored, Matrix out) {
+  for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
+    weigh_columns<T, kQueries, kPackedVecs, false>(p + m, values, {values.first, values.count},
+                                                   out + m, stored.share(m, kQueries, count));
+  });
+}
+
+static inline void begin_block(int count, int64_t dim, AttentionScratch& scratch) {
+  for (int m = 0; m < count; ++m) {
+    for (int64_t d = 0; d < dim; d += kLanes) store(&scratch.block[m][d], zero());
+  }
+}
+
+static inline void end_block(int count, int64_t dim, AttentionScratch& scratch) {
+  for (int m = 0; m < count; ++m) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      store(&scratch.out[m][d], load(&scratch.out[m][d]) + load(&scratch.block[m][d]));
+    }
+  }
+}
+
+// Few query vectors. Where all sums find registers the block is streamed; else sixteen rows at a
+// time, which stay in the first-level cache while two query vectors after another pass over them.
+// Two, because the sums of whole rows then find registers: rows come in the order of addresses.
+template <typename T, typename Softmax>
+void weigh_direct(int count, const Rows<T>& values, Softmax& softmax, AttentionScratch& scratch) {
+  const float (*p)[kBlockKeys] = scratch.scores;
+  if (values.dim == kPackedVecs * kLanes && count <= kDirectTile) {
+    const auto before = [&](int64_t k) BATON_INLINE_LAMBDA {
+      softmax.until(k + 1);
+      values.template used<1>(k);
+    };
+    dispatch_int<1, 2, 3, 4>(count, [&]<int kQueries>() {
+      weigh<T, kQueries, kPackedVecs, false>(p, values, {values.first, values.count}, scratch.out,
+                                             0, before);
+    });
+    return;
+  }
+  constexpr int64_t kColumns = 16;
+  begin_block(count, values.dim, scratch);
+  for (int64_t k = values.first; k < values.count; k += kColumns) {
+    const Columns rows{k, values.count - k < kColumns ? values.count : k + kColumns};
+    softmax.until(rows.end);
+    for_query_tiles<2>(count, [&]<int kQueries>(int m) {
+      // The first two passes ask, each for half of the rows.
+      const auto before = [&](int64_t row) BATON_INLINE_LAMBDA {
+        if (count <= 2) {
+          values.template used<1>(row);
+        } else if (m <= 2 && row % 2 == m / 2) {
+          values.template used<2>(row - row % 2);
+        }
+      };
+      weigh_columns<T, kQueries, 2 * kPackedVecs, true>(p + m, values, rows, scratch.block + m,
+                                                        before);
+    });
+  }
+  end_block(count, values.dim, scratch);
+}
+
+template <typename T>
+void unpack_values(const Rows<T>& rows, Matrix values) {
+  for (int64_t k = rows.first; k < rows.count; ++k) {
+    const T* row = rows.data + k * rows.stride;
+    int64_t d = 0;
+    for (; d + kLanes <= rows.dim; d += kLanes) store(&values[k][d], load(row + d));
+    if (d < rows.dim)
+      store_partial(&values[k][d], load_partial(row + d, rows.dim - d), rows.dim - d);
+  }
+}
+
+// The products of one tile of `count` query vectors with one block, in the way that suits count.
+template <typename T>
+struct BlockProducts : BlockScores<T> {
+  // Whether weigh asks for probabilities as it goes through the block.
+  static bool uses_block_in_place(int count) { return count <= kDirectQueries; }
+
+  // Vector i of a query vector's scores is replaced by these.
+  static BATON_INLINE void put_probabilities(float* scores, int i, Vec probabilities) {
+    store(scores + i * kLanes, probabilities);
+  }
+
+  // scratch.out[m] += sum_k p[m][k] value[k]; p: the scores, once softmax has been through them.
+  template <typename Softmax>
+  static void weigh(int count, const Rows<T>& values, Softmax& softmax, AttentionScratch& scratch) {
+    if (count <= kDirectQueries) {
+      weigh_direct(count, values, softmax, scratch);
+    } else if constexpr (sizeof(T) == sizeof(float)) {
+      weigh_packed(scratch.scores, count, values, values, scratch.out);
+    } else {
+      unpack_values(values, scratch.values);
+      const Rows<float> unpacked{
+          scratch.values.data, scratch.values.stride, values.first, values.count, values.dim, {}};
+      weigh_packed(scratch.scores, count, unpacked, values, scratch.out);
+    }
+  }
+
+  // A query vector's result: factor times its sums, in the order of head_dim.
+  static void put_result(const float* sums, int64_t dim, float factor, T* out) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(out + d, load(sums + d) * set1(factor));
+    if (d == dim) return;
+    store_partial(out + d, load_partial(sums + d, dim - d) * set1(factor), dim - d);
+  }
+};
+
+}  // namespace baton::cpu::BATON_ISA

@@ -1,0 +1,125 @@
+"""A token's bits depend on its position, not on the call that computes it: rows are cut into chunks
+of any size, down to decoding every token, and packed in any order."""
+
+import functools
+import random
+
+import pytest
+import torch
+
+from baton_kernels.testing import (
+    DTYPES,
+    Row,
+    assert_same_bits,
+    attention_problem,
+    cpu_threads,
+    random_rows,
+)
+
+
+@pytest.fixture(autouse=True)
+def _only_where_decoding_and_prefilling_share_an_order(request):
+    if not request.node.callspec.params["ops"].name.startswith("cpu-"):
+        pytest.skip("decoding and prefilling may add in different orders there")
+
+
+def random_cut(tokens: int, longest: int, seed: int) -> list[int]:
+    """Lengths of chunks, at most `longest` each."""
+    generator, chunks = random.Random(seed), []
+    while sum(chunks) < tokens:
+        chunks.append(min(generator.randint(1, longest), tokens - sum(chunks)))
+    return chunks
+
+
+def chunks_of(row: Row, cut: list[int]) -> list[Row]:
+    """The row as it was when each chunk was its last: later keys do not exist yet."""
+    rows, first, before = [], 0, len(row.key) - len(row.query)
+    for count in cut:
+        end = first + count
+        rows.append(Row(row.query[first:end], row.key[: before + end], row.value[: before + end]))
+        first = end
+    return rows
+
+
+EVERYTHING = {"window": 100, "softcap": 5.0, "alibi": True, "sinks": True}
+# Tokens, length, (num_heads, num_kv_heads), head_dim, options ("alibi", "sinks": flags).
+CASES = {
+    # Blocks of keys, segments of 512, and tiles of query vectors all end within these tokens.
+    "segments": (150, 1100, (4, 2), 64, {}),
+    "from the start": (200, 200, (4, 4), 64, {}),
+    "thirds": (150, 600, (9, 3), 64, {}),
+    "head_dim 128": (100, 560, (8, 2), 128, {}),
+    "head_dim 80": (70, 530, (8, 1), 80, {}),
+    "head_dim 24": (70, 530, (2, 2), 24, {}),
+    "head_dim 256": (40, 530, (4, 1), 256, {"scale": 0.02}),
+    "large group": (20, 530, (40, 1), 16, {}),
+    # Probabilities are rescaled, and some are rounded to 0.
+    "large scores": (100, 600, (4, 2), 64, {"scale": 3.0}),
+    "window": (150, 700, (4, 2), 64, {"window": 37}),
+    "small window": (90, 560, (9, 3), 64, {"window": 3}),
+    "everything": (90, 700, (4, 2), 64, EVERYTHING),
+}
+
+
+@functools.cache
+def row_of(name: str, dtype: torch.dtype) -> Row:
+    tokens, length, (num_heads, num_kv_heads), head_dim, _ = CASES[name]
+    (row,) = random_rows(
+        [tokens], [length], num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        dtype=dtype,
+    )  # fmt: skip
+    return row
+
+
+def options_of(name: str) -> dict:
+    num_heads, options = CASES[name][2][0], dict(CASES[name][4])
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, num_heads + 1)
+    if options.pop("sinks", False):
+        options["sinks"] = torch.linspace(-1.0, 3.0, num_heads)
+    return {**options, "return_lse": True}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_cuts(ops, name, dtype):
+    row, options = row_of(name, dtype), options_of(name)
+    whole = attention_problem([row])
+    expected = ops.ragged_attention(*whole.args, **options)
+    assert not any(x.isnan().any() for x in expected)
+    cuts = [random_cut(len(row.query), longest, seed=longest) for longest in (2, 9, 40, 90)]
+    cuts.append([1] * len(row.query))
+    for seed, cut in enumerate(cuts):
+        # In one call, each chunk a row of its own, in any order, some in two threads.
+        chunks = list(enumerate(chunks_of(row, cut)))
+        random.Random(seed).shuffle(chunks)
+        packed = attention_problem([chunk for _, chunk in chunks], seed=seed)
+        with cpu_threads(1 + seed % 2):
+            actual = ops.ragged_attention(*packed.args, **options)
+        for got, want, what in zip(actual, expected, ("out", "lse"), strict=True):
+            parts = {i: x for (i, _), x in zip(chunks, packed.split(got), strict=True)}
+            together = torch.cat([parts[i] for i in range(len(cut))])
+            assert_same_bits(together, want, f"{what} cut into {cut}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("end", [16400, 82000])
+def test_cuts_of_a_long_row(ops, end, dtype):
+    """Segments grow along a row: from 512 to 2048 keys, then to 8192."""
+    (row,) = random_rows([24], [end], num_heads=2, num_kv_heads=1, head_dim=16, dtype=dtype)
+    expected = ops.ragged_attention(*attention_problem([row]).args, return_lse=True)
+    for cut in ([1, 2, 20, 1], [23, 1]):
+        problem = attention_problem(chunks_of(row, cut))
+        actual = ops.ragged_attention(*problem.args, return_lse=True)
+        for got, want in zip(actual, expected, strict=True):
+            assert_same_bits(got, want, f"cut into {cut}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tiles_and_one_tile_merge_alike(ops, dtype):
+    """64 query vectors are a tile whose segments are items; one more, and tiles stream them."""
+    (row,) = random_rows([65], [1300], num_heads=1, num_kv_heads=1, dtype=dtype)
+    whole = attention_problem([row])
+    expected = ops.ragged_attention(*whole.args)
+    (last,) = chunks_of(Row(row.query[1:], row.key, row.value), [64])
+    assert_same_bits(ops.ragged_attention(*attention_problem([last]).args), expected[1:])

@@ -1,0 +1,68 @@
+"""Where a prompt is cut changes no bit of its query's logits: `chunked` with any budget, one token
+at a time among them, gives those of `baton`, which computes prompts whole."""
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from baton_engines import policies
+from baton_engines.relay import Relay
+from baton_kernels.testing import available_cpu_isas, cpu_isa
+
+CAPACITY = 760
+# Prompts around the ends of a block of 64 keys and of a segment of 512, and answers that pass them.
+PROMPTS = [(700, 30), (505, 20), (60, 12), (64, 3), (130, 8), (1, 70)]
+
+
+def make_model(dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=131,
+        hidden_size=96,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        # Large enough for attention that looks somewhere and logits that differ.
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval().to(dtype)
+
+
+def logits_of(model: LlamaForCausalLM, policy: policies.Policy, num_slots: int) -> list:
+    """Per query: the logits of all of its tokens."""
+    generator = random.Random(0)
+    logits: dict[int, list[torch.Tensor]] = {}
+    with Relay(model, num_slots, CAPACITY, policy=policy) as relay:
+        relay._batch.on_logits = lambda query, row: logits.setdefault(query.id, []).append(
+            row.clone()
+        )
+        queries = [
+            relay.submit([generator.randrange(131) for _ in range(length)], max_new_tokens=count)
+            for length, count in PROMPTS
+        ]
+        relay.run()
+    assert all(len(query.tokens) == query.max_new_tokens for query in queries)
+    return [torch.stack(logits[query.id]) for query in queries]
+
+
+@pytest.mark.parametrize("isa", available_cpu_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_chunked_has_the_bits_of_baton(dtype, isa):
+    model = make_model(dtype)
+    with cpu_isa(isa):
+        expected = logits_of(model, policies.get("baton"), 3)
+        assert len({tuple(x[0].tolist()) for x in expected}) == len(PROMPTS)
+        for budget in (1, 7, 50, 300):
+            chunked = policies.get("chunked", token_budget=budget)
+            for query, (got, want) in enumerate(
+                zip(logits_of(model, chunked, 3), expected, strict=True)
+            ):
+                assert got.dtype == want.dtype
+                assert torch.equal(got, want), f"query {query} under {chunked} of {budget} tokens"

@@ -1,0 +1,40 @@
+"""`make test-quick`: which tests are left out so that a change is looked at in minutes.
+
+One dtype of each test, one instruction set, no code for GPUs (emulated, interpreted, compiled), and
+none of the tests that are marked ``slow``. `make test` runs all of them.
+"""
+
+import pytest
+import torch
+
+GPU_FOLDERS = {"cuda", "triton"}
+PREFERRED = (torch.bfloat16, torch.float32, torch.float16)
+
+
+def parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def chosen(items: list[pytest.Item], backend: str) -> list[pytest.Item]:
+    """The quick ones, in their order; ``backend`` is the only one on which ops are tested."""
+    dtypes: dict[tuple[object, str], set[torch.dtype]] = {}
+    for item in items:
+        for name, value in parameters(item).items():
+            if isinstance(value, torch.dtype):
+                dtypes.setdefault((item.function, name), set()).add(value)
+
+    def is_quick(item: pytest.Item) -> bool:
+        if item.get_closest_marker("slow") or item.path.parent.name in GPU_FOLDERS:
+            return False
+        for name, value in parameters(item).items():
+            if name == "ops" and value.name != backend:
+                return False
+            if name == "backend" and str(value).startswith("cuda"):
+                return False
+            if isinstance(value, torch.dtype):
+                others = dtypes[item.function, name]
+                if value != next((x for x in PREFERRED if x in others), value):
+                    return False
+        return True
+
+    return [item for item in items if is_quick(item)]
