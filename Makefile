@@ -2,6 +2,7 @@
 # compiler. Set PYTHON to choose the interpreter.
 PYTHON ?= python3
 VENV := .venv
+DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The environment with a CUDA torch, for `make test-cuda-build` and `make gpu`.
@@ -11,18 +12,20 @@ EMULATION := python/emulation
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels/*.cpp tests/cpu/*.cpp \
   $(foreach kind,h cpp cu,$(EMULATION)/*/*.$(kind) $(EMULATION)/*/*/*.$(kind)))
 
-.PHONY: setup demo test test-quick lint format wheel test-wheel test-cuda-build gpu gpu-carry \
+.PHONY: setup demo test test-quick lint format docs wheel test-wheel test-cuda-build gpu gpu-carry \
   bench bench-engines bench-kernels bench-peers clean
 
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(SOURCES) \
+  csrc/bindings/exports.map \
   $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu)
 	@$(PYTHON) -c 'import sys; sys.exit("python >= 3.10 is needed, got " + sys.version.split()[0] \
 	  + ": choose one with make PYTHON=...") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt --upgrade pip  # older ones know no --group
 	$(PIP) install -c constraints.txt setuptools cmake ninja torch
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[engines,dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[engines]' --group dev
 	@# The CUDA kernels are compiled in tests: by the machine's nvcc, else by PyPI's.
 	command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || \
 	  $(PIP) install nvidia-cuda-nvcc==13.0.* nvidia-cuda-crt==13.0.* nvidia-nvvm==13.0.* \
@@ -37,6 +40,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/codespell
+	$(BIN)/python scripts/docs.py --sources
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -57,9 +62,12 @@ wheel: setup
 	rm -rf dist
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
-# The same wheel file under the oldest pinned CPU torch and the newest CUDA torch (several GB).
+# Tags the wheel for manylinux_2_28, and runs that same file beside the pinned torch and the newest,
+# a CUDA build (several GB), and under OTHER_PYTHON if one is named.
+OTHER_PYTHON ?=
 test-wheel: wheel
-	PYTHON=$(PYTHON) bash scripts/wheel.sh dist/*.whl 2.13.0 2.14.1
+	PYTHON=$(PYTHON) bash scripts/wheel.sh dist/*.whl "$(PYTHON) 2.13.0" "$(PYTHON) 2.14.1" \
+	  $(if $(OTHER_PYTHON),"$(OTHER_PYTHON) 2.13.0")
 
 # The CUDA kernels compiled, linked and loaded beside a CUDA torch (several GB); needs no GPU.
 test-cuda-build:
@@ -73,6 +81,15 @@ gpu-carry: setup
 # On a machine with an NVIDIA GPU that has a network: builds, tests on the device, then measures.
 gpu:
 	@PYTHON=$(PYTHON) bash scripts/gpu.sh
+
+# The documentation site into build/docs, with all links checked; installs from PyPI, then offline.
+docs: $(DOCS_VENV)/.ready
+	$(DOCS_VENV)/bin/python scripts/docs.py
+$(DOCS_VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --upgrade -c constraints.txt pip
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt --group docs
+	touch $@
 
 bench: setup
 	$(BIN)/python -m bench.relay
@@ -107,4 +124,4 @@ bench-peers: setup .venv-vllm/.ready
 	$(BIN)/python -m bench.kernels --case decode prefill
 
 clean:
-	rm -rf build dist demo $(VENV) $(CUDA_VENV) .venv-openvino .venv-vllm baton_kernels/*.so *.egg-info
+	rm -rf build dist demo .cache $(VENV) $(DOCS_VENV) $(CUDA_VENV) .venv-openvino .venv-vllm baton_kernels/*.so *.egg-info

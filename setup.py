@@ -1,4 +1,4 @@
-"""Builds the wheel: runs CMake for the compiled extension, everything else is in pyproject.toml."""
+"""Builds the wheel: runs CMake for the compiled libraries, everything else is in pyproject.toml."""
 
 import importlib
 import os
@@ -20,7 +20,7 @@ INSTALL_TORCH = "install it first, for example `pip install torch`, then run thi
 
 
 def find_torch() -> Path:
-    """Folder of the torch that the extension is built for; its headers are all the build reads.
+    """Folder of the torch that the libraries are built for; its headers are all the build reads.
 
     pip builds in an isolated environment that hides the installed torch. Its folder is found
     through sysconfig all the same, which spares everyone a second download of torch.
@@ -132,12 +132,15 @@ def cuda_options() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Compiles the extensions with CMake and ninja into the place setuptools expects."""
+    """Compiles the libraries with CMake and ninja into the place setuptools expects.
+
+    setuptools calls them extensions. They are no Python modules: torch.ops.load_library loads them.
+    """
 
     def finalize_options(self):
         self.cuda = builds_cuda()
         if self.cuda:
-            self.distribution.ext_modules.append(extension("_C_cuda"))
+            self.distribution.ext_modules.append(library("baton_kernels_cuda"))
         super().finalize_options()
 
     def run(self):
@@ -147,8 +150,13 @@ class CMakeBuild(build_ext):
             if self.editable_mode:
                 folders.append(ROOT / "baton_kernels")
             for folder in folders:
-                (folder / "_C_cuda.abi3.so").unlink(missing_ok=True)
+                (folder / "libbaton_kernels_cuda.so").unlink(missing_ok=True)
         super().run()
+
+    def get_ext_filename(self, fullname):
+        # Without the tag of one Python, which setuptools gives to a module.
+        package, _, name = fullname.rpartition(".")
+        return os.path.join(package, f"lib{name}.so")
 
     def build_extension(self, ext):
         torch, compiler = find_torch(), find_compiler()
@@ -164,7 +172,6 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_CXX_COMPILER={compiler.split()[0]}",
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DBATON_TORCH_DIR={torch}",
-            f"-DBATON_PYTHON_INCLUDE={sysconfig.get_path('include')}",
             *cuda,
         ]  # fmt: skip
         subprocess.run(configure, check=True)
@@ -172,7 +179,7 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         # Never written over: a process may have the old one mapped.
         target.unlink(missing_ok=True)
-        shutil.copyfile(build / f"{name}.abi3.so", target)
+        shutil.copyfile(build / target.name, target)
 
 
 class Editable(editable_wheel):
@@ -184,20 +191,20 @@ class Editable(editable_wheel):
         self.distribution.package_dir |= {"bench": "bench", "emulation": "python/emulation"}
 
 
-class AbiWheel(bdist_wheel):
-    """Tags the wheel for every CPython from 3.10 on."""
+class EveryPython(bdist_wheel):
+    """Tags the wheel for one platform and every Python: nothing in it was compiled for one."""
 
     def get_tag(self):
         _, _, platform = super().get_tag()
-        return "cp310", "abi3", platform
+        return "py3", "none", platform
 
 
-def extension(name: str) -> Extension:
+def library(name: str) -> Extension:
     """A library of the package; CMake knows its sources."""
-    return Extension(f"baton_kernels.{name}", sources=[], py_limited_api=True)
+    return Extension(f"baton_kernels.{name}", sources=[])
 
 
 setup(
-    ext_modules=[extension("_C")],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AbiWheel, "editable_wheel": Editable},
+    ext_modules=[library("baton_kernels")],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": EveryPython, "editable_wheel": Editable},
 )

@@ -6,7 +6,7 @@ The ops and what they compute: `baton_kernels.ops`. Their definitions in plain t
 
 from baton_kernels import reference, triton
 from baton_kernels.batch_shape import BatchShape, Moves
-from baton_kernels.info import build_info
+from baton_kernels.info import __version__, build_info
 from baton_kernels.kv_cache import KVCache
 from baton_kernels.ops.append_kv import append_kv
 from baton_kernels.ops.attention_mask import attention_mask
@@ -24,6 +24,7 @@ __all__ = [
     "BatchShape",
     "KVCache",
     "Moves",
+    "__version__",
     "append_kv",
     "attention_mask",
     "build_info",

@@ -1,9 +1,7 @@
 """Loads the compiled libraries, which register the ops with torch."""
 
-import importlib
-import importlib.util
-import types
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +19,25 @@ if _torch_version() < MINIMUM_TORCH:
         f"baton_kernels: torch must be >= {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]} (the first with "
         f"the stable ABI the kernels use), got {torch.__version__}: `pip install -U torch`"
     )
+
+
+def _file(name: str) -> Path:
+    return Path(__file__).with_name(f"lib{name}.so")
+
+
+def _load(library: Path) -> Path:
+    """Loads and returns it, or raises OSError with the loader's reason.
+
+    The libraries are no Python modules, so that one file serves every Python. torch is imported
+    above: its libraries must be in the process before ours.
+    """
+    torch.ops.load_library(str(library))
+    return library
+
+
 try:
-    # torch is imported above: its libraries must be in the process before ours.
-    from baton_kernels import _C  # type: ignore[attr-defined]  # noqa: F401  # has no source
-except ImportError as error:
+    cpu = _load(_file("baton_kernels"))
+except OSError as error:
     raise ImportError(
         f"baton_kernels: the compiled library does not load ({error}). From a source folder, build "
         "it with `pip install -e .`; from a wheel, install it again with "
@@ -32,21 +45,22 @@ except ImportError as error:
     ) from error
 
 
-def _load_cuda() -> tuple[types.ModuleType | None, str | None]:
+def _load_cuda() -> tuple[Path | None, str | None]:
     """The CUDA library, or why it is not there. Without it the Triton kernels run on GPUs."""
     if torch.version.cuda is None:
         return None, "this torch has no CUDA"
-    if importlib.util.find_spec("baton_kernels._C_cuda") is None:
+    library = _file("baton_kernels_cuda")
+    if not library.exists():
         return None, "built without the CUDA kernels (BATON_CUDA=1 builds them)"
     try:
-        return importlib.import_module("baton_kernels._C_cuda"), None
-    except ImportError as error:
+        return _load(library), None
+    except OSError as error:
         reason = f"the CUDA library does not load ({error})"
         warnings.warn(f"baton_kernels: {reason}; the Triton kernels take over", stacklevel=2)
         return None, reason
 
 
-# The module, which says what it was compiled for, and why there is none: one of the two is None.
+# The file of the CUDA library, or why there is none.
 cuda, why_no_cuda = _load_cuda()
 
 ops: Any = torch.ops.baton_kernels

@@ -14,10 +14,14 @@ from baton_kernels._library import cuda, ops, why_no_cuda
 
 
 def _version() -> str:
+    """That of pyproject.toml, as installed; in a source tree that is not, one below all others."""
     try:
         return importlib.metadata.version("baton_kernels")
     except importlib.metadata.PackageNotFoundError:
-        return "unknown (not installed as a package)"
+        return "0+unknown"
+
+
+__version__ = _version()
 
 
 def _triton(op: str) -> str:
@@ -43,10 +47,13 @@ def _cuda(op: str) -> str:
 def _cuda_build() -> dict[str, Any]:
     if cuda is None:
         return {"architectures": [], "toolkit": "", "why_not": why_no_cuda}
-    # The last one is there as PTX too, for all that follow.
-    architectures = [f"sm_{number}" for number in cuda.architectures.split()]
-    toolkit = f"{cuda.toolkit // 1000}.{cuda.toolkit % 1000 // 10}"
-    return {"architectures": architectures, "toolkit": toolkit, "why_not": None}
+    version, *numbers = map(int, ops.cuda_build().split())
+    return {
+        # The last one is there as PTX too, for all that follow.
+        "architectures": [f"sm_{number}" for number in numbers],
+        "toolkit": f"{version // 1000}.{version % 1000 // 10}",
+        "why_not": None,
+    }
 
 
 def build_info() -> dict[str, Any]:
@@ -69,7 +76,7 @@ def build_info() -> dict[str, Any]:
         if is_used == "1":
             used = name
     return {
-        "version": _version(),
+        "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -59,15 +59,15 @@ def libraries(folder: Path, architectures: str) -> None:
     run(
         program, "-G", "Ninja", "-S", ROOT, "-B", BUILD / "cmake", "-DCMAKE_BUILD_TYPE=Release",
         f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}", f"-DBATON_TORCH_DIR={torch}",
-        f"-DBATON_PYTHON_INCLUDE={sysconfig.get_path('include')}", "-DBATON_CUDA=ON",
-        f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DBATON_CUDA_ARCHITECTURES={architectures}",
+        "-DBATON_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DBATON_CUDA_ARCHITECTURES={architectures}",
         # A library that holds nothing is needed all the same: the linker would leave it out.
         f"-DCMAKE_MODULE_LINKER_FLAGS=-L{stubs} -Wl,--no-as-needed", *flags,
     )  # fmt: skip
-    run(program, "--build", BUILD / "cmake", "--target", "_C_cuda")
+    run(program, "--build", BUILD / "cmake", "--target", "baton_kernels_cuda")
     (folder / LIBRARIES).mkdir(parents=True)
-    shutil.copy(BUILD / "cmake" / "_C_cuda.abi3.so", folder / LIBRARIES)
-    shutil.copy(ROOT / "baton_kernels" / "_C.abi3.so", folder / LIBRARIES)
+    shutil.copy(BUILD / "cmake" / "libbaton_kernels_cuda.so", folder / LIBRARIES)
+    shutil.copy(ROOT / "baton_kernels" / "libbaton_kernels.so", folder / LIBRARIES)
 
 
 def find_nvcc() -> str:

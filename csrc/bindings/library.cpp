@@ -1,4 +1,5 @@
-// Every schema of the library, and the Python module that loads it.
+// Every schema of the library. Loading it (torch.ops.load_library) runs the registrations: there is
+// no Python module, so one file serves every Python.
 //
 // (a!) marks what a call writes. Overloads give a result more or take options: a schema's results
 // cannot be optional, one that nobody asked for costs a call half a microsecond, and as much cost
@@ -6,8 +7,6 @@
 //
 // Options are keyword-only in the Python functions alone: torch needs half a microsecond for each
 // keyword of a call, more than for all checks of its tensors.
-#define Py_LIMITED_API 0x030a0000
-#include <Python.h>
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(baton_kernels, library) {
@@ -61,11 +60,5 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
   // For tests and build_info: not part of the public interface.
   library.def("set_cpu_isa(str name, bool force=False) -> ()");
   library.def("cpu_isas() -> str");
-}
-
-// Importing baton_kernels._C runs the registrations above; the module itself is empty.
-PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  library.def("cuda_build() -> str");  // defined by the CUDA library
 }

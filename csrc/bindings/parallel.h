@@ -30,7 +30,7 @@ inline int64_t bytes_per_token(const CacheSizes& sizes, Dtype dtype) {
   return sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * size_of(dtype) * 2;
 }
 
-// Most items that a thread takes at a time where neighbouring ones ask memory for each other's
+// Most items that a thread takes at a time where neighboring ones ask memory for each other's
 // data.
 constexpr int64_t kNeighbours = 16;
 

@@ -189,15 +189,15 @@ def test_carried_libraries_and_peers_are_found(tmp_path):
     folder, root = tmp_path / "carry", tmp_path / "root"
     for part in (folder / "lib", folder / "peers", root / "baton_kernels"):
         part.mkdir(parents=True)
-    (folder / "lib" / "_C_cuda.abi3.so").write_bytes(b"new")
-    (root / "baton_kernels" / "_C_cuda.abi3.so").write_bytes(b"old")
+    (folder / "lib" / "libbaton_kernels_cuda.so").write_bytes(b"new")
+    (root / "baton_kernels" / "libbaton_kernels_cuda.so").write_bytes(b"old")
     with zipfile.ZipFile(folder / "peers" / "peer.zip", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("some_peer/__init__.py", "here = 1")
     (folder / "commit").write_text("abc\n")
     environment = carried.environment(root)
     lines = carried.unpack(folder, root, environment)
-    assert lines == ["library _C_cuda.abi3.so, 3 bytes", "peer peer"]
-    assert (root / "baton_kernels" / "_C_cuda.abi3.so").read_bytes() == b"new"
+    assert lines == ["library libbaton_kernels_cuda.so, 3 bytes", "peer peer"]
+    assert (root / "baton_kernels" / "libbaton_kernels_cuda.so").read_bytes() == b"new"
     code = "import some_peer, os; print(some_peer.here, os.environ['FLASHINFER_WORKSPACE_BASE'])"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

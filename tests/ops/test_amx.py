@@ -14,11 +14,12 @@ import torch
 from bench_package import import_bench
 
 import baton_kernels
+from baton_kernels import _library
 from baton_kernels.testing import assert_same_bits, available_cpu_isas, cpu_isa
 from emulation import amx
 
 HAS_AMX = "amx_bf16" in available_cpu_isas()
-modelled = pytest.mark.skipif(not amx.has_model(), reason="needs sources and AVX512-BF16")
+modeled = pytest.mark.skipif(not amx.has_model(), reason="needs sources and AVX512-BF16")
 emulated = pytest.mark.skipif(
     not amx.can_be_emulated(), reason="needs a build with AMX and a CPU without, but AVX512-BF16"
 )
@@ -97,7 +98,7 @@ def multiply_in_tiles(total, a, b):
     amx.check_faults()
 
 
-@modelled
+@modeled
 @pytest.mark.parametrize("spread", [1.0, 40.0, 120.0])
 @pytest.mark.parametrize("shape", [(16, 16, 16), (1, 16, 5), (7, 3, 16), (16, 1, 1)], ids=str)
 def test_multiplies_as_the_manual_says(shape, spread):
@@ -118,7 +119,7 @@ def test_multiplies_as_the_manual_says(shape, spread):
     assert_same_bits(total, expected)
 
 
-@modelled
+@modeled
 def test_denormal_numbers_count_as_zero():
     """The products below are at home in float32, but for inputs or results that are flushed."""
     a, b = torch.tensor([[2.0**-130, 1.0]]), torch.tensor([[2.0**100, 2.0**-130]])
@@ -128,7 +129,7 @@ def test_denormal_numbers_count_as_zero():
     assert total.item() == 0.0
 
 
-@modelled
+@modeled
 def test_zero_and_store():
     configure({2: (3, 8)})
     x = torch.arange(8.0).view(4, 2)
@@ -171,7 +172,7 @@ FAULTS = {
 }
 
 
-@modelled
+@modeled
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults(name):
     amx.check_faults()
@@ -194,7 +195,7 @@ def tile_instructions():
         pytest.skip("this compiler has no AMX")
     if shutil.which("objdump") is None:
         pytest.skip("needs objdump")
-    path = baton_kernels._C.__file__
+    path = str(_library.cpu)
     command = ["objdump", "--disassemble", "--wide", path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found, function = [], ""
@@ -237,7 +238,7 @@ def test_encoding_of_products(tile_instructions):
     assert shapes == whole | few
 
 
-@modelled
+@modeled
 @pytest.mark.skipif(not HAS_AMX and not amx.can_be_emulated(), reason="AMX kernels cannot run here")
 @pytest.mark.parametrize("spread", [0.0, 20.0])
 @pytest.mark.parametrize("rows", [3, 16, 40])
@@ -249,7 +250,7 @@ def test_linear_has_the_bits_of_the_manual(rows, spread):
     weight = torch.randn(70, 224, generator=generator).bfloat16()
     total = torch.zeros(70, rows)
     for step in range(0, 224, 32):
-        # Pairs of neighbouring elements, a row of pairs beside the other.
+        # Pairs of neighboring elements, a row of pairs beside the other.
         pairs = x[:, step : step + 32].reshape(rows, 16, 2).transpose(0, 1).reshape(16, 2 * rows)
         total = tdpbf16ps(total, weight[:, step : step + 32], pairs)
     with cpu_isa("amx_bf16") if HAS_AMX else amx.entered():

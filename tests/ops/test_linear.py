@@ -31,7 +31,8 @@ def check(ops, arguments):
     before = {name: twin(x) for name, x in arguments.items()}
     with nan_in_empty():
         actual = ops.linear(**arguments)
-    assert_accurate(actual, "linear", *before.values())
+    # Without the margins: on a CPU with AMX, torch's own kernel reads NaN from between two rows.
+    assert_accurate(actual, "linear", *(x.contiguous() for x in before.values()))
     for name, x in arguments.items():
         assert_same_bits(storage(x), storage(before[name]), name)
     assert actual.is_contiguous()

@@ -15,6 +15,7 @@
 
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -141,18 +142,20 @@ class Team {
       process_ = process;
     }
     if (num_helpers_ >= helpers || !can_start_) return;
-    // Signals are for the program's own threads, except those that an instruction raises.
+    // Signals are for the program's own threads, except those that an instruction raises. Linux
+    // keeps a mask per thread; pthread_sigmask, the same call, is a symbol of glibc 2.32 (and
+    // pthread_setname_np below one of 2.34), which a manylinux_2_28 wheel may not need.
     sigset_t all, before;
     sigfillset(&all);
     for (const int raised : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP}) sigdelset(&all, raised);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    sigprocmask(SIG_SETMASK, &all, &before);
     try {
       for (; num_helpers_ < helpers; ++num_helpers_) std::thread([this] { help(); }).detach();
     } catch (const std::system_error&) {
       // The process has as many threads as it may: these will do.
       can_start_ = false;
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    sigprocmask(SIG_SETMASK, &before, nullptr);
   }
 
   // Either a helper that goes to sleep sees the open region, or the caller sees the sleeper.
@@ -187,7 +190,7 @@ class Team {
 
   void help() {
 #if defined(__linux__)
-    pthread_setname_np(pthread_self(), "baton-helper");
+    prctl(PR_SET_NAME, "baton-helper");
 #endif
     uint32_t last_number = 0;
     Absence absence;

@@ -196,7 +196,7 @@ BATON_INLINE Vec from_half(ShortVec x) {
 #elif defined(__aarch64__)
   return (Vec)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)x));
 #else
-  // Exponent and mantissa move into place by one multiplication, which also normalises subnormals;
+  // Exponent and mantissa move into place by one multiplication, which also normalizes subnormals;
   // infinities and NaN get the exponent that the multiplication cannot give them.
   const UintVec bits = widen(x);
   const UintVec sign = (bits & 0x8000u) << 16;

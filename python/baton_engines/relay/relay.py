@@ -168,10 +168,12 @@ class Relay(RelayState):
                 strings need the relay's tokenizer. What matched stays in `Query.tokens` and is cut
                 from `Query.text`.
             temperature: 0 is greedy. One that is given overrides a config that says to sample.
-            top_p, top_k, min_p: as in Hugging Face; 1.0, 0 and 0.0 keep all.
+            top_p: as in Hugging Face; 1.0 keeps all.
+            top_k: as in Hugging Face; 0 keeps all.
+            min_p: as in Hugging Face; 0.0 keeps all.
             repetition_penalty: as in Hugging Face, for tokens of prompt and answer; 1.0 is none.
-            frequency_penalty, presence_penalty: taken off the logits of the answer's tokens, per
-                occurrence and once.
+            frequency_penalty: taken off the logits of the answer's tokens, per occurrence.
+            presence_penalty: taken off the logits of the answer's tokens, once.
             logit_bias: what is added to the logits of some token ids.
             suppress_tokens: ids that are never chosen.
             min_new_tokens: no end-of-sequence id is chosen before that many tokens.

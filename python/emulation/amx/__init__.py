@@ -24,7 +24,7 @@ CPUINFO = Path("/proc/cpuinfo")
 COUNTS = ("configures", "releases", "zeros", "loads", "stores", "multiplies", "products")
 FLAGS = (
     "-O2", "-mavx512f", "-mavx512bw", "-mfma",
-    # GCC 12 takes undefined operands inside its own intrinsics for our uninitialised variables.
+    # GCC 12 takes undefined operands inside its own intrinsics for our uninitialized variables.
     "-Wno-uninitialized", "-Wno-maybe-uninitialized",
 )  # fmt: skip
 

@@ -1,0 +1,66 @@
+"""Every program in examples/ runs as its users run it, and checks its own results."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "examples"
+PROGRAMS = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+def run(program: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(FOLDER / program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
+    )
+
+
+def test_all_programs_are_known():
+    assert PROGRAMS == [
+        "compile_and_export.py",
+        "cuda_graph.py",
+        "decode_step.py",
+        "insert_between_steps.py",
+        "relay_stream.py",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("program", "printed"),
+    [
+        ("compile_and_export.py", "it wrote (slot, column) [[0, 127], [2, 64], [3, 1]]"),
+        ("decode_step.py", "row 1: 901 tokens"),
+        ("insert_between_steps.py", "query 2: the same bits in all 4 steps: True"),
+    ],
+)
+def test_ops(program, printed):
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout
+
+
+def test_cuda_graph():
+    done = run("cuda_graph.py")
+    if torch.cuda.is_available():
+        assert done.returncode == 0, done.stderr
+        assert "replay 7: 8 tokens per row" in done.stdout
+    else:
+        assert done.returncode == 1 and not done.stdout
+        assert done.stderr.strip() == "cuda_graph.py: needs an NVIDIA GPU, and torch finds none"
+
+
+def test_relay_stream():
+    done = run("relay_stream.py")
+    assert done.returncode == 0, done.stderr
+    *streamed, first, second, third = done.stdout.splitlines()
+    text = re.fullmatch(r"first: \d+ tokens, \w+: (.*)", first)[1]
+    assert "\n".join(streamed) == "first: " + ast.literal_eval(text)
+    assert second.startswith("second: ") and third.startswith("third: ")
