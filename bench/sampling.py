@@ -7,7 +7,7 @@ the logits and the answers that this relay has at that moment, in turns with its
 from __future__ import annotations
 
 import argparse
-import random
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from baton_engines import Relay, load_model
+from baton_engines.cli.prompts_io import demo_prompts
 from baton_engines.query.sampling import Sampler, choose
 from baton_engines.query.sampling_options import SamplingOptions
 from bench import describe_run, spread
@@ -36,15 +37,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--repeats", type=int, default=10, help="steps that are timed")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    model, _ = load_model(arguments.model)
+    model, tokenizer = load_model(arguments.model)
     print(describe_run())
-    steps, costs = measure(model, arguments.rows, arguments.prompt, arguments.repeats)
+    # Real text: how many tokens top_p keeps depends on how sure the model is.
+    prompts = [record.encode(tokenizer) for record in demo_prompts()]
+    steps, costs = measure(
+        model, list(itertools.islice(itertools.cycle(prompts), arguments.rows)), arguments.repeats
+    )
     step = statistics.median(steps)
     print(f"{arguments.rows} rows; a greedy decode step: {spread(steps, '{:.1f}')} ms")
     print(f"{'options':12} {'ms per step':>18} {'more than greedy, of a step':>28}")
@@ -55,24 +59,15 @@ def main() -> None:
 
 
 def measure(
-    model: Any, rows: int, prompt: int, repeats: int
+    model: Any, prompts: Sequence[Sequence[int]], repeats: int
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Milliseconds of whole steps, and of choosing the tokens of all rows by kind of options."""
-    numbers = random.Random(0)
-    vocab_size = model.config.vocab_size
     # Two steps to warm up, and one more so that nobody ends.
     most = repeats + 4
     steps: list[float] = []
     costs: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    with Relay(model, rows, prompt + most) as relay:
-        queries = [
-            relay.submit(
-                [numbers.randrange(vocab_size) for _ in range(prompt)],
-                max_new_tokens=most,
-                eos=None,
-            )
-            for _ in range(rows)
-        ]
+    with Relay(model, len(prompts), max(map(len, prompts)) + most) as relay:
+        queries = [relay.submit(ids, max_new_tokens=most, eos=None) for ids in prompts]
         latest: dict[int, torch.Tensor] = {}
         relay._batch.on_logits = lambda query, row: latest.__setitem__(query.id, row)
         samplers = {

@@ -71,8 +71,10 @@ def check(settings: dict, arrivals: list[tuple], more_to_come: bool) -> None:
         assert query.status == "cancelled" or len(query.tokens) == query.max_new_tokens
         if query.tokens:
             expected = alone(tuple(query.prompt + query.tokens[:-1]))[len(query.prompt) - 1 :]
-            torch.testing.assert_close(torch.stack(logits[query.id]), expected, rtol=0, atol=1e-4)
-            assert query.tokens == expected.argmax(-1).tolist()
+            own = torch.stack(logits[query.id])
+            torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
+            # Two logits may be nearer to each other than the two models' roundings.
+            assert query.tokens == own.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("policy", policies.NAMES)

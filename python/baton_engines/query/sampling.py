@@ -7,7 +7,7 @@ order, and a draw's random number belongs to the query and the position of the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from .sampling_options import SamplingOptions
 # Candidates looked at first for top-p and min-p: sorting a whole vocabulary costs milliseconds, and
 # the nucleus is nearly always smaller.
 _GUESS = 256
+# Tokens whose probabilities are summed before one of them is looked for.
+_BLOCK = 64
 # Beyond a row's top-k, for tokens that tie with its last one.
 _TIES = 32
 
@@ -150,7 +152,7 @@ def choose(
     if drawn:
         numbers = [samplers[row].draw(len(tokens[row])) for row in drawn]
         options = [samplers[row].options for row in drawn]
-        picked = draw_tokens(logits[drawn], options, numbers)
+        picked = draw_tokens(_rows_of(logits, drawn), options, numbers)
         for row, token in zip(drawn, picked, strict=True):
             chosen[row] = token
     return chosen
@@ -166,15 +168,20 @@ def draw_tokens(
         options: temperature > 0, top_k, top_p and min_p of each row.
         numbers: in [0, 1), one per row.
     """
-    restricted = [row for row, option in enumerate(options) if option.restricts]
-    free = [row for row, option in enumerate(options) if not option.restricts]
+    groups: dict[Callable, list[int]] = {}
+    for row, option in enumerate(options):
+        draw = _draw_free
+        if option.top_k:
+            # They look at few tokens, and need no probabilities of the others.
+            draw = _draw_largest
+        elif option.restricts:
+            draw = _draw_nucleus
+        groups.setdefault(draw, []).append(row)
     chosen = [0] * len(options)
-    for rows, pick in ((restricted, _draw_restricted), (free, _draw_free)):
-        if rows:
-            scores = _scaled(logits[rows], [options[row] for row in rows])
-            picked = pick(scores, [options[row] for row in rows], [numbers[row] for row in rows])
-            for row, token in zip(rows, picked, strict=True):
-                chosen[row] = token
+    for draw, rows in groups.items():
+        own = [options[row] for row in rows], [numbers[row] for row in rows]
+        for row, token in zip(rows, draw(_rows_of(logits, rows), *own), strict=True):
+            chosen[row] = token
     return chosen
 
 
@@ -190,48 +197,105 @@ def candidates(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Te
     Returns:
         ids int64 [candidates] and probabilities float64 [candidates], summing to 1.
     """
-    scores = _scaled(logits[None], [options])
-    probabilities = torch.softmax(scores, dim=-1)
-    values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
-    weights = probabilities.gather(1, ids)
-    mass, kept = _keep(values, weights, [options])
+    logits = logits[None]
+    values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    scores = _scaled(values, values[:, :1], [options])
+    weights = scores.exp() if options.top_k else _probabilities(logits, [options]).gather(1, ids)
+    mass, kept = _keep(scores, weights, [options])
     count = int(kept[0])
     return ids[0, :count], weights[0, :count].double() / mass[0, count - 1]
 
 
-def _scaled(logits: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.Tensor:
+def _rows_of(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """These rows, without a copy where they are all."""
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _scaled(
+    logits: torch.Tensor, largest: torch.Tensor, options: Sequence[SamplingOptions]
+) -> torch.Tensor:
     # The largest logit is taken off first, so that no division by a small temperature overflows at
     # the top.
     temperatures = logits.new_tensor([option.temperature for option in options])
-    return (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
+    return (logits - largest).div_(temperatures[:, None])
+
+
+def _probabilities(logits: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.Tensor:
+    """Of the whole vocabulary. A row's sum is formed row by row, whatever the number of rows."""
+    scores = _scaled(logits, logits.amax(dim=-1, keepdim=True), options)
+    return torch.softmax(scores, dim=-1, out=scores)
 
 
 def _draw_free(
-    scores: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
+    logits: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
 ) -> list[int]:
     """From whole vocabularies, in the order of the ids, so that nothing has to be sorted."""
+    probabilities = _probabilities(logits, options)
+    padding = -probabilities.shape[-1] % _BLOCK
+    if padding:
+        probabilities = torch.nn.functional.pad(probabilities, (0, padding))
+    # First the block, then the token in it: sums of blocks are a fraction of all sums to write.
+    blocks = probabilities.view(len(options), -1, _BLOCK)
     # float64 sums: in float32 the tail of a large vocabulary would be lost in the rounding.
-    mass = torch.softmax(scores, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    return _pick(mass, mass[:, -1:], numbers).tolist()
+    mass = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    threshold = _threshold(mass[:, -1:], numbers)
+    # A token without probability cannot be the last: the threshold lies below the total.
+    found = torch.searchsorted(mass, threshold, right=True).clamp_(max=mass.shape[-1] - 1)
+    before = torch.where(found > 0, mass.gather(1, (found - 1).clamp_(min=0)), 0.0)
+    block = blocks.gather(1, found[:, :, None].expand(-1, 1, _BLOCK)).squeeze(1)
+    within = block.cumsum(dim=-1, dtype=torch.float64)
+    # A block's sum and its cumulative sums round differently: stay with tokens that can be drawn.
+    most = torch.nextafter(within[:, -1:], torch.zeros_like(before))
+    rest = torch.minimum(threshold - before, most)
+    places = torch.searchsorted(within, rest, right=True)
+    return (found * _BLOCK + places).squeeze(1).tolist()
 
 
-def _draw_restricted(
-    scores: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
+def _draw_largest(
+    logits: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
 ) -> list[int]:
-    """From the candidates, in the order of `candidates`: likeliest first, then the lower id."""
-    vocab_size = scores.shape[-1]
-    probabilities = torch.softmax(scores, dim=-1)
+    """From rows with top_k, whose probabilities are those among their candidates."""
+    size = max(option.top_k for option in options) + _TIES
+    return _draw_sorted(logits, options, numbers, size, None)
+
+
+def _draw_nucleus(
+    logits: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
+) -> list[int]:
+    """From rows with top_p or min_p, whose probabilities are those of the whole vocabulary."""
+    return _draw_sorted(logits, options, numbers, _GUESS, _probabilities(logits, options))
+
+
+def _draw_sorted(
+    logits: torch.Tensor,
+    options: Sequence[SamplingOptions],
+    numbers: Sequence[float],
+    size: int,
+    probabilities: torch.Tensor | None,
+) -> list[int]:
+    """From the candidates, in the order of `candidates`: likeliest first, then the lower id.
+
+    Args:
+        size: how many of the largest logits are looked at first.
+        probabilities: of the whole vocabulary, or None for those among the candidates.
+    """
+    vocab_size = logits.shape[-1]
     tokens = [0] * len(options)
     rows = list(range(len(options)))
-    size = max(option.top_k + _TIES if option.top_k else _GUESS for option in options)
     while rows:
         size = min(size, vocab_size)
         own = [options[row] for row in rows]
-        values, ids = _largest(scores[rows], size)
-        mass, kept = _keep(values, probabilities[rows].gather(1, ids), own)
+        values, ids = _largest(_rows_of(logits, rows), size)
+        values = _scaled(values, values[:, :1], own)
+        if probabilities is None:
+            weights = values.exp()
+        else:
+            weights = _rows_of(probabilities, rows).gather(1, ids)
+        mass, kept = _keep(values, weights, own)
         last = kept[:, None] - 1
-        places = _pick(mass, mass.gather(1, last), [numbers[row] for row in rows], kept)
-        found = ids.gather(1, places[:, None]).squeeze(1).tolist()
+        threshold = _threshold(mass.gather(1, last), [numbers[row] for row in rows])
+        places = torch.minimum(torch.searchsorted(mass, threshold, right=True), last)
+        found = ids.gather(1, places).squeeze(1).tolist()
         for row, token in zip(rows, found, strict=True):
             tokens[row] = token
         if size == vocab_size:
@@ -244,12 +308,15 @@ def _draw_restricted(
     return tokens
 
 
-def _largest(scores: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest scores of every row and their ids; of equal ones the lower id comes first."""
-    _, ids = torch.topk(scores, size, dim=-1, sorted=False)
-    ids = ids.sort(dim=-1).values
-    values, order = scores.gather(1, ids).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(1, order)
+def _largest(logits: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logits of every row and their ids; of equal ones the lower id comes first."""
+    values, ids = torch.topk(logits, size, dim=-1)
+    tied = torch.nonzero((values[:, 1:] == values[:, :-1]).any(dim=-1)).squeeze(1)
+    if len(tied):
+        in_order = ids[tied].sort(dim=-1).values
+        own, order = logits[tied].gather(1, in_order).sort(dim=-1, descending=True, stable=True)
+        values[tied], ids[tied] = own, in_order.gather(1, order)
+    return values, ids
 
 
 def _keep(
@@ -279,16 +346,8 @@ def _keep(
     return mass, torch.minimum(kept, stays.long().cumprod(dim=-1).sum(dim=-1))
 
 
-def _pick(
-    mass: torch.Tensor,
-    total: torch.Tensor,
-    numbers: Sequence[float],
-    kept: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The first place of every row at which its cumulative probability passes number * total."""
-    share = mass.new_tensor(numbers)[:, None]
+def _threshold(total: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
+    """number * total for every row [rows, 1]."""
+    share = total.new_tensor(numbers)[:, None]
     # Rounding could lift the product onto the total, past every candidate.
-    threshold = torch.minimum(total * share, torch.nextafter(total, torch.zeros_like(total)))
-    places = torch.searchsorted(mass, threshold, right=True).squeeze(1)
-    last = mass.shape[-1] - 1 if kept is None else kept - 1
-    return places.clamp(max=last)
+    return torch.minimum(total * share, torch.nextafter(total, torch.zeros_like(total)))
