@@ -2,9 +2,10 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from baton_kernels import torch_ops
 
 MINIMUM_TORCH = (2, 10)
 
@@ -63,4 +64,4 @@ def _load_cuda() -> tuple[Path | None, str | None]:
 # The file of the CUDA library, or why there is none.
 cuda, why_no_cuda = _load_cuda()
 
-ops: Any = torch.ops.baton_kernels
+ops = torch_ops.ops

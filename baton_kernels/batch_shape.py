@@ -9,12 +9,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import torch
 
 # Columns and slots go to the ops as int32.
 _MAX_INDEX = 2**31 - 1
+
+
+class ShapeTensors(NamedTuple):
+    """Rows as the ops want them: the arguments of `ragged_attention` by their names."""
+
+    slots: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -260,9 +268,7 @@ class BatchShape:
             )
         self._num_slots = num_slots
 
-    def tensors(
-        self, slots: Iterable[int], device: torch.device | str = "cpu"
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def tensors(self, slots: Iterable[int], device: torch.device | str = "cpu") -> ShapeTensors:
         """Slots, starts and lengths of rows as the ops want them.
 
         Args:
@@ -270,7 +276,7 @@ class BatchShape:
             device: where the tensors shall live.
 
         Returns:
-            slots, starts, lengths: int32 `[rows]` each, contiguous.
+            slots, starts, lengths: int32 `[rows]` each, contiguous, by name or unpacked.
 
         Raises:
             ValueError: a slot is not in use.
@@ -280,7 +286,7 @@ class BatchShape:
         lengths = [self._lengths[slot] for slot in slots]
         # One tensor and three views of its rows: one copy to a device instead of three.
         packed = torch.tensor([slots, starts, lengths], dtype=torch.int32, device=device)
-        return packed[0], packed[1], packed[2]
+        return ShapeTensors(*packed.unbind())
 
     def copy(self) -> BatchShape:
         """An independent shape with the same rows."""

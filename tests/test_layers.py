@@ -174,7 +174,7 @@ def test_a_part_of_an_op_is_found_by_its_name():
     What lies beside the ops' files in csrc begins with the name of its op, or holds all of them
     together; helpers of several ops have folders of their own.
     """
-    common = {"kernels.h", "kernel_table.cpp"}
+    common = {"kernels.h", "kernel_table.cpp", "fill_indices.cu"}
     for folder in ("cpu", "cuda"):
         for path in (ROOT / "csrc" / folder).glob("*.*"):
             assert path.name in common or path.name.startswith(tuple(OPS)), path

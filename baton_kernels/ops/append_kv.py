@@ -19,8 +19,8 @@ def append_kv(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    slots: torch.Tensor,
-    columns: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
     *,
     query: None = None,
     cos: torch.Tensor | None = None,
@@ -34,8 +34,8 @@ def append_kv(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    slots: torch.Tensor,
-    columns: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
     *,
     query: torch.Tensor,
     cos: torch.Tensor | None = None,
@@ -49,8 +49,8 @@ def append_kv(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    slots: torch.Tensor,
-    columns: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
     *,
     query: torch.Tensor | None,
     cos: torch.Tensor | None = None,
@@ -63,8 +63,8 @@ def append_kv(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    slots: torch.Tensor,
-    columns: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
     *,
     query: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
@@ -87,8 +87,8 @@ def append_kv(
         key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, last dimension contiguous.
             Written.
         value_cache: As key_cache. Written.
-        slots: `[rows]`, int32: the slot of each row.
-        columns: `[rows]`, int32: the column of each row.
+        slots: `[rows]`, int32: the slot of each row; row i in slot i if None.
+        columns: `[rows]`, int32: the column of each row. Required.
         query: `[rows, num_heads, head_dim]`, rotated like key and returned; optional.
         cos: Cosines of each row's position, `[rows, head_dim / 2]`, or `[rows, head_dim]` with one
             angle per element; float32 or key's dtype. Without cos and sin nothing is rotated.
@@ -143,7 +143,7 @@ def _check(
             _check_rotary(check, name, tensor, key)
         check.dtype_as("sin", sin, "cos", cos)
         check.shape("sin", sin, cos.shape)
-    check.index("slots", slots, rows, key_cache.device)
+    check.index_or_none("slots", slots, rows, key_cache.device)
     check.index("columns", columns, rows, key_cache.device)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from baton_kernels._library import ops
-from baton_kernels.ops.checks import FLOATS, Checker, call, dtype_name
+from baton_kernels.ops.checks import FLOATS, Checker, call, count_rows, dtype_name
 
 _native = ops.attention_mask.default
 
 
 def attention_mask(
-    starts: torch.Tensor,
+    starts: torch.Tensor | None,
     lengths: torch.Tensor,
     query_length: int,
     key_length: int,
@@ -29,7 +29,7 @@ def attention_mask(
                                                        x x x x x              . . . x x
 
     Args:
-        starts: `[rows]`, int32: the first valid column.
+        starts: `[rows]`, int32: the first valid column; 0 if None.
         lengths: `[rows]`, int32: the number of valid columns.
         query_length: Query tokens per row, the last ones of each.
         key_length: Columns of the mask.
@@ -58,9 +58,10 @@ def _check(starts, lengths, query_length, key_length, dtype=torch.bool, window=N
     check = Checker("attention_mask")
     if dtype != torch.bool and dtype not in FLOATS:
         check.fail("dtype", "bool, float32, float16 or bfloat16", dtype_name(dtype), TypeError)
-    check.tensor("starts", starts)
-    check.index("starts", starts, None, starts.device)
-    check.index("lengths", lengths, starts.shape[0], starts.device)
+    check.tensor("lengths", lengths)
+    rows = count_rows(starts, otherwise=lengths.numel())
+    check.index_or_none("starts", starts, rows, lengths.device)
+    check.index("lengths", lengths, rows, lengths.device)
     if query_length < 0:
         check.fail("query_length", "at least 0", query_length)
     if key_length < 0:
@@ -72,4 +73,4 @@ def _check(starts, lengths, query_length, key_length, dtype=torch.bool, window=N
 @torch.library.register_fake("baton_kernels::attention_mask")
 def _fake(starts, lengths, query_length, key_length, dtype=torch.bool, window=None):
     _check(starts, lengths, query_length, key_length, dtype, window)
-    return starts.new_empty((starts.shape[0], 1, query_length, key_length), dtype=dtype)
+    return lengths.new_empty((lengths.shape[0], 1, query_length, key_length), dtype=dtype)

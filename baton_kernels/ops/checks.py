@@ -31,7 +31,40 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
-def call(op: str, native: Callable[..., Any], check: Callable[..., None], *args):
+def count_rows(*indices: torch.Tensor | None, otherwise: int) -> int:
+    """The rows of a call: as many as the first index argument that is given has."""
+    return next((tensor.numel() for tensor in indices if tensor is not None), otherwise)
+
+
+def count_packed_rows(
+    slots: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    total_tokens: int,
+) -> int:
+    """The same of packed tokens, one per row if nothing says otherwise."""
+    rows = total_tokens if cu_seqlens is None else max(cu_seqlens.numel() - 1, 0)
+    return count_rows(slots, starts, otherwise=rows)
+
+
+def default_slots(slots: torch.Tensor | None, rows: int, device: torch.device) -> torch.Tensor:
+    """Row i in slot i, unless given."""
+    return torch.arange(rows, dtype=torch.int32, device=device) if slots is None else slots
+
+
+def default_starts(starts: torch.Tensor | None, rows: int, device: torch.device) -> torch.Tensor:
+    """Rows that begin in column 0, unless given."""
+    return torch.zeros(rows, dtype=torch.int32, device=device) if starts is None else starts
+
+
+def default_cu_seqlens(
+    cu_seqlens: torch.Tensor | None, rows: int, device: torch.device
+) -> torch.Tensor:
+    """One token per row, unless given."""
+    return default_slots(cu_seqlens, rows + 1, device)
+
+
+def call(op: str, native: Callable[..., Any], check: Callable[..., object], *args):
     """Calls the native op; a refusal becomes the documented error.
 
     Args:
@@ -141,6 +174,23 @@ class Checker:
         if size is not None:
             self.shape(name, tensor, [size])
         self.contiguous(name, tensor)
+
+    def index_or_none(
+        self, name: str, tensor: torch.Tensor | None, size: int, device: torch.device
+    ) -> None:
+        """An index argument that may be left out."""
+        if tensor is not None:
+            self.index(name, tensor, size, device)
+
+    def cu_seqlens(
+        self, name: str, tensor: torch.Tensor | None, rows: int, total: int, device: torch.device
+    ) -> None:
+        """Boundaries of the rows' tokens; left out, every row has one."""
+        if tensor is not None:
+            self.index(name, tensor, rows + 1, device)
+        elif total != rows:
+            expected = "given unless every row has one token"
+            self.fail(name, expected, f"None with {total} tokens in {rows} rows")
 
     def caches(self, key_cache, value_cache, *, with_layers: bool, written: bool) -> None:
         self.floating("key_cache", key_cache)

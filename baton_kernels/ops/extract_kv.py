@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from baton_kernels._library import ops
-from baton_kernels.ops.checks import Checker, call
+from baton_kernels.ops.checks import Checker, call, count_packed_rows
 
 _native = ops.extract_kv.default
 _native_out = ops.extract_kv.out
@@ -14,9 +14,9 @@ _native_out = ops.extract_kv.out
 def extract_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     *,
     total_tokens: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -32,9 +32,10 @@ def extract_kv(
             last dimension contiguous, or with a leading num_layers.
         value_cache: As key_cache.
         cu_seqlens: `[num_queries + 1]`, int32: where each query's tokens begin, from 0 to
-            total_tokens.
-        slots: `[num_queries]`, int32: the slot of each query. Queries may share a slot.
-        starts: `[num_queries]`, int32: the column of each query's first token.
+            total_tokens; if None, each query has one.
+        slots: `[num_queries]`, int32: the slot of each query; query i in slot i if None. Queries
+            may share a slot.
+        starts: `[num_queries]`, int32: the column of each query's first token; 0 if None.
         total_tokens: `cu_seqlens[-1]`, known to the host, so that no device is asked.
         out: key and value to write instead of new ones, of their shape and the caches' dtype, last
             dimension contiguous, apart from the caches and from each other. On a CPU new memory
@@ -67,18 +68,22 @@ def extract_kv(
     return out
 
 
-def _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens) -> None:
+def _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens) -> int:
+    """The number of queries, when the arguments fit."""
     check = Checker("extract_kv")
     check.caches(key_cache, value_cache, with_layers=True, written=False)
     if total_tokens < 0:
         check.fail("total_tokens", "at least 0", total_tokens)
-    check.index("slots", slots, None, key_cache.device)
-    check.index("starts", starts, slots.shape[0], key_cache.device)
-    check.index("cu_seqlens", cu_seqlens, slots.shape[0] + 1, key_cache.device)
+    num_queries = count_packed_rows(slots, starts, cu_seqlens, total_tokens)
+    check.index_or_none("slots", slots, num_queries, key_cache.device)
+    check.index_or_none("starts", starts, num_queries, key_cache.device)
+    check.cu_seqlens("cu_seqlens", cu_seqlens, num_queries, total_tokens, key_cache.device)
+    return num_queries
 
 
-def _check_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value) -> None:
-    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
+def _check_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value) -> int:
+    """The number of queries, when the arguments fit."""
+    num_queries = _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
     check = Checker("extract_kv")
     *layers, _, num_kv_heads, _, head_dim = key_cache.shape
     for name, tensor in (("out[0]", key), ("out[1]", value)):
@@ -86,6 +91,7 @@ def _check_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, 
         check.shape(name, tensor, [*layers, total_tokens, num_kv_heads, head_dim])
         check.last_contiguous(name, tensor)
         check.not_expanded(name, tensor)
+    return num_queries
 
 
 @torch.library.register_fake("baton_kernels::extract_kv.out")

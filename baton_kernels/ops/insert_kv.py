@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from baton_kernels._library import ops
-from baton_kernels.ops.checks import Checker, call
+from baton_kernels.ops.checks import Checker, call, count_packed_rows
 
 _native = ops.insert_kv.default
 
@@ -15,9 +15,9 @@ def insert_kv(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     *,
     zero_padding: bool = False,
 ) -> None:
@@ -41,9 +41,9 @@ def insert_kv(
             with a leading num_layers. Written.
         value_cache: As key_cache. Written.
         cu_seqlens: `[num_queries + 1]`, int32: where each query's tokens begin, from 0 to
-            total_tokens.
-        slots: `[num_queries]`, int32: the slot of each query.
-        starts: `[num_queries]`, int32: the column of each query's first token.
+            total_tokens; if None, each query has one.
+        slots: `[num_queries]`, int32: the slot of each query; query i in slot i if None.
+        starts: `[num_queries]`, int32: the column of each query's first token; 0 if None.
         zero_padding: Also clear columns `[0, starts[i])`, for consumers that multiply padding.
 
     Raises:
@@ -65,16 +65,20 @@ def insert_kv(
 
 def _check(
     key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False
-) -> None:
+) -> int:
+    """The number of queries, when the arguments fit."""
     check = Checker("insert_kv")
     check.caches(key_cache, value_cache, with_layers=True, written=True)
     check.floating("key", key)
     check.tokens("key", key, key_cache)
     check.tokens("value", value, key_cache)
     check.shape("value", value, key.shape)
-    check.index("slots", slots, None, key_cache.device)
-    check.index("starts", starts, slots.shape[0], key_cache.device)
-    check.index("cu_seqlens", cu_seqlens, slots.shape[0] + 1, key_cache.device)
+    total_tokens, device = key.shape[-3], key_cache.device
+    num_queries = count_packed_rows(slots, starts, cu_seqlens, total_tokens)
+    check.index_or_none("slots", slots, num_queries, device)
+    check.index_or_none("starts", starts, num_queries, device)
+    check.cu_seqlens("cu_seqlens", cu_seqlens, num_queries, total_tokens, device)
+    return num_queries
 
 
 @torch.library.register_fake("baton_kernels::insert_kv")

@@ -14,8 +14,8 @@ _native = ops.masked_softmax.default
 
 def masked_softmax(
     scores: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     *,
     scale: float = 1.0,
     window: int | None = None,
@@ -39,8 +39,8 @@ def masked_softmax(
     Args:
         scores: `[rows, num_heads, query_length, key_length]`, float32, float16 or bfloat16, last
             dimension contiguous.
-        starts: `[rows]`, int32: the first valid column.
-        lengths: `[rows]`, int32: the number of valid columns.
+        starts: `[rows]`, int32: the first valid column; 0 if None.
+        lengths: `[rows]`, int32: the number of valid columns. Required.
         scale: Factor of the scores.
         window: A token sees the last `window` tokens, itself included; all if None.
 
@@ -66,7 +66,7 @@ def _check(scores, starts, lengths, scale=1.0, window=None) -> None:
     check.floating("scores", scores)
     check.dims("scores", scores, 4)
     check.last_contiguous("scores", scores)
-    check.index("starts", starts, scores.shape[0], scores.device)
+    check.index_or_none("starts", starts, scores.shape[0], scores.device)
     check.index("lengths", lengths, scores.shape[0], scores.device)
     if not math.isfinite(scale):
         check.fail("scale", "finite", scale)

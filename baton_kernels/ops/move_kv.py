@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from baton_kernels._library import ops
-from baton_kernels.ops.checks import Checker, call
+from baton_kernels.ops.checks import Checker, call, count_rows
 
 _native = ops.move_kv.default
 
@@ -13,11 +13,11 @@ _native = ops.move_kv.default
 def move_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    source_slots: torch.Tensor,
-    source_starts: torch.Tensor,
-    target_slots: torch.Tensor,
-    target_starts: torch.Tensor,
-    lengths: torch.Tensor,
+    source_slots: torch.Tensor | None = None,
+    source_starts: torch.Tensor | None = None,
+    target_slots: torch.Tensor | None = None,
+    target_starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """Moves runs of columns inside a KV cache, in place, all layers in one call.
 
@@ -36,11 +36,11 @@ def move_kv(
         key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, float32, float16 or bfloat16,
             last dimension contiguous, or with a leading num_layers. Written.
         value_cache: As key_cache. Written.
-        source_slots: `[num_moves]`, int32.
-        source_starts: `[num_moves]`, int32: first column that is read.
-        target_slots: `[num_moves]`, int32.
-        target_starts: `[num_moves]`, int32: first column that is written.
-        lengths: `[num_moves]`, int32: columns to move.
+        source_slots: `[num_moves]`, int32; move i in slot i if None.
+        source_starts: `[num_moves]`, int32: first column that is read; 0 if None.
+        target_slots: `[num_moves]`, int32; move i in slot i if None.
+        target_starts: `[num_moves]`, int32: first column that is written; 0 if None.
+        lengths: `[num_moves]`, int32: columns to move. Required.
 
     Raises:
         ValueError: A shape, stride, device or index value does not fit, two targets overlap, or a
@@ -64,12 +64,17 @@ def _check(
 ) -> None:
     check = Checker("move_kv")
     check.caches(key_cache, value_cache, with_layers=True, written=True)
-    check.index("source_slots", source_slots, None, key_cache.device)
-    size = source_slots.shape[0]
-    check.index("source_starts", source_starts, size, key_cache.device)
-    check.index("target_slots", target_slots, size, key_cache.device)
-    check.index("target_starts", target_starts, size, key_cache.device)
-    check.index("lengths", lengths, size, key_cache.device)
+    check.tensor("lengths", lengths)
+    places = {
+        "source_slots": source_slots,
+        "source_starts": source_starts,
+        "target_slots": target_slots,
+        "target_starts": target_starts,
+    }
+    num_moves = count_rows(*places.values(), otherwise=lengths.numel())
+    for name, tensor in places.items():
+        check.index_or_none(name, tensor, num_moves, key_cache.device)
+    check.index("lengths", lengths, num_moves, key_cache.device)
 
 
 @torch.library.register_fake("baton_kernels::move_kv")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 
 from baton_kernels._library import ops
-from baton_kernels.ops.checks import Checker, call
+from baton_kernels.ops.checks import Checker, call, count_rows
 
 _native = ops.ragged_attention.default
 _native_options = ops.ragged_attention.options
 _native_lse = ops.ragged_attention.lse
+_native_out = ops.ragged_attention.out
+_native_lse_out = ops.ragged_attention.lse_out
 
 
 @overload
@@ -20,10 +23,10 @@ def ragged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -32,6 +35,7 @@ def ragged_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: Literal[False] = False,
+    out: torch.Tensor | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
 ) -> torch.Tensor: ...
@@ -42,10 +46,10 @@ def ragged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -54,6 +58,7 @@ def ragged_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: Literal[True],
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -64,10 +69,10 @@ def ragged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -76,6 +81,7 @@ def ragged_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
@@ -85,10 +91,10 @@ def ragged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -97,6 +103,7 @@ def ragged_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -131,10 +138,11 @@ def ragged_attention(
         key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, last dimension contiguous.
         value_cache: As key_cache.
         cu_seqlens_q: `[rows + 1]`, int32: where each row's query tokens begin, from 0 to
-            total_queries.
-        slots: `[rows]`, int32. Rows may share a slot.
-        starts: `[rows]`, int32: the first valid column.
+            total_queries; if None, each row has one (decode).
+        slots: `[rows]`, int32; row i in slot i if None. Rows may share a slot.
+        starts: `[rows]`, int32: the first valid column; 0 if None.
         lengths: `[rows]`, int32: the number of valid columns, the query tokens' own included.
+            Required.
         scale: Factor of the scores; `head_dim ** -0.5` if None.
         causal: Whether a token is kept from seeing later ones.
         window: A token sees the last `window` tokens, itself included; all if None.
@@ -142,6 +150,9 @@ def ragged_attention(
         alibi_slopes: `[num_heads]`, float32: penalty per position of distance.
         sinks: `[num_heads]`, float32: one more logit in the softmax denominator.
         return_lse: Also return the logarithm of the softmax denominator.
+        out: A tensor to write instead of a new one, of query's shape and dtype; with return_lse a
+            pair, whose second is float32 `[total_queries, num_heads]`. Contiguous, apart from the
+            other tensors. Written.
         max_query_length: A bound of the rows' query lengths that the host knows. It only spares
             work, never changes a result.
         max_length: The same for lengths.
@@ -152,7 +163,7 @@ def ragged_attention(
         nothing (`p < 0`, when a row has more query tokens than `lengths[i]`) gives zeros and
         lse = -inf, or the sink. A token that sees keys whose scores are all -inf (overflowed) gives
         NaN and lse = -inf, as torch.softmax and logsumexp do; a sink makes that zeros and the sink.
-        A score of +inf or NaN gives NaN for both.
+        A score of +inf or NaN gives NaN for both. With out: out's tensors.
 
     Raises:
         ValueError: A shape, stride, device, index value or option does not fit.
@@ -176,10 +187,32 @@ def ragged_attention(
         native, options = _native_options, (
             scale, causal, window, softcap, alibi_slopes, sinks, max_query_length, max_length
         )  # fmt: skip
+    if out is not None:
+        return _call_out(
+            out, return_lse,
+            query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, *options,
+        )  # fmt: skip
     return call(
         "ragged_attention", _native_lse if return_lse else native, _check,
         query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, *options,
     )  # fmt: skip
+
+
+def _call_out(out: Any, return_lse: bool, *args: Any) -> Any:
+    if not return_lse:
+        results, native = {"out": out}, cast(Any, _native_out)
+    elif isinstance(out, tuple) and len(out) == 2:
+        results, native = {"out": out[0], "lse": out[1]}, _native_lse_out
+    else:
+        expected = "a pair of tensors with return_lse"
+        Checker("ragged_attention").fail("out", expected, type(out).__name__, TypeError)
+    call(
+        "ragged_attention",
+        functools.partial(native, **results),
+        functools.partial(_check_out, **results),
+        *args,
+    )
+    return out
 
 
 def _check(
@@ -212,11 +245,24 @@ def _check(
             check.float32(name, tensor, query.device)
             check.shape(name, tensor, [num_heads])
             check.contiguous(name, tensor)
-    check.index("slots", slots, None, query.device)
-    rows = slots.shape[0]
-    check.index("starts", starts, rows, query.device)
+    check.tensor("lengths", lengths)
+    rows = count_rows(slots, starts, otherwise=lengths.numel())
+    check.index_or_none("slots", slots, rows, query.device)
+    check.index_or_none("starts", starts, rows, query.device)
     check.index("lengths", lengths, rows, query.device)
-    check.index("cu_seqlens_q", cu_seqlens_q, rows + 1, query.device)
+    check.cu_seqlens("cu_seqlens_q", cu_seqlens_q, rows, total_queries, query.device)
+
+
+def _check_out(*args, out, lse=None) -> None:
+    _check(*args)
+    query, check = args[0], Checker("ragged_attention")
+    check.dtype_as("out", out, "query", query)
+    check.shape("out", out, query.shape)
+    check.contiguous("out", out)
+    if lse is not None:
+        check.float32("lse", lse, query.device)
+        check.shape("lse", lse, query.shape[:2])
+        check.contiguous("lse", lse)
 
 
 @torch.library.register_fake("baton_kernels::ragged_attention")
@@ -233,3 +279,12 @@ _fake_options = _fake
 def _fake_lse(query, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:
     out = _fake(query, *args, **options)
     return out, query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("baton_kernels::ragged_attention.out")
+@torch.library.register_fake("baton_kernels::ragged_attention.lse_out")
+def _fake_out(*args, out, lse=None) -> None:
+    _check_out(*args, out=out, lse=lse)
+
+
+_fake_lse_out = _fake_out

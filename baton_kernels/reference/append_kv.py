@@ -15,8 +15,8 @@ def append_kv(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    slots: torch.Tensor,
-    columns: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
     *,
     query: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
@@ -29,6 +29,8 @@ def append_kv(
     if cos is not None and sin is not None:
         key = _rotate(key, cos, sin)
         query = None if query is None else _rotate(query, cos, sin)
+    assert columns is not None
+    slots = torch.arange(len(key)) if slots is None else slots
     for i, (slot, column) in enumerate(zip(slots.tolist(), columns.tolist(), strict=True)):
         key_cache[slot, :, column] = key[i]
         value_cache[slot, :, column] = value[i]

@@ -2,7 +2,7 @@ import torch
 
 
 def attention_mask(
-    starts: torch.Tensor,
+    starts: torch.Tensor | None,
     lengths: torch.Tensor,
     query_length: int,
     key_length: int,
@@ -14,6 +14,7 @@ def attention_mask(
 
     The query columns of a row are the last ``query_length`` before its end.
     """
+    starts = torch.zeros_like(lengths) if starts is None else starts
     ends = (starts + lengths)[:, None, None, None]
     starts = starts[:, None, None, None]
     offset = torch.arange(query_length, device=starts.device)[None, None, :, None]

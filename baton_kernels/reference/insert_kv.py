@@ -6,14 +6,20 @@ def insert_kv(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     *,
     zero_padding: bool = False,
 ) -> None:
     """``key_cache[slots[i], :, starts[i] + t] = key[cu_seqlens[i] + t]``, for all t."""
-    bounds = cu_seqlens.tolist()
+    rows = next(
+        (len(given) for given in (slots, starts) if given is not None),
+        key.shape[-3] if cu_seqlens is None else len(cu_seqlens) - 1,
+    )
+    slots = torch.arange(rows) if slots is None else slots
+    starts = torch.zeros(rows, dtype=torch.int32) if starts is None else starts
+    bounds = list(range(rows + 1)) if cu_seqlens is None else cu_seqlens.tolist()
     for i, (slot, start) in enumerate(zip(slots.tolist(), starts.tolist(), strict=True)):
         first, last = bounds[i], bounds[i + 1]
         for packed, cache in ((key, key_cache), (value, value_cache)):

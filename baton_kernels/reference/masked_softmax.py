@@ -3,8 +3,8 @@ import torch
 
 def masked_softmax(
     scores: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     *,
     scale: float = 1.0,
     window: int | None = None,
@@ -14,6 +14,8 @@ def masked_softmax(
     A query sees ``start <= column <= query column`` and ``column > query column - window``; the
     query columns of a row are the last ``query_length`` before its end.
     """
+    assert lengths is not None
+    starts = torch.zeros_like(lengths) if starts is None else starts
     query_length, key_length = scores.shape[2:]
     first = starts.long()[:, None, None, None]
     offset = torch.arange(query_length, device=scores.device)[:, None]

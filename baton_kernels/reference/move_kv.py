@@ -4,19 +4,27 @@ import torch
 def move_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    source_slots: torch.Tensor,
-    source_starts: torch.Tensor,
-    target_slots: torch.Tensor,
-    target_starts: torch.Tensor,
-    lengths: torch.Tensor,
+    source_slots: torch.Tensor | None = None,
+    source_starts: torch.Tensor | None = None,
+    target_slots: torch.Tensor | None = None,
+    target_starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """``cache[target_slots[i], :, target_starts[i] + t]`` is what stood at the source of move i.
 
     Every source is read before any target is written.
     """
+    assert lengths is not None
+    rows, zeros = torch.arange(len(lengths)), torch.zeros_like(lengths)
     moves = [
-        index.tolist()
-        for index in (source_slots, source_starts, target_slots, target_starts, lengths)
+        (default if index is None else index).tolist()
+        for index, default in (
+            (source_slots, rows),
+            (source_starts, zeros),
+            (target_slots, rows),
+            (target_starts, zeros),
+            (lengths, zeros),
+        )
     ]
     for cache in (key_cache, value_cache):
         columns = [

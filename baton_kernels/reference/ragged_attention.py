@@ -5,10 +5,10 @@ def ragged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -17,6 +17,7 @@ def ragged_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -26,18 +27,26 @@ def ragged_attention(
     ``- slope * |query position - key position|``. What a token does not see never reaches it, not
     even a value that is not finite; a token that sees keys whose scores are all -inf gets NaN.
     """
+    assert lengths is not None
+    rows = len(lengths)
+    if cu_seqlens_q is None:
+        cu_seqlens_q = torch.arange(rows + 1)
+    if slots is None:
+        slots = torch.arange(rows)
+    if starts is None:
+        starts = torch.zeros_like(lengths)
     num_queries, num_heads, head_dim = query.shape
     group = num_heads // key_cache.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    result = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = query.new_full(
         (num_queries, num_heads),
         float("-inf"),
         dtype=torch.promote_types(query.dtype, torch.float32),
     )
     bounds = cu_seqlens_q.tolist()
-    rows = zip(slots.tolist(), starts.tolist(), lengths.tolist(), strict=True)
-    for i, (slot, start, length) in enumerate(rows):
+    places = zip(slots.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+    for i, (slot, start, length) in enumerate(places):
         first, last = bounds[i], bounds[i + 1]
         q = query[first:last].transpose(0, 1)
         k = key_cache[slot, :, start : start + length].repeat_interleave(group, dim=0)
@@ -69,9 +78,16 @@ def ragged_attention(
         total = weight.sum(dim=-1, keepdim=True)
         attended = _weigh(weight[..., :-1], v, visible) / total
         sees = visible.any(dim=-1)[:, None]
-        out[first:last] = attended.masked_fill(~sees, 0.0).transpose(0, 1)
+        result[first:last] = attended.masked_fill(~sees, 0.0).transpose(0, 1)
         lse[first:last] = (peak + torch.log(total)).squeeze(-1).transpose(0, 1).to(lse.dtype)
-    return (out, lse) if return_lse else out
+    if out is None:
+        return (result, lse) if return_lse else result
+    if isinstance(out, tuple):
+        out[0].copy_(result)
+        out[1].copy_(lse)
+    else:
+        out.copy_(result)
+    return out
 
 
 def _weigh(weight: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:

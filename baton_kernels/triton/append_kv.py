@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from baton_kernels.ops.append_kv import _check
+from baton_kernels.ops.checks import default_slots
 from baton_kernels.triton import common
 from baton_kernels.triton.common import narrow, widen
 from baton_kernels.triton.tokens import cache_places, token_places
@@ -20,8 +21,8 @@ def append_kv(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    slots: torch.Tensor,
-    columns: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
     *,
     query: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
@@ -43,6 +44,7 @@ def run_query(
     _check(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
     common.require_gpu("append_kv", "key", key)
     rows, num_kv_heads, head_dim = key.shape
+    slots = default_slots(slots, rows, key.device)
     num_heads = 0 if query is None else query.shape[1]
     rotated = None if query is None else query.new_empty(query.shape)
     block_heads = min(common.power_of_2(max(num_heads, num_kv_heads)), MAX_BLOCK_HEADS)

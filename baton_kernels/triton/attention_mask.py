@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from baton_kernels.ops.attention_mask import _check
+from baton_kernels.ops.checks import default_starts
 from baton_kernels.triton import common
 
 # 32 lines x 128 columns: a warp writes whole 128-byte runs, also of a mask of bytes.
@@ -14,7 +15,7 @@ BLOCK_LINES, BLOCK_COLUMNS = 32, 128
 
 
 def attention_mask(
-    starts: torch.Tensor,
+    starts: torch.Tensor | None,
     lengths: torch.Tensor,
     query_length: int,
     key_length: int,
@@ -29,8 +30,9 @@ def attention_mask(
 def run(starts, lengths, query_length, key_length, dtype=torch.bool, window=None) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.attention_mask."""
     _check(starts, lengths, query_length, key_length, dtype, window)
-    common.require_gpu("attention_mask", "starts", starts)
-    rows = starts.shape[0]
+    common.require_gpu("attention_mask", "lengths", lengths)
+    rows = lengths.shape[0]
+    starts = default_starts(starts, rows, lengths.device)
     mask = starts.new_empty((rows, 1, query_length, key_length), dtype=dtype)
     lines = rows * query_length
     # Elements are written as integers: their bits are all that matters.

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from baton_kernels.ops.checks import default_cu_seqlens, default_slots, default_starts
 from baton_kernels.ops.extract_kv import _check, _check_out
 from baton_kernels.triton import common
 from baton_kernels.triton.insert_kv import BLOCK_TOKENS
@@ -15,9 +16,9 @@ from baton_kernels.triton.tokens import cache_places, locate_tokens, split_progr
 def extract_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     *,
     total_tokens: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -42,11 +43,15 @@ def run(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
 
 def run_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value) -> None:
     """As torch.ops.baton_kernels.extract_kv.out."""
-    _check_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value)
+    num_queries = _check_out(
+        key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value
+    )
+    cu_seqlens = default_cu_seqlens(cu_seqlens, num_queries, key.device)
+    slots = default_slots(slots, num_queries, key.device)
+    starts = default_starts(starts, num_queries, key.device)
     common.require_gpu("extract_kv", "key_cache", key_cache)
     num_slots, num_kv_heads, capacity, head_dim = key_cache.shape[-4:]
     num_layers = key_cache.shape[0] if key_cache.dim() == 5 else 1
-    num_queries = slots.shape[0]
     blocks = common.ceil_div(total_tokens, BLOCK_TOKENS) if num_queries else 0
     common.launch(
         extract_kv_kernel, blocks * num_layers * num_kv_heads, key.device,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from baton_kernels.ops.checks import default_cu_seqlens, default_slots, default_starts
 from baton_kernels.ops.insert_kv import _check
 from baton_kernels.triton import common
 from baton_kernels.triton.tokens import cache_places, locate_tokens, split_program, token_places
@@ -19,9 +20,9 @@ def insert_kv(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     *,
     zero_padding: bool = False,
 ) -> None:
@@ -33,11 +34,14 @@ def insert_kv(
 
 def run(key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False) -> None:
     """As torch.ops.baton_kernels.insert_kv."""
-    _check(
+    num_queries = _check(
         key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=zero_padding
     )  # fmt: skip
+    cu_seqlens = default_cu_seqlens(cu_seqlens, num_queries, key.device)
+    slots = default_slots(slots, num_queries, key.device)
+    starts = default_starts(starts, num_queries, key.device)
     common.require_gpu("insert_kv", "key", key)
-    num_queries, total_tokens = slots.shape[0], key.shape[-3]
+    total_tokens = key.shape[-3]
     num_slots, num_kv_heads, capacity, head_dim = key_cache.shape[-4:]
     num_layers = key_cache.shape[0] if key_cache.dim() == 5 else 1
     planes = num_layers * num_kv_heads

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from baton_kernels.ops.checks import default_starts
 from baton_kernels.ops.masked_softmax import _check
 from baton_kernels.triton import common
 from baton_kernels.triton.attention_mask import visible_columns
@@ -18,8 +19,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 def masked_softmax(
     scores: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     *,
     scale: float = 1.0,
     window: int | None = None,
@@ -33,6 +34,7 @@ def run(scores, starts, lengths, scale=1.0, window=None) -> torch.Tensor:
     _check(scores, starts, lengths, scale, window)
     common.require_gpu("masked_softmax", "scores", scores)
     rows, num_heads, query_length, key_length = scores.shape
+    starts = default_starts(starts, rows, scores.device)
     weights = scores.new_empty(scores.shape)
     common.launch(
         masked_softmax_kernel, rows * num_heads * query_length if key_length else 0, scores.device,

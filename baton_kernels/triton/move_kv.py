@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from baton_kernels.ops.checks import default_slots, default_starts
 from baton_kernels.ops.move_kv import _check
 from baton_kernels.triton import common
 
@@ -20,11 +21,11 @@ BLOCK_COLUMNS = 64
 def move_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    source_slots: torch.Tensor,
-    source_starts: torch.Tensor,
-    target_slots: torch.Tensor,
-    target_starts: torch.Tensor,
-    lengths: torch.Tensor,
+    source_slots: torch.Tensor | None = None,
+    source_starts: torch.Tensor | None = None,
+    target_slots: torch.Tensor | None = None,
+    target_starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """`baton_kernels.move_kv` in Triton."""
     run(
@@ -36,8 +37,16 @@ def run(
     key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths
 ) -> None:
     """As torch.ops.baton_kernels.move_kv."""
-    moves = source_slots, source_starts, target_slots, target_starts, lengths
-    _check(key_cache, value_cache, *moves)
+    _check(
+        key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths
+    )  # fmt: skip
+    moves = (
+        default_slots(source_slots, len(lengths), lengths.device),
+        default_starts(source_starts, len(lengths), lengths.device),
+        default_slots(target_slots, len(lengths), lengths.device),
+        default_starts(target_starts, len(lengths), lengths.device),
+        lengths,
+    )
     common.require_gpu("move_kv", "key_cache", key_cache)
     num_slots, num_kv_heads, capacity, head_dim = key_cache.shape[-4:]
     num_layers = key_cache.shape[0] if key_cache.dim() == 5 else 1

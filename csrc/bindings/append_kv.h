@@ -1,7 +1,7 @@
 // append_kv as torch calls it: checks, parameters, and the call of a device's kernel.
 #pragma once
 
-#include "bindings/checks.h"
+#include "bindings/index_arguments.h"
 #include "common/append_kv.h"
 
 namespace baton::bindings {
@@ -28,7 +28,7 @@ inline void check_rotary(const Checker& check, const char* name, const Tensor& t
 // Returns the rotated query, where there is one.
 template <typename Device>
 std::optional<Tensor> run_append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                                    const Tensor& value_cache, const Tensor& slots,
+                                    const Tensor& value_cache, const std::optional<Tensor>& slots,
                                     const Tensor& columns, const Tensor* query,
                                     const std::optional<Tensor>& cos,
                                     const std::optional<Tensor>& sin) {
@@ -61,7 +61,8 @@ std::optional<Tensor> run_append_kv(const Tensor& key, const Tensor& value, cons
     check.dtype_as("sin", *sin, "cos", *cos);
     check.shape("sin", *sin, cos->sizes());
   }
-  p.slots = check.index("slots", slots, p.num_rows);
+  IndexArguments<Device> indices(check, key_cache, p.num_rows);
+  p.slots = indices.slots("slots", slots);
   p.columns = check.index("columns", columns, p.num_rows);
   Device::check_values(check, p);
 
@@ -96,15 +97,15 @@ std::optional<Tensor> run_append_kv(const Tensor& key, const Tensor& value, cons
 
 template <typename Device>
 void append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-               const Tensor& value_cache, const Tensor& slots, const Tensor& columns,
+               const Tensor& value_cache, const std::optional<Tensor>& slots, const Tensor& columns,
                const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
   run_append_kv<Device>(key, value, key_cache, value_cache, slots, columns, nullptr, cos, sin);
 }
 
 template <typename Device>
 Tensor append_kv_query(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                       const Tensor& value_cache, const Tensor& slots, const Tensor& columns,
-                       const Tensor& query, const std::optional<Tensor>& cos,
+                       const Tensor& value_cache, const std::optional<Tensor>& slots,
+                       const Tensor& columns, const Tensor& query, const std::optional<Tensor>& cos,
                        const std::optional<Tensor>& sin) {
   return *run_append_kv<Device>(key, value, key_cache, value_cache, slots, columns, &query, cos,
                                 sin);

@@ -2,7 +2,7 @@
 #include "common/attention_mask.h"
 
 #include "bindings/box.h"
-#include "bindings/checks.h"
+#include "bindings/index_arguments.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
@@ -38,13 +38,15 @@ int32_t set_elements(const Checker& check, ScalarType dtype, AttentionMaskParams
 
 }  // namespace
 
-Tensor attention_mask(const Tensor& starts, const Tensor& lengths, int64_t query_length,
-                      int64_t key_length, ScalarType dtype, std::optional<int64_t> window) {
+Tensor attention_mask(const std::optional<Tensor>& starts, const Tensor& lengths,
+                      int64_t query_length, int64_t key_length, ScalarType dtype,
+                      std::optional<int64_t> window) {
   const Checker check("attention_mask");
   AttentionMaskParams p{};
   const int32_t code = set_elements(check, dtype, p);
-  p.starts = check.index("starts", starts, -1);
-  p.num_rows = starts.numel();
+  p.num_rows = count_rows({&starts}, lengths.numel());
+  IndexArguments<CpuDevice> indices(check, lengths, p.num_rows);
+  p.starts = indices.starts("starts", starts);
   p.lengths = check.index("lengths", lengths, p.num_rows);
   if (query_length < 0) check.fail("query_length", "at least 0", format(query_length));
   if (key_length < 0) check.fail("key_length", "at least 0", format(key_length));
@@ -54,7 +56,7 @@ Tensor attention_mask(const Tensor& starts, const Tensor& lengths, int64_t query
     check.in_range("starts", i, p.starts[i], 0, key_length - p.lengths[i]);
   }
 
-  Tensor mask = allocate(starts, {p.num_rows, 1, query_length, key_length}, code);
+  Tensor mask = allocate(lengths, {p.num_rows, 1, query_length, key_length}, code);
   p.mask = mask.mutable_data_ptr();
   p.query_length = query_length;
   p.key_length = key_length;

@@ -121,6 +121,30 @@ void Checker::not_expanded(const char* name, const Tensor& tensor) const {
   }
 }
 
+namespace {
+
+// The bytes from a tensor's first to its last element.
+std::pair<const char*, const char*> extent_of(const Tensor& tensor) {
+  const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+  if (tensor.numel() == 0) return {begin, begin};
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t last = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  const int64_t size = tensor.dtype_code() == kCodes.float32 ? 4 : 2;
+  return {begin, begin + (last + 1) * size};
+}
+
+}  // namespace
+
+void Checker::apart(const char* name, const Tensor& tensor, const char* other_name,
+                    const Tensor& other) const {
+  const auto [begin, end] = extent_of(tensor);
+  const auto [other_begin, other_end] = extent_of(other);
+  if (begin < other_end && other_begin < end) {
+    fail(name, format("in memory apart from ", other_name, "'s"), "overlapping memory");
+  }
+}
+
 const int32_t* Checker::index(const char* name, const Tensor& tensor, int64_t size) const {
   on_device(name, tensor);
   if (tensor.dtype_code() != kCodes.int32) {

@@ -68,6 +68,10 @@ class Checker {
   // cache.
   void not_expanded(const char* name, const Tensor& tensor) const;
 
+  // No byte between the first and the last element of one tensor is between those of the other.
+  void apart(const char* name, const Tensor& tensor, const char* other_name,
+             const Tensor& other) const;
+
   // A contiguous int32 vector of `size` elements (any size with -1).
   const int32_t* index(const char* name, const Tensor& tensor, int64_t size) const;
 

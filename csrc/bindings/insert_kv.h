@@ -1,15 +1,16 @@
 // insert_kv as torch calls it: checks, parameters, and the call of a device's kernel.
 #pragma once
 
-#include "bindings/checks.h"
+#include "bindings/index_arguments.h"
 #include "common/insert_kv.h"
 
 namespace baton::bindings {
 
 template <typename Device>
 void insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-               const Tensor& value_cache, const Tensor& cu_seqlens, const Tensor& slots,
-               const Tensor& starts, bool zero_padding) {
+               const Tensor& value_cache, const std::optional<Tensor>& cu_seqlens,
+               const std::optional<Tensor>& slots, const std::optional<Tensor>& starts,
+               bool zero_padding) {
   const Checker check("insert_kv", Device::kType, key_cache);
   InsertKvParams p{};
   p.sizes = check.caches(key_cache, value_cache, true, true);
@@ -24,10 +25,11 @@ void insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
   check.shape("value", value, sizes);
   check.last_contiguous("key", key);
   check.last_contiguous("value", value);
-  p.slots = check.index("slots", slots, -1);
-  p.num_queries = slots.numel();
-  p.starts = check.index("starts", starts, p.num_queries);
-  p.cu_seqlens = check.index("cu_seqlens", cu_seqlens, p.num_queries + 1);
+  p.num_queries = count_rows(slots, starts, cu_seqlens, p.total_tokens);
+  IndexArguments<Device> indices(check, key_cache, p.num_queries);
+  p.slots = indices.slots("slots", slots);
+  p.starts = indices.starts("starts", starts);
+  p.cu_seqlens = indices.cu_seqlens("cu_seqlens", cu_seqlens, p.total_tokens);
   p.zero_padding = zero_padding;
   Device::check_values(check, p);
 

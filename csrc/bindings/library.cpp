@@ -12,44 +12,56 @@
 STABLE_TORCH_LIBRARY(baton_kernels, library) {
   library.def(
       "insert_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor cu_seqlens, Tensor slots, Tensor starts, bool zero_padding=False) -> ()");
+      "Tensor? cu_seqlens, Tensor? slots, Tensor? starts, bool zero_padding=False) -> ()");
   library.def(
       "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor slots, Tensor columns, Tensor? cos=None, Tensor? sin=None) -> ()");
+      "Tensor? slots, Tensor columns, Tensor? cos=None, Tensor? sin=None) -> ()");
   library.def(
       "append_kv.query(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor slots, Tensor columns, Tensor query, Tensor? cos=None, Tensor? sin=None) -> Tensor");
+      "Tensor? slots, Tensor columns, Tensor query, Tensor? cos=None, Tensor? sin=None) -> Tensor");
   library.def(
-      "move_kv(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor source_slots, "
-      "Tensor source_starts, Tensor target_slots, Tensor target_starts, Tensor lengths) -> ()");
+      "move_kv(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? source_slots, "
+      "Tensor? source_starts, Tensor? target_slots, Tensor? target_starts, Tensor lengths) -> ()");
   library.def(
-      "extract_kv(Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor slots, "
-      "Tensor starts, SymInt total_tokens) -> (Tensor, Tensor)");
+      "extract_kv(Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens, Tensor? slots, "
+      "Tensor? starts, SymInt total_tokens) -> (Tensor, Tensor)");
   library.def(
-      "extract_kv.out(Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor slots, "
-      "Tensor starts, SymInt total_tokens, Tensor(a!) key, Tensor(b!) value) -> ()");
+      "extract_kv.out(Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens, Tensor? slots, "
+      "Tensor? starts, SymInt total_tokens, Tensor(a!) key, Tensor(b!) value) -> ()");
   library.def(
-      "ragged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q, "
-      "Tensor slots, Tensor starts, Tensor lengths) -> Tensor");
+      "ragged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens_q, "
+      "Tensor? slots, Tensor? starts, Tensor lengths) -> Tensor");
   library.def(
       "ragged_attention.options(Tensor query, Tensor key_cache, Tensor value_cache, "
-      "Tensor cu_seqlens_q, Tensor slots, Tensor starts, Tensor lengths, float? scale=None, "
+      "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
       "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
       "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None) -> Tensor");
   library.def(
       "ragged_attention.lse(Tensor query, Tensor key_cache, Tensor value_cache, "
-      "Tensor cu_seqlens_q, Tensor slots, Tensor starts, Tensor lengths, float? scale=None, "
+      "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
       "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
       "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None) "
       "-> (Tensor, Tensor)");
   library.def(
+      "ragged_attention.out(Tensor query, Tensor key_cache, Tensor value_cache, "
+      "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
+      "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
+      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, *, "
+      "Tensor(a!) out) -> ()");
+  library.def(
+      "ragged_attention.lse_out(Tensor query, Tensor key_cache, Tensor value_cache, "
+      "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
+      "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
+      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, *, "
+      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  library.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> (Tensor, Tensor)");
   library.def(
-      "attention_mask(Tensor starts, Tensor lengths, SymInt query_length, SymInt key_length, "
+      "attention_mask(Tensor? starts, Tensor lengths, SymInt query_length, SymInt key_length, "
       "ScalarType dtype=bool, int? window=None) -> Tensor");
   library.def(
-      "masked_softmax(Tensor scores, Tensor starts, Tensor lengths, float scale=1.0, "
+      "masked_softmax(Tensor scores, Tensor? starts, Tensor lengths, float scale=1.0, "
       "int? window=None) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def(

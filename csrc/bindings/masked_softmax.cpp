@@ -4,14 +4,14 @@
 #include <cmath>
 
 #include "bindings/box.h"
-#include "bindings/checks.h"
+#include "bindings/index_arguments.h"
 #include "bindings/parallel.h"
 #include "cpu/host/isa.h"
 
 namespace baton::bindings {
 
-Tensor masked_softmax(const Tensor& scores, const Tensor& starts, const Tensor& lengths,
-                      double scale, std::optional<int64_t> window) {
+Tensor masked_softmax(const Tensor& scores, const std::optional<Tensor>& starts,
+                      const Tensor& lengths, double scale, std::optional<int64_t> window) {
   const Checker check("masked_softmax");
   MaskedSoftmaxParams p{};
   p.dtype = check.floating("scores", scores);
@@ -22,7 +22,8 @@ Tensor masked_softmax(const Tensor& scores, const Tensor& starts, const Tensor& 
   p.num_heads = sizes[1];
   p.query_length = sizes[2];
   p.key_length = sizes[3];
-  p.starts = check.index("starts", starts, p.num_rows);
+  IndexArguments<CpuDevice> indices(check, scores, p.num_rows);
+  p.starts = indices.starts("starts", starts);
   p.lengths = check.index("lengths", lengths, p.num_rows);
   if (!std::isfinite(scale)) check.fail("scale", "finite", format(scale));
   if (window && *window < 1) check.fail("window", "at least 1", format(*window));

@@ -11,6 +11,7 @@
 #include "bindings/checks.h"
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "common/indices.h"
 #include "cpu/host/team.h"
 
 namespace baton::bindings {
@@ -23,6 +24,11 @@ constexpr int64_t kAwakeBytes = 512 * 1024;
 struct CpuDevice {
   static constexpr DeviceType kType = DeviceType::CPU;
   CpuDevice(const Checker&, const Tensor&) {}
+
+  void fill_indices(const IndicesParams& p) const {
+    for (int64_t i = 0; i <= p.num_rows; ++i) p.values[i] = static_cast<int32_t>(i);
+    std::fill_n(p.values + p.num_rows + 1, p.num_rows, 0);
+  }
 };
 
 // Keys and values of one token, of all layers.

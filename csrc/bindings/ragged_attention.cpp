@@ -128,9 +128,11 @@ struct Cpu : CpuDevice {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
-  library.impl("ragged_attention", box<&ragged_attention<Cpu>>);
-  library.impl("ragged_attention.options", box<&attend<Cpu, false>>);
-  library.impl("ragged_attention.lse", box<&attend<Cpu, true>>);
+  library.impl("ragged_attention", box<&RaggedAttention<Cpu>::plain>);
+  library.impl("ragged_attention.options", box<&RaggedAttention<Cpu>::options<false>>);
+  library.impl("ragged_attention.lse", box<&RaggedAttention<Cpu>::options<true>>);
+  library.impl("ragged_attention.out", box<&RaggedAttention<Cpu>::out>);
+  library.impl("ragged_attention.lse_out", box<&RaggedAttention<Cpu>::lse_out>);
 }
 
 }  // namespace baton::bindings

@@ -3,94 +3,196 @@
 
 #include <cmath>
 
-#include "bindings/checks.h"
+#include "bindings/index_arguments.h"
 #include "common/ragged_attention.h"
 
 namespace baton::bindings {
 
-// Returns out, with kLse also lse.
-template <typename Device, bool kLse>
-std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attend(
-    const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-    const Tensor& cu_seqlens_q, const Tensor& slots, const Tensor& starts, const Tensor& lengths,
-    std::optional<double> scale, bool causal, std::optional<int64_t> window, double softcap,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
-    std::optional<int64_t> max_query_length, std::optional<int64_t> max_length) {
-  const Checker check("ragged_attention", Device::kType, key_cache);
+// The arguments of a call, as the schemas name them.
+struct AttentionArguments {
+  const Tensor &query, &key_cache, &value_cache;
+  const std::optional<Tensor>&cu_seqlens_q, &slots, &starts;
+  const Tensor& lengths;
+  std::optional<double> scale;
+  bool causal;
+  std::optional<int64_t> window;
+  double softcap;
+  const std::optional<Tensor>&alibi_slopes, &sinks;
+  std::optional<int64_t> max_query_length, max_length;
+};
+
+// All but the results.
+template <typename Device>
+RaggedAttentionParams checked_attention(const Checker& check, const AttentionArguments& a,
+                                        IndexArguments<Device>& indices) {
   RaggedAttentionParams p{};
-  p.sizes = check.caches(key_cache, value_cache, false, false);
-  p.dtype = check.floating("query", query);
-  check.dtype_as("query", query, "key_cache", key_cache);
-  check.dims("query", query, 3);
-  p.total_queries = query.sizes()[0];
-  p.num_heads = query.sizes()[1];
-  check.shape("query", query, {p.total_queries, p.num_heads, p.sizes.head_dim});
-  check.last_contiguous("query", query);
+  p.sizes = check.caches(a.key_cache, a.value_cache, false, false);
+  p.dtype = check.floating("query", a.query);
+  check.dtype_as("query", a.query, "key_cache", a.key_cache);
+  check.dims("query", a.query, 3);
+  p.total_queries = a.query.sizes()[0];
+  p.num_heads = a.query.sizes()[1];
+  check.shape("query", a.query, {p.total_queries, p.num_heads, p.sizes.head_dim});
+  check.last_contiguous("query", a.query);
   check.fits_int32("total_queries", p.total_queries);
   if (p.num_heads < 1 || p.num_heads % p.sizes.num_kv_heads != 0) {
     check.fail("num_heads", format("a multiple of num_kv_heads = ", p.sizes.num_kv_heads),
                format(p.num_heads));
   }
-  if (scale && !std::isfinite(*scale)) check.fail("scale", "finite", format(*scale));
-  if (!(softcap >= 0.0) || !std::isfinite(softcap)) {
-    check.fail("softcap", "0 (none) or positive", format(softcap));
+  if (a.scale && !std::isfinite(*a.scale)) check.fail("scale", "finite", format(*a.scale));
+  if (!(a.softcap >= 0.0) || !std::isfinite(a.softcap)) {
+    check.fail("softcap", "0 (none) or positive", format(a.softcap));
   }
-  if (window && *window < 1) check.fail("window", "at least 1", format(*window));
+  if (a.window && *a.window < 1) check.fail("window", "at least 1", format(*a.window));
   for (const auto& [name, bound] :
-       {std::pair{"max_query_length", max_query_length}, {"max_length", max_length}}) {
+       {std::pair{"max_query_length", a.max_query_length}, {"max_length", a.max_length}}) {
     if (bound && *bound < 0) check.fail(name, "at least 0", format(*bound));
   }
-  for (const auto& [name, tensor] : {std::pair{"alibi_slopes", &alibi_slopes}, {"sinks", &sinks}}) {
+  for (const auto& [name, tensor] :
+       {std::pair{"alibi_slopes", &a.alibi_slopes}, {"sinks", &a.sinks}}) {
     if (!*tensor) continue;
     check.float32(name, **tensor);
     check.shape(name, **tensor, {p.num_heads});
     check.contiguous(name, **tensor);
   }
-  p.slots = check.index("slots", slots, -1);
-  p.num_rows = slots.numel();
-  p.starts = check.index("starts", starts, p.num_rows);
-  p.lengths = check.index("lengths", lengths, p.num_rows);
-  p.cu_seqlens = check.index("cu_seqlens_q", cu_seqlens_q, p.num_rows + 1);
+  p.num_rows = indices.num_rows();
+  p.slots = indices.slots("slots", a.slots);
+  p.starts = indices.starts("starts", a.starts);
+  p.lengths = check.index("lengths", a.lengths, p.num_rows);
+  p.cu_seqlens = indices.cu_seqlens("cu_seqlens_q", a.cu_seqlens_q, p.total_queries);
   // No row exceeds what there is.
-  p.max_query_length = max_query_length.value_or(p.total_queries);
-  p.max_length = max_length.value_or(p.sizes.capacity);
+  p.max_query_length = a.max_query_length.value_or(p.total_queries);
+  p.max_length = a.max_length.value_or(p.sizes.capacity);
   Device::check_values(check, p);
 
-  const Device device(check, query);
-  Tensor out = allocate(query, {p.total_queries, p.num_heads, p.sizes.head_dim});
-  std::optional<Tensor> lse;
-  if (kLse) {
-    lse.emplace(allocate(query, {p.total_queries, p.num_heads}, kCodes.float32));
+  p.query = a.query.const_data_ptr();
+  p.key_cache = a.key_cache.const_data_ptr();
+  p.value_cache = a.value_cache.const_data_ptr();
+  p.alibi_slopes =
+      a.alibi_slopes ? static_cast<const float*>(a.alibi_slopes->const_data_ptr()) : nullptr;
+  p.sinks = a.sinks ? static_cast<const float*>(a.sinks->const_data_ptr()) : nullptr;
+  p.query_strides = token_strides(a.query);
+  p.key_cache_strides = cache_strides(a.key_cache);
+  p.value_cache_strides = cache_strides(a.value_cache);
+  p.scale = static_cast<float>(a.scale ? *a.scale : 1.0 / std::sqrt(double(p.sizes.head_dim)));
+  p.softcap = static_cast<float>(a.softcap);
+  p.window = a.window ? *a.window : 0;
+  p.causal = a.causal;
+  return p;
+}
+
+// A result that the caller gave.
+inline void check_result(const Checker& check, const char* name, const Tensor& result, Sizes sizes,
+                         const AttentionArguments& a) {
+  check.shape(name, result, sizes);
+  check.contiguous(name, result);
+  check.apart(name, result, "query", a.query);
+  check.apart(name, result, "key_cache", a.key_cache);
+  check.apart(name, result, "value_cache", a.value_cache);
+}
+
+// Writes out, and lse if there is one.
+template <typename Device>
+void attend_into(const AttentionArguments& a, const Tensor& out, const Tensor* lse) {
+  const Checker check("ragged_attention", Device::kType, a.key_cache);
+  IndexArguments<Device> indices(check, a.key_cache,
+                                 count_rows({&a.slots, &a.starts}, a.lengths.numel()));
+  RaggedAttentionParams p = checked_attention<Device>(check, a, indices);
+  check.dtype_as("out", out, "query", a.query);
+  check_result(check, "out", out, {p.total_queries, p.num_heads, p.sizes.head_dim}, a);
+  if (lse) {
+    check.float32("lse", *lse);
+    check_result(check, "lse", *lse, {p.total_queries, p.num_heads}, a);
+    check.apart("lse", *lse, "out", out);
     p.lse = static_cast<float*>(lse->mutable_data_ptr());
   }
-  p.query = query.const_data_ptr();
-  p.key_cache = key_cache.const_data_ptr();
-  p.value_cache = value_cache.const_data_ptr();
+  const Device device(check, a.query);
   p.out = out.mutable_data_ptr();
-  p.alibi_slopes =
-      alibi_slopes ? static_cast<const float*>(alibi_slopes->const_data_ptr()) : nullptr;
-  p.sinks = sinks ? static_cast<const float*>(sinks->const_data_ptr()) : nullptr;
-  p.query_strides = token_strides(query);
-  p.key_cache_strides = cache_strides(key_cache);
-  p.value_cache_strides = cache_strides(value_cache);
-  p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(double(p.sizes.head_dim)));
-  p.softcap = static_cast<float>(softcap);
-  p.window = window ? *window : 0;
-  p.causal = causal;
-  device.run(p, query);
+  device.run(p, a.query);
+}
+
+// Returns out, with kLse also lse.
+template <typename Device, bool kLse>
+std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attend(const AttentionArguments& a) {
+  const Checker check("ragged_attention", Device::kType, a.key_cache);
+  IndexArguments<Device> indices(check, a.key_cache,
+                                 count_rows({&a.slots, &a.starts}, a.lengths.numel()));
+  RaggedAttentionParams p = checked_attention<Device>(check, a, indices);
+  const Device device(check, a.query);
+  Tensor out = allocate(a.query, {p.total_queries, p.num_heads, p.sizes.head_dim});
+  p.out = out.mutable_data_ptr();
   if constexpr (kLse) {
-    return {std::move(out), std::move(*lse)};
+    Tensor lse = allocate(a.query, {p.total_queries, p.num_heads}, kCodes.float32);
+    p.lse = static_cast<float*>(lse.mutable_data_ptr());
+    device.run(p, a.query);
+    return {std::move(out), std::move(lse)};
   } else {
+    device.run(p, a.query);
     return out;
   }
 }
 
+// The overloads, in the order of their schemas.
 template <typename Device>
-Tensor ragged_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                        const Tensor& cu_seqlens_q, const Tensor& slots, const Tensor& starts,
-                        const Tensor& lengths) {
-  return attend<Device, false>(query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
-                               {}, true, {}, 0.0, {}, {}, {}, {});
-}
+struct RaggedAttention {
+  using Indices = const std::optional<Tensor>&;
+  using Options = const std::optional<Tensor>&;
+  using Bound = std::optional<int64_t>;
+
+  static Tensor plain(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                      Indices cu_seqlens_q, Indices slots, Indices starts, const Tensor& lengths) {
+    return attend<Device, false>({query,
+                                  key_cache,
+                                  value_cache,
+                                  cu_seqlens_q,
+                                  slots,
+                                  starts,
+                                  lengths,
+                                  {},
+                                  true,
+                                  {},
+                                  0.0,
+                                  kNone,
+                                  kNone,
+                                  {},
+                                  {}});
+  }
+
+  template <bool kLse>
+  static auto options(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                      Indices cu_seqlens_q, Indices slots, Indices starts, const Tensor& lengths,
+                      std::optional<double> scale, bool causal, Bound window, double softcap,
+                      Options alibi_slopes, Options sinks, Bound max_query_length,
+                      Bound max_length) {
+    return attend<Device, kLse>({query, key_cache, value_cache, cu_seqlens_q, slots, starts,
+                                 lengths, scale, causal, window, softcap, alibi_slopes, sinks,
+                                 max_query_length, max_length});
+  }
+
+  static void out(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                  Indices cu_seqlens_q, Indices slots, Indices starts, const Tensor& lengths,
+                  std::optional<double> scale, bool causal, Bound window, double softcap,
+                  Options alibi_slopes, Options sinks, Bound max_query_length, Bound max_length,
+                  const Tensor& out) {
+    attend_into<Device>(
+        {query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
+         softcap, alibi_slopes, sinks, max_query_length, max_length},
+        out, nullptr);
+  }
+
+  static void lse_out(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                      Indices cu_seqlens_q, Indices slots, Indices starts, const Tensor& lengths,
+                      std::optional<double> scale, bool causal, Bound window, double softcap,
+                      Options alibi_slopes, Options sinks, Bound max_query_length, Bound max_length,
+                      const Tensor& out, const Tensor& lse) {
+    attend_into<Device>(
+        {query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
+         softcap, alibi_slopes, sinks, max_query_length, max_length},
+        out, &lse);
+  }
+
+ private:
+  static inline const std::optional<Tensor> kNone;
+};
 
 }  // namespace baton::bindings

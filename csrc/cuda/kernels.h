@@ -9,6 +9,7 @@
 
 #include "common/append_kv.h"
 #include "common/extract_kv.h"
+#include "common/indices.h"
 #include "common/insert_kv.h"
 #include "common/merge_attention.h"
 #include "common/move_kv.h"
@@ -22,6 +23,9 @@ cudaError_t move_kv(const MoveKvParams& p, cudaStream_t stream);
 cudaError_t extract_kv(const ExtractKvParams& p, cudaStream_t stream);
 cudaError_t merge_attention(const MergeAttentionParams& p, cudaStream_t stream);
 cudaError_t ragged_attention(const RaggedAttentionParams& p, cudaStream_t stream);
+
+// Before another op whose call leaves index arguments out.
+cudaError_t fill_indices(const IndicesParams& p, cudaStream_t stream);
 
 // Floats of `workspace` that ragged_attention writes and reads again: partial results of split
 // rows. Depends on sizes and bounds alone.

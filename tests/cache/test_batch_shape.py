@@ -167,6 +167,9 @@ def test_tensors(aligned):
         assert tensor.dtype == torch.int32
         assert tensor.is_contiguous()
         assert tensor.tolist() == expected
+    rows = shape.tensors([2, 0])
+    assert [rows.slots, rows.starts, rows.lengths] == list(rows)
+    assert list(rows._asdict()) == ["slots", "starts", "lengths"]
     for tensor in shape.tensors([]):
         assert tensor.dtype == torch.int32
         assert tensor.shape == (0,)

@@ -89,7 +89,8 @@ def test_what_is_no_model_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("llama", "PatchedLlama"), ("qwen3", "AnyModel"), ("mixtral", "AnyModel")]
+    ("name", "kind"),
+    [("llama", "PatchedLlama"), ("qwen3", "PatchedLlama"), ("mixtral", "AnyModel")],
 )
 def test_a_relay_takes_any_model(name, kind):
     """The patch where it supports the model, and the model's own code otherwise."""

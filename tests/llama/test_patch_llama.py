@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Cohere2Config, Cohere2ForCausalLM, LlamaForCausalLM
 
 from baton_engines import PackedBatch, load_model, patch_llama
 from baton_engines.testing.small_llama import (
@@ -268,12 +268,14 @@ def replaced_module() -> LlamaForCausalLM:
     return model
 
 
-def other_architecture() -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(Qwen2Config(vocab_size=8, hidden_size=32, num_hidden_layers=1))
+def other_architecture() -> Cohere2ForCausalLM:
+    return Cohere2ForCausalLM(
+        Cohere2Config(vocab_size=8, hidden_size=32, num_attention_heads=2, num_key_value_heads=2)
+    )
 
 
 UNSUPPORTED = {
-    "got transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM": other_architecture,
+    "got transformers.models.cohere2.modeling_cohere2.Cohere2ForCausalLM": other_architecture,
     "pretraining_tp must be 1, got 2": lambda: small_llama(pretraining_tp=2),
     "hidden_act must be silu or swish, got gelu": lambda: small_llama(hidden_act="gelu"),
     "head_dim must be a multiple of 8 from 16 to 256, got 20": lambda: small_llama(head_dim=20),

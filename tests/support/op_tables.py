@@ -23,9 +23,10 @@ def table(op):
 
 
 def schemas(op):
-    """An op's schemas by overload, without `out`, which writes into tensors of the caller."""
+    """An op's schemas by overload, without those that write into tensors of the caller."""
     packet = getattr(torch.ops.baton_kernels, op)
-    return {name: getattr(packet, name)._schema for name in packet.overloads() if name != "out"}
+    names = [name for name in packet.overloads() if not name.endswith("out")]
+    return {name: getattr(packet, name)._schema for name in names}
 
 
 def overload(op, arguments):

@@ -4,6 +4,7 @@ import torch
 from typing_extensions import assert_type
 
 from baton_kernels import append_kv, ragged_attention, rms_norm
+from baton_kernels.torch_ops import ops
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -28,3 +29,10 @@ def append(x: torch.Tensor, index: torch.Tensor, query: torch.Tensor | None) -> 
     append_kv(x, x, x, x, index, index)
     assert_type(append_kv(x, x, x, x, index, index, query=x), torch.Tensor)
     assert_type(append_kv(x, x, x, x, index, index, query=query), torch.Tensor | None)
+
+
+def without_python_functions(x: torch.Tensor, index: torch.Tensor) -> None:
+    """The ops as torch registers them, by the protocols of their schemas."""
+    assert_type(ops.ragged_attention(x, x, x, None, None, None, index), torch.Tensor)
+    assert_type(ops.ragged_attention.lse(x, x, x, None, None, None, index, 0.5), Pair)
+    ops.ragged_attention.lse_out(x, x, x, None, None, None, index, out=x, lse=x)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from baton_kernels.ops.ragged_attention import _check
+from baton_kernels.ops.checks import default_cu_seqlens, default_slots, default_starts
+from baton_kernels.ops.ragged_attention import _check, _check_out
 from baton_kernels.triton import common
 from baton_kernels.triton.ragged_attention.kernels import (
     attend_few_kernel,
@@ -57,10 +58,10 @@ def ragged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    slots: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -69,49 +70,71 @@ def ragged_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`baton_kernels.ragged_attention` in Triton."""
-    return (run_lse if return_lse else run_options)(
+    arguments = (
         query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
         softcap, alibi_slopes, sinks, max_query_length, max_length,
     )  # fmt: skip
+    if out is None:
+        return run_lse(*arguments) if return_lse else run_options(*arguments)
+    if isinstance(out, tuple):
+        run_lse_out(*arguments, out=out[0], lse=out[1])
+    else:
+        run_out(*arguments, out=out)
+    return out
 
 
-def run_options(*args, **options) -> torch.Tensor:
+def run_options(query, *args, **options) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.ragged_attention and its overload `options`."""
-    out, _ = _attend(False, *args, **options)
+    _check(query, *args, **options)
+    out = query.new_empty(query.shape)
+    _attend(out, None, query, *args, **options)
     return out
 
 
 run = run_options
 
 
-def run_lse(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def run_lse(query, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """With the results of torch.ops.baton_kernels.ragged_attention.lse."""
-    out, lse = _attend(True, *args, **options)
-    assert lse is not None
+    _check(query, *args, **options)
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    _attend(out, lse, query, *args, **options)
     return out, lse
 
 
+def run_out(*args, out) -> None:
+    """As torch.ops.baton_kernels.ragged_attention.out."""
+    _check_out(*args, out=out)
+    _attend(out, None, *args)
+
+
+def run_lse_out(*args, out, lse) -> None:
+    """As torch.ops.baton_kernels.ragged_attention.lse_out."""
+    _check_out(*args, out=out, lse=lse)
+    _attend(out, lse, *args)
+
+
 def _attend(
-    has_lse, query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
+    out, lse, query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
     scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
     max_query_length=None, max_length=None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    _check(
-        query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
-        softcap, alibi_slopes, sinks, max_query_length, max_length,
-    )  # fmt: skip
+) -> None:  # fmt: skip
+    """Writes out, and lse if there is one."""
     common.require_gpu("ragged_attention", "query", query)
     total_queries, num_heads, head_dim = query.shape
     num_slots, num_kv_heads, capacity, _ = key_cache.shape
-    rows, group = slots.shape[0], num_heads // num_kv_heads
-    out = query.new_empty(query.shape)
-    lse = query.new_empty(query.shape[:2], dtype=torch.float32) if has_lse else None
+    rows, group = lengths.shape[0], num_heads // num_kv_heads
     if total_queries == 0 or rows == 0:
-        return out, lse
+        return
+    cu_seqlens_q = default_cu_seqlens(cu_seqlens_q, rows, query.device)
+    slots = default_slots(slots, rows, query.device)
+    starts = default_starts(starts, rows, query.device)
 
     few = max(MIN_BLOCK_M, common.power_of_2(group))
     block_m, block_n, num_warps, num_stages = tile(
@@ -132,7 +155,7 @@ def _attend(
         "FEW": few,
         "HEAD_DIM": head_dim,
         "BLOCK_D": common.power_of_2(head_dim),
-        "HAS_LSE": has_lse,
+        "HAS_LSE": lse is not None,
     }
     options = {
         "IS_CAUSAL": causal,
@@ -177,4 +200,3 @@ def _attend(
             query, key_cache, value_cache, out, lse, *rows_args, tiles,
             BLOCK_M=block_m, num_warps=num_warps, **constants, **options,
         )  # fmt: skip
-    return out, lse

@@ -15,6 +15,8 @@ class CudaCall {
  public:
   CudaCall(const Checker& check, const Tensor& tensor);
 
+  void fill_indices(const IndicesParams& p) const { finish(cuda::fill_indices(p, stream())); }
+
  protected:
   cudaStream_t stream() const { return stream_; }
   // Raises RuntimeError unless the launch went well.

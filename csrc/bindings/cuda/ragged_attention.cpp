@@ -23,9 +23,11 @@ struct Cuda : CudaDevice<cuda::ragged_attention> {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CUDA, library) {
-  library.impl("ragged_attention", box<&ragged_attention<Cuda>>);
-  library.impl("ragged_attention.options", box<&attend<Cuda, false>>);
-  library.impl("ragged_attention.lse", box<&attend<Cuda, true>>);
+  library.impl("ragged_attention", box<&RaggedAttention<Cuda>::plain>);
+  library.impl("ragged_attention.options", box<&RaggedAttention<Cuda>::options<false>>);
+  library.impl("ragged_attention.lse", box<&RaggedAttention<Cuda>::options<true>>);
+  library.impl("ragged_attention.out", box<&RaggedAttention<Cuda>::out>);
+  library.impl("ragged_attention.lse_out", box<&RaggedAttention<Cuda>::lse_out>);
 }
 
 }  // namespace baton::bindings

@@ -9,21 +9,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaModel,
-    LlamaRMSNorm,
-)
+from transformers import PreTrainedModel
+
+from .family import SUPPORTED_MODELS, Family, find_family
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SUPPORTED_ACTIVATIONS = ("silu", "swish")
 
 
-def check_model(model: object) -> None:
-    """Raise unless `patch_llama` can compute the model.
+def check_model(model: object) -> Family:
+    """The family of a model that `patch_llama` can compute.
 
     Args:
         model: anything.
@@ -36,12 +31,12 @@ def check_model(model: object) -> None:
         raise TypeError(
             f"patch_llama: model must be a LlamaForCausalLM, got {type(model).__name__}"
         )
-    _supported(
-        "model",
-        "a LlamaForCausalLM",
-        f"{_full_name(type(model))}{_advice(type(model))}",
-        isinstance(model, LlamaForCausalLM),
-    )
+    family = find_family(model)
+    if family is None:
+        raise NotImplementedError(
+            f"patch_llama: model must be a {', '.join(SUPPORTED_MODELS[:-1])} or "
+            f"{SUPPORTED_MODELS[-1]}, got {_full_name(type(model))}{_advice(type(model))}"
+        )
     config = model.config
     tensor_parallel = getattr(config, "pretraining_tp", None)
     _supported("pretraining_tp", "1", tensor_parallel, tensor_parallel in (None, 1))
@@ -52,14 +47,14 @@ def check_model(model: object) -> None:
         activation,
         activation in SUPPORTED_ACTIVATIONS,
     )
-    head_dim = config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     _supported(
         "head_dim",
         "a multiple of 8 from 16 to 256",
         head_dim,
         head_dim % 8 == 0 and 16 <= head_dim <= 256,
     )
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     _supported(
         "num_key_value_heads",
         f"a divisor of num_attention_heads ({heads})",
@@ -73,22 +68,28 @@ def check_model(model: object) -> None:
         config.num_hidden_layers,
         1 <= config.num_hidden_layers <= num_layers,
     )
-    _check_modules(model)
-    _check_forwards(model)
+    _check_modules(model, family)
+    _check_forwards(model, family)
     _check_parameters(model)
+    return family
 
 
-def _check_modules(model: LlamaForCausalLM) -> None:
+def _check_modules(model: PreTrainedModel, family: Family) -> None:
     """A replaced module (quantised, adapted) computes something else than its weights say."""
-    body = model.model
-    expected = [("model", body, LlamaModel), ("embed_tokens", body.embed_tokens, nn.Embedding)]
-    expected += [("norm", body.norm, LlamaRMSNorm), ("lm_head", model.lm_head, nn.Linear)]
+    body, norm = model.model, family.kind("RMSNorm")
+    expected = [("model", body, family.kind("Model"))]
+    expected += [("embed_tokens", body.embed_tokens, nn.Embedding)]
+    expected += [("norm", body.norm, norm), ("lm_head", model.lm_head, nn.Linear)]
     for layer in body.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        expected += [("layer", layer, LlamaDecoderLayer), ("self_attn", attention, LlamaAttention)]
-        expected += [("mlp", mlp, LlamaMLP)]
+        expected += [("layer", layer, family.kind("DecoderLayer"))]
+        expected += [("self_attn", attention, family.kind("Attention"))]
+        expected += [("mlp", mlp, family.kind("MLP"))]
         for name in ("input_layernorm", "post_attention_layernorm"):
-            expected.append((name, getattr(layer, name), LlamaRMSNorm))
+            expected.append((name, getattr(layer, name), norm))
+        for name in ("q_norm", "k_norm"):
+            if hasattr(attention, name):
+                expected.append((name, getattr(attention, name), norm))
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             expected.append((name, getattr(attention, name), nn.Linear))
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -119,14 +120,14 @@ def is_foreign(hook: object) -> bool:
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
-def _check_forwards(model: LlamaForCausalLM) -> None:
+def _check_forwards(model: PreTrainedModel, family: Family) -> None:
     """What runs besides the modules' own forward methods would be left out without a word."""
     kind = type(model)
     _supported(
         "forward",
-        "that of LlamaForCausalLM",
+        f"that of {family.model.__name__}",
         f"one that {_full_name(kind)} overrides",
-        kind.forward is LlamaForCausalLM.forward,
+        kind.forward is family.model.forward,
     )
     hooked = next(foreign_hooks(model), None)
     _supported(
@@ -147,7 +148,7 @@ def _check_forwards(model: LlamaForCausalLM) -> None:
     )
 
 
-def _check_parameters(model: LlamaForCausalLM) -> None:
+def _check_parameters(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         kind = type(parameter)
         _supported(

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 import baton_kernels as kernels
 
 from .check import check_model, foreign_hooks, is_foreign
+from .family import Family
 from .merged_projection import MergedProjection
 from .packed_batch import PackedBatch
 from .rope import RotaryTable
@@ -43,7 +43,7 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return kernels.linear(x, weight, bias)
 
 
-def patch_llama(model: LlamaForCausalLM) -> PatchedLlama:
+def patch_llama(model: PreTrainedModel) -> PatchedLlama:
     """Lay the packed forward pass over a model, until `undo`.
 
     `with patch_llama(model) as llama:` undoes at the end of the block. While patched, `model(...,
@@ -51,7 +51,8 @@ def patch_llama(model: LlamaForCausalLM) -> PatchedLlama:
     before, `generate` included.
 
     Args:
-        model: LlamaForCausalLM in float32, float16 or bfloat16, on one device. Written:
+        model: LlamaForCausalLM, or a decoder that differs from it in details (Granite, Mistral,
+            Qwen2, Qwen3, SmolLM3), in float32, float16 or bfloat16, on one device. Written:
             `model.forward` becomes an instance attribute, and the weights of q, k, v and of gate,
             up become views of merged tensors, with the same values. At most one layer's weights
             exist twice while that is done.
@@ -71,20 +72,21 @@ def patch_llama(model: LlamaForCausalLM) -> PatchedLlama:
     """
     # A parameter whose data was made in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
-        check_model(model)
+        family = check_model(model)
         if isinstance(model.__dict__.get("forward"), PatchedForward):
             raise ValueError(
                 "patch_llama: model must not be patched already, got a patched one; "
                 "use its handle, or call baton_engines.unpatch(model) first"
             )
-        return PatchedLlama(model)
+        return PatchedLlama(model, family)
 
 
 class PatchedLlama:
     """The packed forward pass of a model; made by `patch_llama`.
 
     Args:
-        model: LlamaForCausalLM that `patch_llama` has checked.
+        model: a model that `patch_llama` has checked.
+        family: its classes.
 
     Attributes:
         model: the model.
@@ -94,7 +96,7 @@ class PatchedLlama:
             dynamic RoPE are those of a forward's last token.
     """
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
         config = model.config
         attention = model.model.layers[0].self_attn
         self.model = model
@@ -106,14 +108,18 @@ class PatchedLlama:
         self.dtype = model.lm_head.weight.dtype
         self.device = model.lm_head.weight.device
         self._scale = attention.scaling
+        # Granite multiplies by constants; everywhere else they are 1.
+        self._embedding_multiplier = getattr(config, "embedding_multiplier", 1.0)
+        self._residual_multiplier = getattr(config, "residual_multiplier", 1.0)
+        self._logits_scaling = getattr(config, "logits_scaling", 1.0)
         self._head_sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         self._rotary = RotaryTable(model.model.rotary_emb, self.head_dim)
         self.whole_prompts = self._rotary.dynamic
         self._merged: list[MergedProjection] = []
         self._layers: list[_Layer] = []
         try:
-            for layer in model.model.layers[: self.num_layers]:
-                self._layers.append(self._merge_layer(layer))
+            for index, layer in enumerate(model.model.layers[: self.num_layers]):
+                self._layers.append(self._merge_layer(layer, family.window(config, index)))
         except BaseException:
             self._split_layers()
             raise
@@ -208,6 +214,7 @@ class PatchedLlama:
 
         body = self.model.model
         hidden = nn.functional.embedding(token_ids, body.embed_tokens.weight)
+        hidden = _scaled(hidden, self._embedding_multiplier)
         residual = None
         caches = zip(cache.keys.unbind(0), cache.values.unbind(0), strict=True)
         for layer, (key_cache, value_cache) in zip(self._layers, caches, strict=True):
@@ -219,23 +226,28 @@ class PatchedLlama:
                 )
             qkv = project(hidden, *layer.qkv).view(total_tokens, -1, self.head_dim)
             query, key, value = qkv.split_with_sizes(self._head_sizes, 1)
-            query = kernels.append_kv(
-                key,
-                value,
+            if layer.query_norm is not None and layer.key_norm is not None:
+                query = kernels.rms_norm(query, *layer.query_norm)
+                key = kernels.rms_norm(key, *layer.key_norm)
+            places = (key, value, key_cache, value_cache, batch.token_slots, batch.token_columns)
+            if layer.rotates:
+                query = kernels.append_kv(*places, query=query, cos=cos, sin=sin)
+            else:
+                kernels.append_kv(*places)
+            hidden = kernels.ragged_attention(
+                query,
                 key_cache,
                 value_cache,
-                batch.token_slots,
-                batch.token_columns,
-                query=query,
-                cos=cos,
-                sin=sin,
-            )
-            hidden = kernels.ragged_attention(
-                query, key_cache, value_cache, *rows, scale=self._scale, **bounds
+                *rows,
+                scale=self._scale,
+                window=layer.window,
+                **bounds,
             )
             hidden = project(hidden.view(total_tokens, -1), *layer.output)
+            hidden = _scaled(hidden, self._residual_multiplier)
             hidden, residual = kernels.rms_norm(hidden, *layer.mlp_norm, residual=residual)
             hidden = project(kernels.silu_and_mul(project(hidden, *layer.gate_up)), *layer.down)
+            hidden = _scaled(hidden, self._residual_multiplier)
 
         if logits == "none":
             return None
@@ -244,7 +256,7 @@ class PatchedLlama:
             residual = residual.index_select(0, batch.last_tokens)
         hidden, _ = kernels.rms_norm(hidden, *_norm(body.norm), residual=residual)
         head = self.model.lm_head
-        return project(hidden, head.weight, head.bias).float()
+        return _scaled(project(hidden, head.weight, head.bias).float(), 1 / self._logits_scaling)
 
     def twin(self) -> PatchedLlama:
         """A handle on the same patch whose `forward` another thread may call meanwhile; use it only
@@ -284,7 +296,7 @@ class PatchedLlama:
     def __exit__(self, *exception: object) -> None:
         self.undo()
 
-    def _merge_layer(self, layer: LlamaDecoderLayer) -> _Layer:
+    def _merge_layer(self, layer: nn.Module, window: int | None) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = MergedProjection((attention.q_proj, attention.k_proj, attention.v_proj))
         self._merged.append(qkv)
@@ -297,6 +309,10 @@ class PatchedLlama:
             mlp_norm=_norm(layer.post_attention_layernorm),
             gate_up=(gate_up.weight, gate_up.bias),
             down=(mlp.down_proj.weight, mlp.down_proj.bias),
+            window=window,
+            query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+            rotates=bool(getattr(attention, "use_rope", True)),
         )
 
     def _split_layers(self) -> None:
@@ -339,7 +355,8 @@ class PatchedLlama:
 
 
 class _Layer(NamedTuple):
-    """The arguments of a layer's norms (weight, eps) and projections (weight, bias)."""
+    """The arguments of a layer's norms (weight, eps) and projections (weight, bias), how many
+    tokens a token sees, norms of each head's query and key, and whether these are rotated."""
 
     attention_norm: tuple[torch.Tensor, float]
     qkv: tuple[torch.Tensor, torch.Tensor | None]
@@ -347,6 +364,10 @@ class _Layer(NamedTuple):
     mlp_norm: tuple[torch.Tensor, float]
     gate_up: tuple[torch.Tensor, torch.Tensor | None]
     down: tuple[torch.Tensor, torch.Tensor | None]
+    window: int | None
+    query_norm: tuple[torch.Tensor, float] | None
+    key_norm: tuple[torch.Tensor, float] | None
+    rotates: bool
 
 
 class PatchedForward:
@@ -369,12 +390,13 @@ class PatchedForward:
         self,
         *args: Any,
         batch: PackedBatch | None = None,
-        cache: kernels.KVCache | None = None,
+        cache: Any = None,
         logits: str = "last",
         **kwargs: Any,
     ) -> Any:
-        if batch is None and cache is None:
-            return self.original(*args, **kwargs)
+        if batch is None and not isinstance(cache, kernels.KVCache):
+            # From transformers 5.24 on, a model's own cache has this name too.
+            return self.original(*args, **({} if cache is None else {"cache": cache}), **kwargs)
         token_ids = args[0] if args else kwargs.pop("input_ids", None)
         if batch is None or cache is None or token_ids is None or kwargs or len(args) > 1:
             raise ValueError(
@@ -392,11 +414,16 @@ def _as_it_was(original: Callable[..., Any]) -> Callable[..., Any]:
     return original
 
 
-def _patched(kind: type[LlamaForCausalLM], state: dict[str, Any]) -> PatchedLlama:
+def _patched(kind: type[PreTrainedModel], state: dict[str, Any]) -> PatchedLlama:
     model = kind.__new__(kind)
     model.__dict__.update(state)
     return patch_llama(model)
 
 
-def _norm(module: LlamaRMSNorm) -> tuple[torch.Tensor, float]:
+def _norm(module: nn.Module) -> tuple[torch.Tensor, float]:
     return module.weight, module.variance_epsilon
+
+
+def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """`x * factor`, rounded once; x itself where that is 1."""
+    return x if factor == 1.0 else x * factor

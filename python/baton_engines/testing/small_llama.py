@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from ..llama import PatchedLlama
 from ..llama.packed_batch import PackedBatch
@@ -39,13 +40,26 @@ def small_llama(
     seed: int = 0,
     **changes: object,
 ) -> LlamaForCausalLM:
+    """A random Llama; see `small_decoder`."""
+    return small_decoder("Llama", dtype=dtype, rope_type=rope_type, seed=seed, **changes)
+
+
+def small_decoder(
+    prefix: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    rope_type: str = "default",
+    seed: int = 0,
+    **changes: object,
+) -> PreTrainedModel:
     """A random model whose attention, biases and norms all matter for its logits.
 
     Args:
+        prefix: of its classes in transformers, e.g. "Qwen3".
         dtype: of the weights.
         rope_type: a key of `ROPE_PARAMETERS`; the trained length is `MAX_POSITIONS`.
         seed: of the weights.
-        changes: entries of the LlamaConfig.
+        changes: entries of the config.
     """
     sizes = {
         "vocab_size": VOCAB_SIZE,
@@ -57,7 +71,10 @@ def small_llama(
         "max_position_embeddings": MAX_POSITIONS,
     }
     rope = {"rope_type": rope_type, "rope_theta": 10_000.0, **ROPE_PARAMETERS[rope_type]}
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, "rope_parameters": rope, **changes})).eval()
+    config = getattr(transformers, f"{prefix}Config")(
+        **{**sizes, "rope_parameters": rope, "pad_token_id": None, **changes}
+    )
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -142,6 +142,11 @@ void merge(const Shape& s) {
          "merge_attention");
 }
 
+void indices(int64_t rows) {
+  Bytes values((2 * rows + 1) * 4);
+  expect(cuda::fill_indices({.values = values, .num_rows = rows}, nullptr), "fill_indices");
+}
+
 }  // namespace
 
 int main() {
@@ -162,5 +167,6 @@ int main() {
   for (const Shape& shape : attention_shapes) {
     for (const bool options : {false, true}) attend(shape, options);
   }
+  for (const int64_t rows : {0, 3, 300}) indices(rows);
   return failures != 0;
 }

@@ -134,6 +134,10 @@ PYBIND11_MODULE(BATON_MODULE, m) {
             FIELD(out_a_strides) FIELD(out_b_strides) FIELD(dtype);
   }
   {
+    using P = IndicesParams;
+    Binding<P>(m, "fill_indices", cuda::fill_indices) FIELD(values) FIELD(num_rows);
+  }
+  {
     using P = RaggedAttentionParams;
     Binding<P> binding(m, "ragged_attention", cuda::ragged_attention);
     binding FIELD(query) FIELD(key_cache) FIELD(value_cache) FIELD(out) FIELD(lse) FIELD(cu_seqlens)

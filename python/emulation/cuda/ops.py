@@ -147,12 +147,27 @@ class EmulatedOps:
         if error or reports:
             raise EmulationError("\n".join([f"{op}: CUDA error {error}", *reports]))
 
+    def given(
+        self, rows: int, cu_seqlens: torch.Tensor | None, slots: torch.Tensor | None,
+        starts: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Index arguments, those left out made by the kernel that the binding calls for it."""
+        if cu_seqlens is None or slots is None or starts is None:
+            values = torch.full((2 * rows + 1,), -1, dtype=torch.int32)
+            self.run("fill_indices", {}, {"values": values}, num_rows=rows)
+            cu_seqlens = values[: rows + 1] if cu_seqlens is None else cu_seqlens
+            slots = values[:rows] if slots is None else slots
+            starts = values[rows + 1 :] if starts is None else starts
+        return cu_seqlens, slots, starts
+
     def insert_kv(
-        self, key, value, key_cache, value_cache, cu_seqlens, slots, starts, *, zero_padding=False
-    ):
-        check(insert_kv_op)(
+        self, key, value, key_cache, value_cache, cu_seqlens=None, slots=None, starts=None, *,
+        zero_padding=False,
+    ):  # fmt: skip
+        rows = check(insert_kv_op)(
             key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=zero_padding
         )
+        cu_seqlens, slots, starts = self.given(rows, cu_seqlens, slots, starts)
         self.run(
             "insert_kv",
             {"key": key, "value": value,
@@ -165,11 +180,13 @@ class EmulatedOps:
         )  # fmt: skip
 
     def extract_kv(
-        self, key_cache, value_cache, cu_seqlens, slots, starts, *, total_tokens, out=None
-    ):
-        check(extract_kv_op)(
+        self, key_cache, value_cache, cu_seqlens=None, slots=None, starts=None, *, total_tokens,
+        out=None,
+    ):  # fmt: skip
+        rows = check(extract_kv_op)(
             key_cache, value_cache, cu_seqlens, slots, starts, total_tokens=total_tokens
         )
+        cu_seqlens, slots, starts = self.given(rows, cu_seqlens, slots, starts)
         *layers, _, num_kv_heads, _, head_dim = key_cache.shape
         shape = [*layers, total_tokens, num_kv_heads, head_dim]
         key, value = out or (output(key_cache, shape), output(key_cache, shape))
@@ -186,11 +203,13 @@ class EmulatedOps:
         return key, value
 
     def append_kv(
-        self, key, value, key_cache, value_cache, slots, columns, *, query=None, cos=None, sin=None
-    ):
+        self, key, value, key_cache, value_cache, slots=None, columns=None, *, query=None,
+        cos=None, sin=None,
+    ):  # fmt: skip
         check(append_kv_op)(
             key, value, key_cache, value_cache, slots, columns, query=query, cos=cos, sin=sin
         )
+        _, slots, _ = self.given(len(key), columns, slots, columns)
         rotated = None if query is None else output(query, list(query.shape))
         self.run(
             "append_kv",
@@ -209,14 +228,25 @@ class EmulatedOps:
         return rotated
 
     def move_kv(
-        self, key_cache, value_cache, source_slots, source_starts, target_slots, target_starts,
-        lengths,
+        self, key_cache, value_cache, source_slots=None, source_starts=None, target_slots=None,
+        target_starts=None, lengths=None,
     ):  # fmt: skip
+        check(move_kv_op)(
+            key_cache,
+            value_cache,
+            source_slots,
+            source_starts,
+            target_slots,
+            target_starts,
+            lengths,
+        )
+        rows = len(lengths)
+        _, source_slots, source_starts = self.given(rows, lengths, source_slots, source_starts)
+        _, target_slots, target_starts = self.given(rows, lengths, target_slots, target_starts)
         indices = {
             "source_slots": source_slots, "source_starts": source_starts,
             "target_slots": target_slots, "target_starts": target_starts, "lengths": lengths,
         }  # fmt: skip
-        check(move_kv_op)(key_cache, value_cache, *indices.values())
         self.run(
             "move_kv", indices, {"key_cache": key_cache, "value_cache": value_cache},
             num_moves=len(lengths), sizes=sizes(key_cache), dtype=DTYPES[key_cache.dtype],
@@ -239,9 +269,9 @@ class EmulatedOps:
         return out, lse
 
     def ragged_attention(
-        self, query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, *,
-        scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
-        return_lse=False, max_query_length=None, max_length=None,
+        self, query, key_cache, value_cache, cu_seqlens_q=None, slots=None, starts=None,
+        lengths=None, *, scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None,
+        sinks=None, return_lse=False, out=None, max_query_length=None, max_length=None,
     ):  # fmt: skip
         check(ragged_attention_op)(
             query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale=scale,
@@ -250,8 +280,12 @@ class EmulatedOps:
         )  # fmt: skip
         total_queries, num_heads, head_dim = query.shape
         capacity = key_cache.shape[2]
-        out = output(query, [total_queries, num_heads, head_dim])
-        lse = output(torch.empty(0), [total_queries, num_heads]) if return_lse else None
+        cu_seqlens_q, slots, starts = self.given(len(lengths), cu_seqlens_q, slots, starts)
+        if out is None:
+            out = output(query, [total_queries, num_heads, head_dim])
+            lse = output(torch.empty(0), [total_queries, num_heads]) if return_lse else None
+        else:
+            out, lse = out if return_lse else (out, None)
         fields = dict(
             num_rows=len(slots), num_heads=num_heads, sizes=sizes(key_cache),
             query_strides=strides(query, 3), key_cache_strides=strides(key_cache, 4),

@@ -1,0 +1,322 @@
+"""What `torch.ops.baton_kernels` is to a type checker: the schemas as protocols.
+
+`ops` is that namespace, for engines that call the ops without their Python functions. A call
+without an overload is one of `default`. tests/test_torch_ops.py holds these protocols equal to the
+schemas of csrc/bindings/library.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["TorchOps", "ops"]
+
+
+class _AppendKv(Protocol):
+    def __call__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor | None,
+        columns: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> None: ...
+
+
+class _AppendKvQuery(Protocol):
+    def __call__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor | None,
+        columns: Tensor,
+        query: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class _AppendKvOverloads(_AppendKv, Protocol):
+    default: _AppendKv
+    query: _AppendKvQuery
+
+
+class _AttentionMask(Protocol):
+    def __call__(
+        self,
+        starts: Tensor | None,
+        lengths: Tensor,
+        query_length: int,
+        key_length: int,
+        dtype: torch.dtype = torch.bool,
+        window: int | None = None,
+    ) -> Tensor: ...
+
+
+class _AttentionMaskOverloads(_AttentionMask, Protocol):
+    default: _AttentionMask
+
+
+class _ExtractKv(Protocol):
+    def __call__(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cu_seqlens: Tensor | None,
+        slots: Tensor | None,
+        starts: Tensor | None,
+        total_tokens: int,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class _ExtractKvOut(Protocol):
+    def __call__(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cu_seqlens: Tensor | None,
+        slots: Tensor | None,
+        starts: Tensor | None,
+        total_tokens: int,
+        key: Tensor,
+        value: Tensor,
+    ) -> None: ...
+
+
+class _ExtractKvOverloads(_ExtractKv, Protocol):
+    default: _ExtractKv
+    out: _ExtractKvOut
+
+
+class _InsertKv(Protocol):
+    def __call__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cu_seqlens: Tensor | None,
+        slots: Tensor | None,
+        starts: Tensor | None,
+        zero_padding: bool = False,
+    ) -> None: ...
+
+
+class _InsertKvOverloads(_InsertKv, Protocol):
+    default: _InsertKv
+
+
+class _Linear(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+class _LinearOverloads(_Linear, Protocol):
+    default: _Linear
+
+
+class _MaskedSoftmax(Protocol):
+    def __call__(
+        self,
+        scores: Tensor,
+        starts: Tensor | None,
+        lengths: Tensor,
+        scale: float = 1.0,
+        window: int | None = None,
+    ) -> Tensor: ...
+
+
+class _MaskedSoftmaxOverloads(_MaskedSoftmax, Protocol):
+    default: _MaskedSoftmax
+
+
+class _MergeAttention(Protocol):
+    def __call__(
+        self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class _MergeAttentionOverloads(_MergeAttention, Protocol):
+    default: _MergeAttention
+
+
+class _MoveKv(Protocol):
+    def __call__(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        source_slots: Tensor | None,
+        source_starts: Tensor | None,
+        target_slots: Tensor | None,
+        target_starts: Tensor | None,
+        lengths: Tensor,
+    ) -> None: ...
+
+
+class _MoveKvOverloads(_MoveKv, Protocol):
+    default: _MoveKv
+
+
+class _RaggedAttention(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cu_seqlens_q: Tensor | None,
+        slots: Tensor | None,
+        starts: Tensor | None,
+        lengths: Tensor,
+    ) -> Tensor: ...
+
+
+class _RaggedAttentionOptions(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cu_seqlens_q: Tensor | None,
+        slots: Tensor | None,
+        starts: Tensor | None,
+        lengths: Tensor,
+        scale: float | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        max_query_length: int | None = None,
+        max_length: int | None = None,
+    ) -> Tensor: ...
+
+
+class _RaggedAttentionLse(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cu_seqlens_q: Tensor | None,
+        slots: Tensor | None,
+        starts: Tensor | None,
+        lengths: Tensor,
+        scale: float | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        max_query_length: int | None = None,
+        max_length: int | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class _RaggedAttentionOut(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cu_seqlens_q: Tensor | None,
+        slots: Tensor | None,
+        starts: Tensor | None,
+        lengths: Tensor,
+        scale: float | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        max_query_length: int | None = None,
+        max_length: int | None = None,
+        *,
+        out: Tensor,
+    ) -> None: ...
+
+
+class _RaggedAttentionLseOut(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cu_seqlens_q: Tensor | None,
+        slots: Tensor | None,
+        starts: Tensor | None,
+        lengths: Tensor,
+        scale: float | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        max_query_length: int | None = None,
+        max_length: int | None = None,
+        *,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None: ...
+
+
+class _RaggedAttentionOverloads(_RaggedAttention, Protocol):
+    default: _RaggedAttention
+    options: _RaggedAttentionOptions
+    lse: _RaggedAttentionLse
+    out: _RaggedAttentionOut
+    lse_out: _RaggedAttentionLseOut
+
+
+class _RmsNorm(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+
+class _RmsNormResidual(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class _RmsNormOverloads(_RmsNorm, Protocol):
+    default: _RmsNorm
+    residual: _RmsNormResidual
+
+
+class _SiluAndMul(Protocol):
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class _SiluAndMulOverloads(_SiluAndMul, Protocol):
+    default: _SiluAndMul
+
+
+class TorchOps(Protocol):
+    """The ops by name, each with its overloads."""
+
+    append_kv: _AppendKvOverloads
+    attention_mask: _AttentionMaskOverloads
+    extract_kv: _ExtractKvOverloads
+    insert_kv: _InsertKvOverloads
+    linear: _LinearOverloads
+    masked_softmax: _MaskedSoftmaxOverloads
+    merge_attention: _MergeAttentionOverloads
+    move_kv: _MoveKvOverloads
+    ragged_attention: _RaggedAttentionOverloads
+    rms_norm: _RmsNormOverloads
+    silu_and_mul: _SiluAndMulOverloads
+
+    def set_cpu_isa(self, name: str, force: bool = False) -> None: ...
+    def cpu_isas(self) -> str: ...
+    # Of the CUDA library.
+    def cuda_build(self) -> str: ...
+
+
+# torch's own type of a namespace knows no op.
+ops = cast(TorchOps, torch.ops.baton_kernels)
