@@ -12,7 +12,7 @@ EMULATION := python/emulation
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels/*.cpp tests/cpu/*.cpp \
   $(foreach kind,h cpp cu,$(EMULATION)/*/*.$(kind) $(EMULATION)/*/*/*.$(kind)))
 
-.PHONY: setup demo test test-quick lint format docs wheel test-wheel test-cuda-build test-engines gpu gpu-carry \
+.PHONY: setup demo test test-quick lint format docs wheel test-wheel test-cuda-build gpu gpu-carry \
   bench bench-engines bench-kernels bench-peers clean
 
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
@@ -73,20 +73,6 @@ test-wheel: wheel
 test-cuda-build:
 	PYTHON=$(PYTHON) bash scripts/cuda_build.sh
 
-# The attention, caches and relay inside transformers, beside the newest transformers that was
-# tried, in an environment of its own; `make test` runs them beside the pinned one.
-test-engines: setup .venv-transformers/.ready
-	PYTHONPATH=.:python .venv-transformers/bin/python -m pytest tests/engines/test_huggingface.py \
-	  tests/engines/test_slot_cache.py tests/engines/test_any_model.py \
-	  tests/engines/test_tensor_parallel.py tests/llama/test_family.py
-
-.venv-transformers/.ready: pyproject.toml constraints.txt
-	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
-	  > "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/setup.pth"
-	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps transformers==5.24.*
-	touch $@
-
 # What travels to a machine with an NVIDIA GPU: the libraries and the peers; prints the call to make
 # there. Needs nvcc and no GPU.
 gpu-carry: setup
@@ -138,5 +124,4 @@ bench-peers: setup .venv-vllm/.ready
 	$(BIN)/python -m bench.kernels --case decode prefill
 
 clean:
-	rm -rf build dist demo .cache $(VENV) $(DOCS_VENV) $(CUDA_VENV) .venv-openvino .venv-vllm .venv-transformers \
-	  baton_kernels/*.so *.egg-info
+	rm -rf build dist demo .cache $(VENV) $(DOCS_VENV) $(CUDA_VENV) .venv-openvino .venv-vllm baton_kernels/*.so *.egg-info

@@ -58,7 +58,7 @@ class Limits:
             capacity = config.max_position_embeddings
         if generation_config is None:
             generation_config = getattr(handle.model, "generation_config", None)
-        defaults = GenerationDefaults.of(generation_config, getattr(config, "eos_token_id", None))
+        defaults = GenerationDefaults.of(generation_config, config.eos_token_id)
         own = ()
         if tokenizer is not None:
             own = (getattr(tokenizer, "eos_token_id", None), end_of_turn(tokenizer))
