@@ -81,7 +81,7 @@ class MultiBin(Policy):
 
     def plan(self, view: View) -> Plan:
         """A new batch if nothing runs, then one decode step of all."""
-        newcomers = ()
+        newcomers: tuple[Query, ...] = ()
         if not view.running:
             batch = self._next_batch(view)
             newcomers = fitting(view, batch, len(batch), reserve_all=True)

@@ -4,6 +4,7 @@ The relay computes nothing for a finished row, where engines with a static batch
 padding in it, so this is the kindest version of what it stands for: only the slots are lost.
 """
 
+from ..query import Query
 from .admission import Admission, get_admission
 from .base import Policy, fitting, pack_prefills, positive
 from .plan import Forward, Plan, View
@@ -27,7 +28,7 @@ class RunToCompletion(Policy):
 
     def plan(self, view: View) -> Plan:
         """A new batch if nothing runs, then one decode step of all."""
-        newcomers = ()
+        newcomers: tuple[Query, ...] = ()
         if not view.running:
             order = self.admission.order(view)
             newcomers = fitting(view, order, view.num_slots, reserve_all=True)
