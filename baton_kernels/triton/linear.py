@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton_kernels.ops.linear import _check
+from baton_kernels.ops.linear import check_arguments
 from baton_kernels.triton import common
 from baton_kernels.triton.common import narrow, operand, widen
 
@@ -133,7 +133,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def run(x, weight, bias=None) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.linear."""
-    _check(x, weight, bias)
+    check_arguments(x, weight, bias)
     common.require_gpu("linear", "x", x)
     rows, in_features = x.shape
     out_features = weight.shape[0]
