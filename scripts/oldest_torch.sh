@@ -38,7 +38,7 @@ fi
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 target=$(grep -o 'TORCH_TARGET_VERSION=0x[0-9a-f]*' CMakeLists.txt)
 for source in csrc/bindings/*.cpp csrc/bindings/cuda/*.cpp; do
-  ${CXX:-c++} -std=c++20 -fsyntax-only -Wall -Wextra "-D$target" -DUSE_CUDA \
+  ${CXX:-c++} -std=c++20 -fsyntax-only -fvisibility=hidden -Wall -Wextra "-D$target" -DUSE_CUDA \
     '-DBATON_CUDA_ARCHITECTURES="90"' -I csrc -isystem "$headers/torch/include" \
     -isystem "$include" -isystem "$cuda" "$source" || {
     echo "$source does not compile next to torch $version, which setup.py promises" >&2

@@ -50,10 +50,10 @@ def test_it_needs_no_one_version_of_torch(library):
     assert not [name for name in names if re.match(r"_ZN\w*(c10|at|torch)\d", name)]
 
 
-@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
-def test_it_needs_no_later_runtime_than_manylinux_2_28(library):
+def test_it_needs_no_later_runtime_than_manylinux_2_28():
+    """The CUDA library's static runtime takes what its machine has: it is built on an older one."""
     later = []
-    for _, version, name in symbols(library):
+    for _, version, name in symbols(_library.cpu):
         family, _, number = version.partition("_")
         is_number = family in MANYLINUX_2_28 and number[:1].isdigit()  # not e.g. CXXABI_TM_1
         if is_number and tuple(map(int, number.split("."))) > MANYLINUX_2_28[family]:

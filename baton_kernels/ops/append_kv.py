@@ -116,12 +116,12 @@ def append_kv(
             key, value, key_cache, value_cache, slots, columns, *rotary,
         )  # fmt: skip
     return call(
-        "append_kv", _native_query, _check,
+        "append_kv", _native_query, check_arguments,
         key, value, key_cache, value_cache, slots, columns, query, *rotary,
     )  # fmt: skip
 
 
-def _check(
+def check_arguments(
     key, value, key_cache, value_cache, slots, columns, query=None, cos=None, sin=None
 ) -> None:
     check = Checker("append_kv")
@@ -150,7 +150,7 @@ def _check(
 def _check_without_query(
     key, value, key_cache, value_cache, slots, columns, cos=None, sin=None
 ) -> None:
-    _check(key, value, key_cache, value_cache, slots, columns, None, cos, sin)
+    check_arguments(key, value, key_cache, value_cache, slots, columns, None, cos, sin)
 
 
 def _check_rotary(check: Checker, name: str, tensor: torch.Tensor, key: torch.Tensor) -> None:
@@ -176,5 +176,5 @@ def _fake(*args, **kwargs) -> None:
 def _fake_query(
     key, value, key_cache, value_cache, slots, columns, query, cos=None, sin=None
 ) -> torch.Tensor:
-    _check(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
+    check_arguments(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
     return query.new_empty(query.shape)

@@ -50,11 +50,20 @@ def attention_mask(
     # Converting a dtype takes most of a microsecond: not where it is the default.
     options = () if dtype is torch.bool and window is None else (dtype, window)
     return call(
-        "attention_mask", _native, _check, starts, lengths, query_length, key_length, *options
+        "attention_mask",
+        _native,
+        check_arguments,
+        starts,
+        lengths,
+        query_length,
+        key_length,
+        *options,
     )
 
 
-def _check(starts, lengths, query_length, key_length, dtype=torch.bool, window=None) -> None:
+def check_arguments(
+    starts, lengths, query_length, key_length, dtype=torch.bool, window=None
+) -> None:
     check = Checker("attention_mask")
     if dtype != torch.bool and dtype not in FLOATS:
         check.fail("dtype", "bool, float32, float16 or bfloat16", dtype_name(dtype), TypeError)
@@ -72,5 +81,5 @@ def _check(starts, lengths, query_length, key_length, dtype=torch.bool, window=N
 
 @torch.library.register_fake("baton_kernels::attention_mask")
 def _fake(starts, lengths, query_length, key_length, dtype=torch.bool, window=None):
-    _check(starts, lengths, query_length, key_length, dtype, window)
+    check_arguments(starts, lengths, query_length, key_length, dtype, window)
     return lengths.new_empty((lengths.shape[0], 1, query_length, key_length), dtype=dtype)

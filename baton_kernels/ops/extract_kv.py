@@ -56,19 +56,19 @@ def extract_kv(
     """
     if out is None:
         return call(
-            "extract_kv", _native, _check,
+            "extract_kv", _native, check_arguments,
             key_cache, value_cache, cu_seqlens, slots, starts, total_tokens,
         )  # fmt: skip
     if not isinstance(out, tuple) or len(out) != 2:
         Checker("extract_kv").fail("out", "a pair of tensors", type(out).__name__, TypeError)
     call(
-        "extract_kv", _native_out, _check_out,
+        "extract_kv", _native_out, check_out_arguments,
         key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, *out,
     )  # fmt: skip
     return out
 
 
-def _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens) -> int:
+def check_arguments(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens) -> int:
     """The number of queries, when the arguments fit."""
     check = Checker("extract_kv")
     check.caches(key_cache, value_cache, with_layers=True, written=False)
@@ -81,9 +81,11 @@ def _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens) -> i
     return num_queries
 
 
-def _check_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value) -> int:
+def check_out_arguments(
+    key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value
+) -> int:
     """The number of queries, when the arguments fit."""
-    num_queries = _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
+    num_queries = check_arguments(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
     check = Checker("extract_kv")
     *layers, _, num_kv_heads, _, head_dim = key_cache.shape
     for name, tensor in (("out[0]", key), ("out[1]", value)):
@@ -96,12 +98,12 @@ def _check_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, 
 
 @torch.library.register_fake("baton_kernels::extract_kv.out")
 def _fake_out(*args) -> None:
-    _check_out(*args)
+    check_out_arguments(*args)
 
 
 @torch.library.register_fake("baton_kernels::extract_kv")
 def _fake(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
-    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
+    check_arguments(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
     *layers, _, num_kv_heads, _, head_dim = key_cache.shape
     shape = [*layers, total_tokens, num_kv_heads, head_dim]
     return key_cache.new_empty(shape), key_cache.new_empty(shape)

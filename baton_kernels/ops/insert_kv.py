@@ -58,12 +58,12 @@ def insert_kv(
     Source: BATON (arXiv 2410.18701), embedding of prefilled keys and values in the running batch.
     """
     call(
-        "insert_kv", _native, _check,
+        "insert_kv", _native, check_arguments,
         key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding,
     )  # fmt: skip
 
 
-def _check(
+def check_arguments(
     key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False
 ) -> int:
     """The number of queries, when the arguments fit."""
@@ -83,4 +83,4 @@ def _check(
 
 @torch.library.register_fake("baton_kernels::insert_kv")
 def _fake(*args, **kwargs) -> None:
-    _check(*args, **kwargs)
+    check_arguments(*args, **kwargs)

@@ -32,10 +32,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Source: torch.nn.functional.linear.
     """
-    return call("linear", _native, _check, x, weight, bias)
+    return call("linear", _native, check_arguments, x, weight, bias)
 
 
-def _check(x, weight, bias=None) -> None:
+def check_arguments(x, weight, bias=None) -> None:
     check = Checker("linear")
     check.floating("x", x)
     check.dims("x", x, 2)
@@ -52,5 +52,5 @@ def _check(x, weight, bias=None) -> None:
 
 @torch.library.register_fake("baton_kernels::linear")
 def _fake(x, weight, bias=None):
-    _check(x, weight, bias)
+    check_arguments(x, weight, bias)
     return x.new_empty((x.shape[0], weight.shape[0]))

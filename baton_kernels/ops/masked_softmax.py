@@ -58,10 +58,10 @@ def masked_softmax(
     """
     # As in ragged_attention: options cost nothing where they are the defaults.
     options = () if scale == 1.0 and window is None else (scale, window)
-    return call("masked_softmax", _native, _check, scores, starts, lengths, *options)
+    return call("masked_softmax", _native, check_arguments, scores, starts, lengths, *options)
 
 
-def _check(scores, starts, lengths, scale=1.0, window=None) -> None:
+def check_arguments(scores, starts, lengths, scale=1.0, window=None) -> None:
     check = Checker("masked_softmax")
     check.floating("scores", scores)
     check.dims("scores", scores, 4)
@@ -76,5 +76,5 @@ def _check(scores, starts, lengths, scale=1.0, window=None) -> None:
 
 @torch.library.register_fake("baton_kernels::masked_softmax")
 def _fake(scores, starts, lengths, scale=1.0, window=None):
-    _check(scores, starts, lengths, scale, window)
+    check_arguments(scores, starts, lengths, scale, window)
     return scores.new_empty(scores.shape)

@@ -39,11 +39,11 @@ def merge_attention(
     Source: the merge of Flash-Decoding and of cascade attention in FlashInfer.
     """
     return call(
-        "merge_attention", _native, _check, out_a, lse_a, out_b, lse_b
+        "merge_attention", _native, check_arguments, out_a, lse_a, out_b, lse_b
     )  # fmt: skip
 
 
-def _check(out_a, lse_a, out_b, lse_b) -> None:
+def check_arguments(out_a, lse_a, out_b, lse_b) -> None:
     check = Checker("merge_attention")
     check.floating("out_a", out_a)
     check.dtype_as("out_b", out_b, "out_a", out_a)
@@ -59,5 +59,5 @@ def _check(out_a, lse_a, out_b, lse_b) -> None:
 
 @torch.library.register_fake("baton_kernels::merge_attention")
 def _fake(out_a, lse_a, out_b, lse_b):
-    _check(out_a, lse_a, out_b, lse_b)
+    check_arguments(out_a, lse_a, out_b, lse_b)
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)

@@ -54,12 +54,12 @@ def move_kv(
     Source: BATON (arXiv 2410.18701), shaping of the running batch and removal of finished rows.
     """
     call(
-        "move_kv", _native, _check,
+        "move_kv", _native, check_arguments,
         key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths,
     )  # fmt: skip
 
 
-def _check(
+def check_arguments(
     key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths
 ) -> None:
     check = Checker("move_kv")
@@ -79,4 +79,4 @@ def _check(
 
 @torch.library.register_fake("baton_kernels::move_kv")
 def _fake(*args) -> None:
-    _check(*args)
+    check_arguments(*args)

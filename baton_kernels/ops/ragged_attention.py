@@ -193,7 +193,7 @@ def ragged_attention(
             query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, *options,
         )  # fmt: skip
     return call(
-        "ragged_attention", _native_lse if return_lse else native, _check,
+        "ragged_attention", _native_lse if return_lse else native, check_arguments,
         query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, *options,
     )  # fmt: skip
 
@@ -209,13 +209,13 @@ def _call_out(out: Any, return_lse: bool, *args: Any) -> Any:
     call(
         "ragged_attention",
         functools.partial(native, **results),
-        functools.partial(_check_out, **results),
+        functools.partial(check_out_arguments, **results),
         *args,
     )
     return out
 
 
-def _check(
+def check_arguments(
     query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
     scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
     max_query_length=None, max_length=None,
@@ -253,8 +253,8 @@ def _check(
     check.cu_seqlens("cu_seqlens_q", cu_seqlens_q, rows, total_queries, query.device)
 
 
-def _check_out(*args, out, lse=None) -> None:
-    _check(*args)
+def check_out_arguments(*args, out, lse=None) -> None:
+    check_arguments(*args)
     query, check = args[0], Checker("ragged_attention")
     check.dtype_as("out", out, "query", query)
     check.shape("out", out, query.shape)
@@ -268,7 +268,7 @@ def _check_out(*args, out, lse=None) -> None:
 @torch.library.register_fake("baton_kernels::ragged_attention")
 @torch.library.register_fake("baton_kernels::ragged_attention.options")
 def _fake(query, *args, **options) -> torch.Tensor:
-    _check(query, *args, **options)
+    check_arguments(query, *args, **options)
     return query.new_empty(query.shape)
 
 
@@ -284,7 +284,7 @@ def _fake_lse(query, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.library.register_fake("baton_kernels::ragged_attention.out")
 @torch.library.register_fake("baton_kernels::ragged_attention.lse_out")
 def _fake_out(*args, out, lse=None) -> None:
-    _check_out(*args, out=out, lse=lse)
+    check_out_arguments(*args, out=out, lse=lse)
 
 
 _fake_lse_out = _fake_out

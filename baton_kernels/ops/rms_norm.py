@@ -76,18 +76,18 @@ def rms_norm(
     # A view costs as much as a small row's arithmetic: none where the shape is right already.
     if residual is None:
         if x.dim() == 2:
-            return call("rms_norm", _native, _check, x, weight, eps)
-        return call("rms_norm", _native, _check, as_rows(x), weight, eps).view(x.shape)
+            return call("rms_norm", _native, check_arguments, x, weight, eps)
+        return call("rms_norm", _native, check_arguments, as_rows(x), weight, eps).view(x.shape)
     if x.dim() > 0 and residual.shape != x.shape:
         Checker("rms_norm").fail("residual", f"of shape {list(x.shape)}", list(residual.shape))
     if x.dim() == 2:
-        return call("rms_norm", _native_residual, _check, x, weight, eps, residual)
+        return call("rms_norm", _native_residual, check_arguments, x, weight, eps, residual)
     rows = as_rows(x), weight, eps, as_rows(residual)
-    y, total = call("rms_norm", _native_residual, _check, *rows)
+    y, total = call("rms_norm", _native_residual, check_arguments, *rows)
     return y.view(x.shape), total.view(x.shape)
 
 
-def _check(x, weight, eps, residual=None) -> None:
+def check_arguments(x, weight, eps, residual=None) -> None:
     check = Checker("rms_norm")
     check.floating("x", x)
     check.dims("x", x, 2)
@@ -107,11 +107,11 @@ def _check(x, weight, eps, residual=None) -> None:
 
 @torch.library.register_fake("baton_kernels::rms_norm")
 def _fake(x, weight, eps) -> torch.Tensor:
-    _check(x, weight, eps)
+    check_arguments(x, weight, eps)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("baton_kernels::rms_norm.residual")
 def _fake_residual(x, weight, eps, residual) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, weight, eps, residual)
+    check_arguments(x, weight, eps, residual)
     return x.new_empty(x.shape), x.new_empty(x.shape)

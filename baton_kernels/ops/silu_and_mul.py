@@ -31,12 +31,12 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     Source: LlamaMLP of Hugging Face transformers with merged gate and up projections.
     """
     if x.dim() == 2:
-        return call("silu_and_mul", _native, _check, x)
-    y = call("silu_and_mul", _native, _check, as_rows(x))
+        return call("silu_and_mul", _native, check_arguments, x)
+    y = call("silu_and_mul", _native, check_arguments, as_rows(x))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _check(x) -> None:
+def check_arguments(x) -> None:
     check = Checker("silu_and_mul")
     check.floating("x", x)
     check.dims("x", x, 2)
@@ -47,5 +47,5 @@ def _check(x) -> None:
 
 @torch.library.register_fake("baton_kernels::silu_and_mul")
 def _fake(x):
-    _check(x)
+    check_arguments(x)
     return x.new_empty((x.shape[0], x.shape[1] // 2))

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton_kernels.ops.append_kv import _check
+from baton_kernels.ops.append_kv import check_arguments
 from baton_kernels.ops.checks import default_slots
 from baton_kernels.triton import common
 from baton_kernels.triton.common import narrow, widen
@@ -41,7 +41,7 @@ def run_query(
     key, value, key_cache, value_cache, slots, columns, query, cos=None, sin=None
 ) -> torch.Tensor | None:
     """With the result of torch.ops.baton_kernels.append_kv.query; None without query."""
-    _check(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
+    check_arguments(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
     common.require_gpu("append_kv", "key", key)
     rows, num_kv_heads, head_dim = key.shape
     slots = default_slots(slots, rows, key.device)

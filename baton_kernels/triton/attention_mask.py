@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton_kernels.ops.attention_mask import _check
+from baton_kernels.ops.attention_mask import check_arguments
 from baton_kernels.ops.checks import default_starts
 from baton_kernels.triton import common
 
@@ -29,7 +29,7 @@ def attention_mask(
 
 def run(starts, lengths, query_length, key_length, dtype=torch.bool, window=None) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.attention_mask."""
-    _check(starts, lengths, query_length, key_length, dtype, window)
+    check_arguments(starts, lengths, query_length, key_length, dtype, window)
     common.require_gpu("attention_mask", "lengths", lengths)
     rows = lengths.shape[0]
     starts = default_starts(starts, rows, lengths.device)

@@ -34,23 +34,24 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
-_recorded_units = "matrix"
+_recorded_units, _recorded_shared = "matrix", 99 << 10
 
 
 @contextlib.contextmanager
-def recording(*, units: str = "matrix") -> Iterator[list[Launch]]:
+def recording(*, units: str = "matrix", shared: int = 99 << 10) -> Iterator[list[Launch]]:
     """Within the block launches are noted and not run: for compiling them without a GPU.
 
     Args:
         units: What `dot_units` says of the GPU.
+        shared: What `shared_bytes` says of it.
     """
-    global _recorded, _recorded_units
-    before = _recorded, _recorded_units
-    _recorded, _recorded_units = [], units
+    global _recorded, _recorded_units, _recorded_shared
+    before = _recorded, _recorded_units, _recorded_shared
+    _recorded, _recorded_units, _recorded_shared = [], units, shared
     try:
         yield _recorded
     finally:
-        _recorded, _recorded_units = before
+        _recorded, _recorded_units, _recorded_shared = before
 
 
 def dot_units(device: torch.device) -> str:
@@ -67,6 +68,16 @@ def dot_units(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "rdna" if torch.cuda.get_device_properties(device).warp_size == 32 else "matrix"
     return "matrix" if torch.cuda.get_device_capability(device) >= (8, 0) else "none"
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may have."""
+    if _recorded is not None:
+        return _recorded_shared
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 64 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 64 << 10)
 
 
 def require_gpu(op: str, name: str, tensor: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from baton_kernels.ops.checks import default_cu_seqlens, default_slots, default_starts
-from baton_kernels.ops.extract_kv import _check, _check_out
+from baton_kernels.ops.extract_kv import check_arguments, check_out_arguments
 from baton_kernels.triton import common
 from baton_kernels.triton.insert_kv import BLOCK_TOKENS
 from baton_kernels.triton.tokens import cache_places, locate_tokens, split_program, token_places
@@ -33,7 +33,7 @@ def extract_kv(
 
 def run(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
     """With the results of torch.ops.baton_kernels.extract_kv."""
-    _check(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
+    check_arguments(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
     *layers, _, num_kv_heads, _, head_dim = key_cache.shape
     key = key_cache.new_empty((*layers, total_tokens, num_kv_heads, head_dim))
     value = torch.empty_like(key)
@@ -43,7 +43,7 @@ def run(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
 
 def run_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value) -> None:
     """As torch.ops.baton_kernels.extract_kv.out."""
-    num_queries = _check_out(
+    num_queries = check_out_arguments(
         key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value
     )
     cu_seqlens = default_cu_seqlens(cu_seqlens, num_queries, key.device)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from baton_kernels.ops.checks import default_cu_seqlens, default_slots, default_starts
-from baton_kernels.ops.insert_kv import _check
+from baton_kernels.ops.insert_kv import check_arguments
 from baton_kernels.triton import common
 from baton_kernels.triton.tokens import cache_places, locate_tokens, split_program, token_places
 
@@ -34,7 +34,7 @@ def insert_kv(
 
 def run(key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False) -> None:
     """As torch.ops.baton_kernels.insert_kv."""
-    num_queries = _check(
+    num_queries = check_arguments(
         key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=zero_padding
     )  # fmt: skip
     cu_seqlens = default_cu_seqlens(cu_seqlens, num_queries, key.device)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from baton_kernels.ops.checks import default_starts
-from baton_kernels.ops.masked_softmax import _check
+from baton_kernels.ops.masked_softmax import check_arguments
 from baton_kernels.triton import common
 from baton_kernels.triton.attention_mask import visible_columns
 from baton_kernels.triton.common import narrow, widen
@@ -31,7 +31,7 @@ def masked_softmax(
 
 def run(scores, starts, lengths, scale=1.0, window=None) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.masked_softmax."""
-    _check(scores, starts, lengths, scale, window)
+    check_arguments(scores, starts, lengths, scale, window)
     common.require_gpu("masked_softmax", "scores", scores)
     rows, num_heads, query_length, key_length = scores.shape
     starts = default_starts(starts, rows, scores.device)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from baton_kernels.ops.merge_attention import _check
+from baton_kernels.ops.merge_attention import check_arguments
 from baton_kernels.triton import common
 from baton_kernels.triton.common import narrow, widen
 
@@ -22,7 +22,7 @@ def merge_attention(
 
 def run(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:
     """With the results of torch.ops.baton_kernels.merge_attention."""
-    _check(out_a, lse_a, out_b, lse_b)
+    check_arguments(out_a, lse_a, out_b, lse_b)
     common.require_gpu("merge_attention", "out_a", out_a)
     num_queries, num_heads, head_dim = out_a.shape
     out, lse = out_a.new_empty(out_a.shape), torch.empty_like(lse_a)

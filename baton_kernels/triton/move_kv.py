@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from baton_kernels.ops.checks import default_slots, default_starts
-from baton_kernels.ops.move_kv import _check
+from baton_kernels.ops.move_kv import check_arguments
 from baton_kernels.triton import common
 
 # 64 columns x 128 numbers: 8 16-byte accesses per thread are in flight between two barriers.
@@ -37,7 +37,7 @@ def run(
     key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths
 ) -> None:
     """As torch.ops.baton_kernels.move_kv."""
-    _check(
+    check_arguments(
         key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths
     )  # fmt: skip
     moves = (

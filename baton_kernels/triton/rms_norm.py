@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from baton_kernels.ops.checks import Checker, as_rows
-from baton_kernels.ops.rms_norm import _check
+from baton_kernels.ops.rms_norm import check_arguments
 from baton_kernels.triton import common
 from baton_kernels.triton.common import narrow, widen
 
@@ -41,7 +41,7 @@ def run(x, weight, eps) -> torch.Tensor:
 
 def run_residual(x, weight, eps, residual) -> tuple[torch.Tensor, torch.Tensor | None]:
     """With the results of torch.ops.baton_kernels.rms_norm.residual; no sum without residual."""
-    _check(x, weight, eps, residual)
+    check_arguments(x, weight, eps, residual)
     common.require_gpu("rms_norm", "x", x)
     rows, size = x.shape
     y = x.new_empty((rows, size))

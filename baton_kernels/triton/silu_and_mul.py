@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from baton_kernels.ops.checks import as_rows
-from baton_kernels.ops.silu_and_mul import _check
+from baton_kernels.ops.silu_and_mul import check_arguments
 from baton_kernels.triton import common
 from baton_kernels.triton.common import narrow, widen
 
@@ -23,7 +23,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 def run(x) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.silu_and_mul."""
-    _check(x)
+    check_arguments(x)
     common.require_gpu("silu_and_mul", "x", x)
     rows, size = x.shape[0], x.shape[1] // 2
     y = x.new_empty((rows, size))

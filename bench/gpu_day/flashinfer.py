@@ -19,12 +19,11 @@ TO_COMPILE = (*NEEDED, "nvidia-ml-py", "requests", "urllib3", "idna", "certifi",
               "charset-normalizer", "tqdm", "tabulate", "einops", "ninja", "packaging",
               "click")  # fmt: skip
 ARCHITECTURE = "9.0a"
-# Folders of the package that a decode does not read.
-LEFT_OUT = tuple(
-    f"flashinfer/{name}/"
-    for name in ("data/csrc", "data/cutlass", "data/cccl", "data/spdlog", "data/include",
-                 "fused_moe/backends", "experimental", "moe_ep", "data/aot")
-)  # fmt: skip
+# Folders of the package that a decode does not read; of the others, its Python files.
+LEFT_OUT = ("flashinfer/data/",)
+# But for the templates that its generators read even where a compiled module is there.
+TEMPLATES = "flashinfer/data/csrc/batch_"
+KEPT = (".py", ".so", ".txt", "METADATA")
 # bfloat16, heads of 128, on CUDA cores and on tensor cores.
 COMPILE = """
 import torch
@@ -63,7 +62,8 @@ def pack(target: Path, build: Path, download: Callable[..., list[Path]]) -> None
     with zipfile.ZipFile(target / "flashinfer.zip", "w", zipfile.ZIP_LZMA) as archive:
         for file in sorted(site.rglob("*")):
             name = file.relative_to(site).as_posix()
-            if file.is_file() and not name.startswith(LEFT_OUT) and "__pycache__" not in name:
+            wanted = name.endswith(KEPT) and not name.startswith(LEFT_OUT)
+            if file.is_file() and (wanted or name.startswith(TEMPLATES)):
                 archive.write(file, name)
         for library in sorted(modules.glob("*.so")):
             archive.write(library, f"flashinfer/data/aot/{library.stem}/{library.name}")
@@ -76,8 +76,14 @@ def compile_modules(site: Path, build: Path) -> None:
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
         command = [*pip, "install", "--no-deps", "--target", str(here), *TO_COMPILE]
         subprocess.run(command, check=True)
+    # The driver's library is where a GPU is; its modules take no symbol of it.
+    stubs = build / "stubs"
+    stubs.mkdir(exist_ok=True)
+    command = ["c++", "-shared", "-x", "c", os.devnull, "-o", str(stubs / "libcuda.so")]
+    subprocess.run(command, check=True)
     environment = {
         **os.environ,
+        "LIBRARY_PATH": str(stubs),
         "PYTHONPATH": f"{here}{os.pathsep}{site}",
         "FLASHINFER_CUDA_ARCH_LIST": ARCHITECTURE,
         "FLASHINFER_WORKSPACE_BASE": str(build / "cache"),
@@ -85,6 +91,7 @@ def compile_modules(site: Path, build: Path) -> None:
     }
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    print(done.stdout, done.stderr, file=sys.stderr)
     paths = [line.split("\t")[1] for line in done.stdout.splitlines() if "\t" in line]
     if done.returncode or not paths:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]

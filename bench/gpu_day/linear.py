@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 
 import torch
 from torch.nn import functional
 
 import baton_kernels
 from baton_kernels import reference
-from baton_kernels.testing import Accuracy
+from baton_kernels.testing import Accuracy, assert_same_bits
 
 from ..kernels.measure import OURS, Way
 from .decode import Sizes
@@ -59,10 +61,16 @@ def measure(stage: Stage, label: str, rows: int, outs: int, ins: int, rate: floa
     def check(y: torch.Tensor) -> None:
         accuracy.check(y[:64, :512])
 
+    def check_bits(y: torch.Tensor) -> None:
+        check(y)
+        # Other tiles take a row that comes by itself: it must not matter.
+        for row in {0, rows // 2, rows - 1}:
+            alone = baton_kernels.linear(x[row : row + 1], weights[0])
+            assert_same_bits(y[row : row + 1], alone, f"row {row} of {rows}")
+
+    ours = [functools.partial(baton_kernels.linear, x, w) for w in weights]
     ways = [
-        Way(
-            "linear", [functools.partial(baton_kernels.linear, x, w) for w in weights], check, OURS
-        ),
+        Way("linear", ours, check_bits, OURS),
         Way("cuBLAS", [functools.partial(functional.linear, x, w) for w in weights], check),
     ]
     found = time_ways(ways, stage.device, rounds=5, seconds=0.5)
@@ -71,7 +79,30 @@ def measure(stage: Stage, label: str, rows: int, outs: int, ins: int, rate: floa
         label, rows=rows, outs=outs, ins=ins, ways=found, us=us,
         share=us and rows <= FEW and 1e6 * size / us / rate or None,
         tflop_per_s=us and 2 * rows * outs * ins / us / 1e6, beside=beside_peers(found),
+        **static(stage, rows, outs, ins),
     )  # fmt: skip
+
+
+def static(stage: Stage, rows: int, outs: int, ins: int) -> dict[str, float]:
+    """What is known of the launch without running it: splits, waves, bytes in flight."""
+    if stage.device == "cpu" or importlib.util.find_spec("triton") is None:
+        return {}
+    from baton_kernels.triton import common
+
+    # The package's attribute of that name is the op.
+    kernels = importlib.import_module("baton_kernels.triton.linear")
+    device = torch.device("cuda")
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    shared = common.shared_bytes(device)
+    plan = kernels.plan(rows, outs, ins, stage.dtype.itemsize, common.dot_units(device), shared)
+    resident = kernels.resident(plan, shared) * multiprocessors
+    running = min(plan.programs, resident)
+    return {
+        "splits": plan.splits,
+        "programs": plan.programs,
+        "waves": plan.programs / resident,
+        "flight_kb_per_sm": running * plan.flight / multiprocessors / 1024,
+    }
 
 
 def summary(stage: Stage) -> None:
@@ -80,15 +111,18 @@ def summary(stage: Stage) -> None:
     for rows in ROWS if not stage.small else (1, 3):
         for model in MODELS if not stage.small else ("tiny",):
             mine = theirs = 0.0
+            flight = []
             for row in stage.record.rows:
                 if row.get("rows") == rows and row["case"].startswith(f"{model} "):
                     us = {way["way"]: way.get("us") for way in row["ways"]}
                     if us.get("linear") and us.get("cuBLAS"):
                         mine, theirs = mine + us["linear"], theirs + us["cuBLAS"]
+                        flight += [row["flight_kb_per_sm"]] if "flight_kb_per_sm" in row else []
             if theirs:
                 lines.append(
                     f"{rows:5} rows, {model:9}: ours {mine:9.1f} us, cuBLAS {theirs:9.1f} us, "
                     f"{mine / theirs:.2f}x"
+                    + (f"; at least {min(flight):.0f} KB in flight per SM" if flight else "")
                 )
     stage.record.lines = lines
     stage.record.headline = "all projections of one layer, ours / cuBLAS"

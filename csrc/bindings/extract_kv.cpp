@@ -26,7 +26,7 @@ struct Cpu : CpuDevice {
     const int64_t items = extract_kv_work(p);
     for_each_item(
         items, 2 * extract_kv_bytes(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); },
-        kNeighbours);
+        kNeighbors);
   }
 };
 

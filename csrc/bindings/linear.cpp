@@ -46,7 +46,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   }
   for_each_item(
       linear_work(p), weight.numel() * size_of(p.dtype),
-      [&](int64_t begin, int64_t end) { kernels.linear(p, begin, end); }, kNeighbours);
+      [&](int64_t begin, int64_t end) { kernels.linear(p, begin, end); }, kNeighbors);
   return y;
 }
 

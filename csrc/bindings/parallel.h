@@ -38,7 +38,7 @@ inline int64_t bytes_per_token(const CacheSizes& sizes, Dtype dtype) {
 
 // Most items that a thread takes at a time where neighboring ones ask memory for each other's
 // data.
-constexpr int64_t kNeighbours = 16;
+constexpr int64_t kNeighbors = 16;
 
 // Calls run(begin, end) over [0, num_items). Threads take items from a common counter: items may
 // differ in cost, and each writes only its own results, so order is free. At most `chunk` items at

@@ -114,12 +114,12 @@ struct Cpu : CpuDevice {
     for_each_item(
         work.num_items, bytes,
         [&](int64_t begin, int64_t end) { kernels.ragged_attention(p, work, begin, end); },
-        kNeighbours);
+        kNeighbors);
     if (plan.partial_floats > 0) {
       for_each_item(
           p.num_rows * p.sizes.num_kv_heads, plan.partial_floats * 4,
           [&](int64_t begin, int64_t end) { kernels.ragged_attention_merge(p, work, begin, end); },
-          kNeighbours);
+          kNeighbors);
     }
     rows.trim();
   }

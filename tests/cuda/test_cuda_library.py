@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import baton_kernels
 from baton_kernels import _library, triton
 from baton_kernels.info import has_native_cuda
+from baton_kernels.testing import assert_same_bits
 from emulation.tools import tool
 
 ALL = baton_kernels.ops.__all__
@@ -200,3 +201,26 @@ def test_build_info_without_the_cuda_library():
     assert {where["cuda"] for where in info["ops"].values()} == {f"no: {_library.why_no_cuda}"}
     with pytest.raises(NotImplementedError):  # the schema is there, the library is not
         torch.ops.baton_kernels.cuda_build()
+
+
+# On GPUs.
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("op", NATIVE)
+def test_gpu_call_runs_on_the_device_of_its_tensors(op):
+    """Which is not the current one: torch's CUDA runtime and the library's each have their own."""
+    arguments = table(op)[1]()
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        moved = {
+            name: x.to(device, copy=True) if isinstance(x, torch.Tensor) else x
+            for name, x in arguments.items()
+        }
+        result = getattr(baton_kernels, op)(**moved)
+        written = [x.cpu() for x in moved.values() if isinstance(x, torch.Tensor)]
+        made = result if isinstance(result, tuple) else (result,)
+        results.append([*written, *(x.cpu() for x in made if x is not None)])
+        assert torch.cuda.current_device() == 0
+    for first, second in zip(*results, strict=True):
+        assert_same_bits(second, first, op)

@@ -88,7 +88,7 @@ def test_what_never_fits_the_budget_fails_alone(model, policy):
     also_fits = relay.submit(prompt(3), max_new_tokens=18)
     assert not_quite.status == "failed"
     assert str(not_quite.error) == (
-        "submit: prompt + max_new_tokens must fit the KV budget of 5120 bytes, "
+        "Relay.submit: prompt + max_new_tokens must fit the KV budget of 5120 bytes, "
         "got 17 + 5 with up to 5376 bytes"
     )
     relay.run()

@@ -324,7 +324,7 @@ def test_logprobs():
     ],
 )
 def test_bad_options(error, given, message):
-    with pytest.raises(error, match=f"^submit: {message}"):
+    with pytest.raises(error, match=f"^Relay.submit: {message}"):
         make_options(VOCAB, given)
 
 

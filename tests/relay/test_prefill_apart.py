@@ -293,6 +293,16 @@ def test_what_is_handed_over_lies_side_by_side():
         os.close(file)
 
 
+def test_a_model_on_a_gpu_is_refused():
+    class OnGpu:
+        device = torch.device("cuda", 1)
+
+    with pytest.raises(
+        NotImplementedError, match="^Apart: model must be on the CPU, got one on cuda:1"
+    ):
+        Apart(1).make_workers(OnGpu(), 1)
+
+
 def test_bad_arguments():
     for name in ("timeout", "start_timeout"):
         with pytest.raises(ValueError, match=f"Apart: {name} must be > 0 seconds, got 0"):

@@ -129,7 +129,7 @@ def test_a_bad_query_fails_at_submission_and_alone(model, case):
     assert (bad.status, bad.finish_reason, bad.tokens) == ("failed", "error", [])
     with pytest.raises(error, match=text):
         bad.result()
-    assert str(bad.error).startswith("submit: ")
+    assert str(bad.error).startswith("Relay.submit: ")
     with pytest.raises(error):
         next(relay.stream(bad))
     also_good = relay.submit(torch.tensor([3, 4]), max_new_tokens=3)

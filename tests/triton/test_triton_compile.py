@@ -4,6 +4,7 @@ Launches are recorded as the ops make them, on tensors without memory, and compi
 same types, same constants, same knowledge of alignment. `pytest -s` prints a line per kernel.
 """
 
+import importlib
 import pathlib
 import re
 import subprocess
@@ -47,7 +48,9 @@ MEANT = {
     "clear_padding_kernel": "s",
     "extract_kv_kernel": "ls",
     "insert_kv_kernel": "ls",
-    "linear_kernel": "lm",
+    "few_rows_kernel": "lm",
+    "many_rows_kernel": "lm",
+    "add_splits_kernel": "ls",
     "masked_softmax_kernel": "ls",
     "merge_attention_kernel": "ls",
     "merge_splits_kernel": "l",
@@ -111,6 +114,7 @@ def the_rest(dtype, head_dim):
     ops.rms_norm(x, x[0], residual=x)
     ops.silu_and_mul(on_no_device(64, 22016, dtype=dtype))
     ops.linear(x, on_no_device(4096, 4096, dtype=dtype))
+    ops.linear(on_no_device(2048, 4096, dtype=dtype), on_no_device(4096, 4096, dtype=dtype))
 
 
 def source(launch):
@@ -179,7 +183,7 @@ def amd_code(compiled, folder):
 def check(make_launches, target, dtype, head_dim, folder):
     gpu, shared_limit = TARGETS[target]
     units = {"sm_75": "none", "gfx1100": "rdna"}.get(target, "matrix")
-    with common.recording(units=units) as launches:
+    with common.recording(units=units, shared=shared_limit * KIB) as launches:
         make_launches(dtype, head_dim)
     assert launches
     for launch in launches:
@@ -221,6 +225,36 @@ def test_attention_with_every_option(target, tmp_path):
     check(everything, target, torch.bfloat16, 128, tmp_path)
 
 
+def instructions(kernel, folder):
+    """The kinds of matrix instructions in its machine code, without the shapes of sm_90's."""
+    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    code = run_tool("nvdisasm", "-c", folder / "kernel.cubin")
+    return set(re.findall(r"\b(HMMA\.\d+|HGMMA|UTCHMMA|FFMA)\b", code)) - {"FFMA"}
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("sm_")])
+def test_projections_of_any_number_of_rows_use_one_kind_of_instruction(target, tmp_path):
+    """Others may add in another order; and a plan's shared memory is the compiled kernel's."""
+    gpu, shared_limit = TARGETS[target]
+    weight = on_no_device(4096, 4096, dtype=torch.float16)
+    kinds = []
+    for rows in (1, 32, 2048):
+        with common.recording(
+            units="none" if target == "sm_75" else "matrix", shared=shared_limit * KIB
+        ) as launches:
+            baton_kernels.triton.linear(on_no_device(rows, 4096, dtype=torch.float16), weight)
+        product = launches[0]
+        compiled = triton.compile(source(product), target=gpu, options=product.options)
+        kinds.append(instructions(compiled, tmp_path))
+        kernels = importlib.import_module("baton_kernels.triton.linear")
+        units = "none" if target == "sm_75" else "matrix"
+        plan = kernels.plan(rows, 4096, 4096, 2, units, shared_limit * KIB)
+        # Barriers take some bytes on sm_100.
+        assert units == "none" or compiled.metadata.shared <= plan.shared + KIB
+    assert kinds == 3 * kinds[:1]
+    assert len(kinds[0]) == (target != "sm_75")
+
+
 def test_every_kernel_is_compiled():
     with common.recording() as launches:
         for make in (attend, move_tokens, the_rest):
@@ -259,6 +293,10 @@ def ones(dtype, head_dim):
 def test_sizes_of_one_compile(head_dim):
     with common.recording() as launches:
         ones(torch.bfloat16, head_dim)
-    assert {launch.kernel.__name__ for launch in launches} == set(MEANT) - {"merge_splits_kernel"}
+    assert {launch.kernel.__name__ for launch in launches} == set(MEANT) - {
+        "merge_splits_kernel",
+        "many_rows_kernel",
+        "add_splits_kernel",
+    }
     for launch in launches:
         triton.compile(source(launch), target=TARGETS["sm_80"][0], options=launch.options)

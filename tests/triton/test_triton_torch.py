@@ -168,3 +168,58 @@ def test_triton_rms_norm_normalizes_the_sum_that_it_returns(dtype):
     x, residual, weight = torch.randn(3, 50, 200).to(dtype)
     y, total = baton_kernels.triton.rms_norm(x, weight[0], residual=residual)
     assert_same_bits(y, baton_kernels.triton.rms_norm(total, weight[0]))
+
+
+def order_sensitive(rows, outs, ins, step=64):
+    """Factors whose sums are exact within a step, and whose large steps cancel each other: what is
+    left of the small ones tells in which order the steps were added."""
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(*shape):
+        return torch.randint(-4, 5, shape, generator=generator).to(torch.bfloat16)
+
+    x, weight = whole(rows, ins), whole(outs, ins)
+    for i, (first, second) in enumerate(((0, 6), (1, 3), (5, 8))):
+        here, there = (slice(step * k, step * (k + 1)) for k in (first, second))
+        x[:, here] *= 2.0 ** (19 + i)
+        x[:, there] = -x[:, here]
+        weight[:, there] = weight[:, here]
+    return x, weight
+
+
+def test_triton_linear_adds_in_one_order():
+    """Tiles for one row, for some and for many, with two splits: the same additions."""
+    ops, tiles = baton_kernels.triton, importlib.import_module("baton_kernels.triton.linear")
+    rows, outs, ins = 1100, 1800, 600
+    x, weight = order_sensitive(rows, outs, ins)
+    bias = torch.randn(outs).to(torch.bfloat16)
+
+    def plan(count):
+        return tiles.plan(count, outs, ins, 2, "matrix", 64 << 10)
+
+    assert plan(rows).many and plan(rows).splits == 2
+    expected = ops.linear(x, weight, bias)
+    for some in ([0], [5, 7], list(range(16)), list(range(80, 113)), list(range(9, 100))):
+        assert not plan(len(some)).many
+        assert_same_bits(ops.linear(x[some], weight, bias), expected[some], f"{len(some)} rows")
+    # The order matters: with in_features reversed the result is another one.
+    other = ops.linear(x[:16].flip(1).contiguous(), weight.flip(1).contiguous(), bias)
+    assert not torch.equal(other, expected[:16])
+
+
+@pytest.mark.parametrize("shape", [(2048, 2048), (16384, 2048), (2048, 8192), (57, 300), (1, 1)])
+def test_triton_linear_splits_by_the_weight(shape):
+    """Splits are whole steps, cover in_features, and depend on nothing but the weight."""
+    tiles = importlib.import_module("baton_kernels.triton.linear")
+    plans = [
+        tiles.plan(rows, *shape, 2, "matrix", shared)
+        for rows in (1, 16, 17, 64, 65, 500, 4096)
+        for shared in (64 << 10, 99 << 10, 227 << 10)
+    ]
+    assert len({(p.splits, p.split, p.step) for p in plans}) == 1
+    assert plans[0].split % plans[0].step == 0
+    assert plans[0].split * plans[0].splits >= shape[1] > plans[0].split * (plans[0].splits - 1)
+    for p, shared in zip(plans, 7 * (64 << 10, 99 << 10, 227 << 10), strict=True):
+        assert p.shared <= shared
+        # With the shared memory of an H100 a program of few rows has 64 KB in flight.
+        assert p.many or shared < 227 << 10 or p.flight >= 64 << 10

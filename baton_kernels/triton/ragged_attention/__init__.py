@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from baton_kernels.ops.checks import default_cu_seqlens, default_slots, default_starts
-from baton_kernels.ops.ragged_attention import _check, _check_out
+from baton_kernels.ops.ragged_attention import check_arguments, check_out_arguments
 from baton_kernels.triton import common
 from baton_kernels.triton.ragged_attention.kernels import (
     attend_few_kernel,
@@ -90,7 +90,7 @@ def ragged_attention(
 
 def run_options(query, *args, **options) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.ragged_attention and its overload `options`."""
-    _check(query, *args, **options)
+    check_arguments(query, *args, **options)
     out = query.new_empty(query.shape)
     _attend(out, None, query, *args, **options)
     return out
@@ -101,7 +101,7 @@ run = run_options
 
 def run_lse(query, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """With the results of torch.ops.baton_kernels.ragged_attention.lse."""
-    _check(query, *args, **options)
+    check_arguments(query, *args, **options)
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     _attend(out, lse, query, *args, **options)
@@ -110,13 +110,13 @@ def run_lse(query, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_out(*args, out) -> None:
     """As torch.ops.baton_kernels.ragged_attention.out."""
-    _check_out(*args, out=out)
+    check_out_arguments(*args, out=out)
     _attend(out, None, *args)
 
 
 def run_lse_out(*args, out, lse) -> None:
     """As torch.ops.baton_kernels.ragged_attention.lse_out."""
-    _check_out(*args, out=out, lse=lse)
+    check_out_arguments(*args, out=out, lse=lse)
     _attend(out, lse, *args)
 
 

@@ -13,6 +13,9 @@ CudaCall::CudaCall(const Checker& check, const Tensor& tensor) : op_(check.op())
   finish(found);
   const int32_t device = tensor.get_device_index();
   guard_.emplace(device);
+  // The guard speaks to torch's CUDA runtime; this library has its own, with its own current
+  // device.
+  finish(cudaSetDevice(device));
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   stream_ = static_cast<cudaStream_t>(stream);

@@ -138,7 +138,7 @@ class LengthAware(Admission):
 
 
 class Priority(Admission):
-    """The highest `Query.priority` first, with ageing.
+    """The highest `Query.priority` first, with aging.
 
     Args:
         overtakes: how many later submissions outweigh one level of priority.

@@ -44,7 +44,8 @@ class Apart(Prefiller):
 
     Raises:
         ValueError: workers or threads is below 1, or a timeout is not above 0.
-        NotImplementedError: on another system than Linux.
+        NotImplementedError: on another system than Linux, or, when a relay starts it, for a model
+            that is not on the CPU.
     """
 
     name = "apart"
@@ -69,6 +70,14 @@ class Apart(Prefiller):
 
     def make_workers(self, model, threads: int) -> list[Worker]:
         """One process's worker each, on one copy of the model's weights."""
+        device = torch.device(getattr(model, "device", "cpu"))
+        if device.type != "cpu":
+            # The processes share host memory: each would put weights of its own on the GPU, and
+            # keys and values would cross to the host and back.
+            raise NotImplementedError(
+                f"Apart: model must be on the CPU, got one on {device}: use prefill='overlapped' "
+                "or 'serial' there"
+            )
         weights = _ModelFile(model)
         timeouts = (self.timeout, self.start_timeout)
         return [_ProcessWorker(weights, threads, *timeouts) for _ in range(self.num_workers)]

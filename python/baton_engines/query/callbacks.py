@@ -21,12 +21,12 @@ def check_callback(name: str, callback: object) -> None:
     if callback is None:
         return
     if not callable(callback):
-        raise TypeError(f"submit: {name} must be callable, got {callback!r}")
+        raise TypeError(f"Relay.submit: {name} must be callable, got {callback!r}")
     kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
     function = getattr(callback, "__call__", None)  # noqa: B004  the method of a callable object
     if any(kind(one) for kind in kinds for one in (callback, function)):
         raise TypeError(
-            f"submit: {name} must be a plain function, which nobody awaits, got the async "
+            f"Relay.submit: {name} must be a plain function, which nobody awaits, got the async "
             f"{callback!r}; it may put what it gets into a queue"
         )
 

@@ -19,6 +19,6 @@ def drop_tracebacks(error: BaseException | None) -> None:
 
 def explained(text: str, cause: BaseException) -> RuntimeError:
     """The relay's error with that text, caused by another."""
-    error = RuntimeError(f"relay: {text}")
+    error = RuntimeError(f"Relay: {text}")
     error.__cause__ = cause
     return error

@@ -124,7 +124,7 @@ class Query:
             raise self.error.with_traceback(None)
         if not self.ended:
             raise RuntimeError(
-                f"result: query {self.id} must have ended, got status {self.status!r}"
+                f"Query.result: query {self.id} must have ended, got status {self.status!r}"
             )
         return self.tokens
 

@@ -78,23 +78,25 @@ def make_options(vocab_size: int, given: Mapping[str, object]) -> SamplingOption
     """
     unknown = given.keys() - _CHECKS.keys()
     if unknown:
-        raise TypeError(f"submit: options must be known ones, got {sorted(unknown)}")
+        raise TypeError(f"Relay.submit: options must be known ones, got {sorted(unknown)}")
     options = SamplingOptions(
         **{name: _CHECKS[name](name, value, vocab_size) for name, value in given.items()}
     )
     banned = {*options.suppress_tokens, *options.begin_suppress_tokens}
     if len(banned) >= vocab_size:
-        raise ValueError("submit: suppress_tokens must leave a token to choose, got all of them")
+        raise ValueError(
+            "Relay.submit: suppress_tokens must leave a token to choose, got all of them"
+        )
     return options
 
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, (str, bytes)):
-        raise TypeError(f"submit: {name} must be a number, got {value!r}")
+        raise TypeError(f"Relay.submit: {name} must be a number, got {value!r}")
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"submit: {name} must be a number, got {value!r}") from None
+        raise TypeError(f"Relay.submit: {name} must be a number, got {value!r}") from None
 
 
 def _between(low: float, high: float, text: str, *, open_low: bool = False):
@@ -103,7 +105,7 @@ def _between(low: float, high: float, text: str, *, open_low: bool = False):
     def check(name: str, value: object, _: int) -> float:
         number = _number(name, value)
         if not (low < number if open_low else low <= number) or not number <= high:
-            raise ValueError(f"submit: {name} must be {text}, got {value}")
+            raise ValueError(f"Relay.submit: {name} must be {text}, got {value}")
         return number
 
     return check
@@ -113,7 +115,7 @@ def _whole(low: int, high: float, text: str):
     def check(name: str, value: object, _: int) -> int:
         number = _integer(name, value)
         if not low <= number <= high:
-            raise ValueError(f"submit: {name} must be {text}, got {value}")
+            raise ValueError(f"Relay.submit: {name} must be {text}, got {value}")
         return number
 
     return check
@@ -123,12 +125,12 @@ def _integer(name: str, value: object) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"submit: {name} must be an integer, got {value!r}") from None
+        raise TypeError(f"Relay.submit: {name} must be an integer, got {value!r}") from None
 
 
 def _ids(name: str, value: object, vocab_size: int) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"submit: {name} must be a sequence of token ids, got {value!r}")
+        raise TypeError(f"Relay.submit: {name} must be a sequence of token ids, got {value!r}")
     ids = tuple(_integer(name, item) for item in value)
     for id in ids:
         _in_vocabulary(name, id, vocab_size)
@@ -137,7 +139,9 @@ def _ids(name: str, value: object, vocab_size: int) -> tuple[int, ...]:
 
 def _bias(name: str, value: object, vocab_size: int) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"submit: {name} must be a mapping of token ids to numbers, got {value!r}")
+        raise TypeError(
+            f"Relay.submit: {name} must be a mapping of token ids to numbers, got {value!r}"
+        )
     pairs = {}
     for key, bias in value.items():
         # JSON has no other keys than strings.
@@ -145,20 +149,22 @@ def _bias(name: str, value: object, vocab_size: int) -> tuple[tuple[int, float],
         _in_vocabulary(name, id, vocab_size)
         number = _number(name, bias)
         if not abs(number) <= _LARGEST:
-            raise ValueError(f"submit: {name} must be within {_LARGEST:.0e}, got {bias}")
+            raise ValueError(f"Relay.submit: {name} must be within {_LARGEST:.0e}, got {bias}")
         pairs[id] = number
     return tuple(pairs.items())
 
 
 def _in_vocabulary(name: str, id: int, vocab_size: int) -> None:
     if not 0 <= id < vocab_size:
-        raise ValueError(f"submit: {name} must be in the vocabulary [0, {vocab_size}), got {id}")
+        raise ValueError(
+            f"Relay.submit: {name} must be in the vocabulary [0, {vocab_size}), got {id}"
+        )
 
 
 def _temperature(name: str, value: object, _: int) -> float:
     number = _number(name, value)
     if not 0 <= number < math.inf:
-        raise ValueError(f"submit: {name} must be finite and >= 0, got {value}")
+        raise ValueError(f"Relay.submit: {name} must be finite and >= 0, got {value}")
     return number
 
 

@@ -198,14 +198,16 @@ def make_stopper(eos: int | Iterable[int] | None, stop: object, tokenizer=None) 
         if isinstance(item, str):
             if tokenizer is None:
                 raise ValueError(
-                    f"submit: stop must be token ids when the relay has no tokenizer, got {item!r}"
+                    "Relay.submit: stop must be token ids when the relay has no "
+                    f"tokenizer, got {item!r}"
                 )
             strings.append(item)
         else:
             sequences.append(_ids("stop", item if isinstance(item, Iterable) else (item,)))
     if not all(strings) or not all(sequences):
         raise ValueError(
-            "submit: stop must hold strings and sequences that are not empty, got an empty one"
+            "Relay.submit: stop must hold strings and sequences that are not "
+            "empty, got an empty one"
         )
     return Stopper(frozenset(_ids("eos", eos)), tuple(sequences), tuple(strings), tokenizer)
 
@@ -214,7 +216,11 @@ def _ids(argument: str, items: Iterable) -> tuple[int, ...]:
     try:
         ids = tuple(operator.index(item) for item in items)
     except TypeError:
-        raise TypeError(f"submit: {argument} must be made of token ids, got {items!r}") from None
+        raise TypeError(
+            f"Relay.submit: {argument} must be made of token ids, got {items!r}"
+        ) from None
     if any(id < 0 for id in ids):
-        raise ValueError(f"submit: {argument} must be made of token ids >= 0, got {list(ids)}")
+        raise ValueError(
+            f"Relay.submit: {argument} must be made of token ids >= 0, got {list(ids)}"
+        )
     return ids

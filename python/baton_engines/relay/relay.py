@@ -196,7 +196,7 @@ class Relay(RelayState):
             RuntimeError: the relay is closed.
         """
         if self._closed:
-            raise RuntimeError("submit: relay must be open, got a closed one")
+            raise RuntimeError("Relay.submit: relay must be open, got a closed one")
         query = Query(
             self._next_id,
             self._clock(),
@@ -329,7 +329,7 @@ class Relay(RelayState):
             Exception: see `stream`.
         """
         if self._tokenizer is None:
-            raise ValueError("stream_text: relay must have a tokenizer, got none")
+            raise ValueError("Relay.stream_text: relay must have a tokenizer, got none")
         return text_of(query, self._tokenizer, lambda: self._step_for(query))
 
     def cancel(self, query: Query) -> bool:
@@ -376,7 +376,7 @@ class Relay(RelayState):
         """
         num_slots = operator.index(num_slots)
         if num_slots < 1:
-            raise ValueError(f"resize: num_slots must be >= 1, got {num_slots}")
+            raise ValueError(f"Relay.resize: num_slots must be >= 1, got {num_slots}")
         self._batch.resize(num_slots)
 
     def close(self) -> None:
@@ -396,13 +396,14 @@ class Relay(RelayState):
         self._held.clear()
         if not self._loop.iterate() and not query.ended:
             raise RuntimeError(
-                f"stream: query {query.id} must be resumed to go on, got status {query.status!r}"
+                f"Relay.stream: query {query.id} must be resumed to go on, got "
+                f"status {query.status!r}"
             )
 
     def _between_steps(self, where: str) -> None:
         if self._loop.stepping:
             raise RuntimeError(
-                f"{where}: relay must be between two steps, got a call from a callback"
+                f"Relay.{where}: relay must be between two steps, got a call from a callback"
             )
 
     def _note_end(self, query: Query) -> None:

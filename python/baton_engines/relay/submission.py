@@ -97,13 +97,15 @@ def fill_query(
     total = len(query.prompt) + query.max_new_tokens
     if total > limits.capacity:
         raise ValueError(
-            f"submit: prompt + max_new_tokens must be at most the capacity {limits.capacity}, "
+            "Relay.submit: prompt + max_new_tokens must be at most the capacity "
+            f"{limits.capacity}, "
             f"got {len(query.prompt)} + {query.max_new_tokens} = {total}"
         )
     needed = query.max_cached * limits.bytes_per_token
     if limits.kv_budget is not None and needed > limits.kv_budget:
         raise ValueError(
-            f"submit: prompt + max_new_tokens must fit the KV budget of {limits.kv_budget} bytes, "
+            "Relay.submit: prompt + max_new_tokens must fit the KV budget of "
+            f"{limits.kv_budget} bytes, "
             f"got {len(query.prompt)} + {query.max_new_tokens} with up to {needed} bytes"
         )
     query.priority = _priority(priority)
@@ -114,7 +116,7 @@ def fill_query(
     query._stopper = make_stopper(eos, stop, query._tokenizer)
     if query._on_text is not None:
         if query._tokenizer is None:
-            raise ValueError("submit: on_text must be None when the relay has no tokenizer")
+            raise ValueError("Relay.submit: on_text must be None when the relay has no tokenizer")
         query._pieces = TextPieces(query._stopper)
     options = make_options(limits.vocab_size, defaults.fill(sampling, len(query.prompt)))
     query._sampler = Sampler(options, query.id, query.prompt, query._stopper.eos)
@@ -124,7 +126,8 @@ def fill_query(
 def _prompt(token_ids, vocab_size: int) -> list[int]:
     if isinstance(token_ids, str):
         raise TypeError(
-            f"submit: token_ids must be integers, got text {token_ids[:40]!r}; tokenize it first"
+            "Relay.submit: token_ids must be integers, got text "
+            f"{token_ids[:40]!r}; tokenize it first"
         )
     try:
         # Tensors and arrays give Python numbers at once, which is much faster than one by one.
@@ -132,14 +135,16 @@ def _prompt(token_ids, vocab_size: int) -> list[int]:
         prompt = [operator.index(token) for token in items]
     except TypeError:
         raise TypeError(
-            f"submit: token_ids must be a sequence of integers, got {_shorten(token_ids)}"
+            f"Relay.submit: token_ids must be a sequence of integers, got {_shorten(token_ids)}"
         ) from None
     if not prompt:
-        raise ValueError("submit: token_ids must hold at least one token, got an empty prompt")
+        raise ValueError(
+            "Relay.submit: token_ids must hold at least one token, got an empty prompt"
+        )
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         index = next(i for i, token in enumerate(prompt) if not 0 <= token < vocab_size)
         raise ValueError(
-            f"submit: token_ids must be in the vocabulary [0, {vocab_size}), "
+            f"Relay.submit: token_ids must be in the vocabulary [0, {vocab_size}), "
             f"got {prompt[index]} at index {index}"
         )
     return prompt
@@ -150,10 +155,10 @@ def _count(max_new_tokens: int) -> int:
         count = operator.index(max_new_tokens)
     except TypeError:
         raise TypeError(
-            f"submit: max_new_tokens must be an integer, got {max_new_tokens!r}"
+            f"Relay.submit: max_new_tokens must be an integer, got {max_new_tokens!r}"
         ) from None
     if count < 1:
-        raise ValueError(f"submit: max_new_tokens must be >= 1, got {count}")
+        raise ValueError(f"Relay.submit: max_new_tokens must be >= 1, got {count}")
     return count
 
 
@@ -161,9 +166,11 @@ def _priority(priority: float) -> float:
     try:
         number = float(priority)
     except (TypeError, ValueError):
-        raise TypeError(f"submit: priority must be a number, got {_shorten(priority)}") from None
+        raise TypeError(
+            f"Relay.submit: priority must be a number, got {_shorten(priority)}"
+        ) from None
     if not math.isfinite(number):
-        raise ValueError(f"submit: priority must be finite, got {priority}")
+        raise ValueError(f"Relay.submit: priority must be finite, got {priority}")
     return number
 
 

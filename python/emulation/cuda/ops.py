@@ -314,4 +314,4 @@ def check(function):
     """The checks of an op, which its module keeps beside it."""
     import sys
 
-    return sys.modules[function.__module__]._check
+    return sys.modules[function.__module__].check_arguments
