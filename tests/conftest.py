@@ -119,8 +119,9 @@ def _turn(request: pytest.FixtureRequest) -> Iterator[None]:
     if not hasattr(request.config, "workerinput"):
         yield
         return
-    folder = request.getfixturevalue("tmp_path_factory").getbasetemp().parent
-    with turns.turn(folder, request.node.get_closest_marker("alone") is not None):
+    with turns.turn(
+        turns.run_folder(request), request.node.get_closest_marker("alone") is not None
+    ):
         yield
 
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from turns import made_once
 
 from bench.gpu_day import carried, ncu
 from bench.gpu_day.record import Record
@@ -138,31 +139,38 @@ def test_a_case_that_raises_is_a_row(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Every stage on the CPU, through the command."""
-    folder = tmp_path_factory.mktemp("day")
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu_day", "--device", "cpu", "--minutes", "60",
-         "--patience", "10", "--output", folder],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
-    record = json.loads((folder / "results.json").read_text())
-    return {entry["stage"]: entry for entry in record["stages"]}, done, folder
+def results(request):
+    """Every stage on the CPU, through the command: stages, its status and output, its folder."""
+
+    def run(folder):
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.gpu_day", "--device", "cpu", "--minutes", "60",
+             "--patience", "10", "--output", folder / "output"],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+        )  # fmt: skip
+        (folder / "done.json").write_text(json.dumps([done.returncode, done.stdout]))
+
+    folder = made_once(request, "gpu_day", run)
+    record = json.loads((folder / "output" / "results.json").read_text())
+    done = json.loads((folder / "done.json").read_text())
+    return {entry["stage"]: entry for entry in record["stages"]}, done, folder / "output"
 
 
+@pytest.mark.slow
 def test_the_command_runs_every_stage(results):
-    entries, done, folder = results
+    entries, (code, printed), folder = results
     assert list(entries) == [stage.name for stage in STAGES]
     states = {name: entry["state"] for name, entry in entries.items()}
     skipped = {"sanitizer", "ncu"} | ({"amx"} if states["amx"] == "skipped" else set())
     assert states == {name: "skipped" if name in skipped else "ok" for name in states}, (
         folder / "logs.txt"
     ).read_text()
-    assert done.returncode == 0
-    assert (folder / "table.txt").read_text().strip() in done.stdout
+    assert code == 0
+    assert (folder / "table.txt").read_text().strip() in printed
     assert len(list(folder.iterdir())) <= 8
 
 
+@pytest.mark.slow
 def test_what_the_stages_find(results):
     entries, _, _ = results
     assert entries["probe"]["headline"].endswith("14 calls right, 0 wrong")
