@@ -86,7 +86,6 @@ struct DirectProducts {
   static void weigh_groups(int count, const BlockRows& values, Softmax& softmax,
                            AttentionScratch& scratch) {
     int64_t k = values.first;
-    begin_block(count, attention_sums(values.dim), scratch);
     if (k + kGroupRows <= values.count) touch_group<kDim>(values, k);
     for (; k + kGroupRows <= values.count; k += kGroupRows) {
       softmax.until(k + kGroupRows);
@@ -97,7 +96,6 @@ struct DirectProducts {
       softmax.until(k + 1);
       weigh_group<1, kDim>(count, values, k, scratch);
     }
-    end_block(count, attention_sums(values.dim), scratch);
   }
 
   // A group uses its lines down the rows, an order that the hardware does not foresee: they are
@@ -120,7 +118,8 @@ struct DirectProducts {
                                        AttentionScratch& scratch) {
     for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
       const auto rows = [&]<bool kAsk>() {
-        weigh_rows<kPairs, kQueries, kDim, kAsk>(scratch.scores + m, k, values, scratch.block + m);
+        weigh_rows<kPairs, kQueries, kDim, kAsk>(scratch.scores + m, k, values,
+                                                 Sums{scratch.out, scratch.block} + m);
       };
       m == 0 ? rows.template operator()<true>() : rows.template operator()<false>();
     });
@@ -129,13 +128,14 @@ struct DirectProducts {
   // kAsk: whether the rows ask for others, spread over the steps through head_dim.
   template <int kPairs, int kQueries, int kDim, bool kAsk>
   static BATON_INLINE void weigh_rows(const float (*p)[kBlockKeys], int64_t k,
-                                      const BlockRows& values, Matrix block) {
+                                      const BlockRows& values, Sums to) {
     constexpr int kSteps = kDim == 0 ? 1 : kDim / kPairStep;
     constexpr int kAskRows = 2 * kPairs / kSteps > 0 ? 2 * kPairs / kSteps : 1;
     const BFloat16* rows = values.data + k * values.stride;
     const int64_t stride = values.stride, dim = kDim != 0 ? kDim : values.dim;
     // The row behind an odd count is not read: it is padding or another row's.
     const bool alone = k + 1 == values.count;
+    const bool is_first = k == values.first, is_last = k + 2 * kPairs >= values.count;
     Pairs weight[kQueries][kPairs];
     BATON_UNROLL
     for (int m = 0; m < kQueries; ++m) {
@@ -146,8 +146,8 @@ struct DirectProducts {
       Vec low[kQueries], high[kQueries];
       BATON_UNROLL
       for (int m = 0; m < kQueries; ++m) {
-        low[m] = load(&block[m][d]);
-        high[m] = load(&block[m][d + kLanes]);
+        low[m] = is_first ? zero() : load(&to.block[m][d]);
+        high[m] = is_first ? zero() : load(&to.block[m][d + kLanes]);
       }
       BATON_UNROLL
       for (int j = 0; j < kPairs; ++j) {
@@ -162,8 +162,13 @@ struct DirectProducts {
       }
       BATON_UNROLL
       for (int m = 0; m < kQueries; ++m) {
-        store(&block[m][d], low[m]);
-        store(&block[m][d + kLanes], high[m]);
+        if (is_last) {
+          store(&to.out[m][d], load(&to.out[m][d]) + low[m]);
+          store(&to.out[m][d + kLanes], load(&to.out[m][d + kLanes]) + high[m]);
+        } else {
+          store(&to.block[m][d], low[m]);
+          store(&to.block[m][d + kLanes], high[m]);
+        }
       }
     };
     int64_t d = 0;

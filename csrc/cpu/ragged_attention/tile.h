@@ -51,7 +51,7 @@ struct AttentionScratch {
   alignas(64) float sum[kMaxQueries][kLanes];       // in lanes until the segment's last block
   float maximum[kMaxQueries];
   const Matrix out, merged;  // sums of the segment, and of the segments before
-  const Matrix block;        // sums of one block; decode only
+  const Matrix block;        // sums of a block so far; decode only
   const Matrix query;        // prepared for the scores
   const Matrix values;       // prefill only
   int tile_vectors = 0;      // what AMX tiles are configured for

@@ -17,17 +17,25 @@ struct Columns {
   int64_t begin, end;
 };
 
+// Where a block's sums go: what its rows have added up to waits in `block` until the last of them,
+// and is then added to `out`.
+struct Sums {
+  Matrix out, block;
+
+  BATON_INLINE Sums operator+(int64_t m) const { return {out + m, block + m}; }
+};
+
 // out[m][d ..] += sum_k p[m][k] value[k][d ..] over these rows, for kQueries query vectors and
-// kVecs vectors of d; before(k) comes before row k. kGoesOn: the sums go on in out, term by term.
-template <typename T, int kQueries, int kVecs, bool kGoesOn, typename Before>
-BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values, Columns rows,
-                        Matrix out, int64_t d, Before&& before) {
+// kVecs vectors of d; before(k) comes before row k.
+template <typename T, int kQueries, int kVecs, typename Before>
+BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values, Columns rows, Sums to,
+                        int64_t d, Before&& before) {
   Vec sums[kQueries][kVecs] = {};
-  if constexpr (kGoesOn) {
+  if (rows.begin > values.first) {
     BATON_UNROLL
     for (int m = 0; m < kQueries; ++m) {
       BATON_UNROLL
-      for (int i = 0; i < kVecs; ++i) sums[m][i] = load(&out[m][d + i * kLanes]);
+      for (int i = 0; i < kVecs; ++i) sums[m][i] = load(&to.block[m][d + i * kLanes]);
     }
   }
   const T* value = values.data + rows.begin * values.stride + d;
@@ -43,42 +51,51 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values, Col
       for (int i = 0; i < kVecs; ++i) sums[m][i] = fmadd(weight, v[i], sums[m][i]);
     }
   }
+  const bool is_last = rows.end == values.count;
   BATON_UNROLL
   for (int m = 0; m < kQueries; ++m) {
     BATON_UNROLL
     for (int i = 0; i < kVecs; ++i) {
-      float* total = &out[m][d + i * kLanes];
-      store(total, kGoesOn ? sums[m][i] : load(total) + sums[m][i]);
+      if (is_last) {
+        float* total = &to.out[m][d + i * kLanes];
+        store(total, load(total) + sums[m][i]);
+      } else {
+        store(&to.block[m][d + i * kLanes], sums[m][i]);
+      }
     }
   }
 }
 
 // The same for the last elements of head_dim, fewer than a vector.
-template <typename T, int kQueries, bool kGoesOn>
+template <typename T, int kQueries>
 BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const Rows<T>& values, Columns rows,
-                             Matrix out, int64_t d) {
+                             Sums to, int64_t d) {
   for (int m = 0; m < kQueries; ++m) {
-    Vec sum = kGoesOn ? load(&out[m][d]) : zero();
+    Vec sum = rows.begin > values.first ? load(&to.block[m][d]) : zero();
     for (int64_t k = rows.begin; k < rows.end; ++k) {
       sum = fmadd(set1(p[m][k]), load_partial(values.data + k * values.stride + d, values.dim - d),
                   sum);
     }
-    store(&out[m][d], kGoesOn ? sum : load(&out[m][d]) + sum);
+    if (rows.end == values.count) {
+      store(&to.out[m][d], load(&to.out[m][d]) + sum);
+    } else {
+      store(&to.block[m][d], sum);
+    }
   }
 }
 
 // All of head_dim, kVecs vectors of it at a time.
-template <typename T, int kQueries, int kVecs, bool kGoesOn, typename Before>
+template <typename T, int kQueries, int kVecs, typename Before>
 BATON_INLINE void weigh_columns(const float (*p)[kBlockKeys], const Rows<T>& values, Columns rows,
-                                Matrix out, Before&& before) {
+                                Sums to, Before&& before) {
   int64_t d = 0;
   for (; d + kVecs * kLanes <= values.dim; d += kVecs * kLanes) {
-    weigh<T, kQueries, kVecs, kGoesOn>(p, values, rows, out, d, before);
+    weigh<T, kQueries, kVecs>(p, values, rows, to, d, before);
   }
   for (; d + kLanes <= values.dim; d += kLanes) {
-    weigh<T, kQueries, 1, kGoesOn>(p, values, rows, out, d, before);
+    weigh<T, kQueries, 1>(p, values, rows, to, d, before);
   }
-  if (d < values.dim) weigh_rest<T, kQueries, kGoesOn>(p, values, rows, out, d);
+  if (d < values.dim) weigh_rest<T, kQueries>(p, values, rows, to, d);
 }
 
 // Many query vectors: each pass over the block's rows serves as many sums as there are registers.
@@ -87,23 +104,9 @@ template <typename T, typename Stored>
 void weigh_packed(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
                   const Rows<Stored>& stored, Matrix out) {
   for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
-    weigh_columns<T, kQueries, kPackedVecs, false>(p + m, values, {values.first, values.count},
-                                                   out + m, stored.share(m, kQueries, count));
+    weigh_columns<T, kQueries, kPackedVecs>(p + m, values, {values.first, values.count},
+                                            {out + m, {}}, stored.share(m, kQueries, count));
   });
-}
-
-static inline void begin_block(int count, int64_t dim, AttentionScratch& scratch) {
-  for (int m = 0; m < count; ++m) {
-    for (int64_t d = 0; d < dim; d += kLanes) store(&scratch.block[m][d], zero());
-  }
-}
-
-static inline void end_block(int count, int64_t dim, AttentionScratch& scratch) {
-  for (int m = 0; m < count; ++m) {
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      store(&scratch.out[m][d], load(&scratch.out[m][d]) + load(&scratch.block[m][d]));
-    }
-  }
 }
 
 // Few query vectors. Where all sums find registers the block is streamed; else sixteen rows at a
@@ -112,19 +115,18 @@ static inline void end_block(int count, int64_t dim, AttentionScratch& scratch) 
 template <typename T, typename Softmax>
 void weigh_direct(int count, const Rows<T>& values, Softmax& softmax, AttentionScratch& scratch) {
   const float (*p)[kBlockKeys] = scratch.scores;
+  const Sums to{scratch.out, scratch.block};
   if (values.dim == kPackedVecs * kLanes && count <= kDirectTile) {
     const auto before = [&](int64_t k) BATON_INLINE_LAMBDA {
       softmax.until(k + 1);
       values.template used<1>(k);
     };
     dispatch_int<1, 2, 3, 4>(count, [&]<int kQueries>() {
-      weigh<T, kQueries, kPackedVecs, false>(p, values, {values.first, values.count}, scratch.out,
-                                             0, before);
+      weigh<T, kQueries, kPackedVecs>(p, values, {values.first, values.count}, to, 0, before);
     });
     return;
   }
   constexpr int64_t kColumns = 16;
-  begin_block(count, values.dim, scratch);
   for (int64_t k = values.first; k < values.count; k += kColumns) {
     const Columns rows{k, values.count - k < kColumns ? values.count : k + kColumns};
     softmax.until(rows.end);
@@ -137,11 +139,9 @@ void weigh_direct(int count, const Rows<T>& values, Softmax& softmax, AttentionS
           values.template used<2>(row - row % 2);
         }
       };
-      weigh_columns<T, kQueries, 2 * kPackedVecs, true>(p + m, values, rows, scratch.block + m,
-                                                        before);
+      weigh_columns<T, kQueries, 2 * kPackedVecs>(p + m, values, rows, to + m, before);
     });
   }
-  end_block(count, values.dim, scratch);
 }
 
 template <typename T>
