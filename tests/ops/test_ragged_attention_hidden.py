@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from baton_kernels import reference
+from baton_kernels import reference, triton
 from baton_kernels.testing import (
     DTYPES,
     assert_accurate,
@@ -19,8 +19,8 @@ from baton_kernels.testing import (
 
 @pytest.fixture(autouse=True)
 def _only_where_the_rules_hold(request):
-    if not request.node.callspec.params["ops"].name.startswith("cpu-"):
-        pytest.skip("the CUDA and Triton kernels do not have these rules yet")
+    if "cuda" in request.node.callspec.params["ops"].name:
+        pytest.skip("the CUDA kernels do not have these rules yet")
 
 
 # Query tokens, length, (num_heads, num_kv_heads), head_dim, options, the poisoned key.
@@ -54,6 +54,8 @@ def sees_key(tokens, length, key, *, causal=True, window=None):
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_keys_are_not_read(ops, name, what, dtype):
     """The tokens that see the poison get what the reference says, the others the bits without."""
+    if ops is triton:
+        pytest.skip("Triton's products still take hidden values, which spoil them if not finite")
     tokens, length, (num_heads, num_kv_heads), head_dim, options, key = HIDDEN[name]
     (row,) = random_rows(
         [tokens], [length], num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,

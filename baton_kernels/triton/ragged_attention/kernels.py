@@ -81,7 +81,7 @@ def _attend(
             score = softcap * tanh(score)
         distance = position[:, None] - key_position[None, :]
         if alibi_ptr is not None:
-            score -= slope[:, None] * distance.to(tl.float32)
+            score -= slope[:, None] * tl.abs(distance).to(tl.float32)
         visible = inside[None, :] & (position >= 0)[:, None]
         if IS_CAUSAL:
             visible &= distance >= 0
@@ -104,10 +104,14 @@ def _attend(
 
 @triton.jit
 def _finish(
-    out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, num_heads, peak, total, out,
+    out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, position, num_heads, peak, total, out,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Normalizes, with the sink as one more logit that has no value, and writes the result."""
+    """Normalizes, with the sink as one more logit that has no value, and writes the result.
+
+    Only a position below 0 sees nothing. Where all scores are -inf the total is 0 without a sink,
+    and the result NaN, as of torch.softmax.
+    """
     lse_at = token * num_heads + head
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, mask=is_vector, other=float("-inf"))
@@ -118,16 +122,17 @@ def _finish(
         out *= fade[:, None]
     else:
         base = tl.where(peak == float("-inf"), 0.0, peak)
-    seen = total > 0.0
-    divisor = tl.where(seen, total, 1.0)
+    sees = position >= 0
     if HAS_LSE:
-        lse = tl.where(seen, (base + tl.log2(divisor)) * LN_2, float("-inf"))
+        is_empty = total == 0.0
+        lse = (base + tl.log2(tl.where(is_empty, 1.0, total))) * LN_2
+        lse = tl.where(is_empty, float("-inf"), lse)
         if sinks_ptr is not None:
-            # Exactly the sink, without a way through base 2.
-            lse = tl.where(peak == float("-inf"), sink, lse)
+            # Exactly the sink, without a way through base 2; a NaN score has left its own total.
+            lse = tl.where((peak == float("-inf")) & (total == total), sink, lse)
         tl.store(lse_ptr + lse_at, lse, mask=is_vector)
     d = tl.arange(0, BLOCK_D)
-    out = tl.where(seen[:, None], out / divisor[:, None], 0.0)
+    out = tl.where(sees[:, None], out / tl.where(sees, total, 1.0)[:, None], 0.0)
     tl.store(
         out_ptr + lse_at[:, None] * HEAD_DIM + d[None, :],
         narrow(out, out_ptr.dtype.element_ty),
@@ -182,8 +187,8 @@ def attend_few_kernel(
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if num_splits == 1:
-        _finish(out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, num_kv_heads * GROUP,
-                peak, total, out, HEAD_DIM, BLOCK_D, HAS_LSE)  # fmt: skip
+        _finish(out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, position,
+                num_kv_heads * GROUP, peak, total, out, HEAD_DIM, BLOCK_D, HAS_LSE)  # fmt: skip
     else:
         d = tl.arange(0, BLOCK_D)
         at = ((row * num_kv_heads + kv_head) * splits + split) * FEW + vector
@@ -236,8 +241,9 @@ def merge_splits_kernel(
                      split_out * split_fade[:, None])  # fmt: skip
         peak = higher
     _finish(out_ptr, lse_ptr, sinks_ptr, (first + vector // GROUP).to(tl.int64),
-            kv_head * GROUP + vector % GROUP, is_vector, num_kv_heads * GROUP, peak, total, out,
-            HEAD_DIM, BLOCK_D, HAS_LSE)  # fmt: skip
+            kv_head * GROUP + vector % GROUP, is_vector,
+            tl.where(is_vector, length - count + vector // GROUP, -1), num_kv_heads * GROUP,
+            peak, total, out, HEAD_DIM, BLOCK_D, HAS_LSE)  # fmt: skip
 
 
 @triton.jit
@@ -301,5 +307,5 @@ def attend_many_kernel(
         score_scale, softcap, window, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HEAD_DIM, BLOCK_D,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    _finish(out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, num_kv_heads * GROUP,
-            peak, total, out, HEAD_DIM, BLOCK_D, HAS_LSE)  # fmt: skip
+    _finish(out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, position,
+            num_kv_heads * GROUP, peak, total, out, HEAD_DIM, BLOCK_D, HAS_LSE)  # fmt: skip
