@@ -231,7 +231,7 @@ def parametrized():
             "peft.tuners.lora.layer.Linear; merge the adapter first: "
             "model = model.merge_and_unload()",
         ),
-        (wrapped, "model must be a LlamaForCausalLM, got peft.peft_model.PeftModelForCausalLM; me"),
+        (wrapped, "got peft.peft_model.PeftModelForCausalLM; merge the adapter first: model = "),
         (offloaded, "got another forward on model.layers.1.mlp"),
         (subclassed_weight, "lm_head.weight must be a plain Parameter, got torchao.quantization.I"),
         (parametrized, "model.layers.0.mlp.up_proj must be a plain Linear, got torch.nn.utils.pa"),

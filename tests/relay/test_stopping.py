@@ -125,8 +125,12 @@ def test_any_piece_of_the_text_stops_at_its_first_occurrence(kind, seed, begin, 
     stop = whole[begin : begin + length]
     if not stop or "\ufffd" in stop:
         return
+    # A decoder of SentencePiece takes the space off the first word. A stop string may begin with
+    # it, but not be that space and nothing else.
+    lost = " " if tokenizer.convert_ids_to_tokens(tokens[0]).startswith("\u2581") else ""
     count, reason, text = run_stopper(tokenizer, tokens, stop)
-    assert (reason, text) == ("stop", whole[: whole.index(stop)])
+    begin = (lost + whole).index(stop, 0 if len(stop) > 1 else len(lost))
+    assert (reason, text) == ("stop", whole[: max(0, begin - len(lost))])
     assert stop not in decode_text(tokenizer, tokens[: count - 1])
 
 
