@@ -17,7 +17,11 @@ from emulation.tools import tool
 THREADS = {"append_kv": 128, "extract_kv": 128, "insert_kv": 128, "merge": 128, "move_kv": 128}
 # `fill_indices` writes a few numbers and reads none.
 OTHERS = ("attention", "fill_indices")
-COPIES = [s for s in cuda_static.SOURCES if not any(part in s.stem for part in OTHERS)]
+COPIES = [
+    source
+    for source in cuda_static.SOURCES
+    if source.parent.name == "cuda" and not any(part in source.stem for part in OTHERS)
+]
 COPIES += [source for source in cuda_static.SOURCES if source.stem == "merge_attention"]
 
 
@@ -107,7 +111,7 @@ def test_decode_step_meets_its_targets():
     assert counts.all_wavefronts <= 1.1 * counts.ideal_wavefronts
 
 
-ATTENTION = [source for source in cuda_static.SOURCES if "ragged_attention" in source.stem]
+ATTENTION = [s for s in cuda_static.SOURCES if s.parent.name == "ragged_attention"]
 
 
 @pytest.mark.parametrize("source", cuda_static.SOURCES, ids=lambda source: source.stem)
@@ -146,7 +150,7 @@ def test_decode_has_loads_on_their_way_all_the_time():
     """Data allow 36 KB at any moment and 64 KB on average. Warps that wait for keys and values
     together have none on their way just then, and 32 KB on average, which is what an A100 and an
     H100 need and more."""
-    source = next(s for s in cuda_static.SOURCES if s.stem == "ragged_attention_bfloat16")
+    source = next(s for s in cuda_static.SOURCES if s.stem == "bfloat16")
     for kernel in compile_kernels(source):
         if kernel.architecture in (80, 90, 100) and re.search(
             r"decode_kernel<\w+, 128, 1>", kernel.name
