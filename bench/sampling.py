@@ -17,7 +17,8 @@ import torch
 
 from baton_engines import Relay, load_model
 from baton_engines.cli.prompts_io import demo_prompts
-from baton_engines.query.sampling import Sampler, choose
+from baton_engines.query.sampler import Sampler
+from baton_engines.query.sampling import choose
 from baton_engines.query.sampling_options import SamplingOptions
 from bench import describe_run, spread
 

@@ -133,6 +133,43 @@ def test_a_cycle_is_found(tmp_path):
     assert structure.find_cycles(graph) == [["p.a", "p.b", "p.c"]]
 
 
+# Of namedtuple, torch and transformers, where nothing public says the same.
+FOREIGN_PRIVATE = {
+    "_replace",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_dynamo",
+    "_attn_implementation",
+}
+
+
+def private_names(source):
+    """Private attributes of other objects than self that a module uses and does not define."""
+    own, used = set(FOREIGN_PRIVATE), {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+            of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            if not of_self:
+                used[node.attr] = node.lineno
+            elif isinstance(node.ctx, ast.Store):
+                own.add(node.attr)
+    return {name: line for name, line in used.items() if name not in own}
+
+
+def test_private_names_of_the_engines_stay_in_their_module():
+    folder = ROOT / "python" / "baton_engines"
+    found = {path: private_names(path.read_text()) for path in folder.rglob("*.py")}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_a_private_name_of_another_module_is_found():
+    twin = "class A:\n    def f(self, a):\n        self._x = a._x\n        a._y = 1\n"
+    assert private_names(twin) == {"_y": 4}
+    assert private_names("def f(query):\n    return query._sampler\n") == {"_sampler": 2}
+
+
 def test_reference_imports_torch_alone():
     for path in (PACKAGE / "reference").glob("*.py"):
         for name in imports(path):

@@ -16,7 +16,8 @@ from transformers import (
 from baton_engines import Relay
 from baton_engines.query.generation_defaults import GenerationDefaults
 from baton_engines.query.logit_rules import LogitRules, apply_rules
-from baton_engines.query.sampling import Sampler, candidates, choose
+from baton_engines.query.sampler import Sampler
+from baton_engines.query.sampling import candidates, choose
 from baton_engines.query.sampling_options import SamplingOptions, make_options
 from baton_engines.testing import FakeLlama
 from baton_engines.testing.small_llama import small_llama
@@ -208,15 +209,17 @@ def test_the_config_says_whether_to_sample():
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8)
     with Relay(model, 1) as relay:
         query = relay.submit([1], max_new_tokens=2)
-        options = query._sampler.options
+        options = query.serving.sampler.options
         # top_k is 50 in `generate`, if nobody says anything.
         assert (options.temperature, options.top_p, options.top_k) == (0.7, 0.8, 50)
-        options = relay.submit([1], max_new_tokens=2, temperature=0)._sampler.options
+        options = relay.submit([1], max_new_tokens=2, temperature=0).serving.sampler.options
         assert options.greedy
-        options = relay.submit([1], max_new_tokens=2, temperature=1.2, top_p=1.0)._sampler.options
+        options = relay.submit(
+            [1], max_new_tokens=2, temperature=1.2, top_p=1.0
+        ).serving.sampler.options
         assert (options.temperature, options.top_p, options.top_k) == (1.2, 1.0, 0)
     with Relay(model, 1, generation_config=GenerationConfig()) as relay:
-        assert relay.submit([1], max_new_tokens=2)._sampler.options == SamplingOptions()
+        assert relay.submit([1], max_new_tokens=2).serving.sampler.options == SamplingOptions()
 
 
 def test_the_config_says_how_long_answers_are():

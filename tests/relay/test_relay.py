@@ -341,4 +341,8 @@ def test_an_ended_query_keeps_results_only(model):
     del callback
     gc.collect()
     assert gone() is None
-    assert query._sampler is query._stopper is query._parked_kv is None
+    assert query.parked_kv is None
+    with pytest.raises(
+        RuntimeError, match="Query.serving: query 0 must be served, got status .finished"
+    ):
+        _ = query.serving

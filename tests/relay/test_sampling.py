@@ -6,8 +6,11 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from baton_engines.query.sampling import Sampler, candidates, choose_next, draw_tokens
+from baton_engines.query.sampler import Sampler
+from baton_engines.query.sampling import candidates, choose_next, draw_tokens
 from baton_engines.query.sampling_options import SamplingOptions
+from baton_engines.query.serving import Serving
+from baton_engines.query.stopping import Stopper
 from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
 from baton_kernels.testing import cpu_threads
@@ -32,7 +35,7 @@ class Waiting:
 
     def __init__(self, tokens=(), **options):
         self.tokens = list(tokens)
-        self._sampler = Sampler(SamplingOptions(**options))
+        self.serving = Serving(Sampler(SamplingOptions(**options)), Stopper())
 
 
 def test_greedy_is_the_arg_max_and_says_what_is_not_finite():

@@ -187,7 +187,7 @@ def test_the_tokens_that_end_an_answer():
         assert (query.finish_reason, len(query.tokens)) == ("eos", 5)
     relay = Relay(Speaker(tokens, vocab_size=EOS + 1, eos=7), 1, 512, tokenizer=tokenizer)
     query = relay.submit([1], max_new_tokens=1)
-    assert query._stopper.eos == {7, EOS}
+    assert query.serving.stopper.eos == {7, EOS}
 
 
 # Callbacks

@@ -174,7 +174,7 @@ class RelayMachine(RuleBasedStateMachine):
         used = sum(shape.length(slot) for slot in shape.used)
         assert relay.cache.bytes_in_use == used * relay.cache.bytes_per_token
         assert relay.cache.bytes_in_use <= (self.settings["kv_budget"] or relay.cache.bytes_in_use)
-        parked = [query for query in self.queries if query._parked_kv is not None]
+        parked = [query for query in self.queries if query.parked_kv is not None]
         assert all(query.slot is None and not query.ended for query in parked)
         assert relay.parked_bytes == sum(q.cached for q in parked) * relay.cache.bytes_per_token
         for query in self.queries:

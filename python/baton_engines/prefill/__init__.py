@@ -4,13 +4,13 @@
 "apart": by other processes, which hand keys and values over in shared memory.
 """
 
-from .base import Job, Prefiller, Worker
+from .base import Job, Prefilled, Prefiller, Worker
 from .overlapped import Overlapped
 from .serial import Serial
 
 NAMES = ("serial", "overlapped", "apart")
 
-__all__ = ["NAMES", "Job", "Overlapped", "Prefiller", "Serial", "Worker", "get"]
+__all__ = ["NAMES", "Job", "Overlapped", "Prefilled", "Prefiller", "Serial", "Worker", "get"]
 
 
 def get(mode: str | Prefiller, **options) -> Prefiller:

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -67,6 +68,7 @@ class Apart(Prefiller):
                 raise ValueError(f"Apart: {name} must be > 0 seconds, got {seconds}")
         self.timeout = timeout
         self.start_timeout = start_timeout
+        self._workers: list[_ProcessWorker] = []
 
     def make_workers(self, model, threads: int) -> list[Worker]:
         """One process's worker each, on one copy of the model's weights."""
@@ -80,13 +82,16 @@ class Apart(Prefiller):
             )
         weights = _ModelFile(model)
         timeouts = (self.timeout, self.start_timeout)
-        return [_ProcessWorker(weights, threads, *timeouts) for _ in range(self.num_workers)]
+        self._workers = [
+            _ProcessWorker(weights, threads, *timeouts) for _ in range(self.num_workers)
+        ]
+        return list(self._workers)
 
     @property
     def process_ids(self) -> list[int]:
         """Of the processes that live."""
-        workers = self._desk.workers if self._desk is not None else ()
-        return [worker.process.pid for worker in workers if worker.process is not None]
+        links = [worker.link for worker in self._workers]
+        return [link.process.pid for link in links if link is not None]
 
 
 class _ModelFile:
@@ -95,6 +100,7 @@ class _ModelFile:
     def __init__(self, model):
         self.sizes = Sizes.of(model)
         self.file = os.memfd_create("baton-model")
+        self._is_open = True
         try:
             with open(self.file, "wb", closefd=False) as stream:
                 torch.save(model, stream)
@@ -103,9 +109,16 @@ class _ModelFile:
             raise
 
     def close(self) -> None:
-        if self.file is not None:
+        if self._is_open:
+            self._is_open = False
             os.close(self.file)
-            self.file = None
+
+
+class _Link(NamedTuple):
+    """A process and this side of the socket to it."""
+
+    process: subprocess.Popen
+    socket: socket.socket
 
 
 class _ProcessWorker(Worker):
@@ -116,12 +129,13 @@ class _ProcessWorker(Worker):
         self._start_timeout = start_timeout
         self._failed_starts = 0
         self._stopped = False
-        self._socket: socket.socket | None = None
-        self.process: subprocess.Popen | None = None
+        self.link: _Link | None = None
 
     def start(self) -> None:
+        self._start()
+
+    def _start(self) -> _Link:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket = ours
         environment = {
             **os.environ,
             # What this process can import, the other one must.
@@ -134,18 +148,23 @@ class _ProcessWorker(Worker):
         with theirs:
             # A session of its own: a Ctrl-C at the terminal is for this process alone, and a worker
             # whose parent is gone sees it by the end of its socket. What it prints is no result.
-            self.process = subprocess.Popen(
-                [*command, *map(str, numbers)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=numbers[:2],
-                start_new_session=True,
-            )
+            try:
+                process = subprocess.Popen(
+                    [*command, *map(str, numbers)],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=numbers[:2],
+                    start_new_session=True,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self.link = link = _Link(process, ours)
         if self._stopped:
             self.stop()
         try:
-            answer = self._receive(self._start_timeout)
+            answer = self._receive(link, self._start_timeout)
         except WorkerLostError:
             self._end_process()
             self._failed_starts += 1
@@ -155,6 +174,7 @@ class _ProcessWorker(Worker):
             self._failed_starts += 1
             raise RuntimeError(f"Apart: worker process must start, got {answer['error']}")
         self._failed_starts = 0
+        return link
 
     def compute(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
         try:
@@ -168,21 +188,22 @@ class _ProcessWorker(Worker):
 
     def stop(self) -> None:
         self._stopped = True
-        process = self.process
-        if process is not None:
-            process.kill()
+        link = self.link
+        if link is not None:
+            link.process.kill()
 
     def close(self) -> None:
         self._end_process()
         self._model.close()
 
     def _ask(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
-        if self.process is None:
+        link = self.link
+        if link is None:
             if self._failed_starts >= _MAX_FAILED_STARTS:
                 raise WorkerLostError(
                     f"Apart: worker process could not be started {_MAX_FAILED_STARTS} times"
                 )
-            self.start()
+            link = self._start()
         lengths = [len(prompt) for prompt in prompts]
         file = os.memfd_create("baton-prefill")
         try:
@@ -190,8 +211,8 @@ class _ProcessWorker(Worker):
             handover.tokens.copy_(torch.tensor([token for prompt in prompts for token in prompt]))
             message = json.dumps({"lengths": lengths}).encode()
             try:
-                socket.send_fds(self._socket, [message], [file])
-                answer = self._receive(self._timeout)
+                socket.send_fds(link.socket, [message], [file])
+                answer = self._receive(link, self._timeout)
             except OSError as error:
                 self._end_process()
                 raise WorkerLostError(f"Apart: worker process was lost, {error!r}") from error
@@ -204,25 +225,24 @@ class _ProcessWorker(Worker):
             raise RuntimeError(f"Apart: worker process raised {answer['error']}")
         return Prefilled(handover.rows(), handover.logits)
 
-    def _receive(self, timeout: float) -> dict:
-        self._socket.settimeout(timeout)
+    @staticmethod
+    def _receive(link: _Link, timeout: float) -> dict:
+        link.socket.settimeout(timeout)
         try:
-            data = self._socket.recv(MAX_MESSAGE_BYTES)
+            data = link.socket.recv(MAX_MESSAGE_BYTES)
         except TimeoutError as error:
             raise WorkerLostError(
-                f"Apart: worker process {self.process.pid} must answer within {timeout} s"
+                f"Apart: worker process {link.process.pid} must answer within {timeout} s"
             ) from error
         except OSError as error:
             raise WorkerLostError(f"Apart: worker process was lost, {error!r}") from error
         if not data:
-            raise WorkerLostError(f"Apart: worker process {self.process.pid} ended")
+            raise WorkerLostError(f"Apart: worker process {link.process.pid} ended")
         return json.loads(data)
 
     def _end_process(self) -> None:
-        process, self.process = self.process, None
-        if process is not None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        link, self.link = self.link, None
+        if link is not None:
+            link.process.send_signal(signal.SIGKILL)
+            link.process.wait()
+            link.socket.close()

@@ -125,18 +125,26 @@ class Prefiller(ABC):
 
     def submit(self, job: Job) -> None:
         """Compute the job after those that came before it."""
-        self._desk.jobs.put(job)
+        self._open_desk().jobs.put(job)
 
     def wait(self, jobs: Sequence[Job], timeout: float | None = None) -> None:
         """Return when one of the jobs has ended, or after `timeout` seconds."""
-        with self._desk.change:
-            self._desk.change.wait_for(lambda: any(job.done for job in jobs), timeout)
+        change = self._open_desk().change
+        with change:
+            change.wait_for(lambda: any(job.done for job in jobs), timeout)
 
     def close(self) -> None:
         """Stop the workers; jobs that have not ended never will."""
         if self._desk is not None:
             self._finalizer()
             self._desk = None
+
+    def _open_desk(self) -> _Desk:
+        if self._desk is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: prefiller must be open, got one that is not"
+            )
+        return self._desk
 
 
 class _Desk:
@@ -211,7 +219,10 @@ def compute(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
     logits = model.forward(tokens, batch, cache, logits="last")
     rows = [
-        tuple(tensor[:, slot, :, :count].transpose(1, 2) for tensor in (cache.keys, cache.values))
+        (
+            cache.keys[:, slot, :, :count].transpose(1, 2),
+            cache.values[:, slot, :, :count].transpose(1, 2),
+        )
         for slot, count in enumerate(counts)
     ]
     return Prefilled(rows, logits)

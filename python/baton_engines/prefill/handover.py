@@ -48,6 +48,11 @@ class Handover:
         logits: float32 `[prompts, vocab]`.
     """
 
+    tokens: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    logits: torch.Tensor
+
     def __init__(self, file: int, sizes: Sizes, lengths: Sequence[int], *, create: bool = False):
         total = sum(lengths)
         packed = (sizes.num_layers, total, sizes.num_kv_heads, sizes.head_dim)
@@ -77,5 +82,5 @@ class Handover:
 
     def rows(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Key and value of every prompt."""
-        parts = (tensor.split(self._lengths, dim=1) for tensor in (self.key, self.value))
-        return list(zip(*parts, strict=True))
+        keys = self.key.split(self._lengths, dim=1)
+        return list(zip(keys, self.value.split(self._lengths, dim=1), strict=True))

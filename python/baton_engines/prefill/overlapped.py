@@ -28,9 +28,11 @@ class _ThreadWorker(Worker):
         self._model = model
         self._threads = threads
         device = torch.device(getattr(model, "device", "cpu"))
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # What the loop's thread enqueues later, the insertion, reads the keys and values.
-        self._reader = torch.cuda.current_stream(device) if self._stream is not None else None
+        # The worker's stream, and the one in which the loop's thread enqueues later what reads the
+        # keys and values, the insertion.
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        if device.type == "cuda":
+            self._streams = torch.cuda.Stream(device), torch.cuda.current_stream(device)
 
     def start(self) -> None:
         # For this thread alone: each thread that calls OpenMP has a team of its own. In a new
@@ -40,14 +42,15 @@ class _ThreadWorker(Worker):
         torch.set_num_threads(self._threads)
 
     def compute(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
-        if self._stream is None:
+        if self._streams is None:
             return compute(self._model, prompts)
-        with torch.cuda.stream(self._stream):
+        own, reader = self._streams
+        with torch.cuda.stream(own):
             prefilled = compute(self._model, prompts)
         for tensor in (prefilled.logits, *(part for row in prefilled.rows for part in row)):
             # Not to be given out again before the reader has read it.
-            tensor.record_stream(self._reader)
-        self._stream.synchronize()
+            tensor.record_stream(reader)
+        own.synchronize()
         return prefilled
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """One query: its tokens, how they are chosen, when it ends."""
 
-from .query import Query, decode_text, wait_in_order
+from .query import Query, SharedPrompt, wait_in_order
+from .text import decode_text
 
-__all__ = ["Query", "decode_text", "wait_in_order"]
+__all__ = ["Query", "SharedPrompt", "decode_text", "wait_in_order"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from .query import Query, decode_text
+from .query import Query
+from .serving import TextListener
+from .text import decode_text
 
 
 def check_callback(name: str, callback: object) -> None:
@@ -45,23 +47,23 @@ def call(callback: Callable[..., object], query: Query, value: object) -> None:
         raise TypeError(f"a callback must not return an awaitable, got {result!r}")
 
 
-def give_text(query: Query, has_ended: bool) -> None:
+def give_text(query: Query, listener: TextListener, has_ended: bool) -> None:
     """Call a query's on_text with what its newest token made certain.
 
     Args:
-        query: has the token, and text as far as it was given.
+        query: has the token, and is still served.
+        listener: the query's. Written: how far it has been told.
         has_ended: whether the token was the last one; all that was held back is then given.
     """
     if has_ended:
-        piece = query._pieces.finish(final_text(query))
+        piece = listener.pieces.finish(final_text(query))
     else:
-        piece = query._pieces.push(query.tokens[-1])
+        piece = listener.pieces.push(query.tokens[-1])
     if piece:
-        call(query._on_text, query, piece)
+        call(listener.on_text, query, piece)
 
 
 def final_text(query: Query) -> str:
     """The whole text of a query whose last token has come, before the relay has ended it."""
-    if query._stopper is not None and query._stopper.text is not None:
-        return query._stopper.text
-    return decode_text(query._tokenizer, query.tokens)
+    text = query.serving.stopper.text
+    return decode_text(query.tokenizer, query.tokens) if text is None else text

@@ -1,13 +1,23 @@
 """One request on its way through the relay: its prompt, its tokens, and what became of it.
 
 A query is "waiting" until a policy admits it, "running" while it has a row of the batch, "parked"
-after `Relay.preempt`, and ends as "finished", "cancelled" or "failed". Only the relay changes a
+after `Relay.preempt`, and ends as "finished", "cancelled" or "failed". Only the engine changes a
 query; everybody else reads it.
 """
 
+from __future__ import annotations
+
 from array import array
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from .text import decode_text, unfinished
+
+if TYPE_CHECKING:
+    # Without torch, and so fast: the command line imports this room first.
+    import torch
+
+    from .serving import Serving
 
 
 class TokenLogprobs(NamedTuple):
@@ -45,20 +55,15 @@ class Query:
         token_times: clock seconds of every generated token.
         slot: the row of the cache that holds the query, None outside of one.
         cached: how many tokens have keys and values, in the slot or parked.
-        shared_prompt: SharedPrompt of queries that were submitted together, else None.
         logprobs: of every generated token, if `submit` requested them, else None.
+        tokenizer: decodes `text`; None where the relay has none.
+        parked_kv: for the engine: keys and values in host memory, while the query is out of its
+            slot.
+        shared_prompt: for the engine: SharedPrompt of queries that were submitted together, else
+            None.
     """
 
-    def __init__(
-        self,
-        id: int,
-        submitted: float,
-        *,
-        name: object = None,
-        on_token: Callable[["Query", int], object] | None = None,
-        on_text: Callable[["Query", str], object] | None = None,
-        tokenizer=None,
-    ):
+    def __init__(self, id: int, submitted: float, *, name: object = None, tokenizer=None):
         self.id = id
         self.name = name
         self.prompt: list[int] = []
@@ -75,16 +80,10 @@ class Query:
         self.slot: int | None = None
         self.cached = 0
         self.logprobs: list[TokenLogprobs] | None = None
-        # What the relay needs while the query lives; dropped at its end, so that an ended query is
-        # tokens and times only.
-        self.shared_prompt = None
-        self._on_token = on_token
-        self._on_text = on_text
-        self._pieces = None
-        self._sampler = None
-        self._stopper = None
-        self._parked_kv = None
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.parked_kv: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.shared_prompt: SharedPrompt | None = None
+        self._serving: Serving | None = None
         self._final_text: str | None = None
 
     @property
@@ -108,9 +107,9 @@ class Query:
 
         Before the end it holds complete characters only.
         """
-        if self._final_text is not None or self._tokenizer is None:
+        if self._final_text is not None or self.tokenizer is None:
             return self._final_text
-        text = decode_text(self._tokenizer, self.tokens)
+        text = decode_text(self.tokenizer, self.tokens)
         return text if self.ended else text[: len(text) - unfinished(text)]
 
     def result(self) -> list[int]:
@@ -128,6 +127,37 @@ class Query:
             )
         return self.tokens
 
+    @property
+    def serving(self) -> Serving:
+        """For the engine: what it needs of the query, from `serve` to `end`."""
+        if self._serving is None:
+            raise RuntimeError(
+                f"Query.serving: query {self.id} must be served, got status {self.status!r}"
+            )
+        return self._serving
+
+    def serve(self, serving: Serving) -> None:
+        """For the engine: the query can run."""
+        self._serving = serving
+
+    def end(
+        self, status: str, reason: str, finished: float, error: Exception | None = None
+    ) -> None:
+        """For the engine: the query has ended; tokens and times are all that it keeps.
+
+        Args:
+            status, reason, finished, error: see `status`, `finish_reason`, `finished`, `error`.
+        """
+        self.status, self.finish_reason, self.error = status, reason, error
+        self.finished = finished
+        if self._serving is not None:
+            self._final_text = self._serving.stopper.text
+        self._serving = self.shared_prompt = None
+
+    def is_held_back(self) -> bool:
+        """For the engine: whether another query computes the prompt that this one waits for."""
+        return self.shared_prompt is not None and self.shared_prompt.holds_back(self)
+
     def pending_tokens(self, count: int) -> list[int]:
         """The next `count` ids, of the prompt or of `tokens`, whose keys are not cached."""
         if self.cached < len(self.prompt):
@@ -141,6 +171,53 @@ class Query:
         return f"<Query {self.id}{label} {self.status}, {tokens}>"
 
 
+class SharedPrompt:
+    """A prompt that several queries have in common: one computes it, the others copy its row.
+
+    The others take their first tokens from the leader's logits, and later copy its row: nothing is
+    computed twice, so they have the bits that they would have alone.
+
+    Args:
+        queries: at least two, with the same prompt.
+
+    Attributes:
+        leader: the query that computes the prompt, or has done so.
+        pending: the queries without keys and values of their own, by id.
+        ready: whether the prompt has been computed.
+        parked: keys and values of the prompt in host memory, once the leader's row is gone.
+        lost: why they could not be kept, or None.
+    """
+
+    def __init__(self, queries: Sequence[Query]) -> None:
+        self.leader = queries[0]
+        self.pending = {query.id: query for query in queries[1:]}
+        self.ready = False
+        self.parked: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.lost: Exception | None = None
+        for query in queries:
+            query.shared_prompt = self
+            query.prompt = queries[0].prompt
+
+    def holds_back(self, query: Query) -> bool:
+        """Whether the query had better wait, as its prompt is being computed by another one."""
+        if self.ready or query is self.leader:
+            return False
+        if self.leader.status in ("waiting", "running"):
+            return True
+        # The leader is gone or was put aside before it had computed anything.
+        self.leader = query
+        self.pending.pop(query.id, None)
+        return False
+
+    def offer(self) -> list[Query]:
+        """The leader's row holds the whole prompt now; the queries that may have a token."""
+        self.ready = True
+        for query in self.pending.values():
+            # The last one counts with the token that follows from it.
+            query.cached = len(query.prompt) - 1
+        return list(self.pending.values())
+
+
 def wait_in_order(waiting: dict[int, Query], query: Query) -> None:
     """Put a query that is nowhere among those that wait, in its order of submission."""
     query.status = "waiting"
@@ -150,24 +227,3 @@ def wait_in_order(waiting: dict[int, Query], query: Query) -> None:
         ordered = sorted(waiting.items())
         waiting.clear()
         waiting.update(ordered)
-
-
-def decode_text(tokenizer, tokens: list[int], *, skip_special_tokens: bool = True) -> str:
-    """The text of `tokens`: the one way in which a tokenizer is called."""
-    # Cleaning up spaces would let a later token change earlier text, and text cut at a stop string
-    # could not be trusted.
-    return tokenizer.decode(
-        tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-    )
-
-
-# Replacement characters at the end are held back, as the next token may complete what they stand
-# for. Tokenizers with byte fallback show a character or two as one of them per byte; beyond that
-# they are no unfinished text but noise, which must not be decoded over and over again.
-_MAX_UNFINISHED = 16
-
-
-def unfinished(text: str) -> int:
-    """How many characters at the end of decoded text may be the beginning of another one."""
-    count = len(text) - len(text.rstrip("\ufffd"))
-    return 0 if count > _MAX_UNFINISHED else count

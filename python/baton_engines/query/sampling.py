@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from .logit_rules import LogitRules, apply_rules
+from .logit_rules import apply_rules
 from .query import Query, TokenLogprobs
+from .sampler import Sampler
 from .sampling_options import SamplingOptions
 
 # Candidates looked at first for top-p and min-p: sorting a whole vocabulary costs milliseconds, and
@@ -39,51 +40,6 @@ class Choice(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
-class Sampler:
-    """How one query's tokens are chosen: its options, its random numbers, what it has generated.
-
-    Args:
-        options: SamplingOptions.
-        seed: of the query's own generator; used if the options have none.
-        prompt: token ids, which repetition_penalty counts as seen.
-        eos: ids that end the query, which min_new_tokens holds back.
-    """
-
-    def __init__(
-        self,
-        options: SamplingOptions,
-        seed: int = 0,
-        prompt: Sequence[int] = (),
-        eos: Sequence[int] = (),
-    ):
-        self.options = options
-        self.seed = seed if options.seed is None else options.seed
-        self.rules = LogitRules.of(options, prompt, eos)
-        # A generator holds 5 kB, so greedy queries and those that still wait have none.
-        self._generator: torch.Generator | None = None
-        self._drawn = (-1, 0.0)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the token is the arg max, which needs no generator."""
-        return self.options.greedy
-
-    def draw(self, position: int) -> float:
-        """The random number in [0, 1) for the query's token number `position`.
-
-        Positions are asked for in order; the newest one may be asked for again, as a step is that
-        was interrupted.
-        """
-        if self._generator is None:
-            self._generator = torch.Generator("cpu").manual_seed(self.seed)
-        if position != self._drawn[0]:
-            # From the CPU whatever the device, and whatever torch's default device: a seed means
-            # the same everywhere.
-            number = torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu")
-            self._drawn = (position, number.item())
-        return self._drawn[1]
-
-
 def choose_next(
     queries: Sequence[Query], ready: Sequence[bool], logits: torch.Tensor
 ) -> list[Choice]:
@@ -102,7 +58,7 @@ def choose_next(
     rows = [row for row, is_finite in enumerate(finite) if is_finite and ready[row]]
     if not rows:
         return choices
-    samplers = [queries[row]._sampler for row in rows]
+    samplers = [queries[row].serving.sampler for row in rows]
     own = logits if len(rows) == len(queries) else logits[rows]
     tokens = choose(samplers, [queries[row].tokens for row in rows], own)
     for place, row in enumerate(rows):
@@ -136,11 +92,12 @@ def choose(
         tokens: what each row's query has generated so far.
         logits: float32 [rows, vocab], finite.
     """
-    ruled = [row for row, sampler in enumerate(samplers) if sampler.rules is not None]
-    if ruled:
+    rules = {row: own for row, sampler in enumerate(samplers) if (own := sampler.rules) is not None}
+    if rules:
+        ruled = list(rules)
         # The logits stay as they are: someone may want to see them.
         scores = logits.clone() if len(ruled) == len(samplers) else logits[ruled]
-        apply_rules([samplers[row].rules for row in ruled], [tokens[row] for row in ruled], scores)
+        apply_rules(list(rules.values()), [tokens[row] for row in ruled], scores)
         if len(ruled) < len(samplers):
             where = torch.tensor(ruled, device=logits.device)
             scores = logits.index_copy(0, where, scores)

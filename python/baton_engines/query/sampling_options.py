@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # Below this a softmax is the arg max in every case that float32 can tell apart, and dividing would
 # overflow.
@@ -90,7 +91,7 @@ def make_options(vocab_size: int, given: Mapping[str, object]) -> SamplingOption
     return options
 
 
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: Any) -> float:
     if isinstance(value, (str, bytes)):
         raise TypeError(f"Relay.submit: {name} must be a number, got {value!r}")
     try:
@@ -121,7 +122,7 @@ def _whole(low: int, high: float, text: str):
     return check
 
 
-def _integer(name: str, value: object) -> int:
+def _integer(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:

@@ -10,8 +10,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from .query import decode_text
-from .text import TextDecoder
+from .text import TextDecoder, decode_text
 
 
 class StopText:

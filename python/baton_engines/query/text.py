@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from .query import decode_text, unfinished
+# Replacement characters at the end are held back, as the next token may complete what they stand
+# for. Tokenizers with byte fallback show a character or two as one of them per byte; beyond that
+# they are no unfinished text but noise, which must not be decoded over and over again.
+_MAX_UNFINISHED = 16
+
+
+def decode_text(tokenizer, tokens: list[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of `tokens`: the one way in which a tokenizer is called."""
+    # Cleaning up spaces would let a later token change earlier text, and text cut at a stop string
+    # could not be trusted.
+    return tokenizer.decode(
+        tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+
+
+def unfinished(text: str) -> int:
+    """How many characters at the end of decoded text may be the beginning of another one."""
+    count = len(text) - len(text.rstrip("\ufffd"))
+    return 0 if count > _MAX_UNFINISHED else count
 
 
 class TextDecoder:

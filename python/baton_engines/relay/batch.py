@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -21,6 +23,16 @@ from ..slots import Row, Slots
 from .counters import Counters, Timeline
 
 _log = logging.getLogger(__name__)
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Done(Generic[_Result]):
+    """The result of an attempt that did not fail."""
+
+    result: _Result
 
 
 class Batch:
@@ -84,8 +96,8 @@ class Batch:
 
     def enter(self, query: Query, length: int) -> bool:
         """Give a running query a row of `length` tokens; False if that failed, and the query."""
-        had_parked = query._parked_kv is not None
-        entered, _ = self.attempt(query, "insertion", self.slots.enter, query, length)
+        had_parked = query.parked_kv is not None
+        entered = self.attempt(query, "insertion", self.slots.enter, query, length) is not None
         self.counters.insertions += entered and had_parked
         return entered
 
@@ -148,13 +160,9 @@ class Batch:
             queries.pop(query.id, None)
         self.on_leave(query)
         self.slots.leave(query)
-        query.status, query.finish_reason, query.error = status, reason, error
-        query.finished = self.clock()
-        if query._stopper is not None:
-            query._final_text = query._stopper.text
-        query._sampler = query._stopper = query._on_token = None
-        query._on_text = query._pieces = query.shared_prompt = None
-        self.timeline.end(query.id, query.finished)
+        now = self.clock()
+        query.end(status, reason, now, error)
+        self.timeline.end(query.id, now)
         setattr(self.counters, status, getattr(self.counters, status) + 1)
         self.on_end(query)
 
@@ -166,10 +174,17 @@ class Batch:
         drop_tracebacks(error)
         self.end(query, "failed", "error", error)
 
-    def attempt(self, query: Query, what: str, function: Callable, *args) -> tuple[bool, object]:
-        """Call what only this query needs: (True, result), or (False, None) and it has failed."""
+    def attempt(
+        self,
+        query: Query,
+        what: str,
+        function: Callable[_Arguments, _Result],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> Done[_Result] | None:
+        """Call what only this query needs; None if that failed, and the query with it."""
         try:
-            return True, function(*args)
+            return Done(function(*args, **kwargs))
         except BaseException as cause:
             if not is_failure(cause):
                 raise
@@ -177,21 +192,21 @@ class Batch:
                 query,
                 explained(f"{what} of query {query.id} must not raise, got {cause!r}", cause),
             )
-            return False, None
+            return None
 
     def choose(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Choice]:
         """The next token of every row whose prompt is complete; a query whose options cannot be
         followed fails."""
         queries = [row.query for row in rows]
-        ready = [row.count >= row.query.prompt_left for row in rows]
+        ready = [row.num_tokens >= row.query.prompt_left for row in rows]
         try:
             return choose_next(queries, ready, logits)
         except Exception as error:
             _log.info("choosing tokens of %d rows failed", len(rows), exc_info=error)
         choices = []
         for query, is_ready, own in zip(queries, ready, logits.split(1), strict=True):
-            done, result = self.attempt(query, "sampling", choose_next, [query], [is_ready], own)
-            choices.append(result[0] if done else Choice(False))
+            done = self.attempt(query, "sampling", choose_next, [query], [is_ready], own)
+            choices.append(Choice(False) if done is None else done.result[0])
         return choices
 
     def take(self, rows: Sequence[Row], logits: torch.Tensor, choices: Sequence[Choice]) -> None:
@@ -202,11 +217,11 @@ class Batch:
             logits: float32 [rows, vocab], those after the last token of every row.
             choices: what `choose` made of them.
         """
-        complete = [row.count >= row.query.prompt_left for row in rows]
+        complete = [row.num_tokens >= row.query.prompt_left for row in rows]
         for row, done in zip(rows, complete, strict=True):
             # The last token of a row counts once the token that follows from it is delivered. Until
             # then it may be computed again.
-            row.query.cached += row.count - done
+            row.query.cached += row.num_tokens - done
         for index, row in enumerate(rows):
             # A callback of another row may have cancelled or preempted this one.
             if complete[index] and row.query.status == "running":
@@ -241,14 +256,19 @@ class Batch:
             )
             return
         self._record(query, choice)
-        done, reason = self.attempt(query, "tokenizer", query._stopper.push, query.tokens)
-        if done and reason is None and len(query.tokens) == query.max_new_tokens:
+        serving = query.serving
+        pushed = self.attempt(query, "tokenizer", serving.stopper.push, query.tokens)
+        if pushed is None:
+            return
+        reason = pushed.result
+        if reason is None and len(query.tokens) == query.max_new_tokens:
             reason = "length"
         try:
-            if query._on_token is not None:
-                self.attempt(query, "on_token", call, query._on_token, query, choice.token)
-            if query._on_text is not None:
-                self.attempt(query, "on_text", give_text, query, reason is not None)
+            if serving.on_token is not None:
+                self.attempt(query, "on_token", call, serving.on_token, query, choice.token)
+            if serving.listener is not None and not query.ended:
+                listener, is_last = serving.listener, reason is not None
+                self.attempt(query, "on_text", give_text, query, listener, is_last)
         finally:
             # Whatever a callback does, Ctrl-C included: a query gets no token after its last one.
             if reason is not None and not query.ended:
@@ -263,14 +283,18 @@ class Batch:
             query.first_token = now
             self.counters.time_to_first_token.add(now - query.submitted)
             # A query that shares another one's prompt has its first token before it has a row.
-            if query.slot is not None:
-                self.counters.prefills += 1
-                self.timeline.begin(query.id, query.slot, "decode", now)
+            self.counters.prefills += query.slot is not None
+            self.begin_span(query, "decode", now)
         query.tokens.append(choice.token)
-        if choice.logprobs is not None:
+        if query.logprobs is not None and choice.logprobs is not None:
             query.logprobs.append(choice.logprobs)
         query.token_times.append(now)
         self.counters.output_tokens += 1
+
+    def begin_span(self, query: Query, kind: str, now: float) -> None:
+        """The query computes in its slot from now on, if it has one; see `Timeline.begin`."""
+        if query.slot is not None:
+            self.timeline.begin(query.id, query.slot, kind, now)
 
     def note_peak_kv_bytes(self) -> None:
         """Remember the most keys and values that there were in the rows."""

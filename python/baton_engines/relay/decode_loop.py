@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 
 from ..policies import Forward, Plan, View
-from ..query.shared_prompt import is_held_back
 from ..slots import Row
 from .autoscale import Autoscale
 from .batch import Batch
@@ -104,7 +103,7 @@ class DecodeLoop:
     def _view(self, now: float, more_to_come: bool) -> View:
         batch, slots = self.batch, self.batch.slots
         return View(
-            waiting=[query for query in batch.waiting.values() if not is_held_back(query)],
+            waiting=[query for query in batch.waiting.values() if not query.is_held_back()],
             running=batch.running.values(),
             num_slots=slots.num_slots,
             capacity=slots.capacity,
@@ -160,11 +159,9 @@ class DecodeLoop:
         for query in stalled:
             batch.timeline.end(query.id, begin)
         for query, _ in rows:
-            batch.timeline.begin(
-                query.id, query.slot, "decode" if query.tokens else "prefill", begin
-            )
+            batch.begin_span(query, "decode" if query.tokens else "prefill", begin)
         computed, logits = self._compute(rows, forward.padded)
-        if not computed:
+        if logits is None:
             return True
         choices = batch.choose(computed, logits)
         now = batch.clock()
@@ -172,7 +169,7 @@ class DecodeLoop:
         padded = forward.padded and computed == rows
         self._count(computed, padded, len(stalled), now - begin)
         for query in stalled:
-            batch.timeline.begin(query.id, query.slot, "decode", now)
+            batch.begin_span(query, "decode", now)
         batch.take(computed, logits, choices)
         return True
 
@@ -198,7 +195,8 @@ class DecodeLoop:
         rows = [
             row
             for row in rows
-            if row.query.slot is not None or batch.enter(row.query, row.query.cached + row.count)
+            if row.query.slot is not None
+            or batch.enter(row.query, row.query.cached + row.num_tokens)
         ]
         batch.note_peak_kv_bytes()
         return rows
@@ -212,11 +210,14 @@ class DecodeLoop:
             except Exception as error:
                 # Who is at fault cannot be told from the error, so everybody tries alone.
                 _log.info("forward of %d rows failed", len(rows), exc_info=error)
-        results = [(row, *self.batch.attempt(row.query, "forward", compute, [row])) for row in rows]
-        computed = [(row, logits) for row, done, logits in results if done]
-        if not computed:
-            return [], None
-        return [row for row, _ in computed], torch.cat([logits for _, logits in computed])
+        computed: list[Row] = []
+        logits: list[torch.Tensor] = []
+        for row in rows:
+            done = self.batch.attempt(row.query, "forward", compute, [row])
+            if done is not None:
+                computed.append(row)
+                logits.append(done.result)
+        return computed, torch.cat(logits) if logits else None
 
     def _count(self, rows: Sequence[Row], padded: bool, num_stalled: int, seconds: float) -> None:
         counters, slots = self.batch.counters, self.batch.slots

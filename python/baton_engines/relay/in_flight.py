@@ -12,7 +12,7 @@ import logging
 import torch
 
 from ..policies import Forward
-from ..prefill import Job, Prefiller
+from ..prefill import Job, Prefilled, Prefiller
 from ..query import Query
 from ..query.errors import drop_tracebacks
 from ..slots import Row
@@ -43,7 +43,7 @@ class InFlight:
         batch.on_leave = self.forget
         # Workers on a GPU leave the loop its cores.
         on_cpu = batch.slots.cache.keys.device.type == "cpu"
-        self._shares_cores = on_cpu and prefiller.num_workers > 0
+        self._worker_threads = (prefiller.threads or 0) if on_cpu and prefiller.num_workers else 0
         self._trips: list[Trip] = []
         self._trip_of: dict[int, Trip] = {}
         self._home: set[int] = set()
@@ -82,13 +82,13 @@ class InFlight:
         """
         for trip in [trip for trip in self._trips if trip.job.done]:
             if trip.job.error is not None:
-                self._come_home(trip)
-            else:
-                self._enter(trip)
+                self._come_home(trip, trip.job.error)
+            elif trip.job.prefilled is not None:
+                self._enter(trip, trip.job.prefilled)
             if trip in self._trips:
                 self._trips.remove(trip)
         for query in self.computing():
-            self._batch.timeline.begin(query.id, query.slot, "prefill", self._batch.clock())
+            self._batch.begin_span(query, "prefill", self._batch.clock())
 
     def computing(self) -> list[Query]:
         """The queries whose prompt a worker computes; those that wait for a worker are not."""
@@ -114,12 +114,12 @@ class InFlight:
     def share_cores(self, total: int) -> None:
         """Leave the workers that compute their cores, of `total`; the loop keeps one at least."""
         busy = sum(trip.job.started and not trip.job.done for trip in self._trips)
-        if self._shares_cores:
-            _set_num_threads(max(1, total - busy * self.prefiller.threads))
+        if self._worker_threads:
+            _set_num_threads(max(1, total - busy * self._worker_threads))
 
     def take_cores_back(self, total: int) -> None:
         """The calling thread computes with all of them."""
-        if self._shares_cores:
+        if self._worker_threads:
             _set_num_threads(total)
 
     def _wanted(self, forward: Forward) -> list[Query]:
@@ -146,10 +146,10 @@ class InFlight:
         self._trips.append(trip)
         self._trip_of.update((query.id, trip) for query in trip.queries)
 
-    def _come_home(self, trip: Trip) -> None:
+    def _come_home(self, trip: Trip, error: BaseException) -> None:
         """A failed job's prompts are left to the loop, which finds out whether one is at fault."""
-        _log.info("prefill elsewhere failed", exc_info=trip.job.error)
-        drop_tracebacks(trip.job.error)
+        _log.info("prefill elsewhere failed", exc_info=error)
+        drop_tracebacks(error)
         batch = self._batch
         for query in trip.queries:
             if self._trip_of.get(query.id) is trip:
@@ -159,15 +159,15 @@ class InFlight:
                 self._home.add(query.id)
                 batch.counters.prefill_faults += 1
 
-    def _enter(self, trip: Trip) -> None:
+    def _enter(self, trip: Trip, prefilled: Prefilled) -> None:
         batch, rows, entered = self._batch, [], []
         for index, query in enumerate(trip.queries):
             row = Row(query, len(query.prompt))
             # Cancelled, or handed over again since; or parked, now or by a row before this one.
             if self._trip_of.get(query.id) is not trip or not batch.make_room([row]):
                 continue
-            key, value = trip.job.prefilled.rows[index]
-            if batch.attempt(query, "insertion", batch.slots.fill, query, key, value)[0]:
+            key, value = prefilled.rows[index]
+            if batch.attempt(query, "insertion", batch.slots.fill, query, key, value):
                 del self._trip_of[query.id]
                 rows.append(row)
                 entered.append(index)
@@ -176,9 +176,9 @@ class InFlight:
         batch.note_peak_kv_bytes()
         counters = batch.counters
         counters.prefills_elsewhere += len(rows)
-        counters.prompt_tokens += sum(row.count for row in rows)
-        counters.columns_read += sum(row.count for row in rows)
-        logits = trip.job.prefilled.logits[entered]
+        counters.prompt_tokens += sum(row.num_tokens for row in rows)
+        counters.columns_read += sum(row.num_tokens for row in rows)
+        logits = prefilled.logits[entered]
         batch.take(rows, logits, batch.choose(rows, logits))
 
 

@@ -20,9 +20,8 @@ from baton_kernels.batch_shape import checked_int
 
 from .. import policies
 from ..prefill import Prefiller
-from ..query import Query
+from ..query import Query, SharedPrompt
 from ..query.callbacks import give_text
-from ..query.shared_prompt import SharedPrompt
 from .opening import open_loop
 from .state import RelayState
 from .streams import text_of, tokens_of
@@ -197,14 +196,7 @@ class Relay(RelayState):
         """
         if self._closed:
             raise RuntimeError("Relay.submit: relay must be open, got a closed one")
-        query = Query(
-            self._next_id,
-            self._clock(),
-            name=name,
-            on_token=on_token,
-            on_text=on_text,
-            tokenizer=self._tokenizer,
-        )
+        query = Query(self._next_id, self._clock(), name=name, tokenizer=self._tokenizer)
         self._next_id += 1
         self.counters.submitted += 1
         try:
@@ -230,6 +222,8 @@ class Relay(RelayState):
                     "logprobs": logprobs,
                     "seed": seed,
                 },
+                on_token=on_token,
+                on_text=on_text,
             )
         except Exception as error:
             self._batch.fail(query, error)
@@ -336,9 +330,10 @@ class Relay(RelayState):
         """End the query now, without another token, and free its slot. False if it had ended."""
         if self._batch.place(query) is None:
             return False
-        if query._on_text is not None:
+        listener = query.serving.listener
+        if listener is not None:
             # What was held back, as the text ends here.
-            self._batch.attempt(query, "on_text", give_text, query, True)
+            self._batch.attempt(query, "on_text", give_text, query, listener, True)
         if not query.ended:
             self._batch.end(query, "cancelled", "cancelled")
         return True

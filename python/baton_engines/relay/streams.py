@@ -41,7 +41,7 @@ def text_of(query: Query, tokenizer, step: Callable[[], object]) -> Iterator[str
     Raises:
         Exception: see `tokens_of`; what the query has said before comes first.
     """
-    pieces = TextPieces(query._stopper or Stopper(tokenizer=tokenizer))
+    pieces = TextPieces(Stopper(tokenizer=tokenizer) if query.ended else query.serving.stopper)
     error = None
     try:
         for token in tokens_of(query, step):
@@ -49,7 +49,7 @@ def text_of(query: Query, tokenizer, step: Callable[[], object]) -> Iterator[str
                 yield piece
     except Exception as caught:
         error = caught
-    if query.ended and (rest := pieces.finish(query.text)):
+    if query.ended and (rest := pieces.finish(query.text or "")):
         yield rest
     if error is not None:
         raise error

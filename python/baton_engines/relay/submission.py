@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..query import Query
 from ..query.callbacks import check_callback
 from ..query.chat import end_of_turn
 from ..query.generation_defaults import GenerationDefaults
-from ..query.sampling import Sampler
+from ..query.sampler import Sampler
 from ..query.sampling_options import make_options
+from ..query.serving import Serving, TextListener
 from ..query.stopping import TextPieces, make_stopper
 
 # Stands for the model's own end-of-sequence ids, which None could not: None is to have none.
@@ -59,10 +60,10 @@ class Limits:
         if generation_config is None:
             generation_config = getattr(handle.model, "generation_config", None)
         defaults = GenerationDefaults.of(generation_config, config.eos_token_id)
-        own = ()
+        ends: tuple[object, ...] = ()
         if tokenizer is not None:
-            own = (getattr(tokenizer, "eos_token_id", None), end_of_turn(tokenizer))
-        own = [id for id in own if isinstance(id, int) and id < handle.vocab_size]
+            ends = (getattr(tokenizer, "eos_token_id", None), end_of_turn(tokenizer))
+        own = [id for id in ends if isinstance(id, int) and id < handle.vocab_size]
         defaults = replace(defaults, eos=tuple(dict.fromkeys((*defaults.eos, *own))))
         return cls(capacity, handle.vocab_size, defaults)
 
@@ -77,13 +78,15 @@ def fill_query(
     eos,
     stop,
     sampling: Mapping[str, object],
+    on_token: Callable[[Query, int], object] | None,
+    on_text: Callable[[Query, str], object] | None,
 ) -> None:
     """Check everything and set the query up.
 
     Args:
         query: a new one. Written.
         limits: of the model and the cache.
-        token_ids, max_new_tokens, priority, eos, stop: see `Relay.submit`.
+        token_ids, max_new_tokens, priority, eos, stop, on_token, on_text: see `Relay.submit`.
         sampling: the other options, by the names of `SamplingOptions`.
 
     Raises:
@@ -109,18 +112,20 @@ def fill_query(
             f"got {len(query.prompt)} + {query.max_new_tokens} with up to {needed} bytes"
         )
     query.priority = _priority(priority)
-    check_callback("on_token", query._on_token)
-    check_callback("on_text", query._on_text)
+    check_callback("on_token", on_token)
+    check_callback("on_text", on_text)
     eos = defaults.eos if isinstance(eos, str) and eos == MODEL_EOS else eos
     stop = defaults.stop if stop is None else stop
-    query._stopper = make_stopper(eos, stop, query._tokenizer)
-    if query._on_text is not None:
-        if query._tokenizer is None:
+    stopper = make_stopper(eos, stop, query.tokenizer)
+    listener = None
+    if on_text is not None:
+        if query.tokenizer is None:
             raise ValueError("Relay.submit: on_text must be None when the relay has no tokenizer")
-        query._pieces = TextPieces(query._stopper)
+        listener = TextListener(on_text, TextPieces(stopper))
     options = make_options(limits.vocab_size, defaults.fill(sampling, len(query.prompt)))
-    query._sampler = Sampler(options, query.id, query.prompt, query._stopper.eos)
+    sampler = Sampler(options, query.id, query.prompt, stopper.eos)
     query.logprobs = None if options.logprobs is None else []
+    query.serve(Serving(sampler, stopper, on_token, listener))
 
 
 def _prompt(token_ids, vocab_size: int) -> list[int]:

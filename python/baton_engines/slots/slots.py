@@ -13,8 +13,7 @@ import torch
 import baton_kernels
 
 from ..llama.packed_batch import PackedBatch
-from ..query import Query
-from ..query.shared_prompt import SharedPrompt
+from ..query import Query, SharedPrompt
 from .concatenated_cache import ConcatenatedCache
 
 # How an aligned cache stays aligned when a row enters or leaves: the rows that must move do, or all
@@ -27,10 +26,10 @@ _PADDING_TOKEN = 0
 
 
 class Row(NamedTuple):
-    """What a forward computes of one query: its next `count` tokens."""
+    """What a forward computes of one query: its next tokens."""
 
     query: Query
-    count: int
+    num_tokens: int
 
 
 class Slots:
@@ -102,10 +101,10 @@ class Slots:
         if shared is not None and shared.ready and query.id in shared.pending:
             self._copy_shared(query, shared, length)
             return
-        if query._parked_kv is None:
+        if query.parked_kv is None:
             query.slot = self.cache.allocate(length)
             return
-        query.slot = self._insert(*query._parked_kv, query.cached, length)
+        query.slot = self._insert(*query.parked_kv, query.cached, length)
         self.parking_bytes += _bytes_of(query)
         self._drop_parked(query)
 
@@ -168,7 +167,7 @@ class Slots:
             key, value = (
                 tensor[:, : query.cached].cpu() for tensor in self.cache.extract(query.slot)
             )
-            query._parked_kv = (key.contiguous(), value.contiguous())
+            query.parked_kv = (key.contiguous(), value.contiguous())
             self.parked_bytes += _bytes_of(query)
             self.parking_bytes += _bytes_of(query)
         self.cache.free(query.slot)
@@ -179,7 +178,7 @@ class Slots:
         if shared.lost is not None:
             raise shared.lost
         if shared.parked is None:
-            query.slot = self.cache.copy_row(shared.leader.slot, length=length)
+            query.slot = self.cache.copy_row(_slot_of(shared.leader), length=length)
         else:
             query.slot = self._insert(*shared.parked, query.cached, length)
             self.parking_bytes += _num_bytes(shared.parked)
@@ -209,8 +208,9 @@ class Slots:
 
     def relocate(self, query: Query) -> None:
         """Move the query's row to the lowest free slot, with the columns that do not count yet."""
-        key, value = self.cache.extract(query.slot)
-        self.cache.free(query.slot)
+        slot = _slot_of(query)
+        key, value = self.cache.extract(slot)
+        self.cache.free(slot)
         query.slot = None
         query.slot = self.cache.insert(key, value)
 
@@ -225,8 +225,11 @@ class Slots:
 
     def reserve(self, rows: Sequence[Row]) -> None:
         """Columns for what the queries that have a row compute next, where they lack them."""
-        missing = {query.slot: query.cached + count - self.length(query) for query, count in rows}
-        missing = {slot: count for slot, count in missing.items() if count > 0}
+        missing: dict[int, int] = {}
+        for query, count in rows:
+            lacking = query.cached + count - self.length(query)
+            if lacking > 0:
+                missing[_slot_of(query)] = lacking
         if missing:
             self.cache.extend(list(missing), list(missing.values()))
 
@@ -249,7 +252,7 @@ class Slots:
             tokens += query.pending_tokens(count)
             tokens += [_PADDING_TOKEN] * (longest - count if padded else 0)
         device = self.cache.keys.device
-        slots, counts = [query.slot for query, _ in rows], [count for _, count in rows]
+        slots, counts = [_slot_of(query) for query, _ in rows], [count for _, count in rows]
         batch = PackedBatch.from_shape(self.cache.shape, slots, counts, device, padded=padded)
         return self.model.forward(
             torch.tensor(tokens, device=device), batch, self.cache, logits="last"
@@ -257,12 +260,19 @@ class Slots:
 
     def _drop_parked(self, query: Query) -> None:
         self.parked_bytes -= _bytes_of(query)
-        query._parked_kv = None
+        query.parked_kv = None
+
+
+def _slot_of(query: Query) -> int:
+    """The row of a query that has one."""
+    if query.slot is None:
+        raise RuntimeError(f"Slots: query {query.id} must be in a slot, got {query!r}")
+    return query.slot
 
 
 def _bytes_of(query: Query) -> int:
     """Of the keys and values that the query has parked."""
-    return _num_bytes(query._parked_kv or ())
+    return _num_bytes(query.parked_kv or ())
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
