@@ -27,6 +27,7 @@ BORROWED = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "emulation.md": "python/emulation/README.md",
+    "index.md": "README.md",
     "security.md": "SECURITY.md",
 }
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
@@ -114,7 +115,7 @@ def as_page(link: re.Match, page: str, source: Path) -> str:
     if url.scheme or not url.path:
         return link[0]
     name = os.path.relpath((source.parent / url.path).resolve(), ROOT)
-    pages = {file: page for page, file in BORROWED.items()} | {"README.md": "index.md"}
+    pages = {file: page for page, file in BORROWED.items()}
     if name.startswith("docs/"):
         pages[name] = name.removeprefix("docs/")
     if name not in pages:
