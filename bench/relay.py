@@ -5,9 +5,9 @@ that they give the same tokens, prints tables, and writes results.json and pictu
 `--quick` takes under three minutes. `--models`, `--dtypes`, `--workloads`, `--slots` and `--rates`
 choose other cells, every combination of them.
 
-`--from FILE` prints and draws an earlier run's results.json; `--markdown` prints its tables as
-docs/evaluation.md has them. `--engines` adds OpenVINO GenAI and vLLM, which `make bench-engines`
-installs.
+`--from FILE` prints and draws an earlier run's results.json; `--markdown` prints its tables for a
+document, `--fill docs/evaluation/tables.md` writes them into one. `--engines` adds OpenVINO GenAI
+and vLLM, which `make bench-engines` installs.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .evaluation.engines import ENGINES
     from .evaluation.evaluate import evaluate
     from .evaluation.measure import GateError
+    from .kernels import report
 
     parser = argparse.ArgumentParser(
         prog="python -m bench.relay",
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder; %(default)s")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="results.json")
     parser.add_argument("--markdown", action="store_true", help="print tables for a document")
+    parser.add_argument("--fill", type=Path, help="write the tables into this document")
     arguments = parser.parse_args(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -71,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "results.json").write_text(json.dumps(results))
+    if arguments.fill is not None:
+        place = "policies" if arguments.engines is None else "engines"
+        report.fill(arguments.fill, place, tables.markdown(results))
     if arguments.markdown:
         print(tables.markdown(results))
         return 0

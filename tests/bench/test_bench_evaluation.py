@@ -279,6 +279,21 @@ def test_command_reads_an_earlier_run(results, tmp_path, capsys):
     assert "output tokens/s" in capsys.readouterr().out
 
 
+def test_command_fills_a_document(results, tmp_path):
+    source, page = tmp_path / "results.json", tmp_path / "tables.md"
+    source.write_text(json.dumps(results))
+    document = Path(__file__).resolve().parents[2] / "docs" / "evaluation" / "tables.md"
+    page.write_text(document.read_text())
+    command = ["--from", str(source), "--output", str(tmp_path / "out"), "--fill", str(page)]
+    assert relay_command.main([*command, "--markdown"]) == 0
+    before, _, after = document.read_text().partition("<!-- policies -->\n")
+    text = tables.markdown(json.loads(json.dumps(results))).strip()
+    after = after[after.index("<!-- /policies -->") :]
+    assert page.read_text() == f"{before}<!-- policies -->\n{text}\n{after}"
+    assert relay_command.main([*command, "--markdown", "--engines"]) == 0
+    assert page.read_text().count(text) == 2
+
+
 def parse(*arguments):
     parser = relay_command.argparse.ArgumentParser()
     matrix.add_arguments(parser)

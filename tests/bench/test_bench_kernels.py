@@ -309,7 +309,7 @@ def test_document_is_filled(modules, tmp_path):
 
 
 def test_page_has_a_place_for_every_table(main):
-    text = (Path(main.__file__).parents[2] / "docs" / "performance.md").read_text()
+    text = (Path(main.__file__).parents[2] / "docs" / "performance" / "tables.md").read_text()
     for name in main.CASES:
         assert text.count(f"<!-- {name} -->\n") == text.count(f"<!-- /{name} -->") == 1
         commands = [line for line in text.splitlines() if "python -m bench.kernels --case" in line]

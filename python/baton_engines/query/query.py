@@ -145,8 +145,7 @@ class Query:
     ) -> None:
         """For the engine: the query has ended; tokens and times are all that it keeps.
 
-        Args:
-            status, reason, finished, error: see `status`, `finish_reason`, `finished`, `error`.
+        The arguments become `status`, `finish_reason`, `finished` and `error`.
         """
         self.status, self.finish_reason, self.error = status, reason, error
         self.finished = finished
