@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
@@ -21,13 +21,19 @@ USAGE = 2
 FAILED = 1
 _INTERRUPTED = 130
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
+_Arguments = ParamSpec("_Arguments")
 # Typer's own errors know how to show themselves. It has brought its own click along for some
-# versions, so the class is found by its name.
-_SHOWN_BY_TYPER = (
+# versions, so the class is found by its name. A reader that has gone away, as `head` does, is no
+# error of ours.
+_PASSED_ON: tuple[type[BaseException], ...] = (
     typer.Exit,
     typer.Abort,
-    *(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"),
+    *(
+        kind
+        for kind in typer.BadParameter.__mro__
+        if kind.__name__ == "ClickException" and issubclass(kind, BaseException)
+    ),
+    BrokenPipeError,
 )
 _show_tracebacks = False
 
@@ -46,15 +52,14 @@ def show_tracebacks(shown: bool) -> None:
     _show_tracebacks = shown
 
 
-def reported(command: _Command) -> _Command:
+def reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
     """A command whose every error becomes one line on standard error and an exit code."""
 
     @functools.wraps(command)
-    def run(*arguments: Any, **options: Any) -> Any:
+    def run(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> None:
         try:
-            return command(*arguments, **options)
-        # A reader that has gone away, as `head` does, is no error of ours.
-        except (*_SHOWN_BY_TYPER, BrokenPipeError):
+            command(*arguments, **options)
+        except _PASSED_ON:
             raise
         except KeyboardInterrupt as error:
             _end("interrupted", _INTERRUPTED, error)
@@ -63,7 +68,7 @@ def reported(command: _Command) -> _Command:
                 raise
             _end(*explained(error), error)
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 def explained(error: BaseException) -> tuple[str, int]:

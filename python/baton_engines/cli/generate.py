@@ -17,9 +17,12 @@ from .prompts_io import PromptRecord
 
 @dataclass
 class Outcome:
-    """What became of the prompts: their results in the order of the prompts, and counts."""
+    """What became of the prompts: their results in the order of the prompts, and counts.
 
-    results: list[dict[str, Any] | None]
+    A result is empty until its queries have ended.
+    """
+
+    results: list[dict[str, Any]]
     failed: int = 0
     cancelled: int = 0
     seconds: float = 0.0
@@ -198,7 +201,7 @@ class RecordRun:
         on_result: Callable[[int, dict[str, Any]], object] = lambda index, result: None,
         token_ids: bool = False,
     ) -> None:
-        self.outcome = Outcome(results=[None] * len(records))
+        self.outcome = Outcome(results=[{} for _ in records])
         self.num_ended = 0
         self._relay = relay
         self._records = records

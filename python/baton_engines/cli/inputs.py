@@ -42,12 +42,13 @@ def gather_prompts(prompts: Path | None, texts: list[str]) -> list[PromptRecord]
 
 def check_output(output: Path | None, prompts: Path | None, resume: bool) -> None:
     """Results must not replace the prompts, and can only be resumed in a file."""
-    if resume and (output is None or str(output) == STDOUT):
-        raise typer.BadParameter("--resume needs --output with a file")
+    if output is None or str(output) == STDOUT:
+        if resume:
+            raise typer.BadParameter("--resume needs --output with a file")
+        return
     if resume and output.exists() and not output.is_file():
         raise typer.BadParameter(f"--resume needs --output with a file, got {output}")
-    both = output is not None and prompts is not None and output.exists() and prompts.exists()
-    if both and output.samefile(prompts):
+    if prompts is not None and output.exists() and prompts.exists() and output.samefile(prompts):
         raise typer.BadParameter(f"--output and --prompts are the same file, {output}")
 
 

@@ -242,7 +242,7 @@ def generate(
     if not records:
         console.print("no prompts")
         return
-    if resume:
+    if resume and output is not None:
         total, records = len(records), left_to_do(records, output)
         console.print(f"{total - len(records)} of {total} queries have results already")
         if not records:

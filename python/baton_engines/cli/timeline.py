@@ -43,11 +43,16 @@ MERGE_SHARE = 0.002
 class SpanLike(Protocol):
     """What is drawn; relay's Span is one."""
 
-    slot: int
-    query_id: int
-    begin: float
-    end: float
-    kind: str
+    @property
+    def slot(self) -> int: ...
+    @property
+    def query_id(self) -> int: ...
+    @property
+    def begin(self) -> float: ...
+    @property
+    def end(self) -> float: ...
+    @property
+    def kind(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,7 @@ def draw_timeline(panels: Sequence[Panel], path: Path, *, title: str, note: str 
     height = sum(panel_inches) + top + bottom + between * (len(panels) - 1)
     figure = Figure(figsize=(11.5, height), facecolor="white")
     FigureCanvasAgg(figure)
-    axes_list = []
+    axes_list: list[Any] = []
     upper = height - top
     for inches in panel_inches:
         box = (0.06, (upper - inches) / height, 0.915, inches / height)

@@ -6,14 +6,14 @@ import logging
 
 from transformers import PreTrainedModel
 
-from baton_engines.llama import PatchedLlama, patch_llama
+from baton_engines.llama import ModelHandle, patch_llama
 
 from .any_model import AnyModel
 
 _log = logging.getLogger(__name__)
 
 
-def adapt(model: PreTrainedModel) -> PatchedLlama | AnyModel:
+def adapt(model: PreTrainedModel) -> ModelHandle:
     """The fastest handle that computes the model exactly, in use until its `undo`.
 
     `patch_llama` where it supports the model, else `AnyModel`, which runs the model's own code:

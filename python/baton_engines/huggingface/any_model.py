@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import baton_kernels as kernels
-from baton_engines.llama import PackedBatch
+from baton_engines.llama import ModelHandle, PackedBatch
 
 from .attention import NAME, PackedRows, register
 
@@ -29,7 +29,7 @@ _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _PROBE_LENGTHS = (3, 2)
 
 
-class AnyModel:
+class AnyModel(ModelHandle):
     """What a relay needs of a model, on top of an unmodified transformers decoder.
 
     A row's logits are those of `model(input_ids)` on its query alone, up to the rounding of the
@@ -59,7 +59,7 @@ class AnyModel:
     Source: AttentionInterface and Cache of transformers; Orca's selective batching (OSDI'22).
     """
 
-    whole_prompts = False
+    model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel) -> None:
         _check(model)
@@ -68,7 +68,8 @@ class AnyModel:
         parameters = inspect.signature(model.forward).parameters
         # transformers 5.24 renamed it.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._embedding = _embedding_of(model)
+        self.vocab_size = self._embedding.shape[0]
         self._former = model.config._attn_implementation
         model.set_attn_implementation(NAME)
         try:
@@ -79,37 +80,19 @@ class AnyModel:
             self.undo()
             raise
 
-    def new_cache(
+    @overload
+    def forward(
         self,
-        num_slots: int,
-        capacity: int,
+        token_ids: torch.Tensor,
+        batch: PackedBatch,
+        cache: kernels.KVCache,
         *,
-        aligned: bool = False,
-        dtype: torch.dtype | None = None,
-        huge_pages: bool = False,
-    ) -> kernels.KVCache:
-        """A cache that fits the model; see `PatchedLlama.new_cache`.
-
-        Raises:
-            ValueError: num_slots or capacity is below 1.
-            NotImplementedError: dtype differs from the model's.
-        """
-        if dtype not in (None, self.dtype):
-            raise NotImplementedError(
-                f"AnyModel.new_cache: dtype must be the model's ({self.dtype}), got {dtype}"
-            )
-        return kernels.KVCache(
-            self.num_layers,
-            num_slots,
-            self.num_kv_heads,
-            capacity,
-            self.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-            aligned=aligned,
-            huge_pages=huge_pages,
-        )
-
+        logits: Literal["last", "all"] = ...,
+    ) -> torch.Tensor: ...
+    @overload
+    def forward(
+        self, token_ids: torch.Tensor, batch: PackedBatch, cache: kernels.KVCache, *, logits: str
+    ) -> torch.Tensor | None: ...
     @torch.inference_mode()
     def forward(
         self,
@@ -165,7 +148,7 @@ class AnyModel:
             _PackedLayer(*pair, batch)
             for pair in zip(cache.keys.unbind(0), cache.values.unbind(0), strict=True)
         ]
-        found = self._call(token_ids, batch.positions, Cache(layers=layers), rows, keep)
+        found = self._call(token_ids, batch.positions, Cache(layers=[*layers]), rows, keep)
         return None if logits == "none" else found.float()
 
     def twin(self) -> AnyModel:
@@ -177,12 +160,6 @@ class AnyModel:
         if self._former is not None:
             self.model.set_attn_implementation(self._former)
             self._former = None
-
-    def __enter__(self) -> AnyModel:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.undo()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AnyModel, (self.model,)
@@ -205,16 +182,16 @@ class AnyModel:
         config = self.model.config.get_text_config()
         layers = [_ProbeLayer() for _ in range(config.num_hidden_layers)]
         total = sum(_PROBE_LENGTHS)
-        device = self.model.get_input_embeddings().weight.device
+        device = self._embedding.device
         bounds = [0, _PROBE_LENGTHS[0], total]
-        index = torch.tensor(
+        cu_seqlens, slots, starts, lengths = torch.tensor(
             [*bounds, 0, 0, *bounds[:2], *_PROBE_LENGTHS], dtype=torch.int32, device=device
         ).split([3, 2, 2, 2])
         # Rows that lie one after the other in slot 0: what one packed forward writes there.
-        rows = PackedRows(*index, max(_PROBE_LENGTHS), total)
+        rows = PackedRows(cu_seqlens, slots, starts, lengths, max(_PROBE_LENGTHS), total)
         positions = torch.cat([torch.arange(n, device=device) for n in _PROBE_LENGTHS])
         token_ids = torch.zeros(total, dtype=torch.long, device=device)
-        self._call(token_ids, positions, Cache(layers=layers), rows, 0)
+        self._call(token_ids, positions, Cache(layers=[*layers]), rows, 0)
         counts = [layer.num_updates for layer in layers]
         if counts != [1] * len(layers):
             _refuse("every layer", "with keys and values, written once per forward", counts)
@@ -231,6 +208,9 @@ class _Layer(CacheLayerMixin):
     """What transformers asks of a layer whose length no one may rely on: rows have their own."""
 
     is_sliding = False
+    # None in the base class until there is memory, which here there always is.
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,5 +286,13 @@ def _check(model: object) -> None:
             _refuse("rope_type", "one that does not depend on length", parameters["rope_type"])
 
 
-def _refuse(name: str, expected: str, actual: object) -> None:
+def _embedding_of(model: PreTrainedModel) -> torch.Tensor:
+    """`[vocab_size, hidden]`."""
+    weight = model.get_input_embeddings().weight
+    if not isinstance(weight, torch.Tensor):
+        _refuse("input embedding", "a module with one weight", type(weight).__name__)
+    return weight
+
+
+def _refuse(name: str, expected: str, actual: object) -> NoReturn:
     raise NotImplementedError(f"AnyModel: {name} must be {expected}, got {actual}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ def mask(
     local_size: int | None = None,
     config: PreTrainedConfig | None = None,
     device: torch.device | str = "cpu",
-    **options: object,
+    **options: Any,
 ) -> torch.Tensor:
     """The mask of one step and layer type: encoded rows (`row_mask`), or sdpa's dense mask.
 
@@ -124,7 +124,7 @@ def mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
+        q_offset=q_offset,  # type: ignore[arg-type]  # transformers passes tensors too
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
@@ -199,14 +199,13 @@ def attention(
             max_length=max_length,
         )
         return out[None], None
-    why = _why_not(query, key, value, attention_mask, dropout, position_bias, is_causal)
-    if why is not None:
+    rows = _rows_or_why_not(query, key, value, attention_mask, dropout, position_bias, is_causal)
+    if isinstance(rows, str):
         return _sdpa(
-            why, module, query, key, value, attention_mask, sinks=s_aux, dropout=dropout,
+            rows, module, query, key, value, attention_mask, sinks=s_aux, dropout=dropout,
             scaling=scaling, softcap=softcap, is_causal=is_causal, position_bias=position_bias,
             **options,
         )  # fmt: skip
-    rows = row_mask.decode(attention_mask)
     cu_seqlens = torch.arange(0, batch * q_length + 1, q_length, device=query.device)
     out = ragged_attention(
         query.transpose(1, 2).reshape(batch * q_length, num_heads, head_dim),
@@ -232,8 +231,10 @@ def _is_on_host(tensor: torch.Tensor | None) -> bool:
     return tensor is None or tensor.device.type == "cpu"
 
 
-def _why_not(query, key, value, attention_mask, dropout, position_bias, is_causal) -> str | None:
-    """Why `ragged_attention` cannot compute this layer; None if it can."""
+def _rows_or_why_not(
+    query, key, value, attention_mask, dropout, position_bias, is_causal
+) -> row_mask.Rows | str:
+    """The rows that `ragged_attention` computes of this layer, or why it cannot."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "gradients are needed"
     if dropout:
@@ -248,7 +249,7 @@ def _why_not(query, key, value, attention_mask, dropout, position_bias, is_causa
         return "the mask is dense"
     if is_causal is False:
         return row_mask.NOT_CAUSAL
-    return None
+    return row_mask.decode(attention_mask)
 
 
 def _sdpa(

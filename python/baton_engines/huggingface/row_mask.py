@@ -11,7 +11,7 @@ device. The third entry, where present, marks rows that could not be checked on 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from transformers.masking_utils import causal_mask_function
@@ -119,7 +119,7 @@ def encode(
     return torch.stack(parts, 1)[:, :, None, None].expand(-1, -1, extent, -1)
 
 
-def is_encoded(attention_mask: torch.Tensor | None) -> bool:
+def is_encoded(attention_mask: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     """Whether a mask was made by `encode`; dense masks are bool or floating point."""
     return attention_mask is not None and attention_mask.dtype == torch.int32
 

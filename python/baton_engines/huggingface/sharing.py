@@ -9,16 +9,16 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
+from ..llama import ModelHandle
 from ..llama.forward import PatchedForward, PatchedLlama
 from .adapt import adapt
-from .any_model import AnyModel
 
 
 @dataclass
 class _Shared:
     """A handle that nobody but `shared_handle` undoes, and how many blocks use it."""
 
-    handle: PatchedLlama | AnyModel
+    handle: ModelHandle
     num_users: int = 0
 
 
@@ -26,7 +26,7 @@ _shared: WeakKeyDictionary[PreTrainedModel, _Shared] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def shared_handle(model: PreTrainedModel) -> Iterator[PatchedLlama | AnyModel]:
+def shared_handle(model: PreTrainedModel) -> Iterator[ModelHandle]:
     """A handle of the model for as long as the block runs; several blocks share one.
 
     The last of them undoes it. A patch that the user made with `patch_llama` is used as it is, and

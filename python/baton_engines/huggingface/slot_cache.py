@@ -66,6 +66,11 @@ class SlotCache(Cache):
             )
         super().__init__(layers=[SlotLayer(capacity) for _ in range(config.num_hidden_layers)])
 
+    @property
+    def slot_layers(self) -> list[SlotLayer]:
+        """`layers`, all of which are of one kind."""
+        return [layer for layer in self.layers if isinstance(layer, SlotLayer)]
+
     def insert(
         self,
         other: SlotCache,
@@ -143,7 +148,7 @@ class SlotCache(Cache):
             raise ValueError(f"{where}: rows must be at least one row, got none")
         mask = attention_mask[rows]
         padding = int((mask.cumsum(1) == 0).sum(1).min())
-        for layer in self.layers:
+        for layer in self.slot_layers:
             layer.select(rows, padding)
         return mask[:, padding:]
 
@@ -164,7 +169,7 @@ class SlotCache(Cache):
                 f"{where}: other must have at most {self.capacity} tokens, the capacity, "
                 f"got {theirs}"
             )
-        for layer, source in zip(self.layers, other.layers, strict=True):
+        for layer, source in zip(self.slot_layers, other.slot_layers, strict=True):
             layer.place(source, targets, length, num_rows)
         mask = attention_mask.new_zeros(num_rows, length)
         mask[: attention_mask.shape[0], length - mine :] = attention_mask
@@ -177,10 +182,10 @@ class SlotCache(Cache):
     def _rows(self, where: str, cache: SlotCache, mask: torch.Tensor | None) -> int:
         """The rows of a cache, whose sizes and mask fit this one."""
         name = "self" if cache is self else "other"
-        if not isinstance(cache, SlotCache) or not cache.layers[0].is_initialized:
+        if not isinstance(cache, SlotCache) or not cache.slot_layers[0].is_initialized:
             raise ValueError(f"{where}: {name} must be a SlotCache with rows, got none")
-        sizes = [layer.sizes for layer in self.layers]
-        theirs = [layer.sizes for layer in cache.layers]
+        sizes = [layer.sizes for layer in self.slot_layers]
+        theirs = [layer.sizes for layer in cache.slot_layers]
         if theirs != sizes:
             raise ValueError(
                 f"{where}: other must be of the same model, (KV heads, head_dim, dtype, device) = "
@@ -211,6 +216,10 @@ class SlotLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = True
     is_croppable = True
+    # None in the base class until there is memory; nothing here reads them before.
+    keys: torch.Tensor
+    values: torch.Tensor
+    cumulative_length: torch.Tensor  # type: ignore[assignment]  # an int in some other layers
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -295,7 +304,8 @@ class SlotLayer(CacheLayerMixin):
         """Columns of keys, and how many were dropped on the left."""
         return self.capacity, 0
 
-    def get_seq_length(self) -> int | torch.Tensor:
+    # As in transformers' own static layers, whose annotation says int all the same.
+    def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
         """Columns in use, padding included."""
         return self.cumulative_length if self.is_initialized else 0
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .forward import PatchedLlama, patch_llama
+    from .handle import ModelHandle
     from .load import ModelLoadError, load_model
     from .packed_batch import PackedBatch
 
 # Public name -> the module that defines it.
 _EXPORTS = {
+    "ModelHandle": ".handle",
     "ModelLoadError": ".load",
     "PackedBatch": ".packed_batch",
     "PatchedLlama": ".forward",
@@ -21,6 +23,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "ModelHandle",
     "ModelLoadError",
     "PackedBatch",
     "PatchedLlama",

@@ -6,12 +6,13 @@ Whatever is not supported is refused here, with what is supported, and never com
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .family import SUPPORTED_MODELS, Family, find_family
+from .structure import structure_of
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SUPPORTED_ACTIVATIONS = ("silu", "swish")
@@ -37,7 +38,8 @@ def check_model(model: object) -> Family:
             f"patch_llama: model must be a {', '.join(SUPPORTED_MODELS[:-1])} or "
             f"{SUPPORTED_MODELS[-1]}, got {_full_name(type(model))}{_advice(type(model))}"
         )
-    config = model.config
+    decoder = structure_of(model)
+    config = decoder.config
     tensor_parallel = getattr(config, "pretraining_tp", None)
     _supported("pretraining_tp", "1", tensor_parallel, tensor_parallel in (None, 1))
     activation = config.hidden_act
@@ -61,7 +63,7 @@ def check_model(model: object) -> Family:
         kv_heads,
         heads % kv_heads == 0,
     )
-    num_layers = len(model.model.layers)
+    num_layers = len(decoder.model.layers)
     _supported(
         "num_hidden_layers",
         f"from 1 to the model's number of layers ({num_layers})",
@@ -74,12 +76,13 @@ def check_model(model: object) -> Family:
     return family
 
 
-def _check_modules(model: PreTrainedModel, family: Family) -> None:
+def _check_modules(model: nn.Module, family: Family) -> None:
     """A replaced module (quantised, adapted) computes something else than its weights say."""
-    body, norm = model.model, family.kind("RMSNorm")
-    expected = [("model", body, family.kind("Model"))]
+    decoder, norm = structure_of(model), family.kind("RMSNorm")
+    body = decoder.model
+    expected: list[tuple[str, object, type[Any]]] = [("model", body, family.kind("Model"))]
     expected += [("embed_tokens", body.embed_tokens, nn.Embedding)]
-    expected += [("norm", body.norm, norm), ("lm_head", model.lm_head, nn.Linear)]
+    expected += [("norm", body.norm, norm), ("lm_head", decoder.lm_head, nn.Linear)]
     for layer in body.layers:
         attention, mlp = layer.self_attn, layer.mlp
         expected += [("layer", layer, family.kind("DecoderLayer"))]
@@ -94,7 +97,7 @@ def _check_modules(model: PreTrainedModel, family: Family) -> None:
             expected.append((name, getattr(attention, name), nn.Linear))
         for name in ("gate_proj", "up_proj", "down_proj"):
             expected.append((name, getattr(mlp, name), nn.Linear))
-    names = {module: name for name, module in model.named_modules()}
+    names: dict[object, str] = {module: name for name, module in model.named_modules()}
     for name, module, kind in expected:
         if type(module) is kind:
             continue
@@ -120,7 +123,7 @@ def is_foreign(hook: object) -> bool:
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
-def _check_forwards(model: PreTrainedModel, family: Family) -> None:
+def _check_forwards(model: nn.Module, family: Family) -> None:
     """What runs besides the modules' own forward methods would be left out without a word."""
     kind = type(model)
     _supported(
@@ -148,7 +151,7 @@ def _check_forwards(model: PreTrainedModel, family: Family) -> None:
     )
 
 
-def _check_parameters(model: PreTrainedModel) -> None:
+def _check_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         kind = type(parameter)
         _supported(

@@ -63,6 +63,10 @@ def find_family(model: object) -> Family | None:
     for kind in type(model).__mro__:
         root, _, package = kind.__module__.rpartition(".")[0].rpartition(".")
         prefix = _PREFIXES.get(package)
-        if root == "transformers.models" and kind.__name__ == f"{prefix}ForCausalLM":
+        if (
+            prefix is not None
+            and root == "transformers.models"
+            and kind.__name__ == f"{prefix}ForCausalLM"
+        ):
             return Family(prefix, kind)
     return None

@@ -13,7 +13,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import nn
@@ -24,9 +24,11 @@ import baton_kernels as kernels
 
 from .check import check_model, foreign_hooks, is_foreign
 from .family import Family
+from .handle import ModelHandle
 from .merged_projection import MergedProjection
 from .packed_batch import PackedBatch
 from .rope import RotaryTable
+from .structure import CausalLM, DecoderLayer, Norm, structure_of
 
 _LOGITS = ("last", "all", "none")
 
@@ -81,7 +83,7 @@ def patch_llama(model: PreTrainedModel) -> PatchedLlama:
         return PatchedLlama(model, family)
 
 
-class PatchedLlama:
+class PatchedLlama(ModelHandle):
     """The packed forward pass of a model; made by `patch_llama`.
 
     Args:
@@ -96,29 +98,33 @@ class PatchedLlama:
             dynamic RoPE are those of a forward's last token.
     """
 
+    model: PreTrainedModel
+
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
-        config = model.config
-        attention = model.model.layers[0].self_attn
+        decoder = structure_of(model)
+        config = decoder.config
+        attention = decoder.model.layers[0].self_attn
         self.model = model
+        self._decoder: CausalLM = decoder
         self.num_layers = config.num_hidden_layers
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = attention.head_dim
-        self.vocab_size = model.lm_head.out_features
-        self.dtype = model.lm_head.weight.dtype
-        self.device = model.lm_head.weight.device
+        self.vocab_size = decoder.lm_head.out_features
+        self.dtype = decoder.lm_head.weight.dtype
+        self.device = decoder.lm_head.weight.device
         self._scale = attention.scaling
         # Granite multiplies by constants; everywhere else they are 1.
         self._embedding_multiplier = getattr(config, "embedding_multiplier", 1.0)
         self._residual_multiplier = getattr(config, "residual_multiplier", 1.0)
         self._logits_scaling = getattr(config, "logits_scaling", 1.0)
         self._head_sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        self._rotary = RotaryTable(model.model.rotary_emb, self.head_dim)
+        self._rotary = RotaryTable(decoder.model.rotary_emb, self.head_dim)
         self.whole_prompts = self._rotary.dynamic
         self._merged: list[MergedProjection] = []
         self._layers: list[_Layer] = []
         try:
-            for index, layer in enumerate(model.model.layers[: self.num_layers]):
+            for index, layer in enumerate(decoder.model.layers[: self.num_layers]):
                 self._layers.append(self._merge_layer(layer, family.window(config, index)))
         except BaseException:
             self._split_layers()
@@ -132,47 +138,22 @@ class PatchedLlama:
             for module in model.modules()
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self._forward = PatchedForward(self, model.forward)
+        self._forward: PatchedForward | None = PatchedForward(self, model.forward)
         model.forward = self._forward
 
-    def new_cache(
+    @overload
+    def forward(
         self,
-        num_slots: int,
-        capacity: int,
+        token_ids: torch.Tensor,
+        batch: PackedBatch,
+        cache: kernels.KVCache,
         *,
-        aligned: bool = False,
-        dtype: torch.dtype | None = None,
-        huge_pages: bool = False,
-    ) -> kernels.KVCache:
-        """A cache that fits the model.
-
-        Args:
-            num_slots: int, at least 1; queries it can hold.
-            capacity: int, at least 1; columns of a slot.
-            aligned: bool; whether all rows end in the same column.
-            dtype: of keys and values; None, or the model's own.
-            huge_pages: bool; see `KVCache`.
-
-        Raises:
-            ValueError: num_slots or capacity is below 1.
-            NotImplementedError: dtype differs from the model's.
-        """
-        if dtype not in (None, self.dtype):
-            raise NotImplementedError(
-                f"PatchedLlama.new_cache: dtype must be the model's ({self.dtype}), got {dtype}"
-            )
-        return kernels.KVCache(
-            self.num_layers,
-            num_slots,
-            self.num_kv_heads,
-            capacity,
-            self.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-            aligned=aligned,
-            huge_pages=huge_pages,
-        )
-
+        logits: Literal["last", "all"] = ...,
+    ) -> torch.Tensor: ...
+    @overload
+    def forward(
+        self, token_ids: torch.Tensor, batch: PackedBatch, cache: kernels.KVCache, *, logits: str
+    ) -> torch.Tensor | None: ...
     @torch.inference_mode()
     def forward(
         self,
@@ -209,18 +190,13 @@ class PatchedLlama:
         self._check_call(token_ids, batch, cache, logits)
         cos, sin = self._rotary(batch)
         total_tokens = len(token_ids)
-        rows = (batch.cu_seqlens_q, batch.slots, batch.starts, batch.lengths)
-        bounds = {"max_query_length": batch.max_query_length, "max_length": batch.max_length}
-
-        body = self.model.model
+        body = self._decoder.model
         hidden = nn.functional.embedding(token_ids, body.embed_tokens.weight)
-        hidden = _scaled(hidden, self._embedding_multiplier)
-        residual = None
+        residual = _scaled(hidden, self._embedding_multiplier)
+        hidden = kernels.rms_norm(residual, *self._layers[0].attention_norm)
         caches = zip(cache.keys.unbind(0), cache.values.unbind(0), strict=True)
         for layer, (key_cache, value_cache) in zip(self._layers, caches, strict=True):
-            if residual is None:
-                hidden, residual = kernels.rms_norm(hidden, *layer.attention_norm), hidden
-            else:
+            if layer is not self._layers[0]:
                 hidden, residual = kernels.rms_norm(
                     hidden, *layer.attention_norm, residual=residual
                 )
@@ -238,10 +214,14 @@ class PatchedLlama:
                 query,
                 key_cache,
                 value_cache,
-                *rows,
+                batch.cu_seqlens_q,
+                batch.slots,
+                batch.starts,
+                batch.lengths,
                 scale=self._scale,
                 window=layer.window,
-                **bounds,
+                max_query_length=batch.max_query_length,
+                max_length=batch.max_length,
             )
             hidden = project(hidden.view(total_tokens, -1), *layer.output)
             hidden = _scaled(hidden, self._residual_multiplier)
@@ -255,7 +235,7 @@ class PatchedLlama:
             hidden = hidden.index_select(0, batch.last_tokens)
             residual = residual.index_select(0, batch.last_tokens)
         hidden, _ = kernels.rms_norm(hidden, *_norm(body.norm), residual=residual)
-        head = self.model.lm_head
+        head = self._decoder.lm_head
         return _scaled(project(hidden, head.weight, head.bias).float(), 1 / self._logits_scaling)
 
     def twin(self) -> PatchedLlama:
@@ -276,27 +256,21 @@ class PatchedLlama:
         """Make the model what it was before: its forward method, and its parameters, the same
         objects with the same bits, each with memory of its own again. Undoing twice does
         nothing."""
-        if self._forward is None:
+        forward, self._forward = self._forward, None
+        if forward is None:
             return
+        forward.handle = None
         # Someone may have hidden our forward in turn; then theirs stays and ours just passes calls
         # on.
-        if self.model.__dict__.get("forward") is self._forward:
+        if self.model.__dict__.get("forward") is forward:
             if self._hidden_forward is None:
                 del self.model.forward
             else:
                 self.model.forward = self._hidden_forward
-        self._forward.handle = None
-        self._forward = None
         with torch.inference_mode(False), torch.no_grad():
             self._split_layers()
 
-    def __enter__(self) -> PatchedLlama:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.undo()
-
-    def _merge_layer(self, layer: nn.Module, window: int | None) -> _Layer:
+    def _merge_layer(self, layer: DecoderLayer, window: int | None) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = MergedProjection((attention.q_proj, attention.k_proj, attention.v_proj))
         self._merged.append(qkv)
@@ -310,8 +284,8 @@ class PatchedLlama:
             gate_up=(gate_up.weight, gate_up.bias),
             down=(mlp.down_proj.weight, mlp.down_proj.bias),
             window=window,
-            query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-            key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+            query_norm=_norm(getattr(attention, "q_norm", None)),
+            key_norm=_norm(getattr(attention, "k_norm", None)),
             rotates=bool(getattr(attention, "use_rope", True)),
         )
 
@@ -420,8 +394,12 @@ def _patched(kind: type[PreTrainedModel], state: dict[str, Any]) -> PatchedLlama
     return patch_llama(model)
 
 
-def _norm(module: nn.Module) -> tuple[torch.Tensor, float]:
-    return module.weight, module.variance_epsilon
+@overload
+def _norm(module: Norm) -> tuple[torch.Tensor, float]: ...
+@overload
+def _norm(module: Norm | None) -> tuple[torch.Tensor, float] | None: ...
+def _norm(module: Norm | None) -> tuple[torch.Tensor, float] | None:
+    return None if module is None else (module.weight, module.variance_epsilon)
 
 
 def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:

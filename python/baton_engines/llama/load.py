@@ -89,9 +89,7 @@ def load_model(
             if is_local:
                 check_model_folder(folder)
                 name = str(folder)
-            model, found = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, output_loading_info=True
-            )
+            model, found = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
             tokenizer = None
             if not is_local or has_tokenizer(folder):
                 tokenizer = AutoTokenizer.from_pretrained(name)
@@ -108,6 +106,14 @@ def load_model(
             ) from error
     _check_complete(name, found)
     return model.eval(), tokenizer
+
+
+def _from_pretrained(
+    kind: type[Any], name: str | None, **options: Any
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A model and what its files lacked. transformers' own types do not say that there are two
+    results, and its "auto" classes are no models."""
+    return kind.from_pretrained(name, output_loading_info=True, **options)
 
 
 def _check_complete(name: str, found: Mapping[str, Any]) -> None:
@@ -167,8 +173,8 @@ def _load_smollm2(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrained
         with safe_open(folder / _WEIGHTS, framework="pt", backend="pread") as file:
             weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
         config = LlamaConfig.from_pretrained(folder)
-        model, found = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        model, found = _from_pretrained(
+            LlamaForCausalLM, None, config=config, state_dict=weights, dtype=dtype
         )
         model.generation_config = GenerationConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -238,12 +244,13 @@ def _convert_smollm2(weights: Path, folder: Path) -> None:
             f"load_model: converting {SMOLLM2!r} once needs {' and '.join(needed)}; "
             f"`pip install {' '.join(needed)}`"
         )
-    source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     status = Console(file=sys.stderr).status("converting SmolLM2-135M, once: about 20 seconds")
     # The reader draws a progress bar of its own that cannot be turned off.
     with status, contextlib.redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(
+            weights.parent, gguf_file=weights.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     config = model.config.to_dict()
     # These describe the file that the weights came from.
     for name in ("quantization_config", "_model_name_or_path", "_name_or_path"):

@@ -13,8 +13,10 @@ class MergedProjection:
     are views of."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self._weights = [linear.weight for linear in linears]
-        self._biases = [linear.bias for linear in linears if linear.bias is not None]
+        self._weights: list[torch.Tensor] = [linear.weight for linear in linears]
+        self._biases: list[torch.Tensor] = [
+            linear.bias for linear in linears if linear.bias is not None
+        ]
         self.weight = _merge(self._weights)
         self.bias = _merge(self._biases) if self._biases else None
 
@@ -28,7 +30,7 @@ class MergedProjection:
             parameter.data = parameter.data.clone()
 
 
-def _merge(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+def _merge(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     merged = _neighbors([parameter.data for parameter in parameters])
     if merged is None:
         merged = torch.cat([parameter.data for parameter in parameters])

@@ -112,7 +112,8 @@ class PackedBatch:
                 f"got {last} columns"
             )
 
-        cu_seqlens, last_tokens, token_slots, token_columns, positions = [0], [], [], [], []
+        cu_seqlens, last_tokens, token_slots = [0], list[int](), list[int]()
+        token_columns, positions = list[int](), list[int]()
         for slot, start, length, count, pad in zip(
             slots, starts, lengths, query_lengths, padding, strict=True
         ):
@@ -123,22 +124,23 @@ class PackedBatch:
             positions.extend(range(length - count, length + pad))
         padded_lengths = [length + pad for length, pad in zip(lengths, padding, strict=True)]
 
-        parts = (
-            cu_seqlens,
-            slots,
-            starts,
-            padded_lengths,
-            token_slots,
-            token_columns,
-            positions,
-            last_tokens,
-        )
+        parts = {
+            "cu_seqlens_q": cu_seqlens,
+            "slots": slots,
+            "starts": starts,
+            "lengths": padded_lengths,
+            "token_slots": token_slots,
+            "token_columns": token_columns,
+            "positions": positions,
+            "last_tokens": last_tokens,
+        }
         # One tensor and views of it: one copy to a device instead of eight.
         packed = torch.tensor(
-            [number for part in parts for number in part], dtype=torch.int32, device=device
+            [number for part in parts.values() for number in part], dtype=torch.int32, device=device
         )
+        views = packed.split([len(part) for part in parts.values()])
         return cls(
-            *packed.split([len(part) for part in parts]),
+            **dict(zip(parts, views, strict=True)),
             query_lengths=tuple(query_lengths),
             total_lengths=tuple(lengths),
             max_query_length=longest,

@@ -13,6 +13,7 @@ import copy
 import torch
 
 from .packed_batch import PackedBatch
+from .structure import Rotary
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -40,7 +41,7 @@ class RotaryTable:
             of the head.
     """
 
-    def __init__(self, rotary: torch.nn.Module, head_dim: int) -> None:
+    def __init__(self, rotary: Rotary, head_dim: int) -> None:
         rope_type = rotary.rope_type
         if rope_type not in SUPPORTED_ROPE_TYPES:
             raise NotImplementedError(

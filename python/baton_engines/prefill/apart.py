@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..llama.handle import ModelHandle
 from .base import Prefilled, Prefiller, Worker
 from .handover import Handover, Sizes
 
@@ -70,7 +71,7 @@ class Apart(Prefiller):
         self.start_timeout = start_timeout
         self._workers: list[_ProcessWorker] = []
 
-    def make_workers(self, model, threads: int) -> list[Worker]:
+    def make_workers(self, model: ModelHandle, threads: int) -> list[Worker]:
         """One process's worker each, on one copy of the model's weights."""
         device = torch.device(getattr(model, "device", "cpu"))
         if device.type != "cpu":
@@ -97,7 +98,7 @@ class Apart(Prefiller):
 class _ModelFile:
     """A model in an anonymous file, which is gone with the last process that has it open."""
 
-    def __init__(self, model):
+    def __init__(self, model: ModelHandle):
         self.sizes = Sizes.of(model)
         self.file = os.memfd_create("baton-model")
         self._is_open = True

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..llama.handle import ModelHandle
 from ..llama.packed_batch import PackedBatch
 
 
@@ -98,10 +99,10 @@ class Prefiller(ABC):
         self._desk: _Desk | None = None
 
     @abstractmethod
-    def make_workers(self, model, threads: int) -> list[Worker]:
-        """`num_workers` workers for a model (a `PatchedLlama` or what stands in for one)."""
+    def make_workers(self, model: ModelHandle, threads: int) -> list[Worker]:
+        """`num_workers` workers for a model."""
 
-    def open(self, model) -> None:
+    def open(self, model: ModelHandle) -> None:
         """Start the workers.
 
         Raises:
@@ -208,7 +209,7 @@ class _Desk:
             del job
 
 
-def compute(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
+def compute(model: ModelHandle, prompts: Sequence[Sequence[int]]) -> Prefilled:
     """The prompts in one forward of `model`, into a cache that is made for them."""
     counts = [len(prompt) for prompt in prompts]
     cache = model.new_cache(len(prompts), max(counts))

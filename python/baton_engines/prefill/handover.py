@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..llama.handle import ModelHandle
+
 _ALIGNMENT = 64
 
 
@@ -27,10 +29,10 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model) -> Sizes:
-        """Of a `PatchedLlama` or what stands in for one."""
-        keys = model.new_cache(1, 1).keys
-        return cls(keys.shape[0], keys.shape[2], keys.shape[4], model.vocab_size, keys.dtype)
+    def of(cls, model: ModelHandle) -> Sizes:
+        """Those of a model."""
+        sizes = (model.num_layers, model.num_kv_heads, model.head_dim, model.vocab_size)
+        return cls(*sizes, model.dtype)
 
 
 class Handover:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..llama.handle import ModelHandle
 from .base import Prefilled, Prefiller, Worker, compute
 
 
@@ -18,13 +19,13 @@ class Overlapped(Prefiller):
 
     name = "overlapped"
 
-    def make_workers(self, model, threads: int) -> list[Worker]:
+    def make_workers(self, model: ModelHandle, threads: int) -> list[Worker]:
         """One thread's worker each, on the model's own weights."""
         return [_ThreadWorker(model.twin(), threads) for _ in range(self.num_workers)]
 
 
 class _ThreadWorker(Worker):
-    def __init__(self, model, threads: int):
+    def __init__(self, model: ModelHandle, threads: int):
         self._model = model
         self._threads = threads
         device = torch.device(getattr(model, "device", "cpu"))
@@ -52,6 +53,3 @@ class _ThreadWorker(Worker):
             tensor.record_stream(reader)
         own.synchronize()
         return prefilled
-
-    def close(self) -> None:
-        self._model = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..llama.handle import ModelHandle
 from .base import Job, Prefiller, Worker
 
 
@@ -16,11 +17,11 @@ class Serial(Prefiller):
         super().__init__()
         self.num_workers = 0
 
-    def make_workers(self, model, threads: int) -> list[Worker]:
+    def make_workers(self, model: ModelHandle, threads: int) -> list[Worker]:
         """None."""
         return []
 
-    def open(self, model) -> None:
+    def open(self, model: ModelHandle) -> None:
         """Nothing is started."""
 
     def submit(self, job: Job) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from baton_kernels.batch_shape import checked_int
 
+from ..llama.handle import ModelHandle
 from ..policies import Policy
 from ..prefill import Prefiller
 from ..prefill import get as get_prefiller
@@ -56,7 +57,7 @@ def open_loop(
         autoscale = Autoscale(num_slots, max_slots)
     if kv_budget is not None:
         kv_budget = checked_int("Relay", "kv_budget", kv_budget, 1)
-    if not hasattr(model, "new_cache"):
+    if not isinstance(model, ModelHandle):
         # Here and not above: a handle of another kind needs no transformers.
         from ..huggingface.sharing import shared_handle
 

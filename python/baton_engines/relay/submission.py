@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from ..llama.handle import ModelHandle
 from ..query import Query
 from ..query.callbacks import check_callback
 from ..query.chat import end_of_turn
@@ -40,12 +41,12 @@ class Limits:
 
     @classmethod
     def of_model(
-        cls, handle, capacity: int | None, tokenizer=None, generation_config=None
+        cls, handle: ModelHandle, capacity: int | None, tokenizer=None, generation_config=None
     ) -> Limits:
-        """The limits of a `PatchedLlama` and a capacity, by default the model's longest input.
+        """The limits of a model and a capacity, by default the model's longest input.
 
         Args:
-            handle: `PatchedLlama`.
+            handle: of the model.
             capacity: in tokens, or None.
             tokenizer: whose end-of-sequence token, and end of the assistant's turn, end a query,
                 too.

@@ -12,6 +12,7 @@ import torch
 
 import baton_kernels
 
+from ..llama.handle import ModelHandle
 from ..llama.packed_batch import PackedBatch
 from ..query import Query, SharedPrompt
 from .concatenated_cache import ConcatenatedCache
@@ -36,7 +37,7 @@ class Slots:
     """A cache of a model with the queries that live in it.
 
     Args:
-        model: has `new_cache`, `forward` and `whole_prompts` as `PatchedLlama`.
+        model: ModelHandle.
         num_slots: rows.
         capacity: columns of a row.
         aligned: whether all rows end in one column.
@@ -52,7 +53,7 @@ class Slots:
 
     def __init__(
         self,
-        model,
+        model: ModelHandle,
         num_slots: int,
         capacity: int,
         *,
@@ -266,7 +267,7 @@ class Slots:
 def _slot_of(query: Query) -> int:
     """The row of a query that has one."""
     if query.slot is None:
-        raise RuntimeError(f"Slots: query {query.id} must be in a slot, got {query!r}")
+        raise RuntimeError(f"Relay: query {query.id} must be in a slot, got {query!r}")
     return query.slot
 
 

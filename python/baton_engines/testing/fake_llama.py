@@ -13,13 +13,11 @@ import torch
 
 from baton_kernels import KVCache
 
+from ..llama.handle import ModelHandle
 from ..llama.packed_batch import PackedBatch
 
-_NUM_LAYERS = 2
-_HEAD_DIM = 16
 
-
-class FakeLlama:
+class FakeLlama(ModelHandle):
     """Stands in for a `PatchedLlama`.
 
     Args:
@@ -36,6 +34,12 @@ class FakeLlama:
         padding: how many tokens of padding they computed besides.
     """
 
+    num_layers = 2
+    num_kv_heads = 1
+    head_dim = 16
+    dtype = torch.float32
+    device = torch.device("cpu")
+
     def __init__(self, vocab_size: int = 50, eos: int | None = None, max_positions: int = 256):
         self.vocab_size = vocab_size
         self.model = SimpleNamespace(
@@ -47,13 +51,12 @@ class FakeLlama:
         self.forwards: list[tuple[int, ...]] = []
         self.padding: list[int] = []
 
-    def new_cache(self, num_slots: int, capacity: int, *, aligned: bool = False) -> KVCache:
-        """As `PatchedLlama.new_cache`."""
-        return KVCache(_NUM_LAYERS, num_slots, 1, capacity, _HEAD_DIM, aligned=aligned)
-
     def twin(self) -> FakeLlama:
         """As `PatchedLlama.twin`."""
         return self
+
+    def undo(self) -> None:
+        """Nothing was changed."""
 
     def forward(
         self, token_ids: torch.Tensor, batch: PackedBatch, cache: KVCache, *, logits: str = "last"
@@ -64,8 +67,8 @@ class FakeLlama:
         slots, columns = batch.token_slots.long(), batch.token_columns.long()
         tokens = token_ids.float()[None, :, None]
         positions = batch.positions.float()[None, :, None]
-        cache.keys[:, slots, 0, columns] = tokens.expand(_NUM_LAYERS, -1, _HEAD_DIM)
-        cache.values[:, slots, 0, columns] = positions.expand(_NUM_LAYERS, -1, _HEAD_DIM)
+        cache.keys[:, slots, 0, columns] = tokens.expand(self.num_layers, -1, self.head_dim)
+        cache.values[:, slots, 0, columns] = positions.expand(self.num_layers, -1, self.head_dim)
         rows = [
             self._read(cache, slot, start, length)
             for slot, start, length in zip(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..llama.handle import ModelHandle
 from ..prefill.base import Job, Prefiller, Worker, compute
 
 
@@ -26,11 +27,11 @@ class ManualPrefiller(Prefiller):
         self.jobs: list[Job] = []
         self.fault: Callable[[], object] = lambda: None
 
-    def make_workers(self, model, threads: int) -> list[Worker]:
+    def make_workers(self, model: ModelHandle, threads: int) -> list[Worker]:
         """None: there are no threads."""
         return []
 
-    def open(self, model) -> None:
+    def open(self, model: ModelHandle) -> None:
         """Keep the model."""
         self._model = model
 

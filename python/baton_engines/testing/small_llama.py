@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 import transformers
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..llama import PatchedLlama
+from ..llama import ModelHandle
 from ..llama.packed_batch import PackedBatch
 
 VOCAB_SIZE = 97
@@ -39,7 +39,7 @@ def small_llama(
     rope_type: str = "default",
     seed: int = 0,
     **changes: object,
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """A random Llama; see `small_decoder`."""
     return small_decoder("Llama", dtype=dtype, rope_type=rope_type, seed=seed, **changes)
 
@@ -91,7 +91,7 @@ def small_decoder(
     return model
 
 
-def as_float32(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def as_float32(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights, computed in float32: the truth for a lower dtype."""
     wide = copy.deepcopy(model)
     for parameter in wide.parameters():
@@ -125,7 +125,7 @@ QUERIES = (
 
 
 @torch.no_grad()
-def decoded_alone(model: LlamaForCausalLM, query: KnownQuery) -> torch.Tensor:
+def decoded_alone(model: PreTrainedModel, query: KnownQuery) -> torch.Tensor:
     """float32 logits of every token, by the unpatched model, prompt first and then one by one."""
     # Dynamic RoPE leaves state in the model; a query alone finds none.
     model = copy.deepcopy(model)
@@ -138,7 +138,7 @@ def decoded_alone(model: LlamaForCausalLM, query: KnownQuery) -> torch.Tensor:
 
 
 def decoded_together(
-    llama: PatchedLlama, queries: Sequence[KnownQuery], *, aligned: bool = False, num_slots: int = 4
+    llama: ModelHandle, queries: Sequence[KnownQuery], *, aligned: bool = False, num_slots: int = 4
 ) -> list[torch.Tensor]:
     """float32 logits of every token of each query, in one cache: a query comes in its step, beside
     those that decode, and leaves when its tokens are used up. Padding is NaN."""

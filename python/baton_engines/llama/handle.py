@@ -1,0 +1,129 @@
+"""What a relay needs of a model, whichever code computes it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any, Literal, TypeVar, overload
+
+import torch
+
+from baton_kernels import KVCache
+
+from .packed_batch import PackedBatch
+
+_Self = TypeVar("_Self", bound="ModelHandle")
+
+
+class ModelHandle(ABC):
+    """A model in use for packed forwards, until `undo`; `with handle:` undoes at the end.
+
+    Attributes:
+        model: the model; of what stands in for one, something with a `config`.
+        num_layers, num_kv_heads, head_dim, vocab_size: int, its sizes as its cache sees them.
+        dtype, device: of its keys and values.
+        whole_prompts: bool; whether a prompt in parts would be another prompt.
+    """
+
+    model: Any
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
+    whole_prompts: bool = False
+
+    def new_cache(
+        self,
+        num_slots: int,
+        capacity: int,
+        *,
+        aligned: bool = False,
+        dtype: torch.dtype | None = None,
+        huge_pages: bool = False,
+    ) -> KVCache:
+        """A cache that fits the model.
+
+        Args:
+            num_slots: int, at least 1; queries it can hold.
+            capacity: int, at least 1; columns of a slot.
+            aligned: bool; whether all rows end in the same column.
+            dtype: of keys and values; None, or the model's own.
+            huge_pages: bool; see `KVCache`.
+
+        Raises:
+            ValueError: num_slots or capacity is below 1.
+            NotImplementedError: dtype differs from the model's.
+        """
+        if dtype not in (None, self.dtype):
+            raise NotImplementedError(
+                f"{type(self).__name__}.new_cache: dtype must be the model's ({self.dtype}), "
+                f"got {dtype}"
+            )
+        return KVCache(
+            self.num_layers,
+            num_slots,
+            self.num_kv_heads,
+            capacity,
+            self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            aligned=aligned,
+            huge_pages=huge_pages,
+        )
+
+    @overload
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        batch: PackedBatch,
+        cache: KVCache,
+        *,
+        logits: Literal["last", "all"] = ...,
+    ) -> torch.Tensor: ...
+    @overload
+    def forward(
+        self, token_ids: torch.Tensor, batch: PackedBatch, cache: KVCache, *, logits: str
+    ) -> torch.Tensor | None: ...
+    @abstractmethod
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        batch: PackedBatch,
+        cache: KVCache,
+        *,
+        logits: str = "last",
+    ) -> torch.Tensor | None:
+        """Compute the packed tokens: write their keys and values, return logits.
+
+        Args:
+            token_ids: int32 or int64 `[total_tokens]`.
+            batch: PackedBatch of the cache's shape, whose rows already count these tokens.
+            cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
+            logits: "last" for those of each row's last token, "all" for those of every packed
+                token, "none" for none.
+
+        Returns:
+            float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`; or None.
+        """
+
+    @abstractmethod
+    def twin(self) -> ModelHandle:
+        """A handle on the same model whose `forward` another thread may call meanwhile; use it only
+        until `undo`."""
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Make the model what it was before. Undoing twice does nothing."""
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()
