@@ -5,6 +5,7 @@ A program is a block of Python that a block of text follows; the text is its out
 | section | what is held |
 | --- | --- |
 | programs | each runs by itself and prints the text below it |
+| tutorial | its steps are files; the page quotes them, and shows what they print |
 | README | it has two such programs, and stays short |
 """
 
@@ -17,8 +18,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = ["README.md"]
+PAGES = ["README.md", "docs/asked.md"]
 PROGRAM = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 
 
 def programs(page: str) -> list[tuple[str, str]]:
@@ -26,12 +30,9 @@ def programs(page: str) -> list[tuple[str, str]]:
     return PROGRAM.findall((ROOT / page).read_text())
 
 
-def run(source: str, **variables: str) -> subprocess.CompletedProcess:
+def run(source: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", source],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", **variables},
+        [sys.executable, "-c", source], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT
     )
 
 
@@ -44,6 +45,30 @@ def test_a_program_prints_what_its_page_shows(page, number):
     done = run(source)
     assert done.returncode == 0, done.stderr
     assert done.stdout == printed
+
+
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+STEP = re.compile(r"^```bash\npython (\S+)\n```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+STEPS = STEP.findall(TUTORIAL)
+
+
+@pytest.mark.parametrize(("program", "printed"), STEPS, ids=[Path(name).stem for name, _ in STEPS])
+def test_a_step_of_the_tutorial(program, printed):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / program)], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
+
+
+def test_the_tutorial_quotes_its_steps():
+    files = sorted((ROOT / "examples" / "tutorial").glob("step*.py"))
+    assert [program for program, _ in STEPS] == [
+        path.relative_to(ROOT).as_posix() for path in files
+    ]
+    quoted = re.findall(r"^```python\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
+    for path, block in zip(files, quoted, strict=True):
+        assert block in path.read_text(), path.name
 
 
 def test_readme_is_short():
