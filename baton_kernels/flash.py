@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from baton_kernels.ops.append_kv import append_kv
+from baton_kernels.ops.checks import Checker
 from baton_kernels.ops.ragged_attention import ragged_attention
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -56,7 +57,7 @@ def flash_attn_func(
 
     Source: flash_attn_func of flash-attn 2.
     """
-    _refuse("flash_attn_func", dropout_p=dropout_p)
+    _refuse("flash_attn_func", dropout_p)
     batch, queries, num_heads, head_dim = _shape("flash_attn_func", "q", q)
     _shape("flash_attn_func", "k", k)
     keys, device = k.shape[1], q.device
@@ -104,7 +105,8 @@ def flash_attn_varlen_func(
 
     Args:
         q: `[total_q, num_heads, head_dim]`, float32, float16 or bfloat16.
-        k: `[total_k, num_kv_heads, head_dim]`.
+        k: `[total_k, num_kv_heads, head_dim]`; with block_table `[pages, page, num_kv_heads,
+            head_dim]`.
         v: As k.
         cu_seqlens_q: `[sequences + 1]`, int32: where each sequence's queries begin.
         cu_seqlens_k: `[sequences + 1]`, int32: where its keys begin.
@@ -118,7 +120,8 @@ def flash_attn_varlen_func(
         alibi_slopes: As in `flash_attn_func`.
         deterministic: Ignored: the result always is.
         return_attn_probs: Also return the logarithm of the softmax denominator.
-        block_table: None.
+        block_table: `[sequences, max_pages]`, int32: the pages of each sequence's keys, in order;
+            cu_seqlens_k then counts them.
 
     Returns:
         `[total_q, num_heads, head_dim]`; with return_attn_probs (out, lse `[num_heads, total_q]`,
@@ -130,24 +133,32 @@ def flash_attn_varlen_func(
 
     Source: flash_attn_varlen_func of flash-attn 2.
     """
-    _refuse("flash_attn_varlen_func", dropout_p=dropout_p, block_table=block_table)
+    op = "flash_attn_varlen_func"
+    _refuse(op, dropout_p)
     cu_seqlens_k = cu_seqlens_k.int()
     starts = cu_seqlens_k[:-1].contiguous()
-    # All keys lie in one slot, one sequence after the other.
+    # All keys lie in one slot, one sequence after the other; in pages each begins at column 0.
+    slots = torch.zeros_like(starts)
+    if block_table is None:
+        keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    else:
+        _shape(op, "k", k)
+        keys, values, starts = k.transpose(1, 2), v.transpose(1, 2), slots
     result = ragged_attention(
         q,
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
+        keys,
+        values,
         cu_seqlens_q.int(),
-        torch.zeros_like(starts),
+        slots,
         starts,
         cu_seqlens_k.diff(),
         scale=softmax_scale,
-        **_mask("flash_attn_varlen_func", causal, window_size),
+        **_mask(op, causal, window_size),
         softcap=softcap,
-        alibi_slopes=_slopes("flash_attn_varlen_func", alibi_slopes),
+        alibi_slopes=_slopes(op, alibi_slopes),
         max_query_length=int(max_seqlen_q),
         max_length=int(max_seqlen_k),
+        block_table=block_table,
         return_lse=return_attn_probs,
     )
     if isinstance(result, torch.Tensor):
@@ -180,12 +191,13 @@ def flash_attn_with_kvcache(
     """Writes new keys and values into a cache, then attends to it.
 
     Row i's valid columns are `[cache_leftpad[i], cache_seqlens[i] + new)` of the cache's row
-    `cache_batch_idx[i]`; the new tokens take the columns from `cache_seqlens[i]` on.
+    `cache_batch_idx[i]`; the new tokens take the columns from `cache_seqlens[i]` on. With
+    block_table column c of row i is column `c % page` of page `block_table[i, c // page]`.
 
     Args:
         q: `[batch, queries, num_heads, head_dim]`, float32, float16 or bfloat16.
-        k_cache: `[cache_batch, columns, num_kv_heads, head_dim]`, last dimension contiguous.
-            Written.
+        k_cache: `[cache_batch, columns, num_kv_heads, head_dim]`, last dimension contiguous; with
+            block_table `[pages, page, num_kv_heads, head_dim]`. Written.
         v_cache: As k_cache. Written.
         k: `[batch, new, num_kv_heads, head_dim]`; None to write nothing.
         v: As k.
@@ -195,9 +207,10 @@ def flash_attn_with_kvcache(
         rotary_sin: As rotary_cos.
         cache_seqlens: int or `[batch]` int32: columns in use before, padding included; None for
             all (without k).
-        cache_batch_idx: `[batch]`, int32: the cache's row of each row; None for i.
+        cache_batch_idx: `[batch]`, int32: the cache's row of each row; None for i, and with
+            block_table.
         cache_leftpad: `[batch]`, int32: the first valid column; None for 0.
-        block_table: None.
+        block_table: `[batch, max_pages]`, int32: the pages of each row.
         softmax_scale: As in `flash_attn_func`.
         causal: As in `flash_attn_func`.
         window_size: As in `flash_attn_func`.
@@ -219,10 +232,10 @@ def flash_attn_with_kvcache(
     Source: flash_attn_with_kvcache of flash-attn 2.
     """
     op = "flash_attn_with_kvcache"
-    _refuse(op, block_table=block_table)
     batch, queries, num_heads, head_dim = _shape(op, "q", q)
     _shape(op, "k_cache", k_cache)
-    columns, device = k_cache.shape[1], q.device
+    page, device = k_cache.shape[1], q.device
+    columns = page if block_table is None else page * block_table.shape[-1]
     if (k is None) != (v is None):
         raise ValueError(f"{op}: k and v must be given together, got only one")
     if k is not None and cache_seqlens is None:
@@ -230,6 +243,10 @@ def flash_attn_with_kvcache(
     used = columns if cache_seqlens is None else cache_seqlens
     if isinstance(used, int):
         used = torch.full((batch,), used, dtype=torch.int32, device=device)
+    if block_table is not None:
+        if cache_batch_idx is not None:
+            raise ValueError(f"{op}: cache_batch_idx must be None with block_table, got a tensor")
+        _check_table(op, block_table, batch, k_cache)
     slots = (
         torch.arange(batch, dtype=torch.int32, device=device)
         if cache_batch_idx is None
@@ -248,13 +265,15 @@ def flash_attn_with_kvcache(
         if rotary_cos is not None and rotary_sin is not None:
             rotary = {"cos": rotary_cos[written.long()], "sin": rotary_sin[written.long()]}
             query = _rotate(query, ends, queries, rotary_cos, rotary_sin)
+        places = slots.repeat_interleave(new), written
+        if block_table is not None:
+            places = _places_in_pages(block_table, written.view(batch, new), page)
         append_kv(
             k.reshape(batch * new, *k.shape[2:]),
             v.reshape(batch * new, *v.shape[2:]),
             keys,
             values,
-            slots.repeat_interleave(new),
-            written,
+            *places,
             **rotary,
         )
         ends = ends + new
@@ -273,6 +292,7 @@ def flash_attn_with_kvcache(
         alibi_slopes=_slopes(op, alibi_slopes),
         max_query_length=queries,
         max_length=columns,
+        block_table=block_table,
         return_lse=return_softmax_lse,
     )
     if isinstance(result, torch.Tensor):
@@ -291,6 +311,25 @@ def _shape(op: str, name: str, tensor: torch.Tensor) -> torch.Size:
 
 def _boundaries(batch: int, queries: int, device: torch.device) -> torch.Tensor:
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
+
+
+def _check_table(op: str, table: torch.Tensor, rows: int, pages: torch.Tensor) -> None:
+    """Refuses a table that `ragged_attention` would, before anything is written."""
+    check = Checker(op)
+    check.index_rows("block_table", table, rows, pages.device)
+    if table.shape[1] < 1 or pages.shape[1] < 1:
+        expected = "of at least one page of at least one column"
+        check.fail("block_table", expected, f"{table.shape[1]} pages of {pages.shape[1]}")
+
+
+def _places_in_pages(
+    block_table: torch.Tensor, columns: torch.Tensor, page: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page and column of every column of every row; no page has the number -1."""
+    index, last = columns // page, block_table.shape[1] - 1
+    pages = block_table.gather(1, index.clamp(0, last).long())
+    is_there = (columns >= 0) & (index <= last)
+    return torch.where(is_there, pages, -1).flatten(), (columns % page).flatten()
 
 
 def _lse_by_head(lse: torch.Tensor, batch: int, queries: int) -> torch.Tensor:
@@ -316,12 +355,10 @@ def _slopes(op: str, alibi_slopes: torch.Tensor | None) -> torch.Tensor | None:
     return alibi_slopes
 
 
-def _refuse(op: str, dropout_p: float = 0.0, block_table: torch.Tensor | None = None) -> None:
+def _refuse(op: str, dropout_p: float) -> None:
     """Raise for what no op computes."""
     if dropout_p:
         raise NotImplementedError(f"{op}: dropout_p must be 0, got {dropout_p}")
-    if block_table is not None:
-        raise NotImplementedError(f"{op}: block_table must be None, got a tensor")
 
 
 def _check_rotary(op, k, queries, causal, window_size, cache_leftpad, interleaved) -> None:

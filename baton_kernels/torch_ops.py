@@ -195,6 +195,7 @@ class _RaggedAttentionOptions(Protocol):
         sinks: Tensor | None = None,
         max_query_length: int | None = None,
         max_length: int | None = None,
+        block_table: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -216,6 +217,7 @@ class _RaggedAttentionLse(Protocol):
         sinks: Tensor | None = None,
         max_query_length: int | None = None,
         max_length: int | None = None,
+        block_table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -237,6 +239,7 @@ class _RaggedAttentionOut(Protocol):
         sinks: Tensor | None = None,
         max_query_length: int | None = None,
         max_length: int | None = None,
+        block_table: Tensor | None = None,
         *,
         out: Tensor,
     ) -> None: ...
@@ -260,6 +263,7 @@ class _RaggedAttentionLseOut(Protocol):
         sinks: Tensor | None = None,
         max_query_length: int | None = None,
         max_length: int | None = None,
+        block_table: Tensor | None = None,
         *,
         out: Tensor,
         lse: Tensor,

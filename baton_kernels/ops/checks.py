@@ -182,6 +182,15 @@ class Checker:
         if tensor is not None:
             self.index(name, tensor, size, device)
 
+    def index_rows(self, name: str, tensor: torch.Tensor, rows: int, device: torch.device):
+        """Int32 in any number of columns, of which each row is contiguous."""
+        self.device(name, tensor, device)
+        if tensor.dtype != torch.int32:
+            self.fail(name, "int32", dtype_name(tensor.dtype), TypeError)
+        self.dims(name, tensor, 2)
+        self.shape(name, tensor, [rows, tensor.shape[1]])
+        self.last_contiguous(name, tensor)
+
     def cu_seqlens(
         self, name: str, tensor: torch.Tensor | None, rows: int, total: int, device: torch.device
     ) -> None:

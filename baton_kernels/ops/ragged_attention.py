@@ -8,7 +8,7 @@ from typing import Any, Literal, cast, overload
 
 import torch
 
-from baton_kernels._library import ops
+from baton_kernels._library import cuda, ops
 from baton_kernels.ops.checks import Checker, call, count_rows
 
 _native = ops.ragged_attention.default
@@ -38,6 +38,7 @@ def ragged_attention(
     out: torch.Tensor | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
 
 
@@ -61,6 +62,7 @@ def ragged_attention(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -84,6 +86,7 @@ def ragged_attention(
     out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -106,6 +109,7 @@ def ragged_attention(
     out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query token over the valid columns of its row, padding never read.
 
@@ -135,11 +139,13 @@ def ragged_attention(
         query: `[total_queries, num_heads, head_dim]`, float32, float16 or bfloat16, last dimension
             contiguous; num_heads a multiple of num_kv_heads (head h uses KV head
             `h // (num_heads / num_kv_heads)`).
-        key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, last dimension contiguous.
+        key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, last dimension contiguous; with
+            block_table `[pages, num_kv_heads, page, head_dim]`.
         value_cache: As key_cache.
         cu_seqlens_q: `[rows + 1]`, int32: where each row's query tokens begin, from 0 to
             total_queries; if None, each row has one (decode).
-        slots: `[rows]`, int32; row i in slot i if None. Rows may share a slot.
+        slots: `[rows]`, int32; row i in slot i if None. Rows may share a slot. Not looked at with
+            block_table.
         starts: `[rows]`, int32: the first valid column; 0 if None.
         lengths: `[rows]`, int32: the number of valid columns, the query tokens' own included.
             Required.
@@ -156,6 +162,10 @@ def ragged_attention(
         max_query_length: A bound of the rows' query lengths that the host knows. It only spares
             work, never changes a result.
         max_length: The same for lengths.
+        block_table: `[rows, max_pages]`, int32, last dimension contiguous: column c of row i is
+            column `c % page` of page `block_table[i, c // page]`. Rows may share pages; entries
+            that hold none of a row's valid columns may be anything. The bits are those of the same
+            columns in slots.
 
     Returns:
         out `[total_queries, num_heads, head_dim]`, contiguous; with return_lse also lse
@@ -168,13 +178,15 @@ def ragged_attention(
     Raises:
         ValueError: A shape, stride, device, index value or option does not fit.
         TypeError: A dtype is not supported, or differs between query and caches.
-        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256; or a block_table is
+            given to the CUDA kernels.
 
     On a GPU index values are not checked: a row out of range is skipped, its part of the results is
     undefined. There is no backward.
 
     Source: BATON (arXiv 2410.18701), the mask of a shaped batch; online softmax and split keys as
-    in FlashAttention-2 and Flash-Decoding; sinks as in gpt-oss.
+    in FlashAttention-2 and Flash-Decoding; sinks as in gpt-oss; block tables as in vLLM's
+    PagedAttention.
     """
     # Converting eight options takes most of a microsecond: not where they are the defaults.
     native: Any = _native
@@ -182,10 +194,11 @@ def ragged_attention(
     if not (
         scale is None and causal is True and window is None and softcap == 0.0
         and alibi_slopes is None and sinks is None
-        and max_query_length is None and max_length is None
+        and max_query_length is None and max_length is None and block_table is None
     ):  # fmt: skip
         native, options = _native_options, (
-            scale, causal, window, softcap, alibi_slopes, sinks, max_query_length, max_length
+            scale, causal, window, softcap, alibi_slopes, sinks, max_query_length, max_length,
+            block_table,
         )  # fmt: skip
     if out is not None:
         return _call_out(
@@ -218,8 +231,9 @@ def _call_out(out: Any, return_lse: bool, *args: Any) -> Any:
 def check_arguments(
     query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
     scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
-    max_query_length=None, max_length=None,
+    max_query_length=None, max_length=None, block_table=None, *, in_triton=False,
 ) -> None:  # fmt: skip
+    """in_triton: the kernels are Triton's, whatever torch calls for the query's device."""
     check = Checker("ragged_attention")
     check.caches(key_cache, value_cache, with_layers=False, written=False)
     check.floating("query", query)
@@ -246,15 +260,25 @@ def check_arguments(
             check.shape(name, tensor, [num_heads])
             check.contiguous(name, tensor)
     check.tensor("lengths", lengths)
+    if block_table is not None:
+        slots = None
     rows = count_rows(slots, starts, otherwise=lengths.numel())
     check.index_or_none("slots", slots, rows, query.device)
     check.index_or_none("starts", starts, rows, query.device)
     check.index("lengths", lengths, rows, query.device)
     check.cu_seqlens("cu_seqlens_q", cu_seqlens_q, rows, total_queries, query.device)
+    if block_table is not None:
+        if key_cache.shape[2] < 1:
+            expected = "of pages of at least one column with block_table"
+            check.fail("key_cache", expected, f"shape {list(key_cache.shape)}")
+        check.index_rows("block_table", block_table, rows, query.device)
+        if query.device.type == "cuda" and cuda is not None and not in_triton:
+            expected = "None with the CUDA kernels (those of the CPU and Triton's take one)"
+            check.fail("block_table", expected, "a tensor", NotImplementedError)
 
 
-def check_out_arguments(*args, out, lse=None) -> None:
-    check_arguments(*args)
+def check_out_arguments(*args, out, lse=None, in_triton=False) -> None:
+    check_arguments(*args, in_triton=in_triton)
     query, check = args[0], Checker("ragged_attention")
     check.dtype_as("out", out, "query", query)
     check.shape("out", out, query.shape)

@@ -20,18 +20,21 @@ def ragged_attention(
     out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``softmax(score) @ v`` over the columns ``[start, start + length)`` of every row.
 
     ``score = scale * q.k``, then ``softcap * tanh(score / softcap)``, then
     ``- slope * |query position - key position|``. What a token does not see never reaches it, not
     even a value that is not finite; a token that sees keys whose scores are all -inf gets NaN.
+    With ``block_table`` the caches are pages, and column c of row i is column ``c % page`` of page
+    ``block_table[i, c // page]``.
     """
     assert lengths is not None
     rows = len(lengths)
     if cu_seqlens_q is None:
         cu_seqlens_q = torch.arange(rows + 1)
-    if slots is None:
+    if slots is None or block_table is not None:
         slots = torch.arange(rows)
     if starts is None:
         starts = torch.zeros_like(lengths)
@@ -49,8 +52,14 @@ def ragged_attention(
     for i, (slot, start, length) in enumerate(places):
         first, last = bounds[i], bounds[i + 1]
         q = query[first:last].transpose(0, 1)
-        k = key_cache[slot, :, start : start + length].repeat_interleave(group, dim=0)
-        v = value_cache[slot, :, start : start + length].repeat_interleave(group, dim=0)
+        if block_table is None:
+            k, v = (cache[slot, :, start : start + length] for cache in (key_cache, value_cache))
+        else:
+            column = torch.arange(start, start + length, device=query.device)
+            page = key_cache.shape[2]
+            place = block_table[i, column // page], slice(None), column % page
+            k, v = (cache[place].transpose(0, 1) for cache in (key_cache, value_cache))
+        k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
         q_position = torch.arange(length - (last - first), length, device=query.device)[:, None]
         k_position = torch.arange(length, device=query.device)[None, :]
 

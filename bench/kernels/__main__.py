@@ -16,7 +16,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import attention_cases, call_cases, copy_cases, figures, layer_cases, prefill_cases, report
+from . import (
+    attention_cases,
+    call_cases,
+    copy_cases,
+    figures,
+    layer_cases,
+    paged_cases,
+    prefill_cases,
+    report,
+)
 from .cuda import Cuda
 from .limits import Limits, l3_bytes, retain_memory
 from .measure import Effort, Row, Work, describe, measure
@@ -47,6 +56,7 @@ CASES = {
     "ceilings": Case(ceilings, ("read", "memcpy", "copy", "gemm")),
     "decode": Case(attention_cases.decode, ("read",), attention_cases.decode_summary),
     "padding": Case(attention_cases.padding, ("read",), attention_cases.padding_summary),
+    "paged": Case(paged_cases.paged, ("read",), paged_cases.paged_summary),
     "scaling": Case(attention_cases.scaling, (), attention_cases.scaling_summary),
     "prefill": Case(prefill_cases.prefill, ("gemm",)),
     "chunk": Case(prefill_cases.chunk, (), prefill_cases.chunk_summary),

@@ -158,6 +158,18 @@ const int32_t* Checker::index(const char* name, const Tensor& tensor, int64_t si
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
+const int32_t* Checker::index_rows(const char* name, const Tensor& tensor, int64_t rows) const {
+  on_device(name, tensor);
+  if (tensor.dtype_code() != kCodes.int32) {
+    fail(name, "int32", name_of(tensor.scalar_type()));
+  }
+  dims(name, tensor, 2);
+  if (tensor.sizes()[0] != rows) shape(name, tensor, {rows, tensor.sizes()[1]});
+  fits_int32(name, tensor.sizes()[1]);
+  last_contiguous(name, tensor);
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
 CacheSizes Checker::caches(const Tensor& key_cache, const Tensor& value_cache, bool with_layers,
                            bool written) const {
   floating("key_cache", key_cache);

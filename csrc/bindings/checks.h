@@ -75,6 +75,9 @@ class Checker {
   // A contiguous int32 vector of `size` elements (any size with -1).
   const int32_t* index(const char* name, const Tensor& tensor, int64_t size) const;
 
+  // Int32 in any number of columns, of which each row is contiguous.
+  const int32_t* index_rows(const char* name, const Tensor& tensor, int64_t rows) const;
+
   // key_cache and value_cache; with_layers allows a leading num_layers dimension.
   CacheSizes caches(const Tensor& key_cache, const Tensor& value_cache, bool with_layers,
                     bool written) const;

@@ -35,25 +35,26 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "ragged_attention.options(Tensor query, Tensor key_cache, Tensor value_cache, "
       "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
       "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
-      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None) -> Tensor");
+      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, "
+      "Tensor? block_table=None) -> Tensor");
   library.def(
       "ragged_attention.lse(Tensor query, Tensor key_cache, Tensor value_cache, "
       "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
       "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
-      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None) "
-      "-> (Tensor, Tensor)");
+      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, "
+      "Tensor? block_table=None) -> (Tensor, Tensor)");
   library.def(
       "ragged_attention.out(Tensor query, Tensor key_cache, Tensor value_cache, "
       "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
       "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
-      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, *, "
-      "Tensor(a!) out) -> ()");
+      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, "
+      "Tensor? block_table=None, *, Tensor(a!) out) -> ()");
   library.def(
       "ragged_attention.lse_out(Tensor query, Tensor key_cache, Tensor value_cache, "
       "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
       "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
-      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, *, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, "
+      "Tensor? block_table=None, *, Tensor(a!) out, Tensor(b!) lse) -> ()");
   library.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> (Tensor, Tensor)");

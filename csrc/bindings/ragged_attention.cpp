@@ -12,11 +12,12 @@ namespace {
 
 void check_rows(const Checker& check, const RaggedAttentionParams& p) {
   check.cumulative("cu_seqlens_q", p.cu_seqlens, p.num_rows + 1, p.total_queries, "total_queries");
+  const int64_t columns = attention_columns(p);
   for (int64_t i = 0; i < p.num_rows; ++i) {
     const int64_t query_length = p.cu_seqlens[i + 1] - p.cu_seqlens[i];
-    check.in_range("slots", i, p.slots[i], 0, p.sizes.num_slots - 1);
-    check.in_range("lengths", i, p.lengths[i], 0, p.sizes.capacity);
-    check.in_range("starts", i, p.starts[i], 0, p.sizes.capacity - p.lengths[i]);
+    if (p.slots) check.in_range("slots", i, p.slots[i], 0, p.sizes.num_slots - 1);
+    check.in_range("lengths", i, p.lengths[i], 0, columns);
+    check.in_range("starts", i, p.starts[i], 0, columns - p.lengths[i]);
     if (query_length > p.max_query_length) {
       check.fail("max_query_length", format("at least the longest query, ", query_length),
                  format(p.max_query_length));
@@ -24,6 +25,24 @@ void check_rows(const Checker& check, const RaggedAttentionParams& p) {
     if (p.lengths[i] > p.max_length) {
       check.fail("max_length", format("at least the longest row, ", p.lengths[i]),
                  format(p.max_length));
+    }
+  }
+}
+
+// The pages that rows, which have been checked, have columns in; the others may be anything.
+void check_page_values(const Checker& check, const RaggedAttentionParams& p) {
+  const uint32_t num_pages = static_cast<uint32_t>(p.sizes.num_slots);
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    if (p.lengths[i] == 0) continue;
+    const int32_t* pages = p.block_table + i * p.block_table_stride;
+    const int64_t begin = p.starts[i] / p.sizes.capacity;
+    const int64_t end = (p.starts[i] + int64_t{p.lengths[i]} - 1) / p.sizes.capacity + 1;
+    // One comparison for both ends, and no branch: a row may have a page for every column.
+    bool is_bad = false;
+    for (int64_t j = begin; j < end; ++j) is_bad |= static_cast<uint32_t>(pages[j]) >= num_pages;
+    if (!is_bad) continue;
+    for (int64_t j = begin; j < end; ++j) {
+      check.in_range(format("block_table[", i, "]").c_str(), j, pages[j], 0, p.sizes.num_slots - 1);
     }
   }
 }
@@ -68,10 +87,11 @@ struct PlannedRows {
 
   void update(const Checker& check, const RaggedAttentionParams& p) {
     const std::initializer_list<int64_t> limits{
-        p.total_queries,      p.max_query_length, p.max_length,     p.num_heads,
-        p.sizes.num_kv_heads, p.sizes.num_slots,  p.sizes.capacity, p.sizes.head_dim};
+        p.total_queries,  p.max_query_length,   p.max_length,
+        p.num_heads,      p.sizes.num_kv_heads, p.sizes.num_slots,
+        p.sizes.capacity, p.sizes.head_dim,     p.block_table ? p.max_pages : -1};
     const std::initializer_list<IndexMemo::Values> values{{p.cu_seqlens, p.num_rows + 1},
-                                                          {p.slots, p.num_rows},
+                                                          {p.slots, p.slots ? p.num_rows : 0},
                                                           {p.starts, p.num_rows},
                                                           {p.lengths, p.num_rows}};
     if (checked.holds(limits, values)) return;
@@ -97,6 +117,7 @@ struct Cpu : CpuDevice {
 
   static void check_values(const Checker& check, const RaggedAttentionParams& p) {
     PlannedRows::of_this_thread().update(check, p);
+    if (p.block_table) check_page_values(check, p);
   }
 
   void run(const RaggedAttentionParams& p, const Tensor& query) const {

@@ -19,7 +19,34 @@ struct AttentionArguments {
   double softcap;
   const std::optional<Tensor>&alibi_slopes, &sinks;
   std::optional<int64_t> max_query_length, max_length;
+  const std::optional<Tensor>& block_table;
 };
+
+// A block table takes the place of slots, which are then not looked at.
+inline int64_t count_attention_rows(const AttentionArguments& a) {
+  static const std::optional<Tensor> kNone;
+  return count_rows({a.block_table ? &kNone : &a.slots, &a.starts}, a.lengths.numel());
+}
+
+// The pages of a block table, and what takes the place of slots.
+inline void check_pages(const Checker& check, const AttentionArguments& a, DeviceType type,
+                        RaggedAttentionParams& p) {
+  if (type != DeviceType::CPU) {
+    check.fail("block_table", "None with the CUDA kernels (those of the CPU and Triton's take one)",
+               "a tensor");
+  }
+  if (p.sizes.capacity < 1) {
+    check.fail("key_cache", "of pages of at least one column with block_table",
+               format("shape ", shape_of(a.key_cache)));
+  }
+  const Tensor& table = *a.block_table;
+  p.block_table = check.index_rows("block_table", table, p.num_rows);
+  // torch gives an empty table no memory, and null stands for no table.
+  static constexpr int32_t kNoPages = 0;
+  if (table.numel() == 0) p.block_table = &kNoPages;
+  p.block_table_stride = table.strides()[0];
+  p.max_pages = table.sizes()[1];
+}
 
 // All but the results.
 template <typename Device>
@@ -56,13 +83,17 @@ RaggedAttentionParams checked_attention(const Checker& check, const AttentionArg
     check.contiguous(name, **tensor);
   }
   p.num_rows = indices.num_rows();
-  p.slots = indices.slots("slots", a.slots);
+  if (a.block_table) {
+    check_pages(check, a, Device::kType, p);
+  } else {
+    p.slots = indices.slots("slots", a.slots);
+  }
   p.starts = indices.starts("starts", a.starts);
   p.lengths = check.index("lengths", a.lengths, p.num_rows);
   p.cu_seqlens = indices.cu_seqlens("cu_seqlens_q", a.cu_seqlens_q, p.total_queries);
   // No row exceeds what there is.
   p.max_query_length = a.max_query_length.value_or(p.total_queries);
-  p.max_length = a.max_length.value_or(p.sizes.capacity);
+  p.max_length = a.max_length.value_or(attention_columns(p));
   Device::check_values(check, p);
 
   p.query = a.query.const_data_ptr();
@@ -95,8 +126,7 @@ inline void check_result(const Checker& check, const char* name, const Tensor& r
 template <typename Device>
 void attend_into(const AttentionArguments& a, const Tensor& out, const Tensor* lse) {
   const Checker check("ragged_attention", Device::kType, a.key_cache);
-  IndexArguments<Device> indices(check, a.key_cache,
-                                 count_rows({&a.slots, &a.starts}, a.lengths.numel()));
+  IndexArguments<Device> indices(check, a.key_cache, count_attention_rows(a));
   RaggedAttentionParams p = checked_attention<Device>(check, a, indices);
   check.dtype_as("out", out, "query", a.query);
   check_result(check, "out", out, {p.total_queries, p.num_heads, p.sizes.head_dim}, a);
@@ -115,8 +145,7 @@ void attend_into(const AttentionArguments& a, const Tensor& out, const Tensor* l
 template <typename Device, bool kLse>
 std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attend(const AttentionArguments& a) {
   const Checker check("ragged_attention", Device::kType, a.key_cache);
-  IndexArguments<Device> indices(check, a.key_cache,
-                                 count_rows({&a.slots, &a.starts}, a.lengths.numel()));
+  IndexArguments<Device> indices(check, a.key_cache, count_attention_rows(a));
   RaggedAttentionParams p = checked_attention<Device>(check, a, indices);
   const Device device(check, a.query);
   Tensor out = allocate(a.query, {p.total_queries, p.num_heads, p.sizes.head_dim});
@@ -155,28 +184,29 @@ struct RaggedAttention {
                                   kNone,
                                   kNone,
                                   {},
-                                  {}});
+                                  {},
+                                  kNone});
   }
 
   template <bool kLse>
   static auto options(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                       Indices cu_seqlens_q, Indices slots, Indices starts, const Tensor& lengths,
                       std::optional<double> scale, bool causal, Bound window, double softcap,
-                      Options alibi_slopes, Options sinks, Bound max_query_length,
-                      Bound max_length) {
+                      Options alibi_slopes, Options sinks, Bound max_query_length, Bound max_length,
+                      Indices block_table) {
     return attend<Device, kLse>({query, key_cache, value_cache, cu_seqlens_q, slots, starts,
                                  lengths, scale, causal, window, softcap, alibi_slopes, sinks,
-                                 max_query_length, max_length});
+                                 max_query_length, max_length, block_table});
   }
 
   static void out(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                   Indices cu_seqlens_q, Indices slots, Indices starts, const Tensor& lengths,
                   std::optional<double> scale, bool causal, Bound window, double softcap,
                   Options alibi_slopes, Options sinks, Bound max_query_length, Bound max_length,
-                  const Tensor& out) {
+                  Indices block_table, const Tensor& out) {
     attend_into<Device>(
         {query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
-         softcap, alibi_slopes, sinks, max_query_length, max_length},
+         softcap, alibi_slopes, sinks, max_query_length, max_length, block_table},
         out, nullptr);
   }
 
@@ -184,10 +214,10 @@ struct RaggedAttention {
                       Indices cu_seqlens_q, Indices slots, Indices starts, const Tensor& lengths,
                       std::optional<double> scale, bool causal, Bound window, double softcap,
                       Options alibi_slopes, Options sinks, Bound max_query_length, Bound max_length,
-                      const Tensor& out, const Tensor& lse) {
+                      Indices block_table, const Tensor& out, const Tensor& lse) {
     attend_into<Device>(
         {query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
-         softcap, alibi_slopes, sinks, max_query_length, max_length},
+         softcap, alibi_slopes, sinks, max_query_length, max_length, block_table},
         out, &lse);
   }
 

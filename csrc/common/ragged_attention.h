@@ -14,16 +14,21 @@ namespace baton {
 
 struct RaggedAttentionParams {
   const void* query;          // [total_queries, num_heads, head_dim]
-  const void* key_cache;      // [num_slots, num_kv_heads, capacity, head_dim]
+  const void* key_cache;      // [num_slots, num_kv_heads, capacity, head_dim]; with a block
+                              // table num_slots pages of capacity columns
   const void* value_cache;    // as key_cache
   void* out;                  // [total_queries, num_heads, head_dim], contiguous
   float* lse;                 // [total_queries, num_heads], contiguous, or null
   const int32_t* cu_seqlens;  // [num_rows + 1]
-  const int32_t* slots;       // [num_rows]
+  const int32_t* slots;       // [num_rows]; null with a block table
   const int32_t* starts;      // [num_rows]
   const int32_t* lengths;     // [num_rows]
   const float* alibi_slopes;  // [num_heads] or null
   const float* sinks;         // [num_heads] or null
+  // [num_rows, max_pages] or null: column c of a row lies in page c / capacity of its list.
+  const int32_t* block_table;
+  int64_t block_table_stride;  // elements from one row to the next
+  int64_t max_pages;
   int64_t num_rows, num_heads;
   CacheSizes sizes;
   TokenStrides query_strides;
@@ -37,6 +42,11 @@ struct RaggedAttentionParams {
   int64_t max_query_length, max_length;  // bounds of all rows
   float* workspace;                      // see cuda/kernels.h; null when it is empty
 };
+
+// Columns that a row can have.
+static inline int64_t attention_columns(const RaggedAttentionParams& p) {
+  return p.block_table ? p.max_pages * p.sizes.capacity : p.sizes.capacity;
+}
 
 // Query vectors (tokens x heads of one KV head) that one pass over keys and values serves.
 constexpr int64_t kAttentionTileQueries = 64;

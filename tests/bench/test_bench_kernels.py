@@ -10,8 +10,8 @@ import torch
 from bench_package import import_bench
 
 CASES = (
-    "ceilings", "decode", "padding", "scaling", "prefill", "chunk", "mixed", "insert", "extract",
-    "move", "append", "layers", "rows", "linear", "overhead", "step",
+    "ceilings", "decode", "padding", "paged", "scaling", "prefill", "chunk", "mixed", "insert",
+    "extract", "move", "append", "layers", "rows", "linear", "overhead", "step",
 )  # fmt: skip
 
 

@@ -76,6 +76,19 @@ def rotated():
     return [want[:, 0], *theirs], [got, *ours]
 
 
+def paged():
+    """The caches' rows as pages of 12 columns, two to a row; the new token goes to a page."""
+    q, *caches = tensors()
+    table, used = int32([2, 0, 1, 3, 3, 1]).view(3, 2), int32([5, 17, 12])
+    new = torch.randn(2, BATCH, 1, KV_HEADS, DIM, generator=torch.Generator().manual_seed(9))
+    theirs, ours = [twin(x) for x in caches], [twin(x) for x in caches]
+    want = flash_attn_with_kvcache(q, *theirs, *new, cache_seqlens=used, block_table=table)
+    pages = table[torch.arange(BATCH), used // COLUMNS]
+    append_kv(*new[:, :, 0], *rows_of_caches(*ours), slots=pages, columns=used % COLUMNS)
+    got = ragged_attention(q[:, 0], *rows_of_caches(*ours), lengths=used + 1, block_table=table)
+    return [want[:, 0], *theirs], [got, *ours]
+
+
 FULL = {"cache_seqlens": COLUMNS}
 LENGTHS = {"lengths": int32([COLUMNS] * BATCH)}
 PREFILL = {"cu_seqlens_q": int32([0, 2, 4, 6])}
@@ -97,6 +110,7 @@ ROWS = {
     "`window_size=(w - 1, 0)`": lambda: both(
         FULL | {"window_size": (2, 0)}, LENGTHS | {"window": 3}
     ),
+    "`block_table`": paged,
     "`causal=True`": lambda: both(FULL | {"causal": True}, LENGTHS | PREFILL, queries=2),
     "`causal=False`": lambda: both(FULL, LENGTHS | PREFILL | {"causal": False}, queries=2),
     "`softmax_scale`": lambda: both(FULL | {"softmax_scale": 0.3}, LENGTHS | {"scale": 0.3}),

@@ -156,6 +156,82 @@ def test_a_full_cache_needs_no_lengths():
     assert torch.equal(flash_attn_with_kvcache(q, k, v), flash_attn_func(q, k, v))
 
 
+def pages_of(dense, rows, page, seed=0):
+    """Caches `[rows, columns, heads, dim]` in pages anywhere, and the table of these rows."""
+    max_pages = -(-dense[0].shape[1] // page)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows) * max_pages + 2, generator=generator).int()
+    table = order[: len(rows) * max_pages].view(len(rows), max_pages).contiguous()
+    caches = [torch.full((len(order), page, *x.shape[2:]), math.nan, dtype=x.dtype) for x in dense]
+    for cache, source in zip(caches, dense, strict=True):
+        for i, row in enumerate(rows):
+            for column in range(source.shape[1]):
+                cache[table[i, column // page], column % page] = source[row, column]
+    return caches, table
+
+
+@pytest.mark.parametrize("page", [1, 3, 16])
+@pytest.mark.parametrize("new", [0, 1, 3])
+@pytest.mark.parametrize("name", [name for name in CACHES if name != "rows"])
+def test_paged_cache(name, new, page):
+    """What the cache in rows gives, and the same keys and values are written."""
+    given = dict(CACHES[name])
+    rows = given.pop("cache_batch_idx", torch.arange(2)).tolist()
+    q, k, v = qkv(2, max(new, 1), max(new, 1))
+    dense = [torch.randn(3, 16, 2, 32) for _ in range(2)]
+    pages, table = pages_of(dense, rows, page)
+    options = {"causal": True, "return_softmax_lse": True}
+    kv = (k, v) if new else ()
+    actual = flash_attn_with_kvcache(q, *pages, *kv, **given, **options, block_table=table)
+    expected = flash_attn_with_kvcache(q, *dense, *kv, **CACHES[name], **options)
+    for got, want in zip(actual, expected, strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(pages, pages_of(dense, rows, page)[0], strict=True):
+        assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
+
+
+def test_paged_rotary():
+    angles = torch.arange(16)[:, None] * 0.5 ** torch.arange(16)
+    q, k, v = qkv(2, 3, 3)
+    dense = [torch.randn(2, 16, 2, 32) for _ in range(2)]
+    pages, table = pages_of(dense, [0, 1], 4)
+    rest = k, v, angles.cos(), angles.sin(), torch.tensor([3, 8]).int()
+    options = {"causal": True, "rotary_interleaved": False}
+    actual = flash_attn_with_kvcache(q, *pages, *rest, **options, block_table=table)
+    assert torch.equal(actual, flash_attn_with_kvcache(q, *dense, *rest, **options))
+
+
+@pytest.mark.parametrize("page", [1, 3, 16])
+def test_packed_with_keys_in_pages(page):
+    q, k, v = (x[0] for x in qkv(1, 12, 20))
+    cu_q, cu_k = torch.tensor([0, 1, 8, 12]).int(), torch.tensor([0, 6, 14, 20]).int()
+    dense = [torch.full((3, 8, 2, 32), math.nan) for _ in range(2)]
+    for i, (a, b) in enumerate(zip(cu_k[:-1], cu_k[1:], strict=True)):
+        dense[0][i, : b - a], dense[1][i, : b - a] = k[a:b], v[a:b]
+    pages, table = pages_of(dense, [0, 1, 2], page)
+    options = {"causal": True, "return_attn_probs": True}
+    actual = flash_attn_varlen_func(q, *pages, cu_q, cu_k, 7, 8, **options, block_table=table)
+    expected = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 7, 8, **options)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("used", "page", "where"),
+    [([15, 16], 0, r"slots\[1\]"), ([3, 4], 10**6, r"slots\[0\]"), ([3, -1], 0, r"slots\[1\]")],
+)
+def test_new_tokens_without_a_page_are_refused_before_a_write(used, page, where):
+    q, k, v = qkv(2, 1, 1)
+    pages, table = pages_of([torch.randn(2, 16, 2, 32) for _ in range(2)], [0, 1], 4)
+    table[0, used[0] // 4] += page
+    before = [x.clone() for x in pages]
+    with pytest.raises(ValueError, match=f"append_kv: {where} must be in"):
+        flash_attn_with_kvcache(
+            q, *pages, k, v, cache_seqlens=torch.tensor(used).int(), block_table=table
+        )
+    for got, want in zip(pages, before, strict=True):
+        assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
+
+
 @pytest.mark.parametrize("new", [1, 4])
 def test_rotary(new):
     """Keys and queries turn by their column, half by half."""
@@ -213,8 +289,16 @@ REFUSED = [
     ("varlen", {"dropout_p": 0.1}, NotImplementedError, "dropout_p must be 0, got 0.1"),
     ("func", {"window_size": (2, 1)}, NotImplementedError, r"window_size must end.*\(2, 1\)"),
     ("func", {"alibi_slopes": torch.ones(2, 4)}, NotImplementedError, "alibi_slopes must be"),
-    ("varlen", {"block_table": torch.zeros(2, 2).int()}, NotImplementedError, "block_table must"),
-    ("kvcache", {"block_table": torch.zeros(2, 2).int()}, NotImplementedError, "block_table must"),
+    ("varlen", {"block_table": torch.zeros(2, 2).int()}, ValueError, "k must be .batch, tokens"),
+    ("kvcache", {"block_table": torch.zeros(2, 2)}, TypeError, "block_table must be int32"),
+    ("kvcache", {"block_table": torch.zeros(3, 2).int()}, ValueError, "block_table must be of sh"),
+    ("kvcache", {"block_table": torch.zeros(2, 0).int()}, ValueError, "at least one page of"),
+    (
+        "kvcache",
+        {"block_table": torch.zeros(2, 2).int(), "cache_batch_idx": torch.zeros(2).int()},
+        ValueError,
+        "cache_batch_idx must be None with block_table",
+    ),
     ("kvcache", {"k": torch.zeros(2, 1, 2, 32)}, ValueError, "k and v must be given together"),
     (
         "kvcache",

@@ -83,6 +83,16 @@ def everything(dtype, head_dim):
     attend(dtype, head_dim, alibi_slopes=heads, sinks=heads, **options)
 
 
+def attend_pages(dtype, head_dim):
+    """Pages of a power of two columns, and of another number."""
+    for page in (16, 7):
+        cache = on_no_device(512, 8, page, head_dim, dtype=dtype)
+        baton_kernels.triton.ragged_attention(
+            on_no_device(512, 32, head_dim, dtype=dtype), cache, cache, index(9), None,
+            index(8), index(8), block_table=on_no_device(8, 256, dtype=torch.int32),
+        )  # fmt: skip
+
+
 def move_tokens(dtype, head_dim):
     """insert_kv, extract_kv, move_kv and append_kv."""
     ops = baton_kernels.triton
@@ -202,7 +212,9 @@ def check(make_launches, target, dtype, head_dim, folder):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("launches", [attend, move_tokens, the_rest], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "launches", [attend, attend_pages, move_tokens, the_rest], ids=lambda f: f.__name__
+)
 def test_compiled_code(target, launches, tmp_path):
     check(launches, target, torch.float16, 128, tmp_path)
 

@@ -27,6 +27,11 @@ ATTENTION = (
     "test_batch_invariance and thirds and dtype2",
     "test_no_rows or test_rows_without or test_more_query or test_large_scores or test_by_hand",
 )
+PAGED = (
+    "test_by_hand or test_no_rows or test_rows_without or test_strided_table",
+    "test_same_bits_as_dense and 24 and dtype2",
+    "test_rows_share_pages and dtype1",
+)
 SELECTED = {
     "append_kv": SMALL,
     "attention_mask": SMALL,
@@ -37,6 +42,7 @@ SELECTED = {
     "merge_attention": SMALL,
     "move_kv": SMALL,
     "ragged_attention": " or ".join(f"({case})" for case in ATTENTION),
+    "ragged_attention_paged": " or ".join(f"({case})" for case in PAGED),
     "rms_norm": SMALL + " and not test_large_results",
     "silu_and_mul": SMALL + " and not test_large_results",
     "triton_torch": "test_triton",
@@ -69,6 +75,12 @@ def test_torch(tmp_path):
     ran, failed = run("triton_torch", tmp_path)
     assert not failed, "\n\n".join(failed)
     assert len(ran) >= 2 * len(baton_kernels.triton.OPS)
+
+
+def test_block_tables(tmp_path):
+    ran, failed = run("ragged_attention_paged", tmp_path)
+    assert not failed, "\n\n".join(failed)
+    assert any("test_same_bits_as_dense" in name for name in ran)
 
 
 @pytest.mark.parametrize("op", baton_kernels.triton.OPS)

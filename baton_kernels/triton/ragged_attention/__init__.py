@@ -73,11 +73,12 @@ def ragged_attention(
     out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     max_query_length: int | None = None,
     max_length: int | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`baton_kernels.ragged_attention` in Triton."""
     arguments = (
         query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
-        softcap, alibi_slopes, sinks, max_query_length, max_length,
+        softcap, alibi_slopes, sinks, max_query_length, max_length, block_table,
     )  # fmt: skip
     if out is None:
         return run_lse(*arguments) if return_lse else run_options(*arguments)
@@ -90,7 +91,7 @@ def ragged_attention(
 
 def run_options(query, *args, **options) -> torch.Tensor:
     """With the result of torch.ops.baton_kernels.ragged_attention and its overload `options`."""
-    check_arguments(query, *args, **options)
+    check_arguments(query, *args, **options, in_triton=True)
     out = query.new_empty(query.shape)
     _attend(out, None, query, *args, **options)
     return out
@@ -101,7 +102,7 @@ run = run_options
 
 def run_lse(query, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """With the results of torch.ops.baton_kernels.ragged_attention.lse."""
-    check_arguments(query, *args, **options)
+    check_arguments(query, *args, **options, in_triton=True)
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     _attend(out, lse, query, *args, **options)
@@ -110,30 +111,35 @@ def run_lse(query, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_out(*args, out) -> None:
     """As torch.ops.baton_kernels.ragged_attention.out."""
-    check_out_arguments(*args, out=out)
+    check_out_arguments(*args, out=out, in_triton=True)
     _attend(out, None, *args)
 
 
 def run_lse_out(*args, out, lse) -> None:
     """As torch.ops.baton_kernels.ragged_attention.lse_out."""
-    check_out_arguments(*args, out=out, lse=lse)
+    check_out_arguments(*args, out=out, lse=lse, in_triton=True)
     _attend(out, lse, *args)
 
 
 def _attend(
     out, lse, query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
     scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
-    max_query_length=None, max_length=None,
+    max_query_length=None, max_length=None, block_table=None,
 ) -> None:  # fmt: skip
     """Writes out, and lse if there is one."""
     common.require_gpu("ragged_attention", "query", query)
     total_queries, num_heads, head_dim = query.shape
     num_slots, num_kv_heads, capacity, _ = key_cache.shape
+    # Columns of a slot, or of a page.
+    page = capacity
+    if block_table is not None:
+        capacity, slots = block_table.shape[1] * page, None
     rows, group = lengths.shape[0], num_heads // num_kv_heads
     if total_queries == 0 or rows == 0:
         return
     cu_seqlens_q = default_cu_seqlens(cu_seqlens_q, rows, query.device)
-    slots = default_slots(slots, rows, query.device)
+    if block_table is None:
+        slots = default_slots(slots, rows, query.device)
     starts = default_starts(starts, rows, query.device)
 
     few = max(MIN_BLOCK_M, common.power_of_2(group))
@@ -157,16 +163,18 @@ def _attend(
         "BLOCK_D": common.power_of_2(head_dim),
         "HAS_LSE": lse is not None,
     }
+    table_args = (block_table, 0 if block_table is None else block_table.stride(0))
     options = {
         "IS_CAUSAL": causal,
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap > 0,
         "BLOCK_N": block_n,
+        "PAGE": 0 if block_table is None else page,
         "num_stages": num_stages,
     }
     rows_args = (
         cu_seqlens_q, slots, starts, lengths, alibi_slopes, sinks,
-        rows, total_queries, num_kv_heads, num_slots, capacity,
+        *table_args, rows, total_queries, num_kv_heads, num_slots, capacity,
         *query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
         # exp and log are taken to base 2, which is what GPUs have; scores carry the factor.
         scale / softcap if softcap > 0 else scale * LOG2_E, softcap * LOG2_E,

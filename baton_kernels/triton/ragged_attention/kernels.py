@@ -14,16 +14,21 @@ ROWS = tl.constexpr(64)
 @triton.jit
 def _load_row(row, cu_seqlens_ptr, slots_ptr, starts_ptr, lengths_ptr, total_queries, num_slots,
               capacity):  # fmt: skip
-    """First query token, their number, slot, start and length. A row out of range has length 0."""
+    """First query token, their number, slot, start and length. A row out of range has length 0.
+
+    With a block table there are no slots, and `capacity` is the number of columns of a row.
+    """
     first = tl.load(cu_seqlens_ptr + row)
     last = tl.load(cu_seqlens_ptr + row + 1)
     first = tl.minimum(tl.maximum(first, 0), total_queries)
     last = tl.minimum(tl.maximum(last, first), total_queries)
-    slot = tl.load(slots_ptr + row)
     start = tl.load(starts_ptr + row)
     length = tl.load(lengths_ptr + row)
-    is_valid = (slot >= 0) & (slot < num_slots) & (start >= 0) & (length >= 0)
-    is_valid &= (length <= capacity) & (start <= capacity - length)
+    is_valid = (start >= 0) & (length >= 0) & (length <= capacity) & (start <= capacity - length)
+    slot = tl.zeros_like(start)
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + row)
+        is_valid &= (slot >= 0) & (slot < num_slots)
     slot = tl.where(is_valid, slot, 0).to(tl.int64)
     start = tl.where(is_valid, start, 0).to(tl.int64)
     return first, last - first, slot, start, tl.where(is_valid, length, 0)
@@ -39,14 +44,26 @@ def _split_plan(length, SPLIT_COLUMNS: tl.constexpr, MAX_SPLITS: tl.constexpr,
 
 
 @triton.jit
+def _row_of_cache(cache_ptr, slot, kv_head, start, slot_stride, head_stride, column_stride,
+                  PAGE: tl.constexpr):  # fmt: skip
+    """Where a row's keys or values begin; with pages, column 0 of page 0."""
+    row_ptr = cache_ptr + slot * slot_stride + kv_head * head_stride
+    if PAGE == 0:
+        row_ptr += start * column_stride
+    return row_ptr
+
+
+@triton.jit
 def _attend(
-    query_ptr, key_ptr, value_ptr, alibi_ptr,  # at the row's slot, KV head and start
+    query_ptr, key_ptr, value_ptr, alibi_ptr,  # of the cache: _row_of_cache
+    pages_ptr, start, num_slots,  # the row's pages; not looked at without
     token, head, is_vector, position,  # [BLOCK_M]
     begin, end,  # keys of this program
-    query_token_stride, query_head_stride, key_column_stride, value_column_stride,
-    score_scale, softcap, window,
+    query_token_stride, query_head_stride, key_slot_stride, key_column_stride,
+    value_slot_stride, value_column_stride, score_scale, softcap, window,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     """Maximum, sum and weighted values of keys [begin, end); scores to base 2."""
     d = tl.arange(0, BLOCK_D)
@@ -72,10 +89,21 @@ def _attend(
     for at in range(begin, end, BLOCK_N):
         key_position = at + tl.arange(0, BLOCK_N)
         inside = key_position < end
-        column = key_position.to(tl.int64)[:, None]
-        mask = inside[:, None] & in_head
+        column = key_position.to(tl.int64)
+        if PAGE == 0:
+            mask = inside[:, None] & in_head
+            key_at = (column * key_column_stride)[:, None]
+            value_at = (column * value_column_stride)[:, None]
+        else:
+            column += start
+            page = tl.load(pages_ptr + column // PAGE, mask=inside, other=0).to(tl.int64)
+            # A page out of range is not read.
+            mask = (inside & (page >= 0) & (page < num_slots))[:, None] & in_head
+            column %= PAGE
+            key_at = (page * key_slot_stride + column * key_column_stride)[:, None]
+            value_at = (page * value_slot_stride + column * value_column_stride)[:, None]
         # Padding is not loaded: the lanes beyond the end hold zeros, not what stands there.
-        key = tl.load(key_ptr + column * key_column_stride + d[None, :], mask=mask, other=0.0)
+        key = tl.load(key_ptr + key_at + d[None, :], mask=mask, other=0.0)
         score = tl.dot(operand(query), tl.trans(operand(key)), input_precision="ieee") * score_scale
         if HAS_SOFTCAP:
             score = softcap * tanh(score)
@@ -96,7 +124,7 @@ def _attend(
         fade = tl.exp2(peak - base)
         total = tl.fma(total, fade, tl.sum(weight, 1))
         peak = higher
-        value = tl.load(value_ptr + column * value_column_stride + d[None, :], mask=mask, other=0.0)
+        value = tl.load(value_ptr + value_at + d[None, :], mask=mask, other=0.0)
         weight = operand(narrow(weight, value_ptr.dtype.element_ty))
         out = tl.dot(weight, operand(value), out * fade[:, None], input_precision="ieee")
     return peak, total, out
@@ -140,20 +168,22 @@ def _finish(
     )
 
 
-@triton.jit(do_not_specialize=["splits", "rows", "total_queries", "num_slots", "window"])
+@triton.jit(do_not_specialize=["splits", "rows", "total_queries", "num_slots", "window",
+                                "block_table_stride"])  # fmt: skip
 def attend_few_kernel(
     query_ptr, key_cache_ptr, value_cache_ptr,  # [queries, heads, D], [slots, KV, capacity, D]
     out_ptr, lse_ptr,  # [queries, heads, D], [queries, heads]
     sums_ptr, peaks_ptr,  # [rows, KV, splits, FEW, D], [..., 2]: partial results
     splits,
     cu_seqlens_ptr, slots_ptr, starts_ptr, lengths_ptr, alibi_ptr, sinks_ptr,
+    block_table_ptr, block_table_stride,  # [rows, max_pages] of PAGE columns, in place of slots
     rows, total_queries, num_kv_heads, num_slots, capacity,
     query_token_stride, query_head_stride, key_slot_stride, key_head_stride, key_column_stride,
     value_slot_stride, value_head_stride, value_column_stride, score_scale, softcap, window,
     BLOCK_M: tl.constexpr, SPLIT_COLUMNS: tl.constexpr, MAX_SPLITS: tl.constexpr,
     GROUP: tl.constexpr, FEW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_LSE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One split of a row of at most FEW query vectors per KV head."""
     TILES: tl.constexpr = FEW // BLOCK_M
@@ -177,14 +207,15 @@ def attend_few_kernel(
     begin = split * columns
     peak, total, out = _attend(
         query_ptr,
-        key_cache_ptr + slot * key_slot_stride + kv_head * key_head_stride
-        + start * key_column_stride,
-        value_cache_ptr + slot * value_slot_stride + kv_head * value_head_stride
-        + start * value_column_stride,
-        alibi_ptr, token, head, is_vector, position, begin, tl.minimum(begin + columns, length),
-        query_token_stride, query_head_stride, key_column_stride, value_column_stride,
-        score_scale, softcap, window, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HEAD_DIM, BLOCK_D,
-        BLOCK_M, BLOCK_N,
+        _row_of_cache(key_cache_ptr, slot, kv_head, start, key_slot_stride, key_head_stride,
+                      key_column_stride, PAGE),
+        _row_of_cache(value_cache_ptr, slot, kv_head, start, value_slot_stride, value_head_stride,
+                      value_column_stride, PAGE),
+        alibi_ptr, block_table_ptr + row * block_table_stride if PAGE > 0 else None, start,
+        num_slots, token, head, is_vector, position, begin, tl.minimum(begin + columns, length),
+        query_token_stride, query_head_stride, key_slot_stride, key_column_stride,
+        value_slot_stride, value_column_stride, score_scale, softcap, window, IS_CAUSAL, HAS_WINDOW,
+        HAS_SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PAGE,
     )  # fmt: skip
     if num_splits == 1:
         _finish(out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, position,
@@ -269,18 +300,20 @@ def _find_tile(tile, cu_seqlens_ptr, rows, GROUP: tl.constexpr, FEW: tl.constexp
     return tl.minimum(row, rows - 1), within
 
 
-@triton.jit(do_not_specialize=["rows", "total_queries", "num_slots", "window", "tiles"])
+@triton.jit(do_not_specialize=["rows", "total_queries", "num_slots", "window", "tiles",
+                                "block_table_stride"])  # fmt: skip
 def attend_many_kernel(
     query_ptr, key_cache_ptr, value_cache_ptr,  # [queries, heads, D], [slots, KV, capacity, D]
     out_ptr, lse_ptr,  # [queries, heads, D], [queries, heads]
     cu_seqlens_ptr, slots_ptr, starts_ptr, lengths_ptr, alibi_ptr, sinks_ptr,
+    block_table_ptr, block_table_stride,  # [rows, max_pages] of PAGE columns, in place of slots
     rows, total_queries, num_kv_heads, num_slots, capacity,
     query_token_stride, query_head_stride, key_slot_stride, key_head_stride, key_column_stride,
     value_slot_stride, value_head_stride, value_column_stride, score_scale, softcap, window, tiles,
     BLOCK_M: tl.constexpr, SPLIT_COLUMNS: tl.constexpr, MAX_SPLITS: tl.constexpr,
     GROUP: tl.constexpr, FEW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_LSE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One tile of a row of more than FEW query vectors per KV head, over all its keys."""
     kv_head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -298,14 +331,15 @@ def attend_many_kernel(
     position = tl.where(is_vector, length - count + vector // GROUP, -1)
     peak, total, out = _attend(
         query_ptr,
-        key_cache_ptr + slot * key_slot_stride + kv_head * key_head_stride
-        + start * key_column_stride,
-        value_cache_ptr + slot * value_slot_stride + kv_head * value_head_stride
-        + start * value_column_stride,
-        alibi_ptr, token, head, is_vector, position, 0, length,
-        query_token_stride, query_head_stride, key_column_stride, value_column_stride,
-        score_scale, softcap, window, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HEAD_DIM, BLOCK_D,
-        BLOCK_M, BLOCK_N,
+        _row_of_cache(key_cache_ptr, slot, kv_head, start, key_slot_stride, key_head_stride,
+                      key_column_stride, PAGE),
+        _row_of_cache(value_cache_ptr, slot, kv_head, start, value_slot_stride, value_head_stride,
+                      value_column_stride, PAGE),
+        alibi_ptr, block_table_ptr + row * block_table_stride if PAGE > 0 else None, start,
+        num_slots, token, head, is_vector, position, 0, length,
+        query_token_stride, query_head_stride, key_slot_stride, key_column_stride,
+        value_slot_stride, value_column_stride, score_scale, softcap, window, IS_CAUSAL, HAS_WINDOW,
+        HAS_SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PAGE,
     )  # fmt: skip
     _finish(out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, position,
             num_kv_heads * GROUP, peak, total, out, HEAD_DIM, BLOCK_D, HAS_LSE)  # fmt: skip

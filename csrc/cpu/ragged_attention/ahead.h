@@ -22,6 +22,8 @@ struct Ask {
   int64_t num_first = 0, num_second = 0;
   int64_t stride = 0;    // elements from one row to the next
   bool doubled = false;  // two rows for each one that is used: there is a lead to be won
+  // In place of the two runs: num_second rows anywhere.
+  const T* const* scattered = nullptr;
 
   // Rows [k, k + kRows) of the block are being used: asks for what belongs to their turn. kDim:
   // head_dim where it is known.
@@ -42,6 +44,10 @@ struct Ask {
       return;
     }
     const int64_t end = j + kRows < num_first + num_second ? j + kRows : num_first + num_second;
+    if (scattered) {
+      for (; j < end; ++j) row<kDim>(scattered[j], dim);
+      return;
+    }
     for (; j < end; ++j) {
       row<kDim>(j < num_first ? first + j * stride : second + (j - num_first) * stride, dim);
     }
@@ -70,6 +76,7 @@ class ReadAhead {
         work_(work),
         item_(item),
         end_(end),
+        is_scattered_(p.block_table && p.sizes.capacity < kBlockKeys),
         full_lead_(kAheadBytes / (p.sizes.head_dim * static_cast<int64_t>(sizeof(T)))) {
     open();
   }
@@ -84,6 +91,16 @@ class ReadAhead {
     ask.doubled = wanted > count;
     if (wanted > 2 * count) wanted = 2 * count;
     if (wanted <= 0 || !refill()) return ask;
+    if (is_scattered_) {
+      ask.scattered = scattered_;
+      do {
+        const T* row = row_;
+        const int64_t taken = take(wanted - ask.num_second);
+        for (int64_t i = 0; i < taken; ++i, row += stride_) scattered_[ask.num_second++] = row;
+      } while (ask.num_second < wanted && refill());
+      lead_ += ask.num_second;
+      return ask;
+    }
     ask.stride = stride_;
     ask.first = row_;
     ask.num_first = take(wanted);
@@ -105,31 +122,39 @@ class ReadAhead {
 
  private:
   void open() {
-    rows_ = done_ = left_ = 0;
+    rows_ = done_ = left_ = in_block_ = 0;
     values_ = false;
     if (item_ >= end_) return;
     const AttentionItem& item = work_.items[item_];
     const Tile tile = make_tile(p_, item, row_plan(p_, item.row));
-    from_ = streams<T>(p_, tile, item.kv_head);
+    from_ = Streams<T>(p_, tile.row, item.kv_head);
     rows_ = tile.end > tile.begin ? tile.end - tile.begin : 0;
     begin_ = tile.begin;
   }
 
-  // Whether there are rows left, those of the block that begins now if the last one has been
-  // walked.
+  // Whether there are rows left, those of the run or the block that begins now if the last one has
+  // been walked.
   bool refill() {
     if (left_ > 0) return true;
-    while (done_ >= rows_) {
-      if (item_ >= end_) return false;
-      ++item_;
-      open();
+    if (in_block_ == 0) {
+      while (done_ >= rows_) {
+        if (item_ >= end_) return false;
+        ++item_;
+        open();
+      }
+      next_ = begin_ + done_;
+      const int64_t block = kBlockKeys - next_ % kBlockKeys;
+      in_block_ = rows_ - done_ < block ? rows_ - done_ : block;
+      stream_ = values_ ? &from_.values : &from_.keys;
+      stride_ = stream_->stride();
+      if (values_) done_ += in_block_;
+      values_ = !values_;
     }
-    const int64_t block = kBlockKeys - (begin_ + done_) % kBlockKeys;
-    left_ = rows_ - done_ < block ? rows_ - done_ : block;
-    stride_ = values_ ? p_.value_cache_strides.column_stride : p_.key_cache_strides.column_stride;
-    row_ = (values_ ? from_.values : from_.keys) + (begin_ + done_) * stride_;
-    if (values_) done_ += left_;
-    values_ = !values_;
+    const Run<T> run = stream_->run(next_, in_block_);
+    row_ = run.data;
+    left_ = run.count;
+    next_ += run.count;
+    in_block_ -= run.count;
     return true;
   }
 
@@ -144,14 +169,18 @@ class ReadAhead {
   const RaggedAttentionParams& p_;
   const AttentionWork& work_;
   int64_t item_, end_;
+  const bool is_scattered_;  // blocks of rows can consist of many runs
   const int64_t full_lead_;  // rows from request to use
-  Streams<T> from_{};
-  int64_t rows_ = 0, done_ = 0;  // of the item; those behind the current block
-  int64_t begin_ = 0;            // the item's first key
-  bool values_ = false;          // whether values come next
-  const T* row_ = nullptr;       // the current run
+  Streams<T> from_;
+  int64_t rows_ = 0, done_ = 0;        // of the item; those behind the current block
+  int64_t begin_ = 0;                  // the item's first key
+  bool values_ = false;                // whether values come next
+  const Stream<T>* stream_ = nullptr;  // of the current block
+  int64_t next_ = 0, in_block_ = 0;    // its first key behind the current run, and how many follow
+  const T* row_ = nullptr;             // the current run
   int64_t stride_ = 0, left_ = 0;
   int64_t lead_ = 0;  // rows asked for that are not in use yet
+  const T* scattered_[2 * kBlockKeys];
 };
 
 }  // namespace baton::cpu::BATON_ISA

@@ -65,21 +65,73 @@ static inline Tile make_tile(const RaggedAttentionParams& p, const AttentionItem
   return tile;
 }
 
-// Where the keys and values of a row begin.
+// Keys, or values, that lie one stride apart.
 template <typename T>
-struct Streams {
-  const T* keys;
-  const T* values;
+struct Run {
+  const T* data;
+  int64_t count;
+};
+
+// The keys, or the values, of a row and KV head.
+template <typename T>
+class Stream {
+ public:
+  Stream() = default;
+  Stream(const RaggedAttentionParams& p, const void* cache, const CacheStrides& strides,
+         int64_t row, int64_t kv_head)
+      : stride_(strides.column_stride) {
+    int64_t slot = 0, column = p.starts[row];
+    if (p.block_table) {
+      pages_ = p.block_table + row * p.block_table_stride;
+      page_stride_ = strides.slot_stride;
+      page_size_ = p.sizes.capacity;
+      // A page of one column has no other to be apart from.
+      if (page_size_ == 1) stride_ = page_stride_;
+      start_ = column;
+      column = 0;
+    } else {
+      slot = p.slots[row];
+    }
+    data_ = static_cast<const T*>(cache) + offset(strides, 0, slot, kv_head, column);
+  }
+
+  int64_t stride() const { return stride_; }
+
+  // From this key of the row on, as many of the `wanted` next ones as have one distance from each
+  // other: all in a slot, those of a page and of pages that follow it in memory otherwise.
+  Run<T> run(int64_t key, int64_t wanted) const {
+    if (!pages_) return {data_ + key * stride_, wanted};
+    const int64_t column = start_ + key, index = column / page_size_;
+    return run_in_pages(index, column - index * page_size_, wanted);
+  }
+
+ private:
+  BATON_INLINE Run<T> run_in_pages(int64_t index, int64_t column, int64_t wanted) const {
+    const int32_t* page = pages_ + index;
+    const T* data = data_ + *page * page_stride_ + column * stride_;
+    int64_t count = page_size_ - column;
+    if (page_stride_ == page_size_ * stride_) {
+      for (; count < wanted && page[1] == page[0] + 1; ++page) count += page_size_;
+    }
+    return {data, count < wanted ? count : wanted};
+  }
+
+  const T* data_ = nullptr;         // the row's first key; of pages, column 0 of page 0
+  int64_t stride_ = 0;              // elements from one column to the next
+  const int32_t* pages_ = nullptr;  // of the row's columns; null in a slot
+  int64_t page_stride_ = 0;         // elements from one page to the next
+  int64_t page_size_ = 0;           // columns of a page
+  int64_t start_ = 0;               // the row's first column, with pages
 };
 
 template <typename T>
-Streams<T> streams(const RaggedAttentionParams& p, const Tile& t, int64_t kv_head) {
-  const int64_t slot = p.slots[t.row], column = p.starts[t.row];
-  return {
-      static_cast<const T*>(p.key_cache) + offset(p.key_cache_strides, 0, slot, kv_head, column),
-      static_cast<const T*>(p.value_cache) +
-          offset(p.value_cache_strides, 0, slot, kv_head, column),
-  };
-}
+struct Streams {
+  Streams() = default;
+  Streams(const RaggedAttentionParams& p, int64_t row, int64_t kv_head)
+      : keys(p, p.key_cache, p.key_cache_strides, row, kv_head),
+        values(p, p.value_cache, p.value_cache_strides, row, kv_head) {}
+
+  Stream<T> keys, values;
+};
 
 }  // namespace baton::cpu::BATON_ISA

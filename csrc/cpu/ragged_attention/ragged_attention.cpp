@@ -40,6 +40,25 @@ struct TileQueries {
   }
 };
 
+// Rows [first, end) of the block of keys or values that begins at key `block`: where they lie if
+// that is one run, else a copy, which the next call overwrites.
+template <typename T>
+BATON_INLINE Rows<T> block_rows(const Stream<T>& from, int64_t block, int64_t first, int64_t end,
+                                int64_t dim, const Ask<T>& ask, AttentionScratch& scratch) {
+  const int64_t stride = from.stride();
+  Run<T> run = from.run(block + first, end - first);
+  if (run.count == end - first) return {run.data - first * stride, stride, first, end, dim, ask};
+  T* copy = reinterpret_cast<T*>(scratch.copy);
+  for (int64_t k = first; k < end;) {
+    copy_rows(reinterpret_cast<char*>(copy + k * dim), dim * sizeof(T),
+              reinterpret_cast<const char*>(run.data), stride * sizeof(T), run.count,
+              dim * sizeof(T));
+    k += run.count;
+    if (k < end) run = from.run(block + k, end - k);
+  }
+  return {copy, dim, first, end, dim, ask};
+}
+
 // The product with values for query vectors that do not see all of the block's keys, where a hidden
 // value may be NaN or infinite, which times a probability of 0 is NaN. Each multiplies a copy in
 // which the rows that it does not see are 0, in the same order of additions.
@@ -86,18 +105,13 @@ void stream(const RaggedAttentionParams& p, const TileQueries<T>& queries, const
     store(scratch.sum[m], zero());
     for (int64_t d = 0; d < attention_sums(dim); d += kLanes) store(&scratch.out[m][d], zero());
   }
-  const int64_t key_stride = p.key_cache_strides.column_stride;
-  const int64_t value_stride = p.value_cache_strides.column_stride;
   int64_t first = keys.begin % kBlockKeys;
   for (int64_t block = keys.begin - first; block < keys.end; block += kBlockKeys, first = 0) {
     const int64_t end = keys.end - block < kBlockKeys ? keys.end - block : kBlockKeys;
-    Products::score(count,
-                    {from.keys + block * key_stride, key_stride, first, end, dim,
-                     ahead ? ahead->step(end - first) : Ask<T>{}},
-                    scratch);
+    const auto ask = [&] { return ahead ? ahead->step(end - first) : Ask<T>{}; };
+    Products::score(count, block_rows(from.keys, block, first, end, dim, ask(), scratch), scratch);
     BlockSoftmax<Products> softmax(p, queries.views, count, block, end, scratch);
-    const Rows<T> values{from.values + block * value_stride,         value_stride, first, end, dim,
-                         ahead ? ahead->step(end - first) : Ask<T>{}};
+    const Rows<T> values = block_rows(from.values, block, first, end, dim, ask(), scratch);
     if (kCareful && queries.some_hides(block + first, block + end)) {
       weigh_visible(queries.views, count, block, values, softmax, scratch);
     } else {
@@ -180,7 +194,7 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
   const int64_t dim = p.sizes.head_dim, num_sums = attention_sums(dim);
   const TileQueries<T> queries(p, tile);
   const int count = queries.count;
-  const Streams<T> from = streams<T>(p, tile, item.kv_head);
+  const Streams<T> from(p, tile.row, item.kv_head);
   AttentionProducts<T>::load_queries(queries.query, count, dim, scratch);
   const auto segment_sum = [&](int m) { return reduce_add(load(scratch.sum[m])); };
   // Calls write(m, token, head) for every query vector.

@@ -43,7 +43,8 @@ struct AttentionScratch {
         merged{merged_rows, out.stride},
         block{block_rows, out.stride},
         query{query_rows, out.stride},
-        values{value_rows, out.stride} {}
+        values{value_rows, out.stride},
+        copy{copied_rows} {}
   AttentionScratch(const AttentionScratch&) = delete;
 
   alignas(64) float scores[kMaxQueries][kBlockKeys];
@@ -54,6 +55,7 @@ struct AttentionScratch {
   const Matrix block;        // sums of a block so far; decode only
   const Matrix query;        // prepared for the scores
   const Matrix values;       // prefill only
+  char* const copy;          // of a block of keys or values whose rows are not one run
   int tile_vectors = 0;      // what AMX tiles are configured for
 
  private:
@@ -62,6 +64,7 @@ struct AttentionScratch {
   alignas(64) float block_rows[kDirectQueries * kMaxHeadDim];
   alignas(64) float query_rows[kMaxQueries * kMaxHeadDim];
   alignas(64) float value_rows[kBlockKeys * kMaxHeadDim];
+  alignas(64) char copied_rows[kBlockKeys * kMaxHeadDim * sizeof(float)];
 };
 
 // The keys or values of one block where they lie in the cache: rows [first, count) of it.

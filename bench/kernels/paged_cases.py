@@ -1,0 +1,96 @@
+"""Decode attention through block tables, against the same rows in slots."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from baton_kernels import ragged_attention
+
+from .attention_cases import LLAMA, SMOLLM2, decode_lengths, limit, ours
+from .attention_work import AttentionWork
+from .measure import OURS, Row, Way, Work
+from .options import Options
+from .report import dtype_name
+
+# Columns of a page, and whether the heads of a column lie beside each other, as in a pool of
+# tokens; else each head of a page has its columns together.
+PAGES = ((128, False), (16, False), (1, False), (16, True), (1, True))
+
+
+def name_of(page: int, heads_last: bool) -> str:
+    return f"pages of {page}{', heads last' if heads_last else ''}"
+
+
+class Pages:
+    """The rows of a work in pages anywhere, all else NaN."""
+
+    def __init__(self, work: AttentionWork, page: int, heads_last: bool):
+        self.work = work
+        counts = [-(-length // page) for length in work.lengths]
+        order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).int()
+        self.table = torch.full((len(counts), max(counts)), -1, dtype=torch.int32)
+        for row, pages in enumerate(order.split(counts)):
+            self.table[row, : len(pages)] = pages
+        heads = work.heads
+        shape = (work.layers, 2, len(order), heads.kv, page, heads.dim)
+        if heads_last:
+            shape = (*shape[:3], page, heads.kv, heads.dim)
+        self.caches = torch.full(shape, float("nan"), dtype=work.dtype)
+        if heads_last:
+            self.caches = self.caches.transpose(3, 4)
+        self.table = self.table.to(work.device)
+        for row, length in enumerate(work.lengths):
+            column = torch.arange(length)
+            place = self.table[row, column // page].long(), slice(None), column % page
+            for layer in range(work.layers):
+                for cache, rows in zip(self.caches[layer], work.row(layer, row), strict=True):
+                    cache[place] = rows.transpose(0, 1)
+
+    def calls(self) -> list[Callable[[], object]]:
+        """As `AttentionWork.calls`."""
+        work = self.work
+        return [
+            functools.partial(
+                ragged_attention, work.query, *caches, work.cu_seqlens, None, *work.index[1:],
+                max_query_length=max(work.query_lengths), max_length=max(work.lengths),
+                block_table=self.table,
+            )
+            for caches in self.caches
+        ]  # fmt: skip
+
+
+def paged(options: Options) -> Iterator[Work]:
+    """One decoded token per row, its keys and values in pages anywhere or in a slot."""
+    lengths = decode_lengths(32, 128, 2048, 686)
+    if options.tiny:
+        lengths = [1, 5, 16]
+    if options.device.name != "cpu":
+        # The CUDA kernels have no block tables.
+        return
+    for dtype in options.dtypes:
+        for heads in (LLAMA, SMOLLM2):
+            work = AttentionWork(
+                heads, [1] * len(lengths), lengths, dtype=dtype, device=options.device
+            )
+            ways = [ours(work, "slots")]
+            for page, heads_last in PAGES:
+                pages = Pages(work, page, heads_last)
+                ways.append(Way(name_of(page, heads_last), pages.calls(), work.check, OURS))
+            ways += options.peers(lambda w=work: options.vllm.ways(w, options.effort))
+            yield Work(
+                f"{len(lengths)} rows of {min(lengths)}..{max(lengths)}, {heads}",
+                dtype_name(dtype), [*ways, *limit(options, work.bytes)], bytes=work.bytes,
+                ceiling="read",
+            )  # fmt: skip
+
+
+def paged_summary(rows: list[Row]) -> list[str]:
+    """What a table costs."""
+    return [
+        f"{row.dtype}, {row.work}: {row.way} / slots = {row.ratio:.2f}"
+        for row in rows
+        if row.kind == OURS and row.way != "slots" and row.ratio
+    ]
