@@ -20,7 +20,10 @@ PACKAGE = ROOT / "baton_kernels"
 OPS = sorted(reference.__all__)
 # The rooms of the engines' package, lowest first: a module imports from its own room and from those
 # before it. `testing` stands beside them: it serves tests and benchmarks, and no room imports it.
-ROOMS = ("query", "llama", "huggingface", "slots", "policies", "prefill", "relay", "testing", "cli")
+ROOMS = (
+    "query", "llama", "huggingface", "slots", "policies", "prefill", "relay", "invariance", "testing",
+    "cli",
+)  # fmt: skip
 MAX_LINES = 450
 SOURCES = sorted(
     path

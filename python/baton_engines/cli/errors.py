@@ -73,13 +73,14 @@ def reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
 
 def explained(error: BaseException) -> tuple[str, int]:
     """What to tell the user of an error, and the exit code."""
+    from ..invariance import TargetError
     from ..llama.load import ModelLoadError
 
     if isinstance(error, CommandError):
         return str(error), error.code
     if isinstance(error, ModelLoadError):
         return str(error), USAGE
-    if isinstance(error, OutputError):
+    if isinstance(error, (OutputError, TargetError)):
         return str(error), FAILED
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         reason = str(error) or "the system gives no more"

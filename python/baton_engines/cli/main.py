@@ -1,4 +1,4 @@
-"""The command `baton`: generate, info, demo.
+"""The command `baton`: generate, invariance, info, demo.
 
 Results go to standard output or a file, everything for human eyes to standard error. Torch and
 transformers are imported when a command needs them, so that help and wrong options answer at once.
@@ -26,6 +26,7 @@ except ImportError as error:
 from . import options
 from .errors import CommandError, reported, show_tracebacks
 from .inputs import check_output, gather_prompts, left_to_do, warn_of_unknown_fields
+from .invariance import invariance
 from .prompts_io import PromptRecord, demo_prompts
 from .results_io import LineStream, ResultWriter, is_terminal, open_results
 
@@ -296,6 +297,9 @@ def generate(
         raise typer.Exit(128 + stopped_by)
     if outcome.failed:
         raise typer.Exit(1)
+
+
+app.command()(reported(invariance))
 
 
 @app.command()

@@ -88,6 +88,10 @@ TimelineOption = Annotated[
     Path | None,
     typer.Option(callback=_check_picture, help="Picture of slots over time (png, svg, pdf)."),
 ]
+PictureOption = Annotated[
+    Path | None,
+    typer.Option(callback=_check_picture, help="Picture of the result (png, svg, pdf)."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor summary.")]
 
 # How queries are batched.

@@ -1,0 +1,74 @@
+"""What an engine has to be able to do in order to be audited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class TargetError(RuntimeError):
+    """The engine gave no answer; the message says what it gave."""
+
+
+class UnsupportedError(Exception):
+    """The engine cannot be asked in this way; the message says why."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and when it comes and goes.
+
+    Attributes:
+        prompt: text.
+        max_tokens: the most tokens of the answer, which is greedy.
+        after: tokens that the request before this one in the same batch has received when this one
+            is sent. 0: both are sent at once.
+        cancel_after: tokens after which the request is cancelled; None: it is answered to its end.
+    """
+
+    prompt: str
+    max_tokens: int
+    after: int = 0
+    cancel_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back.
+
+    Attributes:
+        tokens: ids, or texts where an engine only gives these.
+        logprobs: natural logarithms of the tokens' probabilities; empty if the engine gives none.
+    """
+
+    tokens: tuple[int | str, ...]
+    logprobs: tuple[float, ...]
+
+
+class Target(Protocol):
+    """An engine that answers several requests at the same time."""
+
+    @property
+    def name(self) -> str:
+        """For the heading of a report."""
+        ...
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answers, in the order of the requests; those of cancelled ones may be cut anywhere.
+
+        Raises:
+            UnsupportedError: requests cannot arrive late or be cancelled here.
+            TargetError: a request that was not cancelled got no answer.
+        """
+        ...
+
+
+def refuse_comings_and_goings(requests: Sequence[Request], reason: str) -> None:
+    """For engines whose batches are fixed from the beginning to the end.
+
+    Raises:
+        UnsupportedError: a request comes late or is cancelled.
+    """
+    if any(request.after or request.cancel_after is not None for request in requests):
+        raise UnsupportedError(reason)
