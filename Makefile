@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(SOURCES
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt --upgrade pip  # older ones know no --group
 	$(PIP) install -c constraints.txt setuptools cmake ninja torch
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[engines]' --group dev
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[engines,ray]' --group dev
 	@# The CUDA kernels are compiled in tests: by the machine's nvcc, else by PyPI's.
 	command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || \
 	  $(PIP) install nvidia-cuda-nvcc==13.0.* nvidia-cuda-crt==13.0.* nvidia-nvvm==13.0.* \
@@ -51,12 +51,14 @@ format: setup
 # Every processor, but no more processes than memory is sure to hold; they share what is compiled.
 WORKERS := -n logical --maxprocesses 4 --dist worksteal
 
+# Those of tests/scale come last and alone: a cluster of Ray is several processes already.
 test: lint
-	$(BIN)/python -m pytest $(WORKERS) --durations=10
+	$(BIN)/python -m pytest $(WORKERS) --durations=10 --ignore=tests/scale
+	$(BIN)/python -m pytest tests/scale --durations=5
 
-# One dtype, one instruction set, nothing that is compiled first.
+# One dtype, one instruction set, nothing that is compiled first, no cluster.
 test-quick: lint
-	$(BIN)/python -m pytest $(WORKERS) --durations=5 --quick
+	$(BIN)/python -m pytest $(WORKERS) --durations=5 --quick --ignore=tests/scale
 
 wheel: setup
 	rm -rf dist

@@ -303,8 +303,8 @@ def test_prompts_computed_elsewhere_have_the_same_answers(folder):
     "arguments, message",
     [
         (["--policy", "fifo"], "must be one of baton, chunked, multi_bin, orca, "),
-        (["--prefill", "later"], "must be one of serial, overlapped, apart, got 'later'"),
-        (["--prefill-threads", "1"], "--prefill-threads needs --prefill overlapped or apart"),
+        (["--prefill", "later"], "must be one of serial, overlapped, apart, ray, got 'later'"),
+        (["--prefill-threads", "1"], "--prefill-threads needs --prefill overlapped, apart or ray"),
         (["--policy", "orca", "--bins", 3], "options of orca must be admission, got 'bins'"),
         (["--admission", "last"], "name must be one of fcfs, shortest, length_aware, prio"),
         (["--prompts", "missing.jsonl"], "cannot read missing.jsonl"),

@@ -161,7 +161,9 @@ def test_default_threads_are_half_of_torchs(model):
 
 
 def test_bad_arguments(model):
-    with pytest.raises(ValueError, match="mode must be one of serial, overlapped, apart, got 'x'"):
+    with pytest.raises(
+        ValueError, match="mode must be one of serial, overlapped, apart, ray, got 'x'"
+    ):
         Relay(model, 2, 16, prefill="x")
     with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
         get("overlapped", workers=0)

@@ -83,8 +83,9 @@ def _open_relay(
     try:
         prefiller = prefills.get(prefill, **threads)
         return Relay(model, slots, capacity, policy, prefill=prefiller, **settings)
-    # No Llama, or one with something that the patch does not know; a process that cannot start.
-    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+    # No Llama, or one with something that the patch does not know; a process that cannot start; no
+    # package for the mode.
+    except (ImportError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
 
 
@@ -225,7 +226,7 @@ def generate(
     the run is over; with `--resume` it grows line by line, and what it already holds is kept.
     """
     if prefill == "serial" and prefill_threads is not None:
-        raise typer.BadParameter("--prefill-threads needs --prefill overlapped or apart")
+        raise typer.BadParameter("--prefill-threads needs --prefill overlapped, apart or ray")
     made = options.make_policy(
         policy,
         admission=admission,

@@ -118,7 +118,8 @@ PrefillOption = Annotated[
     typer.Option(
         callback=_check_prefill,
         help="Where new prompts are computed: `serial`, between two steps; `overlapped`, by a "
-        "thread with cores of its own; `apart`, by another process.",
+        "thread with cores of its own; `apart`, by another process; `ray`, by actors of a Ray "
+        "cluster.",
     ),
 ]
 PrefillThreadsOption = Annotated[

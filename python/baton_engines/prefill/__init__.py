@@ -1,14 +1,15 @@
 """Where the prompts of newcomers are computed, by name; see `Relay`.
 
 "serial": by the decode loop, between two steps. "overlapped": by a thread with cores of its own.
-"apart": by other processes, which hand keys and values over in shared memory.
+"apart": by other processes, which hand keys and values over in shared memory. "ray": by actors of
+Ray, on other machines too.
 """
 
 from .base import Job, Prefilled, Prefiller, Worker
 from .overlapped import Overlapped
 from .serial import Serial
 
-NAMES = ("serial", "overlapped", "apart")
+NAMES = ("serial", "overlapped", "apart", "ray")
 
 __all__ = ["NAMES", "Job", "Overlapped", "Prefilled", "Prefiller", "Serial", "Worker", "get"]
 
@@ -34,4 +35,9 @@ def get(mode: str | Prefiller, **options) -> Prefiller:
         from .apart import Apart
 
         return Apart(**options)
+    if mode == "ray":
+        # It needs the package ray.
+        from .ray import Remote
+
+        return Remote(**options)
     raise ValueError(f"prefill.get: mode must be one of {', '.join(NAMES)}, got {mode!r}")

@@ -98,6 +98,11 @@ class Prefiller(ABC):
         self.always = always
         self._desk: _Desk | None = None
 
+    @property
+    def host_threads(self) -> int:
+        """Threads that a worker takes from decoding while it computes; of one that is open."""
+        return self.threads or 0
+
     @abstractmethod
     def make_workers(self, model: ModelHandle, threads: int) -> list[Worker]:
         """`num_workers` workers for a model."""

@@ -43,7 +43,7 @@ class InFlight:
         batch.on_leave = self.forget
         # Workers on a GPU leave the loop its cores.
         on_cpu = batch.slots.cache.keys.device.type == "cpu"
-        self._worker_threads = (prefiller.threads or 0) if on_cpu and prefiller.num_workers else 0
+        self._worker_threads = prefiller.host_threads if on_cpu and prefiller.num_workers else 0
         self._trips: list[Trip] = []
         self._trip_of: dict[int, Trip] = {}
         self._home: set[int] = set()

@@ -48,8 +48,9 @@ class Relay(RelayState):
         prefill: where newcomers' prompts are computed, one of `prefill.NAMES`, or a `Prefiller`
             that no other relay uses. "serial": here, between two steps. "overlapped": by a thread
             with cores of its own, while the batch decodes with the others. "apart": by another
-            process, which is restarted if it dies or hangs. Same results; a prompt that cannot be
-            computed elsewhere is computed here.
+            process, which is restarted if it dies or hangs. "ray": by such processes on any node of
+            a Ray cluster. Same results; a prompt that cannot be computed elsewhere is computed
+            here.
         shaping: what happens to the other rows of an aligned cache when one enters or leaves:
             "in_place" moves what has to move, "concatenate" copies all into a new cache.
         kv_budget: bytes that the keys and values in the rows never exceed (`cache.bytes_in_use`);
