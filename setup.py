@@ -134,7 +134,8 @@ def cuda_options() -> list[str]:
 class CMakeBuild(build_ext):
     """Compiles the libraries with CMake and ninja into the place setuptools expects.
 
-    setuptools calls them extensions. They are no Python modules: torch.ops.load_library loads them.
+    setuptools calls them extensions. They are not Python modules: torch.ops.load_library loads
+    them.
     """
 
     def finalize_options(self):
@@ -161,7 +162,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         torch, compiler = find_torch(), find_compiler()
         cuda = cuda_options() if self.cuda else ["-DBATON_CUDA=OFF"]
-        # Beside the sources, so that a second build compiles only what changed.
+        # Next to the sources, so that a second build compiles only what changed.
         build = ROOT / "build" / ("cmake-cuda" if self.cuda else "cmake")
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

@@ -29,7 +29,7 @@ def _file(name: str) -> Path:
 def _load(library: Path) -> Path:
     """Loads and returns it, or raises OSError with the loader's reason.
 
-    The libraries are no Python modules, so that one file serves every Python. torch is imported
+    The libraries are not Python modules, so that one file serves every Python. torch is imported
     above: its libraries must be in the process before ours.
     """
     torch.ops.load_library(str(library))

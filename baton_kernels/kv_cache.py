@@ -47,10 +47,10 @@ class KVCache:
         dtype: float32, float16 or bfloat16.
         device: where keys and values live.
         aligned: bool; whether all rows end in the same column, see `BatchShape`.
-        huge_pages: bool; CPU: asks Linux for huge pages, in which attention reads a few percent
-            faster. Each slot of each layer is then whole huge pages (mostly 2 MiB), and memory is
-            committed in these: for slots that are large and will be filled. Without effect
-            elsewhere.
+        huge_pages: bool; CPU: requests huge pages from Linux, in which attention reads a few
+            percent faster. Each slot of each layer is then whole huge pages (mostly 2 MiB), and
+            memory is committed in these: for slots that are large and will be filled. Without
+            effect elsewhere.
 
     Attributes:
         keys: `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`, last dimension
@@ -58,9 +58,9 @@ class KVCache:
         values: the same.
 
     Raises:
-        TypeError: a size is not an integer, or dtype is none of the three.
+        TypeError: a size is not an integer, or dtype is another than these three.
         ValueError: a size is below 1.
-        NotImplementedError: head_dim is none that the ops work on.
+        NotImplementedError: the ops do not support head_dim.
         MemoryError: the address space could not be reserved.
 
     Undefined: the content of padding, fresh or left behind by a query.
@@ -88,7 +88,7 @@ class KVCache:
         check = Checker("KVCache")
         if dtype not in FLOATS:
             check.fail("dtype", "float32, float16 or bfloat16", dtype_name(dtype), TypeError)
-        # What the ops say of such a cache, before memory is asked for.
+        # The ops' own checks of such a cache, before memory is requested.
         column = torch.empty(1, 1, 1, 1, self._head_dim, dtype=dtype, device="meta")
         check.caches(column, column, with_layers=True, written=True)
         self._dtype = dtype
@@ -362,7 +362,7 @@ class KVCache:
         return sum(m.committed(self._touched) for m in (self._key_memory, self._value_memory))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        """A cache of its own with the same rows. Padding is not copied."""
+        """An independent cache with the same rows. Padding is not copied."""
         copied = copy.copy(self)
         memo[id(self)] = copied
         return copied
@@ -398,7 +398,7 @@ class KVCache:
     def _restore(
         self, state: Mapping[str, Any], rows: Iterable[tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
-        """Becomes a cache of this state with these rows, in memory of its own."""
+        """Becomes a cache of this state with these rows, in new memory."""
         own = {name: value for name, value in state.items() if name not in (*_MEMORIES, "rows")}
         self.__dict__.update(own)
         self._shape = own["_shape"].copy()

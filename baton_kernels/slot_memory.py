@@ -35,14 +35,14 @@ class SlotMemory:
     """A tensor whose slots can be given back to the operating system.
 
     On the CPU it lies in an anonymous private mapping, in which each slot of each layer begins on a
-    page of its own: no page belongs to two slots, so those of a free slot can be given back. The
+    separate page: no page belongs to two slots, so those of a free slot can be given back. The
     kernel commits a page when it is first written. On other devices it is a plain `torch.empty`.
 
     Args:
         sizes: num_layers, num_slots, num_kv_heads, capacity, head_dim; each at least 1.
         dtype: of the elements.
         device: where the tensor lives.
-        huge_pages: CPU: asks for huge pages. Each slot of each layer is then whole huge pages,
+        huge_pages: CPU: requests huge pages. Each slot of each layer is then whole huge pages,
             committed one by one; where the kernel has none to spare it takes small ones.
 
     Attributes:
@@ -128,7 +128,7 @@ class SlotMemory:
         return pages * num_layers * self._page
 
     def _advise(self, huge_pages: bool) -> None:
-        """Tells the kernel which pages to take, whatever it does where nobody says.
+        """Requests small or huge pages explicitly (madvise), independent of the system's default.
 
         By default small ones: with huge pages the first column written commits 2 MiB per layer and
         head, which are the stripes of several heads where `capacity * head_dim` is small, and

@@ -1,6 +1,6 @@
 """Helpers for testing kernels: ragged problems, poison, accuracy against float64, equality of bits.
 
-Needs torch and this package alone. Whatever a kernel must not read is poisoned with NaN and
+Needs torch and this package only. What a kernel must not read is poisoned with NaN and
 infinities, and tensors are slices of larger ones, so that strides are never trivial.
 """
 
@@ -221,11 +221,11 @@ def _root_mean_square(x: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def nan_in_empty() -> Iterator[None]:
-    """Within the block memory that torch allocates and nobody has written is no result.
+    """Within the block, memory that torch allocates and nobody has written is poisoned.
 
-    What torch's operators make uninitialized is full of NaN, and what comes straight from its
-    allocator of the CPU, as these kernels' results do, of a pattern that is NaN in float32, and
-    every other number in half of it.
+    Uninitialized results of torch's operators are full of NaN. Memory straight from torch's CPU
+    allocator, which these kernels' results use, has a pattern that is NaN in float32 and in every
+    other number of the 16-bit types.
     """
     junk = ctypes.c_bool.in_dll(
         ctypes.CDLL(torch._C.__file__), "FLAGS_caffe2_cpu_allocator_do_junk_fill"

@@ -39,7 +39,7 @@ def copies() -> None:
 
 
 def decode() -> None:
-    """A decode step beside its peers."""
+    """A decode step compared with its peers."""
     print(PEERS)
     for length in (512, 2048):
         c = cuda_counts.count_decode(length)
@@ -56,9 +56,9 @@ def decode() -> None:
 
 
 def flight() -> None:
-    """Bytes on their way per multiprocessor in the decode loop."""
+    """Bytes in flight per multiprocessor in the decode loop."""
     source = ROOT / "csrc" / "cuda" / "ragged_attention" / "bfloat16.cu"
-    print("KB on their way per SM in the loop: least-mean-most over its instructions,")
+    print("KB in flight per SM in the loop: least-mean-most over its instructions,")
     print("as the flow of data allows and as the code's scoreboards have it")
     for kernel in cuda_static.compile_kernels(source):
         if "decode_kernel<__nv_bfloat16, 128, 1>" in kernel.name and kernel.has_products():

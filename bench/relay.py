@@ -1,4 +1,4 @@
-"""The evaluation: every policy on the same requests, beside other engines and beside the limit.
+"""The evaluation: every policy on the same requests, compared with other engines and the limit.
 
 `python -m bench.relay` runs all systems of `bench.evaluation.systems` on the default cells, checks
 that they give the same tokens, prints tables, and writes results.json and pictures into `--output`.

@@ -35,7 +35,7 @@ def decode_step() -> torch.Tensor:
 
 
 with torch.inference_mode():
-    side = torch.cuda.Stream()  # a first call outside of the capture, as torch asks for
+    side = torch.cuda.Stream()  # torch requires a first call outside of the capture
     with torch.cuda.stream(side):
         decode_step()
     torch.cuda.current_stream().wait_stream(side)

@@ -5,7 +5,7 @@
 
 1. The links of every Markdown file in the repository are checked: files, and anchors in them.
 2. docs/ is put together with pages that are files from elsewhere (CONTRIBUTING.md): these stand
-   where readers of the sources look for them. A link to a file that is no page becomes its text,
+   where readers of the sources look for them. A link to a file that is not a page becomes its text,
    since the site does not know where the repository is published.
 3. The site is built; a docstring or a reference that does not resolve is an error.
 4. In the result, every link leads somewhere, and no page loads anything from a network.
@@ -150,7 +150,7 @@ class Page(HTMLParser):
 
 
 def faults_of_site(site: Path) -> list[str]:
-    """Links and files that are not there, and whatever a page loads from a network."""
+    """Links and files that are not there, and everything that a page loads from a network."""
     # 404.html stands for every path, so its links begin at the root of a server.
     pages = {
         path: Page(path.read_text()) for path in site.rglob("*.html") if path.name != "404.html"

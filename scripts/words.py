@@ -29,7 +29,7 @@ PATTERNS = {
     "of its own": (r"\bof (?:its|their|his|our) own\b", "separate; its own ..."),
     "beside": (r"\bbeside\b", "alongside, compared with, next to"),
     "whatever": (r"\b(?:whatever|whoever)\b", "independent of, whichever"),
-    "is no": (r"\b(?:is|are) (?:no|none)\b", "is not a, cannot"),
+    "is no": (r"(?<!there )\b(?:is|are) (?:no|none)\b", "is not a, cannot"),
     "on its way": (r"\bon (?:its|their|the) way\b", "in flight"),
 }
 SUFFIXES = (".md", ".py", ".h", ".cpp", ".cu")
@@ -83,7 +83,7 @@ def prose_of(path: Path) -> str:
 
 
 def blank_code(markdown: str) -> str:
-    """Without code blocks, but with as many lines."""
+    """Without code blocks, but with the same number of lines."""
     return re.sub(
         r"^( *)(```|~~~).*?^\1\2",
         lambda block: "\n" * block[0].count("\n"),
@@ -128,7 +128,7 @@ def print_pages(root: Path) -> None:
 
 
 def count_words(text: str) -> int:
-    """A bar of a table or a dash is no word."""
+    """A bar of a table or a dash does not count."""
     return sum(any(map(str.isalnum, word)) for word in text.split())
 
 

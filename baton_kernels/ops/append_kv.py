@@ -77,7 +77,7 @@ def append_kv(
         rotated(x) = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
         key_cache[slots[i], :, columns[i]] = rotated(key[i]);  value_cache[...] = value[i]
 
-    A row is a token, not a query: the tokens of a whole prefill are as many rows with one slot and
+    A row is a token, not a query: the tokens of a whole prefill are rows with one slot and
     consecutive columns. The angle belongs to the token's position, never to its column.
 
     Args:

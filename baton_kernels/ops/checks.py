@@ -2,7 +2,7 @@
 
 An op's fake implementation runs them, and so does its Python function when the C++ checks have
 refused a call: C++ can only raise ValueError. One place thus decides what is TypeError, ValueError
-or NotImplementedError, and a call that is right pays for the C++ checks alone.
+or NotImplementedError, and a correct call pays for the C++ checks only.
 
 Index values live in tensors; only C++ checks them.
 """

@@ -33,7 +33,7 @@ def masked_softmax(
         starts = [0, 3], lengths = [5, 2]      .2 .2 .2 .2 .2
                                                 0  0  0 .5 .5
 
-    Batch invariance: the bits of a row's weights depend on its visible scores alone, not on the
+    Batch invariance: the bits of a row's weights depend on its visible scores only, not on the
     rest of the batch or on its start.
 
     Args:

@@ -59,7 +59,7 @@ def rms_norm(
 
     Args:
         x: `[..., size]`, float32, float16 or bfloat16, last dimension contiguous. torch.ops takes
-            `[rows, size]` alone.
+            `[rows, size]` only.
         weight: `[size]`, x's dtype, contiguous.
         eps: Added to the mean square.
         residual: As x; added first if given.

@@ -19,7 +19,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: `[..., 2 * d]`, float32, float16 or bfloat16, last dimension contiguous: gate, then up.
-            torch.ops takes `[rows, 2 * d]` alone.
+            torch.ops takes `[rows, 2 * d]` only.
 
     Returns:
         y `[..., d]`, contiguous.

@@ -2,7 +2,7 @@
 
 Every function has the name and the signature of its op, computes in its inputs' own dtype (float64
 tensors give the truth, bfloat16 tensors give plain torch at that dtype), checks nothing and imports
-torch alone.
+torch only.
 """
 
 from .append_kv import append_kv

@@ -114,7 +114,7 @@ def launch(
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    # Triton launches on the current device, whatever device its tensors are on.
+    # Triton launches on the current device, even if its tensors are on another.
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).device(device)
     return contextlib.nullcontext()

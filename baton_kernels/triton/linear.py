@@ -1,8 +1,8 @@
 """linear in Triton: the bits of a row do not depend on how many rows there are.
 
 Every output is a sum over the splits of in_features, in their order, and each split a sum in the
-order of in_features. The splits follow from the weight's shape alone. Few rows read the weights
-once, with as many bytes in flight as the shared memory holds: a program per split, whose sums a
+order of in_features. The splits follow from the weight's shape only. Few rows read the weights
+once, with all the bytes in flight that the shared memory holds: a program per split, whose sums a
 second launch adds up. Many rows take larger tiles, which do the same additions in one program. The
 weight is the left factor of each product, so that all tiles use the same matrix instructions.
 """
@@ -74,7 +74,7 @@ class Plan:
 
 
 def splits_of(out_features: int, in_features: int) -> int:
-    """Of in_features, by the weight's shape alone."""
+    """Number of splits of in_features, a function of the weight's shape only."""
     tiles, splits = common.ceil_div(out_features, FEW_OUT), 1
     while (
         tiles * splits < ENOUGH_FEW

@@ -1,4 +1,4 @@
-"""masked_softmax in Triton: one program per query and head; the mask exists in registers alone."""
+"""masked_softmax in Triton: one program per query and head; the mask exists in registers only."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def _uniform(x: torch.Tensor) -> torch.Tensor:
     """x aligned for vector loads exactly when its size is.
 
     The compiler chooses which thread holds which element, and with it the order of summation, by
-    what it knows of the alignment. This makes it a matter of the size alone.
+    what it knows of the alignment. This makes it depend on the size only.
     """
     is_aligned = x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
     if is_aligned == (x.shape[1] % 16 == 0):

@@ -33,7 +33,7 @@ class Cell:
         divisor: lengths are divided by it.
         repeats: runs of every system, in turns.
         systems: names; all when empty.
-        peers: whether transformers runs it too, once, and other engines that are asked for.
+        peers: whether transformers runs it too, once, and the other engines that are requested.
         group: cells of one group are drawn in one picture.
         timeline: whether who held which slot when is kept, for the picture.
     """

@@ -1,4 +1,4 @@
-"""The same requests through other engines, each in an environment and a process of its own.
+"""The same requests through other engines, each in a separate environment and process.
 
 `make bench-engines` makes the environments. An engine that is not installed, or fails, becomes a
 row that says so.

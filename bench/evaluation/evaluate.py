@@ -20,8 +20,8 @@ from .limit import Ceiling, Sizes, measure_ceiling
 from .measure import Session
 
 Report = Callable[[str], object]
-# A Llama of 124 million parameters, as many query as key heads: twice SmolLM2's cache per layer
-# and head, and no file to load.
+# A Llama of 124 million parameters with equal numbers of query and key heads: twice SmolLM2's cache
+# per layer and head, and no file to load.
 RANDOM_SIZES = {
     "vocab_size": 32000,
     "hidden_size": 768,

@@ -43,7 +43,7 @@ def agreement(expected: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -
 
 
 def check_lengths(name: str, requests: Sequence[Request], tokens: Sequence[Sequence[int]]) -> None:
-    """Every answer has as many tokens as were asked for, whoever gave it.
+    """Every answer of every system has the requested number of tokens.
 
     Raises:
         GateError: one has not.

@@ -42,7 +42,7 @@ class Run:
 
 
 def make_jobs(requests: Sequence[Request], stream: Sequence[int]) -> list[Job]:
-    """Prompts of the lengths that the requests ask for, cut out of a stream of tokens.
+    """Prompts of the requested lengths, cut out of a stream of tokens.
 
     Request i begins at its own place in the stream, which goes round. Prompts that are alike at
     their beginning would be cheaper for an engine that shares prefixes.
@@ -66,7 +66,7 @@ def latencies(
     divided by the number of tokens.
 
     Args:
-        requests: what was asked for.
+        requests: lengths and arrivals.
         token_times: of each request's tokens, seconds from the beginning of the workload.
     """
     pairs = list(zip(requests, token_times, strict=True))
@@ -198,7 +198,8 @@ def _drive(
         while pending and pending[0].request.arrival_seconds <= now:
             job = pending.popleft()
             queries.append(
-                # Every system has to compute the same tokens, whatever the model says.
+                # Every system has to compute the same number of tokens, even if the model would end
+                # earlier.
                 relay.submit(job.token_ids, max_new_tokens=job.request.output_tokens, eos=None)
             )
         # A policy that forms batches may wait for them.

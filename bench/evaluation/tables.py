@@ -109,7 +109,7 @@ def sheets(cell: Mapping[str, Any]) -> list[Sheet]:
 
 
 def facts(cell: Mapping[str, Any]) -> str:
-    """What the cell asked for, and the least time it can take."""
+    """The requests of the cell, and the least time they can take."""
     offered = cell["offered_queries_per_second"]
     arriving = f", arriving at {offered:.2f} queries/s" if offered else ""
     return (
@@ -149,7 +149,7 @@ def _doubts(results: Mapping[str, Any]) -> list[str]:
 
 def show(results: Mapping[str, Any]) -> None:
     """Print everything."""
-    # Wide enough for all columns, whatever the terminal: a cut table is none.
+    # Wide enough for all columns in every terminal: a cut table is useless.
     console = Console(width=190, highlight=False)
     for line in machine(results):
         console.print(line)

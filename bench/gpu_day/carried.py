@@ -29,7 +29,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def unpack(folder: Path, root: Path, environment: MutableMapping[str, str]) -> list[str]:
-    """Copies the libraries beside the sources and adds the peers to the path; what was done."""
+    """Copies the libraries next to the sources and adds the peers to the path; what was done."""
     lines = []
     for library in sorted((folder / LIBRARIES).glob("*.so")):
         target = root / "baton_kernels" / library.name

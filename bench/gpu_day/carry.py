@@ -1,7 +1,7 @@
 """Makes the folder that travels to a machine with a GPU: `make gpu-carry`. Needs no GPU itself.
 
 Such a machine may have no network and an older torch, and no minute to lose on a compiler. The
-folder holds both libraries, compiled for its architecture alone, and the peers that it may lack: as
+folder holds both libraries, compiled for its architecture only, and the peers that it may lack: as
 archives, because a limit on what travels counts bytes. A peer that cannot be had is left out, with
 a word. The call to make there is printed last.
 """
@@ -74,7 +74,7 @@ def find_nvcc() -> str:
     """nvcc: the machine's, else that of this environment's packages.
 
     Raises:
-        SystemExit: There is none.
+        SystemExit: There is no such tool.
     """
     packages = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
     for path in (None, "/usr/local/cuda/bin", str(packages)):

@@ -1,4 +1,4 @@
-"""insert, extract, move and append as CUDA graphs, beside a device copy of as many bytes."""
+"""insert, extract, move and append as CUDA graphs, compared with a device copy of the same size."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def copies(stage: Stage) -> None:
 
 
 def append(stage: Stage) -> None:
-    """One token per row with rotary: microseconds, and a copy of as many bytes."""
+    """One token per row with rotary: microseconds, and a copy of the same size."""
     for rows in stage.pick((1, 32, 128), (2,)):
         label = f"append with rotary, {rows} rows"
         if not stage.record.wants(label, 2.0):

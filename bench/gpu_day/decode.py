@@ -1,4 +1,4 @@
-"""Decode attention as CUDA graphs, beside its peers and beside reading as many bytes."""
+"""Decode attention as CUDA graphs, compared with its peers and with reading the same bytes."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def measure(
 
 
 def reads(source: torch.Tensor, work: AttentionWork) -> list:
-    """As many bytes from elsewhere, as often as the work has layers."""
+    """The same number of bytes from elsewhere, once per layer of the work."""
     from ..kernels.cuda import readers
 
     read = next(iter(readers().values()))

@@ -68,7 +68,7 @@ def make(stage: Stage) -> Step:
 
 
 def busy(stage: Stage, stop: threading.Event) -> None:
-    """Keeps the device busy on a stream of its own."""
+    """Keeps the device busy on another stream."""
     size = stage.pick(4096, 64)
     stream = torch.cuda.Stream() if stage.device == "cuda" else None
     a = torch.randn(size, size, device=stage.device, dtype=stage.dtype)
@@ -81,7 +81,7 @@ def busy(stage: Stage, stop: threading.Event) -> None:
 
 
 def repeat(stage: Stage) -> int:
-    """The same step many times beside other work; how many, all with the same bits.
+    """The same step many times next to other work; how many, all with the same bits.
 
     Raises:
         AssertionError: Some bits differ.

@@ -1,4 +1,4 @@
-"""The projections of a 1B's and an 8B's layers as CUDA graphs, beside cuBLAS."""
+"""The projections of a 1B's and an 8B's layers as CUDA graphs, compared with cuBLAS."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def static(stage: Stage, rows: int, outs: int, ins: int) -> dict[str, float]:
 
 
 def summary(stage: Stage) -> None:
-    """A line per number of rows: the time of a model's projections beside cuBLAS's."""
+    """A line per number of rows: the time of a model's projections and of cuBLAS's."""
     lines = []
     for rows in ROWS if not stage.small else (1, 3):
         for model in MODELS if not stage.small else ("tiny",):

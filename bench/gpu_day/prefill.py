@@ -1,4 +1,4 @@
-"""Whole prompts as CUDA graphs, beside FlashAttention-3 and torch's backends."""
+"""Whole prompts as CUDA graphs, compared with FlashAttention-3 and torch's backends."""
 
 from __future__ import annotations
 

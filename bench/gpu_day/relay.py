@@ -107,7 +107,7 @@ def weights_and_cache_us(stage: Stage, model: Any, rows: int, context: int, rate
 
 
 def steps(stage: Stage, model: Any, rate: float) -> None:
-    """Decode steps with our projections and with cuBLAS's, beside what has to be read."""
+    """Decode steps with our projections and with cuBLAS's, compared with what has to be read."""
     context = stage.pick(1024, 16)
     for name, project in (("ours", llama.forward.project), ("cuBLAS", functional.linear)):
         for rows in stage.pick((1, 8, 32, 128), (1, 3)):
@@ -145,7 +145,7 @@ def policies(stage: Stage, model: Any, vocabulary: int) -> None:
 
 
 def simulation(stage: Stage, model: Any) -> None:
-    """Costs of forwards are measured and fitted; what they predict of a run, beside the run."""
+    """Costs of forwards are measured and fitted; what they predict of a run, compared with it."""
     record = stage.record
     count, slots = stage.pick((24, 8), (3, 2))
     if not record.wants("simulation", 10.0):

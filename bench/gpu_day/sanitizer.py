@@ -30,7 +30,7 @@ def sanitizer(stage: Stage) -> None:
     record = stage.record
     if stage.device == "cpu" or shutil.which("compute-sanitizer") is None:
         stage.skip("compute-sanitizer is not installed" if stage.device == "cuda" else "no GPU")
-    # Of exactly the size that was asked for: what lies behind a tensor is nobody's then.
+    # Blocks of exactly the requested size: what lies behind a tensor then belongs to nobody.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryDirectory() as folder:
         logs = {tool: Path(folder) / tool for tool in TOOLS}

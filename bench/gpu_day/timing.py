@@ -77,7 +77,7 @@ class Replay:
 def time_ways(
     ways: Sequence[Way], device: str, *, rounds: int = 7, most_calls: int = 64, seconds: float = 2.0
 ) -> list[dict[str, Any]]:
-    """Microseconds of each way that gives the right result; why there are none of the others.
+    """Microseconds of each way that gives the right result; why the others have none.
 
     Args:
         ways: of one piece of work; each is checked first.

@@ -115,8 +115,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch's own number when left out")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="bfloat16 alone, short runs")
-    parser.add_argument("--no-peers", action="store_true", help="ours and the limits alone")
+    parser.add_argument("--quick", action="store_true", help="bfloat16 only, short runs")
+    parser.add_argument("--no-peers", action="store_true", help="ours and the limits only")
     parser.add_argument(
         "--flex", action="store_true", help="FlexAttention too; it compiles for minutes"
     )

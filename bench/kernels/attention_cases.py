@@ -59,7 +59,7 @@ def ours(work: AttentionWork, name: str = "ragged_attention") -> Way:
 
 
 def limit(options: Options, num_bytes: int) -> list[Way]:
-    """Reading as many bytes, nothing else."""
+    """Reading the same number of bytes, nothing else."""
     calls = options.device.readers(num_bytes)
     return [Way("read of the same bytes", calls, kind=LIMIT)] if calls else []
 
@@ -98,7 +98,7 @@ def decode_summary(rows: list[Row]) -> list[str]:
             if (row.dtype, row.way) == (dtype, way) and row.median_us and reads:
                 shares.append(f"{row.work} {reads[0] / row.median_us:.0%}")
         if shares:
-            lines.append(f"{dtype}, {way}, of reading as many bytes in turns: {'; '.join(shares)}")
+            lines.append(f"{dtype}, {way}, of reading the same bytes in turns: {'; '.join(shares)}")
     return lines
 
 
@@ -144,7 +144,7 @@ def padding_summary(rows: list[Row]) -> list[str]:
 
 
 def thread_counts(options: Options) -> list[int]:
-    """1, 2, 4, ... and the chosen number; where threads do not matter, that alone."""
+    """1, 2, 4, ... and the chosen number; where threads do not matter, only the latter."""
     if options.device.name != "cpu":
         return [options.threads]
     doubled = [1 << i for i in range(options.threads.bit_length())]
@@ -201,5 +201,5 @@ def scaling_summary(rows: list[Row]) -> list[str]:
                 for n in (1, threads)
             }  # fmt: skip
             if all(limits.values()):
-                lines.append(f"{dtype}: reading alone: {limits[1] / limits[threads]:.2f}x")
+                lines.append(f"{dtype}: reading only: {limits[1] / limits[threads]:.2f}x")
     return lines

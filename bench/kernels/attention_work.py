@@ -119,7 +119,7 @@ class AttentionWork:
         )
 
     def poison_padding(self) -> None:
-        """NaN in the columns beside every row: whoever reads them has a wrong result."""
+        """NaN in the columns around every row: reading them gives a wrong result."""
         self._fill_padding(float("nan"), POISONED, self.layers)
         self._finite = False
 

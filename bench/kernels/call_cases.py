@@ -23,7 +23,7 @@ LAYERS = 30
 
 
 def overhead(options: Options) -> Iterator[Work]:
-    """A call of each op with nothing to do, beside calls of torch's own ops."""
+    """A call of each op with nothing to do, compared with calls of torch's own ops."""
     if options.device.name != "cpu":
         return  # nothing is launched, and the device's clock sees nothing
     device, none = options.device.name, int32([], options.device.name)
@@ -125,7 +125,7 @@ def step(options: Options) -> Iterator[Work]:
             def alternating(function=function, turns=turns) -> object:
                 return function(next(turns))
 
-            # A row of one token sees that token alone: its value.
+            # A row of one token sees only that token: its value.
             def check(result: torch.Tensor | None, value=caches[1], count=count) -> None:
                 if result is not None:
                     seen = value[:count, :, 0].repeat_interleave(heads.query // heads.kv, 1)

@@ -17,7 +17,7 @@ from .options import Options
 from .report import dtype_name
 
 LAYERS, SLOT = 30, 3
-# Stands in every column that the op must leave alone.
+# The content of every column that the op must not write.
 UNTOUCHED = 7.0
 
 
@@ -296,7 +296,7 @@ def move(options: Options) -> Iterator[Work]:
 
 
 def append(options: Options) -> Iterator[Work]:
-    """A decode step's 30 appends with rotary embedding, beside that step's attention."""
+    """A decode step's 30 appends with rotary embedding, compared with that step's attention."""
     rows = 2 if options.tiny else 16
     lengths = [4, 9] if options.tiny else decode_lengths(rows, 128, 2048, 686)
     for dtype in options.dtypes:

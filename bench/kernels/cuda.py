@@ -96,7 +96,7 @@ class Cuda:
         return statistics.median(self.clock(call) for _ in range(self.repeats))
 
     def readers(self, num_bytes: int) -> list[Callable[[], object]]:
-        """Calls that read as many bytes of cold memory, elsewhere each time."""
+        """Calls that read this number of bytes of cold memory, elsewhere each time."""
         read = next(iter(readers().values()))
         words = max(1, min(num_bytes // 4, len(self._words)))
 
@@ -108,7 +108,7 @@ class Cuda:
         return [call]
 
     def copiers(self, num_bytes: int) -> list[Callable[[], None]]:
-        """Calls that copy as many bytes."""
+        """Calls that copy this number of bytes."""
         num_bytes = min(num_bytes, self._source.nbytes)
         target, source = self._target[:num_bytes], self._source[:num_bytes]
         return [functools.partial(target.copy_, source)]

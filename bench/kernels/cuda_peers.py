@@ -49,7 +49,7 @@ def _installed(
     try:
         calls = make(work)
         calls[0]()
-    except Exception as error:  # whatever it refuses is its answer
+    except Exception as error:  # a refusal is its answer
         return Way(name, missing=describe(error))
     return Way(name, calls, work.check, reset=work.finite_padding)
 

@@ -50,7 +50,7 @@ def _rows(cases: Record, name: str) -> list[dict]:
 def roofline(axes: Axes, cases: Record) -> bool:
     """Share of its limit that each op of ours reaches, dtypes side by side."""
     bars: dict[str, dict[str, float]] = {}
-    # The padding case has a picture of its own.
+    # The padding case has a separate picture.
     for name in (name for name in cases if name != "padding"):
         rows = _rows(cases, name)
         limits = {(r["work"], r["dtype"]): r for r in rows if r["kind"] == "limit"}

@@ -26,7 +26,7 @@ MODELS = {"SmolLM2-135M": (576, 1536), "Llama 8B": (4096, 14336)}
 
 
 def layers(options: Options) -> Iterator[Work]:
-    """rms_norm and silu_and_mul of large inputs, against reading and writing as many bytes."""
+    """rms_norm and silu_and_mul of large inputs, against reading and writing the same bytes."""
     width = options.pick(4096, 4096, 64)
     for dtype in options.dtypes:
         rows = max(1, options.pick(LARGE, LARGE, 4096) // (width * dtype.itemsize))
@@ -99,7 +99,7 @@ def pair(options: Options, mine: Calls, others: Calls, truth: Accuracy) -> list[
 
 def copies_of(options: Options, num_bytes: int) -> list[Way]:
     calls = options.device.copiers(num_bytes)
-    name = f"{options.device.copier}: as many bytes read and written"
+    name = f"{options.device.copier}: the same bytes read and written"
     return [Way(name, calls, kind=LIMIT)] if calls else []
 
 

@@ -1,6 +1,6 @@
 """The machine's ceilings: read bandwidth, memcpy, read + write, matrix products.
 
-`limits.cpp` is compiled by the system's compiler on first use, for this machine alone.
+`limits.cpp` is compiled by the system's compiler on first use, for this machine only.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def release_free_memory() -> None:
 
 
 def buffer(num_bytes: int, huge_pages: bool) -> torch.Tensor:
-    """Bytes on pages of their own, written once, so that every page is there."""
+    """Bytes on separate pages, written once, so that every page is there."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)

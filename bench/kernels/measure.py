@@ -123,7 +123,7 @@ def describe(error: Exception) -> str:
 def kept(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
     """The same calls, each of which keeps its result until it is called again.
 
-    Results are then as many blocks of memory as there are calls, and as cold as the inputs; the
+    Results are then one block of memory per call, and as cold as the inputs; the
     allocator would otherwise hand out one block again and again, from the processor's cache.
     """
     results: list[object] = [None] * len(calls)

@@ -44,15 +44,15 @@ class Cpu:
         time.sleep(0.02)
 
     def readers(self, num_bytes: int) -> list[Callable[[], None]]:
-        """Calls that read as many bytes of cold memory."""
+        """Calls that read this number of bytes of cold memory."""
         return [self.limits.read(num_bytes)]
 
     def copiers(self, num_bytes: int) -> list[Callable[[], None]]:
-        """Calls that copy as many bytes of cold memory with C's memcpy."""
+        """Calls that copy this number of bytes of cold memory with C's memcpy."""
         return [self.limits.memcpy(num_bytes)]
 
     def copiers_to_new(self, num_bytes: int) -> list[Callable[[], object]]:
-        """Calls that copy as many bytes into memory that they allocate and return."""
+        """Calls that copy this number of bytes into memory that they allocate and return."""
         return [self.limits.memcpy_to_new(num_bytes)]
 
     @staticmethod
@@ -76,7 +76,7 @@ class Options:
         effort: How long.
         size: "full", "quick", or "tiny": sizes of a test, where no figure means anything.
         only: Measure works whose label has this in it.
-        with_peers: Whether peers are measured beside.
+        with_peers: Whether peers are measured too.
         flex: Whether FlexAttention is among them; compiling it takes most of a minute per shape.
     """
 
@@ -95,7 +95,7 @@ class Options:
         return self.size == "tiny"
 
     def pick(self, full: T, quick: T | None, tiny: T) -> T:
-        """The one for this size; a quick run takes the full one where it has none of its own."""
+        """The one for this size; a quick run takes the full one where there is no separate one."""
         if self.size == "quick" and quick is not None:
             return quick
         return tiny if self.tiny else full

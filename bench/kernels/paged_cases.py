@@ -15,7 +15,7 @@ from .measure import OURS, Row, Way, Work
 from .options import Options
 from .report import dtype_name
 
-# Columns of a page, and whether the heads of a column lie beside each other, as in a pool of
+# Columns of a page, and whether the heads of a column lie next to each other, as in a pool of
 # tokens; else each head of a page has its columns together.
 PAGES = ((128, False), (16, False), (1, False), (16, True), (1, True))
 

@@ -117,7 +117,7 @@ def flex_attention(work: AttentionWork) -> Way:
 
     blocks = create_block_mask(visible, rows, None, group, width, device=work.device)
     query = work.query.view(rows, heads.kv, group, heads.dim)
-    # Compiled for this shape alone; what others left behind would count against a limit.
+    # Compiled for this shape only; what others left behind would count against a limit.
     torch.compiler.reset()
     compiled = torch.compile(flex, dynamic=False)
 

@@ -53,7 +53,7 @@ def prefill_peers(work: AttentionWork, options: Options) -> list[Way]:
 
 
 def chunk(options: Options) -> Iterator[Work]:
-    """A chunk at the end of a long prompt, beside the whole prefill: time per score."""
+    """A chunk at the end of a long prompt, compared with the whole prefill: time per score."""
     whole, last = options.pick((4096, 256), (2048, 256), (24, 6))
     for dtype in options.dtypes:
         for heads in (LLAMA, SMOLLM2):
@@ -82,7 +82,7 @@ def chunk_summary(rows: list[Row]) -> list[str]:
 
 
 def mixed(options: Options) -> Iterator[Work]:
-    """30 decodes and one prefill of 512 in one call, beside the two calls apart."""
+    """30 decodes and one prefill of 512 in one call, compared with two separate calls."""
     decodes = [*options.pick(decode_lengths(30, 128, 2048, 686), None, [3, 9])]
     tokens = options.pick(512, 512, 8)
     batches = {

@@ -1,6 +1,6 @@
 """vLLM's CPU attention as a peer, in the environment that `make bench-peers` makes.
 
-It has dependencies of its own, so it runs in a process of its own and is given files: the same
+It has other dependencies, so it runs in a separate process and is given files: the same
 queries, keys and values. Its output is checked here, like everyone's.
 """
 
@@ -30,7 +30,7 @@ class Vllm:
         self._process: subprocess.Popen | None = None
 
     def ways(self, work: AttentionWork, effort: Effort) -> list[Way]:
-        """Its times on this work, for each block size; or why there are none."""
+        """Its times on this work, for each block size; or why it has none."""
         if not self.python.exists():
             return [Way(NAME, missing="run `make bench-peers`")]
         try:

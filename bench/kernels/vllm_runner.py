@@ -117,7 +117,7 @@ def main() -> None:
         for block in BLOCKS:
             try:
                 answers.append(measure(problem, block))
-            except Exception as error:  # whatever the op refuses is its answer
+            except Exception as error:  # a refusal of the op is its answer
                 answers.append({"block": block, "error": f"{type(error).__name__}: {error}"})
         torch.save({"versions": versions, "answers": answers}, target)
         print("bench: done", flush=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from emulation.tools import INSTALL, tool
 
 ROOT = Path(__file__).resolve().parents[2]
-# A file that nothing has asked for in this time makes room, so that two branches can take turns.
+# A file that has not been used in this time makes room, so that two branches can take turns.
 KEPT_SECONDS = 14 * 24 * 3600
 
 

@@ -36,7 +36,7 @@ COMMON = [
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to compile: ``kernel`` flags for kernels alone, ``every`` for all sources."""
+    """One way to compile: ``kernel`` flags for kernels only, ``every`` for all sources."""
 
     name: str
     kernel: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def _made(name: str, command: Sequence[str], sources: Iterable[Path]) -> Path:
 
 
 def at_once(jobs: Iterable[Callable[[], Path]]) -> list[Path]:
-    """Results of compilations, of which as many run at a time as there are processors."""
+    """Results of compilations, one of which runs per processor at a time."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda job: job(), jobs))
 

@@ -148,7 +148,7 @@ def test_attention_fits_the_occupancy_it_was_cut_for(source):
 
 def test_decode_has_loads_on_their_way_all_the_time():
     """Data allow 36 KB at any moment and 64 KB on average. Warps that wait for keys and values
-    together have none on their way just then, and 32 KB on average, which is what an A100 and an
+    together have none in flight just then, and 32 KB on average, which is what an A100 and an
     H100 need and more."""
     source = next(s for s in cuda_static.SOURCES if s.stem == "bfloat16")
     for kernel in compile_kernels(source):

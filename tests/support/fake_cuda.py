@@ -1,4 +1,4 @@
-"""A GPU that is none: code for the device "cuda" runs on CPU tensors, as far as torch can tell."""
+"""A pretended GPU: code for the device "cuda" runs on CPU tensors, as far as torch can tell."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _OnTheCpu(TorchFunctionMode):
-    """Tensors that are asked for on cuda are made on the CPU."""
+    """Tensors that are requested on cuda are made on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def here(x):

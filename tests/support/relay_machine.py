@@ -1,4 +1,4 @@
-"""Random mixes of everything that can happen to a relay, against what each query says alone.
+"""Random mixes of everything that can happen to a relay, against what each query says by itself.
 
 After every rule nobody holds a slot who should not, and the accounting agrees with the queries; at
 the end nothing is left.

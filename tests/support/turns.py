@@ -16,8 +16,8 @@ import pytest
 def turn(folder: Path, alone: bool) -> Iterator[None]:
     """A place in the room: all of it for ``alone``, else one of many.
 
-    The door is held by whoever waits for a place, so that a test that needs the whole room is not
-    overtaken forever by those that share it.
+    The door is held by the test that waits for a place, so that a test that needs the whole room is
+    not overtaken forever by those that share it.
     """
     with open(folder / "room", "w") as room:
         with open(folder / "door", "w") as door:

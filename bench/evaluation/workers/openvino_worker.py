@@ -1,6 +1,6 @@
-"""OpenVINO GenAI's continuous batching, in an environment of its own: see protocol.py.
+"""OpenVINO GenAI's continuous batching, in a separate environment: see protocol.py.
 
-The model is a folder that optimum-intel exported: `openvino_model.xml` beside the configuration.
+The model is a folder that optimum-intel exported: `openvino_model.xml` next to the configuration.
 Nothing is quantised: keys and values have the dtype of the computation too.
 """
 
@@ -18,12 +18,12 @@ TYPES = {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}
 
 
 def start(work: dict[str, Any]):
-    """The pipeline, with as many sequences at a time as there are slots."""
+    """The pipeline, with one sequence per slot at a time."""
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_seqs = work["slots"]
     scheduler.max_num_batched_tokens = 512
     scheduler.cache_size = 2
-    # With it max_num_seqs would not hold: all prompts are taken at once, whatever it says.
+    # With it max_num_seqs would have no effect: all prompts would be taken at once.
     scheduler.dynamic_split_fuse = False
     scheduler.enable_prefix_caching = False
     kind = TYPES[work["dtype"]]

@@ -1,4 +1,4 @@
-"""vLLM on the CPU, in an environment of its own: see protocol.py."""
+"""vLLM on the CPU, in a separate environment: see protocol.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from protocol import Clocked, serve
 
 
 def start(work: dict[str, Any]):
-    """The engine, with as many sequences at a time as there are slots."""
+    """The engine, with one sequence per slot at a time."""
     os.environ.update(
         # In this process, whose steps can then be timed.
         VLLM_ENABLE_V1_MULTIPROCESSING="0",

@@ -55,7 +55,7 @@ class Case:
         return roofline(self.device, self.model, **dict(self.machine))
 
     def requests(self) -> list[Request]:
-        """The workload; lengths depend on its name and scale alone."""
+        """The workload; lengths depend on its name and scale only."""
         requests = (
             orca(REQUESTS) if self.workload == "orca" else at_once(azure(self.workload, REQUESTS))
         )
@@ -125,7 +125,7 @@ def run_goodput(sought: Goodput) -> float:
 
 
 def run_all(jobs: Iterable[Case | Goodput], processes: int) -> dict[Case | Goodput, object]:
-    """Every different job once, in so many processes; results do not depend on how many."""
+    """Every different job once, in several processes; results do not depend on their number."""
     distinct = list(dict.fromkeys(jobs))
     if processes == 1:
         return dict(zip(distinct, map(_run, distinct), strict=True))

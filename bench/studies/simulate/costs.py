@@ -169,12 +169,12 @@ class Roofline:
 
     @property
     def kv_bytes(self) -> float:
-        """What nine tenths of the memory leave for keys and values beside the weights."""
+        """What nine tenths of the memory leave for keys and values next to the weights."""
         return 0.9 * self.device.memory * self.parallel - self.model.weight_bytes
 
     @cached_property
     def _constants(self) -> tuple[float, ...]:
-        # A simulation asks for millions of forwards.
+        # A simulation needs the costs of millions of forwards.
         model, device = self.model, self.device
         return (
             device.flops * self.compute_share * self.parallel,

@@ -132,7 +132,7 @@ def machine_case(name: str, device: str, model: str) -> Case:
 
 
 def split_cases(workload: str, prefillers: int, decoders: int) -> dict[str, Case]:
-    """So many devices, used in three ways."""
+    """The same number of devices, used in three ways."""
     number = prefillers + decoders
     return {
         "Orca": Case("orca", 32, workload=workload, decoders=number),

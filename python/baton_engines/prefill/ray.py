@@ -44,7 +44,8 @@ class Remote(Prefiller):
         model: what `load_model` takes, for actors that load it themselves, on whichever node they
             are; None: the relay's own model travels through the object store.
         workers: actors.
-        threads, always: see `Prefiller`. Only actors on this node take threads from decoding.
+        threads: see `Prefiller`. Only actors on this node take threads from decoding.
+        always: see `Prefiller`.
         timeout: seconds that a forward may take; after them the actor is killed and restarted.
         start_timeout: seconds until the actors must be ready when a relay opens this object.
         ray_options: of the actors, for example `resources={"prefill": 1}`; default:

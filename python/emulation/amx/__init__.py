@@ -18,7 +18,7 @@ from baton_kernels.testing import cpu_isa
 from emulation import build
 from emulation.cuda.ops import EmulationError
 
-# The ops with AMX kernels of their own.
+# The ops that have AMX kernels.
 OPS = ("linear", "ragged_attention")
 CPUINFO = Path("/proc/cpuinfo")
 COUNTS = ("configures", "releases", "zeros", "loads", "stores", "multiplies", "products")

@@ -31,7 +31,7 @@ class EmulationError(RuntimeError):
 
 @functools.cache
 def module(variant: build.Variant) -> ModuleType:
-    """The kernels of a variant, compiled when first asked for."""
+    """The kernels of a variant, compiled when first used."""
     return build.build_module(variant)
 
 
@@ -84,7 +84,7 @@ class EmulatedOps:
 
     @contextlib.contextmanager
     def only(self, **parts: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Of these tensors kernels may touch the given parts alone, which `traffic()` tells apart.
+        """Of these tensors kernels may touch only the given parts, which `traffic()` tells apart.
 
         A part's columns lie side by side: what is between its first and last element is its own.
         """
@@ -311,7 +311,7 @@ class EmulatedOps:
 
 
 def check(function):
-    """The checks of an op, which its module keeps beside it."""
+    """The checks of an op, which its module keeps next to it."""
     import sys
 
     return sys.modules[function.__module__].check_arguments

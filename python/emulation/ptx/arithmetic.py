@@ -1,4 +1,4 @@
-"""PTX instructions whose result depends on operands of the same lane alone."""
+"""PTX instructions whose result depends only on operands of the same lane."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Machine:
         if label := re.match(r"(\$\w+):", statement):
             self.labels[label[1]] = len(self.code)
             return
-        statement = statement.lstrip("{ \t")  # inline assembly stands in braces of its own
+        statement = statement.lstrip("{ \t")  # inline assembly stands in separate braces
         if not statement or statement[0] in ".}(":
             return
         guard = re.match(r"@(!?%\w+)\s+", statement)

@@ -20,9 +20,9 @@ def count_sectors(address: np.ndarray, mask: np.ndarray) -> int:
 
 
 def count_wavefronts(address: np.ndarray, mask: np.ndarray, width: int) -> tuple[int, int]:
-    """Passes over the 32 banks of 4 bytes, and the fewest that so many words could take.
+    """Passes over the 32 banks of 4 bytes, and the fewest that these words could take.
 
-    Lanes go in groups that ask for 128 bytes at most; a bank's distinct words follow one another.
+    Lanes go in groups that request 128 bytes at most; a bank's distinct words follow one another.
     """
     warps = mask.reshape(-1, 32).any(1)
     mask, address = mask.reshape(-1, 32)[warps], address.reshape(-1, 32)[warps]

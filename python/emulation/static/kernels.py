@@ -60,7 +60,7 @@ class Card:
 
     @property
     def needed_bytes(self) -> float:
-        """Bytes that must be on their way per multiprocessor to keep memory busy (Little's law)."""
+        """Bytes that must be in flight per multiprocessor to keep memory busy (Little's law)."""
         return self.gigabytes_per_second * self.latency_ns / self.multiprocessors
 
 
@@ -96,7 +96,7 @@ class Line(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """Bytes per thread on their way in a loop; the mean is over its instructions."""
+    """Bytes per thread in flight in a loop; the mean is over its instructions."""
 
     least: int
     mean: float
@@ -121,7 +121,7 @@ class Kernel:
         return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes)
 
     def loads_in_flight(self) -> int:
-        """Bytes of the most 16-byte loads between two stores: on their way at once, per thread."""
+        """Bytes of the most 16-byte loads between two stores: in flight at once, per thread."""
         best = run = 0
         for opcode in self.opcodes:
             if opcode.startswith("LDG") and ".128" in opcode:
@@ -157,10 +157,10 @@ class Kernel:
         return body
 
     def loop_flight(self) -> Flight:
-        """What the flow of data allows: a load is on its way until the first use of its result."""
+        """What the flow of data allows: a load is in flight until the first use of its result."""
         flying: dict[int, tuple[int, int]] = {}  # register -> first register and bytes of its load
         levels = []
-        for turn in range(2):  # the first finds out what is on its way when the loop begins again
+        for turn in range(2):  # the first finds out what is in flight when the loop begins again
             for line in self.product_loop():
                 used = set()
                 for register, wide in re.findall(r"\bR(\d+)(\.64)?", line.operands):
@@ -184,7 +184,7 @@ class Kernel:
         return Flight(min(levels), sum(levels) / len(levels), max(levels))
 
     def loop_waits(self) -> Flight:
-        """What the code waits for: a load is on its way until an instruction waits for its
+        """What the code waits for: a load is in flight until an instruction waits for its
         scoreboard, which it may share with loads that are needed earlier."""
         flying: list[Line] = []
         levels = []
@@ -316,7 +316,7 @@ def parse(report: str, listing: str) -> list[Kernel]:
 
 
 def dynamic_shared(name: str) -> int:
-    """Bytes that a block asks for at its launch, by the kernel's name: see csrc/cuda."""
+    """Bytes that a block requests at its launch, by the kernel's name: see csrc/cuda."""
     found = re.search(r"(decode|prefill)_kernel<\w+, (\d+)(?:, (\d+))?>", name)
     if not found:
         return 0
@@ -333,7 +333,7 @@ def dynamic_shared(name: str) -> int:
 
 
 def kilobytes(threads: int, levels: Sequence[float]) -> str:
-    """Bytes per thread as `least-mean-most` of so many threads."""
+    """Bytes per thread as `least-mean-most` of this number of threads."""
     return "-".join(f"{threads * level / 1024:.0f}" for level in levels)
 
 
