@@ -3,8 +3,8 @@
 A prompt is asked by itself first, and then again in company: in batches of several sizes, in
 another order, next to long prompts, after prompts with the same beginning, while others arrive and
 are cancelled. `audit` compares every answer with the first one, token by token and log-probability
-by log-probability. The engine is a `Target`: a server with OpenAI's interface, a transformers model,
-a relay, or vLLM in this process.
+by log-probability. The engine is a `Target`: a server with OpenAI's interface, a transformers
+model, a relay, or vLLM in this process.
 """
 
 from .audit import AxisResult, Finding, audit
