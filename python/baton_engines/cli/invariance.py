@@ -155,9 +155,13 @@ def _open_target(
             return VllmTarget(model, dtype=dtype.value), lambda: None
         except ImportError as error:
             raise CommandError(f"--engine vllm needs vLLM: {error}") from error
-    from .main import load
+    import torch
 
-    loaded, tokenizer = load(model, dtype, threads)
+    from ..llama import load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded, tokenizer = load_model(model, dtype=dtype.value)
     if tokenizer is None:
         raise CommandError(f"{model} has no tokenizer")
 
