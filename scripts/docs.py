@@ -4,9 +4,9 @@
     python scripts/docs.py --sources  # only step 1
 
 1. The links of every Markdown file in the repository are checked: files, and anchors in them.
-2. docs/ is put together with pages that are files from elsewhere (CONTRIBUTING.md): these stand
-   where readers of the sources look for them. A link to a file that is not a page becomes its text,
-   since the site does not know where the repository is published.
+2. docs/ is put together with pages that are files from elsewhere (CONTRIBUTING.md, the programs in
+   examples/): these stand where readers of the sources look for them. A link to a file that is not
+   a page becomes its text, since the site does not know where the repository is published.
 3. The site is built; a docstring or a reference that does not resolve is an error.
 4. In the result, every link leads somewhere, and no page loads anything from a network.
 """
@@ -107,6 +107,13 @@ def assemble() -> None:
             lambda link, page=page, source=source: as_page(link, page, source), source.read_text()
         )
         (PAGES / page).write_text(text)
+    programs = sorted((ROOT / "examples").rglob("*.py"))
+    (PAGES / "examples.md").write_text("# Examples\n" + "".join(map(as_section, programs)))
+
+
+def as_section(program: Path) -> str:
+    name = program.relative_to(ROOT / "examples").as_posix()
+    return f"\n## {name}\n\n```python\n{program.read_text()}```\n"
 
 
 def as_page(link: re.Match, page: str, source: Path) -> str:
@@ -118,6 +125,8 @@ def as_page(link: re.Match, page: str, source: Path) -> str:
     pages = {file: page for page, file in BORROWED.items()}
     if name.startswith("docs/"):
         pages[name] = name.removeprefix("docs/")
+    if Path(name).parts[0] == "examples":
+        pages[name] = "examples.md"
     if name not in pages:
         return link["text"]
     target = os.path.relpath(pages[name], Path(page).parent)
