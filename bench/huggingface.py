@@ -8,7 +8,6 @@ float32 a different token ends the benchmark before a figure is printed.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import statistics
 import time
@@ -23,7 +22,7 @@ from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from baton_engines.huggingface import slot_cache
+from baton_engines.huggingface import cache_argument, slot_cache
 from baton_engines.llama.load import load_model
 
 from . import describe_run, spread
@@ -60,6 +59,11 @@ class Side:
     attention: str
     cache: str
     compiled: bool = False
+
+    @property
+    def key(self) -> str:
+        """As the command line has it."""
+        return f"{self.attention}/{self.cache}"
 
     @property
     def name(self) -> str:
@@ -120,8 +124,8 @@ def make_cache(model: PreTrainedModel, kind: str, capacity: int) -> Cache:
     return DynamicCache(config=model.config)
 
 
-def fill(cache: Cache, model: PreTrainedModel, rows: int, tokens: int) -> None:
-    """Write the same random keys and values into any cache, as a prefill of `tokens` would."""
+def fill(caches: Sequence[Cache], model: PreTrainedModel, rows: int, tokens: int) -> None:
+    """Write the same random keys and values into all caches, as a prefill of `tokens` would."""
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
@@ -130,17 +134,21 @@ def fill(cache: Cache, model: PreTrainedModel, rows: int, tokens: int) -> None:
     sizes = (rows, config.num_key_value_heads, tokens, head_dim)
     for layer in range(config.num_hidden_layers):
         key, value = (torch.randn(sizes, generator=generator).to(model.dtype) for _ in range(2))
-        cache.update(key, value, layer)
+        for cache in caches:
+            cache.update(key, value, layer)
 
 
 def make_decoder(
-    model: PreTrainedModel, side: Side, rows: int, tokens: int, steps: int, capacity: int
+    model: PreTrainedModel,
+    side: Side,
+    cache: Cache,
+    rows: int,
+    tokens: int,
+    steps: int,
+    capacity: int,
 ) -> Decoder:
-    """A batch whose caches hold `tokens` columns, ready to decode `steps` more."""
-    cache = make_cache(model, side.cache, capacity)
-    fill(cache, model, rows, tokens)
-    names = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in names else "past_key_values"
+    """A batch whose cache holds `tokens` columns, ready to decode `steps` more."""
+    name = cache_argument(model)
     lengths = torch.tensor(row_lengths(rows, tokens))
     # As long as the static caches, so that no shape of a compiled step changes.
     width = tokens + steps if side.cache == "dynamic" else capacity
@@ -185,8 +193,10 @@ def measure(
     """
     warm_up = 2
     decoders = []
-    for side in sides:
-        decoder = make_decoder(model, side, rows, tokens, steps + warm_up, capacity)
+    caches = [make_cache(model, side.cache, capacity) for side in sides]
+    fill(caches, model, rows, tokens)
+    for side, cache in zip(sides, caches, strict=True):
+        decoder = make_decoder(model, side, cache, rows, tokens, steps + warm_up, capacity)
         # A compiled step is compiled while no other attention implementation is set.
         decoder.tokens += [decoder.step() for _ in range(warm_up)]
         decoders.append(decoder)
@@ -254,6 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--columns", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each side")
+    keys = sorted({side.key for side in SIDES + COMPILED})
+    parser.add_argument("--sides", nargs="+", choices=keys, default=keys, metavar="ATTENTION/CACHE")
     parser.add_argument("--compile", action="store_true", help="compiled steps as well (minutes)")
     parser.add_argument("--json", type=Path, help="write the record there")
     arguments = parser.parse_args(argv)
@@ -266,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # up to a fiftieth.
             tokens = columns - max(columns // 50, arguments.steps + 2)
             sides = SIDES + (COMPILED if arguments.compile else [])
+            sides = [side for side in sides if side.key in arguments.sides]
             decoders = measure(model, sides, arguments.rows, tokens, arguments.steps, columns)
             records = to_records(decoders)
             mean = sum(row_lengths(arguments.rows, tokens)) / arguments.rows

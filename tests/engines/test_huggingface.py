@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import logging
 
-import hf_models
 import pytest
 import torch
 from hf_models import MODELS, NEW, expected, generate, make, prompts
@@ -14,7 +13,7 @@ from transformers import StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from baton_engines.huggingface import attention, row_mask, slot_cache
+from baton_engines.huggingface import attention, cache_argument, row_mask, slot_cache
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +137,7 @@ def test_padding_may_hold_nan():
     outs = []
     for poison in (False, True):
         cache = slot_cache(model, 64)
-        key = {hf_models.cache_argument(model): cache}
+        key = {cache_argument(model): cache}
         _logits(model, "baton", ids, mask, **key)
         if poison:
             for layer in cache.layers:
@@ -227,7 +226,7 @@ def test_a_decode_step_waits_for_no_device(monkeypatch):
 def test_a_compiled_decode_step_is_one_graph(kind, fresh_compiler):
     model, (ids, mask) = make("llama"), prompts()
     model.set_attn_implementation("baton")
-    name, capacity = hf_models.cache_argument(model), 64
+    name, capacity = cache_argument(model), 64
 
     def step(token, mask, positions, cache):
         out = model(token, attention_mask=mask, position_ids=positions, **{name: cache})
@@ -281,7 +280,7 @@ class Step(torch.nn.Module):
         for index, layer in enumerate(self.cache.layers):
             for name in ("keys", "values", "cumulative_length"):
                 setattr(layer, name, getattr(self, f"{name}{index}"))
-        cache = {hf_models.cache_argument(self.model): self.cache}
+        cache = {cache_argument(self.model): self.cache}
         return self.model(token, attention_mask=mask, position_ids=positions, **cache).logits
 
 
@@ -299,7 +298,7 @@ def test_an_exported_decode_step_runs_with_other_lengths(tmp_path):
                 ids[rows],
                 attention_mask=mask[rows],
                 position_ids=positions,
-                **{hf_models.cache_argument(model): cache},
+                **{cache_argument(model): cache},
             )
             .logits[:, -1:]
             .argmax(-1)

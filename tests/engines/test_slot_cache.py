@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hf_models
 import psutil
 import pytest
 import torch
 from hf_models import expected, make, prompts
 from transformers import DynamicCache
 
-from baton_engines.huggingface import slot_cache
+from baton_engines.huggingface import cache_argument, slot_cache
 
 
 def test_rows_come_and_go():
@@ -17,7 +16,7 @@ def test_rows_come_and_go():
     it had run in a batch of its own."""
     model, (ids, mask) = make("qwen3"), prompts()
     model.set_attn_implementation("baton")
-    name = hf_models.cache_argument(model)
+    name = cache_argument(model)
 
     def prefill(rows, padded):
         cache = slot_cache(model, 96)
@@ -80,8 +79,20 @@ def filled(rows=2, tokens=5, capacity=8, name="llama"):
     model.set_attn_implementation("baton")
     cache = slot_cache(model, capacity)
     with torch.inference_mode():
-        model(torch.randint(5, 300, (rows, tokens)), **{hf_models.cache_argument(model): cache})
+        model(torch.randint(5, 300, (rows, tokens)), **{cache_argument(model): cache})
     return cache, torch.ones(rows, tokens, dtype=torch.long)
+
+
+def test_rows_change_outside_of_the_inference_mode_that_filled_them():
+    cache, seen = filled()
+    with torch.inference_mode():
+        other, other_seen = filled(rows=1, tokens=3)
+    seen = cache.insert(other, 0, seen, other_seen)
+    seen = cache.merge(other, seen, other_seen)
+    assert torch.equal(cache.layers[1].keys[2, :, 2:5], other.layers[1].keys[0, :, :3])
+    cache.select([2, 0], seen)
+    cache.crop(-1)
+    cache.reset()
 
 
 def test_repeat_crop_and_reset():

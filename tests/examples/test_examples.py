@@ -1,6 +1,7 @@
 """Every program in examples/ runs as its users run it, and checks its own results."""
 
 import ast
+import difflib
 import os
 import re
 import subprocess
@@ -29,7 +30,9 @@ def test_all_programs_are_known():
         "cuda_graph.py",
         "decode_step.py",
         "insert_between_steps.py",
+        "rebatching.py",
         "relay_stream.py",
+        "static_batch.py",
     ]
 
 
@@ -64,3 +67,23 @@ def test_relay_stream():
     text = re.fullmatch(r"first: \d+ tokens, \w+: (.*)", first)[1]
     assert "\n".join(streamed) == "first: " + ast.literal_eval(text)
     assert second.startswith("second: ") and third.startswith("third: ")
+
+
+def code_lines(program: str) -> list[str]:
+    """A program without its docstring."""
+    return (FOLDER / program).read_text().split('"""', 2)[2].splitlines()
+
+
+def test_a_static_batch_becomes_a_running_one():
+    """The same answers in fewer steps, by lines that are added and the ones that the docs show."""
+    static, running = run("static_batch.py"), run("rebatching.py")
+    assert (static.returncode, running.returncode) == (0, 0), static.stderr + running.stderr
+    *answers, steps = static.stdout.splitlines()
+    *same, fewer = running.stdout.splitlines()
+    assert same == answers and len(answers) == 6
+    assert (steps, fewer) == ("57 decode steps", "40 decode steps")
+    changes = list(difflib.ndiff(code_lines("static_batch.py"), code_lines("rebatching.py")))
+    added = [line for line in changes if line[0] == "+"]
+    assert 0 < len(added) <= 10 and not any(line[0] == "-" for line in changes)
+    shown = (FOLDER.parent / "docs" / "huggingface.md").read_text()
+    assert "\n".join(added) in shown

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
 
 import torch
 import transformers
+
+from baton_engines.huggingface import cache_argument
 
 _SMALL = {
     "vocab_size": 320,
@@ -99,12 +100,6 @@ def prompts(lengths=(27, 3, 40, 12, 33, 8)) -> tuple[torch.Tensor, torch.Tensor]
         ids[row, longest - length :] = torch.randint(5, 320, (length,), generator=generator)
         mask[row, longest - length :] = 1
     return ids, mask
-
-
-def cache_argument(model: transformers.PreTrainedModel) -> str:
-    """What the model calls its cache: transformers 5.24 renamed it."""
-    names = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
 
 
 def generate(model, attention: str, ids, mask, new_tokens: int = 24, **options) -> torch.Tensor:

@@ -62,14 +62,7 @@ def load(model: str, dtype: options.Dtype, threads: int | None) -> tuple[Any, An
 
 
 def _open_relay(
-    model: Any,
-    slots: int,
-    capacity: int | None,
-    policy: Any,
-    *,
-    prefill: str,
-    prefill_threads: int | None,
-    **settings: Any,
+    model: Any, tokenizer: Any, batching: options.Batching, policy: Any, generation_config: Any
 ) -> Any:
     """The relay.
 
@@ -79,10 +72,19 @@ def _open_relay(
     from .. import prefill as prefills
     from ..relay import Relay
 
-    threads = {} if prefill_threads is None else {"threads": prefill_threads}
+    threads = {} if batching.prefill_threads is None else {"threads": batching.prefill_threads}
     try:
-        prefiller = prefills.get(prefill, **threads)
-        return Relay(model, slots, capacity, policy, prefill=prefiller, **settings)
+        return Relay(
+            model,
+            batching.slots,
+            batching.capacity,
+            policy,
+            prefill=prefills.get(batching.prefill, **threads),
+            tokenizer=tokenizer,
+            generation_config=generation_config,
+            max_slots=batching.max_slots,
+            kv_budget=None if batching.kv_budget is None else int(batching.kv_budget * 2**20),
+        )
     # No Llama, or one with something that the patch does not know; a process that cannot start; no
     # package for the mode.
     except (ImportError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
@@ -181,43 +183,12 @@ def _report(
 
 @app.command()
 @reported
+@options.of_groups
 def generate(
-    model: options.ModelOption = "smollm2",
-    prompts: options.PromptsOption = None,
-    prompt: options.PromptOption = None,
-    output: options.OutputOption = None,
-    resume: options.ResumeOption = False,
-    slots: options.SlotsOption = 16,
-    policy: options.PolicyOption = "baton",
-    prefill: options.PrefillOption = "serial",
-    prefill_threads: options.PrefillThreadsOption = None,
-    admission: options.AdmissionOption = None,
-    max_stall_tokens: options.MaxStallTokensOption = None,
-    token_budget: options.TokenBudgetOption = None,
-    bins: options.BinsOption = None,
-    max_slots: options.MaxSlotsOption = None,
-    kv_budget: options.KvBudgetOption = None,
-    capacity: options.CapacityOption = None,
-    dtype: options.DtypeOption = options.Dtype.auto,
-    threads: options.ThreadsOption = None,
-    max_new_tokens: options.MaxNewTokensOption = None,
-    min_new_tokens: options.MinNewTokensOption = None,
-    temperature: options.TemperatureOption = None,
-    top_p: options.TopPOption = None,
-    top_k: options.TopKOption = None,
-    min_p: options.MinPOption = None,
-    repetition_penalty: options.RepetitionPenaltyOption = None,
-    frequency_penalty: options.FrequencyPenaltyOption = None,
-    presence_penalty: options.PresencePenaltyOption = None,
-    generation_config: options.GenerationConfigOption = True,
-    n: options.NOption = 1,
-    logprobs: options.LogprobsOption = None,
-    seed: options.SeedOption = 0,
-    stop: options.StopOption = None,
-    chat: options.ChatOption = True,
-    token_ids: options.TokenIdsOption = False,
-    timeline: options.TimelineOption = None,
-    quiet: options.QuietOption = False,
+    queries: options.Queries,
+    batching: options.Batching,
+    answering: options.Answering,
+    reporting: options.Reporting,
 ) -> None:
     """Answer prompts; one JSON object per query, in the order of the prompts.
 
@@ -225,79 +196,55 @@ def generate(
     then 1. Ctrl-C writes down what there is, and ends with 130. The file of results appears when
     the run is over; with `--resume` it grows line by line, and what it already holds is kept.
     """
-    if prefill == "serial" and prefill_threads is not None:
-        raise typer.BadParameter("--prefill-threads needs --prefill overlapped, apart or ray")
-    made = options.make_policy(
-        policy,
-        admission=admission,
-        max_stall_tokens=max_stall_tokens,
-        token_budget=token_budget,
-        bins=bins,
-    )
-    records = gather_prompts(prompts, prompt or [])
-    check_output(output, prompts, resume)
+    policy = batching.make_policy()
     console = Console(stderr=True, highlight=False)
-    warn_of_unknown_fields(console, records)
-    # Of all records, so that a record has the same seed when a run is resumed.
-    for index, record in enumerate(records):
-        record.options.setdefault("seed", seed + index)
+    records = _records_to_answer(queries, answering.seed, console)
     if not records:
-        console.print("no prompts")
         return
-    if resume and output is not None:
-        total, records = len(records), left_to_do(records, output)
-        console.print(f"{total - len(records)} of {total} queries have results already")
-        if not records:
-            return
-    with open_results(output, resume=resume) as stream:
-        loaded, tokenizer = load(model, dtype, threads)
-        relay = _open_relay(
-            loaded,
-            slots,
-            capacity,
-            made,
-            prefill=prefill,
-            prefill_threads=prefill_threads,
-            tokenizer=tokenizer,
-            generation_config=None if generation_config else _empty_generation_config(loaded),
-            max_slots=max_slots,
-            kv_budget=None if kv_budget is None else int(kv_budget * 2**20),
-        )
-        defaults = {
-            "max_new_tokens": max_new_tokens,
-            "min_new_tokens": min_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "frequency_penalty": frequency_penalty,
-            "presence_penalty": presence_penalty,
-            "n": n,
-            "logprobs": logprobs,
-            "stop": tuple(stop) if stop else None,
-        }
-        with relay:
+    with open_results(queries.output, resume=queries.resume) as stream:
+        model, tokenizer = load(queries.model, batching.dtype, batching.threads)
+        config = None if answering.generation_config else _empty_generation_config(model)
+        with _open_relay(model, tokenizer, batching, policy, config) as relay:
             outcome, stopped_by = _run(
                 relay,
                 records,
                 tokenizer,
                 stream,
                 console,
-                name=policy,
-                quiet=quiet,
-                token_ids=token_ids,
-                resume=resume,
-                defaults=defaults,
-                chat=chat,
+                name=batching.policy,
+                quiet=reporting.quiet,
+                token_ids=reporting.token_ids,
+                resume=queries.resume,
+                defaults=answering.defaults(),
+                chat=answering.chat,
             )
-    title = f"{len(records)} queries, {slots} slots, {model}"
+    title = f"{len(records)} queries, {batching.slots} slots, {queries.model}"
+    quiet, timeline = reporting.quiet, reporting.timeline
     _report(console, relay, outcome, title=title, quiet=quiet, timeline=timeline)
     if stopped_by is not None:
         console.print(f"stopped: {outcome.cancelled} queries were cancelled")
         raise typer.Exit(128 + stopped_by)
     if outcome.failed:
         raise typer.Exit(1)
+
+
+def _records_to_answer(
+    queries: options.Queries, seed: int, console: Console
+) -> Sequence[PromptRecord]:
+    """The records of the prompts, without those that have results already."""
+    records = gather_prompts(queries.prompts, queries.prompt or [])
+    check_output(queries.output, queries.prompts, queries.resume)
+    warn_of_unknown_fields(console, records)
+    # Of all records, so that a record has the same seed when a run is resumed.
+    for index, record in enumerate(records):
+        record.options.setdefault("seed", seed + index)
+    if not records:
+        console.print("no prompts")
+    if not records or not queries.resume or queries.output is None:
+        return records
+    left = left_to_do(records, queries.output)
+    console.print(f"{len(records) - len(left)} of {len(records)} queries have results already")
+    return left
 
 
 app.command()(reported(invariance))

@@ -4,9 +4,13 @@ a wrong one before a model is loaded.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -56,139 +60,221 @@ ModelOption = Annotated[
     str, typer.Option(help="`smollm2`, a Hugging Face model folder, or a hub id.")
 ]
 SlotsOption = Annotated[int, typer.Option(min=1, help="Queries decoded at the same time.")]
+CapacityOption = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of a query, prompt and answer together.")
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Type of weights and cache.")]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; as many as torch takes when left out.")
 ]
-CapacityOption = Annotated[
-    int | None, typer.Option(min=1, help="Most tokens of a query, prompt and answer together.")
-]
+
 
 PromptsOption = Annotated[
     Path | None,
     typer.Option(
         help="JSONL file with one query per line (prompt, messages or token_ids; optional id, "
-        "priority, stop, n, seed, continue_final_message, and the options of sampling), text file "
-        "with one prompt per line, or `-` for standard input."
+        "priority, stop, n, seed, continue_final_message, and the options of sampling), text "
+        "file with one prompt per line, or `-` for standard input."
     ),
 ]
 PromptOption = Annotated[
     list[str] | None, typer.Option(help="A prompt; may be given several times.")
 ]
-OutputOption = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="JSONL file for the results; `-` for standard output."),
-]
-ResumeOption = Annotated[
-    bool,
-    typer.Option("--resume", help="Append to the results, without the ids that are there already."),
-]
-TokenIdsOption = Annotated[bool, typer.Option(help="Add token ids to the results.")]
-TimelineOption = Annotated[
-    Path | None,
-    typer.Option(callback=_check_picture, help="Picture of slots over time (png, svg, pdf)."),
-]
 PictureOption = Annotated[
     Path | None,
     typer.Option(callback=_check_picture, help="Picture of the result (png, svg, pdf)."),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor summary.")]
-
-# How queries are batched.
-PolicyOption = Annotated[
-    str,
-    typer.Option(
-        callback=_check_policy,
-        help="`baton`, `chunked`, `orca`, `padded_orca`, `multi_bin` or `run_to_completion`.",
-    ),
-]
-AdmissionOption = Annotated[
-    str | None,
-    typer.Option(help="Who enters first: `fcfs`, `shortest`, `length_aware` or `priority`."),
-]
-MaxStallTokensOption = Annotated[
-    int | None, typer.Option(min=1, help="baton: most prompt tokens between two decode steps.")
-]
-TokenBudgetOption = Annotated[
-    int | None, typer.Option(min=1, help="chunked: most tokens of a forward.")
-]
-BinsOption = Annotated[int | None, typer.Option(min=1, help="multi_bin: bins by `max_new_tokens`.")]
-PrefillOption = Annotated[
-    str,
-    typer.Option(
-        callback=_check_prefill,
-        help="Where new prompts are computed: `serial`, between two steps; `overlapped`, by a "
-        "thread with cores of its own; `apart`, by another process; `ray`, by actors of a Ray "
-        "cluster.",
-    ),
-]
-PrefillThreadsOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="CPU threads that prompts take from decoding; default: half."),
-]
-MaxSlotsOption = Annotated[
-    int | None, typer.Option(min=1, help="Slots grow up to this while queries wait.")
-]
-KvBudgetOption = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="Most MiB of cached keys and values; queries are parked at it."),
-]
-
-# How answers are chosen.
-# What is left out is what the model's generation config says.
-MaxNewTokensOption = Annotated[
-    int | None, typer.Option(min=1, help="Longest answer; 128 if nothing says otherwise.")
-]
-MinNewTokensOption = Annotated[int | None, typer.Option(min=0, help="Shortest answer.")]
-TemperatureOption = Annotated[
-    float | None, typer.Option(min=0.0, help="0 takes the likeliest token.")
-]
-TopPOption = Annotated[
-    float | None,
-    typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens that sum to this; 1 for all."),
-]
-TopKOption = Annotated[
-    int | None, typer.Option(min=0, help="Keep this many of the likeliest tokens; 0 for all.")
-]
-MinPOption = Annotated[
-    float | None,
-    typer.Option(min=0.0, max=1.0, help="Keep tokens this times as likely as the likeliest."),
-]
-RepetitionPenaltyOption = Annotated[
-    float | None, typer.Option(help="As in Hugging Face; 1 for none.")
-]
-FrequencyPenaltyOption = Annotated[
-    float | None, typer.Option(help="Taken off a logit each time that the answer has its token.")
-]
-PresencePenaltyOption = Annotated[
-    float | None, typer.Option(help="Taken off a logit once the answer has its token.")
-]
-GenerationConfigOption = Annotated[
-    bool, typer.Option(help="Follow the model's generation config where no option says otherwise.")
-]
-NOption = Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")]
-LogprobsOption = Annotated[
-    int | None,
-    typer.Option(min=0, max=100, help="Add logarithms of probabilities, of so many tokens more."),
-]
-SeedOption = Annotated[int, typer.Option(min=0, help="Query i (from 0) samples with seed + i.")]
-StopOption = Annotated[
-    list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")
-]
-ChatOption = Annotated[
-    bool, typer.Option(help="Wrap prompts in the tokenizer's chat template, if it has one.")
-]
 
 
-def make_policy(name: str, **options: Any) -> Any:
-    """The policy with the options that are not None.
+@dataclass(frozen=True)
+class Queries:
+    """What is asked of which model, and where answers go."""
 
-    Raises:
-        typer.BadParameter: the policy does not take an option, or not its value.
+    model: ModelOption = "smollm2"
+    prompts: PromptsOption = None
+    prompt: PromptOption = None
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSONL file for the results; `-` for standard output."),
+    ] = None
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Append to the results, without the ids that are there already."
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How queries are batched, on which cache and cores."""
+
+    slots: SlotsOption = 16
+    policy: Annotated[
+        str,
+        typer.Option(
+            callback=_check_policy,
+            help="`baton`, `chunked`, `orca`, `padded_orca`, `multi_bin` or `run_to_completion`.",
+        ),
+    ] = "baton"
+    prefill: Annotated[
+        str,
+        typer.Option(
+            callback=_check_prefill,
+            help="Where new prompts are computed: `serial`, between two steps; `overlapped`, by a "
+            "thread with cores of its own; `apart`, by another process; `ray`, by actors of a Ray "
+            "cluster.",
+        ),
+    ] = "serial"
+    prefill_threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads that prompts take from decoding; default: half."),
+    ] = None
+    admission: Annotated[
+        str | None,
+        typer.Option(help="Who enters first: `fcfs`, `shortest`, `length_aware` or `priority`."),
+    ] = None
+    max_stall_tokens: Annotated[
+        int | None, typer.Option(min=1, help="baton: most prompt tokens between two decode steps.")
+    ] = None
+    token_budget: Annotated[
+        int | None, typer.Option(min=1, help="chunked: most tokens of a forward.")
+    ] = None
+    bins: Annotated[
+        int | None, typer.Option(min=1, help="multi_bin: bins by `max_new_tokens`.")
+    ] = None
+    max_slots: Annotated[
+        int | None, typer.Option(min=1, help="Slots grow up to this while queries wait.")
+    ] = None
+    kv_budget: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Most MiB of cached keys and values; queries are parked at it."),
+    ] = None
+    capacity: CapacityOption = None
+    dtype: DtypeOption = Dtype.auto
+    threads: ThreadsOption = None
+
+    def make_policy(self) -> Any:
+        """The policy, with the options that were given.
+
+        Raises:
+            typer.BadParameter: the policy does not take an option, or not its value.
+        """
+        from ..policies import get
+
+        if self.prefill == "serial" and self.prefill_threads is not None:
+            raise typer.BadParameter("--prefill-threads needs --prefill overlapped, apart or ray")
+        names = ("admission", "max_stall_tokens", "token_budget", "bins")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        try:
+            return get(self.policy, **given)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers are chosen. What is left out is what the model's generation config says."""
+
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; 128 if nothing says otherwise.")
+    ] = None
+    min_new_tokens: Annotated[int | None, typer.Option(min=0, help="Shortest answer.")] = None
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 takes the likeliest token.")
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Keep the likeliest tokens that sum to this; 1 for all."
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Keep this many of the likeliest tokens; 0 for all.")
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Keep tokens this times as likely as the likeliest."),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="As in Hugging Face; 1 for none.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option(help="Taken off a logit each time that the answer has its token."),
+    ] = None
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Taken off a logit once the answer has its token.")
+    ] = None
+    generation_config: Annotated[
+        bool,
+        typer.Option(help="Follow the model's generation config where no option says otherwise."),
+    ] = True
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")] = 1
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=100, help="Add logarithms of probabilities, of so many tokens more."
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Query i (from 0) samples with seed + i.")] = 0
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")
+    ] = None
+    chat: Annotated[
+        bool, typer.Option(help="Wrap prompts in the tokenizer's chat template, if it has one.")
+    ] = True
+
+    def defaults(self) -> dict[str, Any]:
+        """Options of `Relay.submit`, and n, for prompts that do not set their own."""
+        elsewhere = ("generation_config", "seed", "stop", "chat")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in elsewhere}
+        return {**given, "stop": tuple(self.stop) if self.stop else None}
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """What is said of a run."""
+
+    token_ids: Annotated[bool, typer.Option(help="Add token ids to the results.")] = False
+    timeline: Annotated[
+        Path | None,
+        typer.Option(callback=_check_picture, help="Picture of slots over time (png, svg, pdf)."),
+    ] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor summary.")] = (
+        False
+    )
+
+
+def of_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters are groups of options, as one that takes the options themselves.
+
+    Args:
+        command: each parameter is annotated with a dataclass of options.
     """
-    from ..policies import get
+    groups = get_type_hints(command)
+    del groups["return"]
+    options = {
+        field.name: inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=get_type_hints(group, include_extras=True)[field.name],
+        )
+        for group in groups.values()
+        for field in fields(group)
+    }
 
-    try:
-        return get(name, **{key: value for key, value in options.items() if value is not None})
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(
+            **{
+                name: group(**{field.name: given[field.name] for field in fields(group)})
+                for name, group in groups.items()
+            }
+        )
+
+    # What Typer reads.
+    run.__signature__ = inspect.Signature([*options.values()])  # type: ignore[attr-defined]
+    run.__annotations__ = {name: option.annotation for name, option in options.items()}
+    return run

@@ -7,8 +7,16 @@ from .adapt import adapt
 from .any_model import AnyModel
 from .attention import register
 from .sharing import unpatch
-from .slot_cache import SlotCache, slot_cache
+from .slot_cache import SlotCache, cache_argument, slot_cache
 
-__all__ = ["AnyModel", "SlotCache", "adapt", "register", "slot_cache", "unpatch"]
+__all__ = [
+    "AnyModel",
+    "SlotCache",
+    "adapt",
+    "cache_argument",
+    "register",
+    "slot_cache",
+    "unpatch",
+]
 
 register()

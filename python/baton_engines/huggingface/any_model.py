@@ -9,7 +9,6 @@ transformers' own cache interface.
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any, Literal, NoReturn, overload
 
 import torch
@@ -20,6 +19,7 @@ import baton_kernels as kernels
 from baton_engines.llama import ModelHandle, PackedBatch
 
 from .attention import NAME, PackedRows, register
+from .slot_cache import cache_argument
 
 # Layers whose state is keys and values per token, as a KVCache holds them.
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
@@ -65,9 +65,7 @@ class AnyModel(ModelHandle):
         _check(model)
         register()
         self.model = model
-        parameters = inspect.signature(model.forward).parameters
-        # transformers 5.24 renamed it.
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._cache_name = cache_argument(model)
         self._embedding = _embedding_of(model)
         self.vocab_size = self._embedding.shape[0]
         self._former = model.config._attn_implementation

@@ -9,6 +9,7 @@ Rows are aligned as `generate` has them: all end in the same column, padding on 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,17 @@ def slot_cache(model: PreTrainedModel, capacity: int) -> SlotCache:
         NotImplementedError: a layer of the model keeps another state than keys and values.
     """
     return SlotCache(model.config, capacity)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a model takes its cache, so that `model(ids, **{cache_argument(model):
+    cache})` is right for every transformers: from 5.24 on "cache", before it "past_key_values".
+
+    Args:
+        model: of transformers.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 class SlotCache(Cache):
@@ -224,7 +236,8 @@ class SlotLayer(CacheLayerMixin):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
-        self.cumulative_length = torch.zeros((), dtype=torch.long)
+        with torch.inference_mode(False):
+            self.cumulative_length = torch.zeros((), dtype=torch.long)
 
     @property
     def sizes(self) -> tuple[int, int, torch.dtype, torch.device]:
@@ -394,10 +407,13 @@ class SlotLayer(CacheLayerMixin):
         device: torch.device,
     ) -> None:
         """New memory for this many rows; a KVCache has it, which commits what is written."""
-        self._memory = kernels.KVCache(
-            1, rows, num_kv_heads, self.capacity, head_dim, dtype=dtype, device=device
-        )
-        self.keys, self.values = self._memory.layer(0)
+        # What is made in inference mode could not be changed outside of it, where a loop may call
+        # `insert` and others.
+        with torch.inference_mode(False):
+            self._memory = kernels.KVCache(
+                1, rows, num_kv_heads, self.capacity, head_dim, dtype=dtype, device=device
+            )
+            self.keys, self.values = self._memory.layer(0)
         self.batch_size = rows
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.keys)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from ..huggingface import cache_argument
 from ..llama import ModelHandle
 from ..llama.packed_batch import PackedBatch
 
@@ -129,11 +130,10 @@ def decoded_alone(model: PreTrainedModel, query: KnownQuery) -> torch.Tensor:
     """float32 logits of every token, by the unpatched model, prompt first and then one by one."""
     # Dynamic RoPE leaves state in the model; a query alone finds none.
     model = copy.deepcopy(model)
-    output = model(query.token_ids[None, : query.prompt], use_cache=True)
-    logits = [output.logits[0]]
-    for token in query.token_ids[query.prompt :]:
-        output = model(token.view(1, 1), past_key_values=output.past_key_values, use_cache=True)
-        logits.append(output.logits[0])
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
+    logits = []
+    for tokens in (query.token_ids[: query.prompt], *query.token_ids[query.prompt :].split(1)):
+        logits.append(model(tokens[None], use_cache=True, **cache).logits[0])
     return torch.cat(logits).float()
 
 
