@@ -1,7 +1,7 @@
 // Checks of an op's arguments, the same for every device. Everything that memory safety needs
 // stands here, so that a call through torch.ops is as safe as one through the Python functions;
 // nothing is written before all checks have passed. The message is `<op>: <argument> must be
-// <expected>, got <actual>`. Index values are looked at on the CPU alone: reading them on a GPU
+// <expected>, got <actual>`. Index values are looked at on the CPU only: reading them on a GPU
 // would make the host wait, so the CUDA kernels skip what is out of range (cuda/kernels.h).
 //
 // Every failure is std::invalid_argument, which Python sees as ValueError: the stable ABI has no
@@ -64,8 +64,8 @@ class Checker {
   void shape(const char* name, const Tensor& tensor, Sizes expected) const;
   void last_contiguous(const char* name, const Tensor& tensor) const;
   void contiguous(const char* name, const Tensor& tensor) const;
-  // A tensor that is written must not have two elements in one place. As many dimensions as a
-  // cache.
+  // A tensor that is written must not have two elements in one place. It has the
+  // dimensions of a cache.
   void not_expanded(const char* name, const Tensor& tensor) const;
 
   // No byte between the first and the last element of one tensor is between those of the other.

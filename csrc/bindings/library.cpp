@@ -1,11 +1,11 @@
 // Every schema of the library. Loading it (torch.ops.load_library) runs the registrations: there is
 // no Python module, so one file serves every Python.
 //
-// (a!) marks what a call writes. Overloads give a result more or take options: a schema's results
-// cannot be optional, one that nobody asked for costs a call half a microsecond, and as much cost
-// the eight options of attention when all are left out.
+// (a!) marks what a call writes. Overloads give an extra result or take options: a schema's results
+// cannot be optional, an unwanted one costs a call half a microsecond, and the eight options of
+// attention cost the same when all are left out.
 //
-// Options are keyword-only in the Python functions alone: torch needs half a microsecond for each
+// Options are keyword-only in the Python functions only: torch needs half a microsecond for each
 // keyword of a call, more than for all checks of its tensors.
 #include <torch/csrc/stable/library.h>
 

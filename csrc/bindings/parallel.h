@@ -1,5 +1,5 @@
-// The CPU, as the bindings of an op see it: a kernel's work items run on as many threads as torch's
-// operators take, but not on torch's own threads (cpu/host/team.h).
+// The CPU, as the bindings of an op see it: a kernel's work items run on the number of threads
+// that torch's operators take, but not on torch's own threads (cpu/host/team.h).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -16,8 +16,8 @@
 
 namespace baton::bindings {
 
-// Work below so many bytes takes less time than handing some of it to a thread that is awake, and
-// work below the second number less than waking one.
+// Work below this number of bytes takes less time than handing some of it to a thread that is
+// awake, and work below the second number less than waking one.
 constexpr int64_t kSerialBytes = 32 * 1024;
 constexpr int64_t kAwakeBytes = 512 * 1024;
 
@@ -36,7 +36,7 @@ inline int64_t bytes_per_token(const CacheSizes& sizes, Dtype dtype) {
   return sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * size_of(dtype) * 2;
 }
 
-// Most items that a thread takes at a time where neighboring ones ask memory for each other's
+// Most items that a thread takes at a time where neighboring ones prefetch each other's
 // data.
 constexpr int64_t kNeighbors = 16;
 

@@ -56,7 +56,7 @@ class Tensor {
   AtenTensorHandle handle_;
 };
 
-// The shim's numbers of devices and dtypes, which torch's are told apart by: asked for once.
+// The shim's numbers of devices and dtypes, which torch's are compared with: looked up once.
 struct Codes {
   int32_t cpu = aoti_torch_device_type_cpu();
   int32_t cuda = aoti_torch_device_type_cuda();
@@ -68,7 +68,7 @@ struct Codes {
 };
 inline const Codes kCodes;
 
-// Results have at most as many dimensions as tokens with layers.
+// Results have at most the dimensions of tokens with layers.
 constexpr size_t kMaxResultDims = 4;
 
 // An uninitialized contiguous tensor on the device of `like`. Of the shim's ways to one this is

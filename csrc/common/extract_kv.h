@@ -30,7 +30,7 @@ static inline int64_t extract_kv_work(const ExtractKvParams& p) {
   return p.sizes.num_layers * num_token_blocks(p.sizes, p.dtype, p.total_tokens);
 }
 
-// Of keys, and of values as many.
+// Bytes of keys and values that a call copies.
 static inline int64_t extract_kv_bytes(const ExtractKvParams& p) {
   return p.sizes.num_layers * p.total_tokens * token_bytes(p.sizes, p.dtype);
 }

@@ -28,7 +28,7 @@ static inline int64_t move_kv_work(const MoveKvParams& p) {
   return p.sizes.num_layers * p.num_moves * p.sizes.num_kv_heads;
 }
 
-// Of keys, and of values as many. Reads the lengths: on the CPU alone.
+// Bytes of keys and values that a call moves. Reads the lengths: on the CPU only.
 static inline int64_t move_kv_bytes(const MoveKvParams& p) {
   int64_t columns = 0;
   for (int64_t i = 0; i < p.num_moves; ++i) columns += p.lengths[i];

@@ -37,7 +37,7 @@ void stream_silu_row(const SiluAndMulParams& p, int64_t row) {
   for (int64_t i = 0; i < p.size; i += kStreamStep) {
     stream(y + i, silu_times<T>(load(gate + i), load(up + i)),
            silu_times<T>(load(gate + i + kLanes), load(up + i + kLanes)));
-    // Each row's halves are runs of their own, which the hardware does not foresee.
+    // Each row's halves are separate runs, which the hardware does not foresee.
     __builtin_prefetch(gate + p.x_row_stride + i, 0, 2);
     __builtin_prefetch(up + p.x_row_stride + i, 0, 2);
   }

@@ -19,7 +19,7 @@ namespace baton::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarp = 32;
-// Query heads whose loads are on their way together, and twice the heads of keys and values: 16
+// Query heads whose loads are in flight together, and twice the heads of keys and values: 16
 // chunks, or 8 that then wait for their rotation in float, are what the registers of four or more
 // blocks per SM hold.
 constexpr int kHeadsAtOnce = 8, kRotatedHeadsAtOnce = 4;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void load_angles(const Rotary* x, bool wide,
 
 // Whether a warp that has all heads of a row exchanges the row's angles: two chunks of float angles
 // for each of 16-bit elements, and four threads to a pair. Each loads one chunk of its pair's, so
-// that no sector is asked for twice.
+// that no sector is requested twice.
 template <typename Rotary, int kElements, Angles kAngles, int kHeadDim>
 constexpr bool kExchangesAngles =
     kAngles == Angles::kHalf && kHeadDim / 2 / kElements * 4 == kWarp &&
@@ -174,7 +174,7 @@ class Pairs {
   }
 };
 
-// Walks over every `step`-th of so many heads; all loads of kAtOnce come before the first store.
+// Walks over every `step`-th of `count` heads; all loads of kAtOnce come before the first store.
 template <typename T, int kElements, Angles kAngles, int kHalf, int kAtOnce>
 __device__ __forceinline__ void put(Heads& heads, int32_t count, int32_t step, int32_t half_bytes,
                                     const PairAngles<kElements>& angles) {
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) append_kv_kernel(const __grid_consta
     step = kWarp / (kHalf / kElements);
   }
   const int32_t half_bytes = half * int{sizeof(T)};
-  // Asked for early; needed at the end.
+  // Loaded early; needed at the end.
   const auto slot = static_cast<int32_t>(load_4(a.slots + row));
   const auto column = static_cast<int32_t>(load_4(a.columns + row));
 
@@ -288,7 +288,7 @@ struct Shape {
   dim3 grid, block;
 };
 
-// How rows, heads and chunk pairs of so many bytes are laid over the device.
+// How rows, heads and chunk pairs of `bytes` bytes are laid over the device.
 Shape shape_of(const AppendKvParams& p, int64_t pairs, int64_t bytes) {
   const int64_t heads = std::max(p.num_heads, p.sizes.num_kv_heads);
   int64_t parts = 1, rows = 1, threads = 1;

@@ -28,7 +28,7 @@ cudaError_t ragged_attention(const RaggedAttentionParams& p, cudaStream_t stream
 cudaError_t fill_indices(const IndicesParams& p, cudaStream_t stream);
 
 // Floats of `workspace` that ragged_attention writes and reads again: partial results of split
-// rows. Depends on sizes and bounds alone.
+// rows. Depends on sizes and bounds only.
 int64_t ragged_attention_workspace(const RaggedAttentionParams& p);
 
 }  // namespace baton::cuda

@@ -4,10 +4,10 @@
 //
 // A block has a strip: the keys and values of one head and layer of one move. It takes a tile of
 // columns at a time, the strip's ends first that the target does not overwrite: all of the tile is
-// loaded into registers, then stored. A barrier between the two is all that overlap asks for: what
+// loaded into registers, then stored. A barrier between the two is all that overlap needs: what
 // a tile overwrites lies in itself or in tiles before it. Blocks do not touch one another's strips.
 //
-// Few strips alone would leave a large device idle. A move by `distance` columns only ever writes
+// Few strips would leave a large device idle. A move by `distance` columns only ever writes
 // column c where c + distance is read, so the columns of one residue modulo the distance depend on
 // no others: `slices` blocks share a strip, each with a range of residues, as long as every range
 // fills a tile. A move between slots, or past its own length, has one column per residue.
@@ -20,12 +20,12 @@ namespace baton::cuda {
 
 namespace {
 
-// Threads of a block, and the most it has when a head alone has more chunks than that.
+// Threads of a block, and the most it has when one head has more chunks than that.
 constexpr int kThreads = 128, kMaxThreads = 256;
-// Columns of a thread whose keys and values are on their way together: 256 bytes. A tile has so
-// many columns for every row of threads.
+// Columns of a thread whose keys and values are in flight together: 256 bytes. A tile has this
+// number of columns for every row of threads.
 constexpr int kUnroll = 8;
-// Threads that keep the largest device (B200) busy with so much each: 43 KB for each of 148 SMs,
+// Threads that keep the largest device (B200) busy with that much each: 43 KB for each of 148 SMs,
 // and some more.
 constexpr int64_t kWantedThreads = 32 * 1024;
 
@@ -49,7 +49,7 @@ struct Place {
   int64_t step[2];   // to this thread's next column
 };
 
-// Consecutive columns, so many; all threads of the block take part.
+// `count` consecutive columns; all threads of the block take part.
 template <int kBytes>
 __device__ __forceinline__ void move_run(Place x, int32_t count) {
   const int32_t between = blockDim.y, tile = between * kUnroll;

@@ -23,7 +23,7 @@ CudaCall::CudaCall(const Checker& check, const Tensor& tensor) : op_(check.op())
 
 void CudaCall::finish(cudaError_t error) const {
   if (error == cudaSuccess) return;
-  // Launch errors are not sticky, but stay behind for whoever asks next.
+  // Launch errors are not sticky, but stay behind for the next call that asks.
   cudaGetLastError();
   throw std::runtime_error(format(op_, ": CUDA error ", static_cast<int>(error), " (",
                                   cudaGetErrorName(error), "): ", cudaGetErrorString(error)));

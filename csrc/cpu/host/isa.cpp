@@ -73,7 +73,7 @@ bool has_avx512_bf16() {
 }
 
 // Tiles are 8 KiB of registers more per thread, which Linux (from 5.16) hands out on request. The
-// request is the process's: threads that run already and those to come, whoever starts them, and
+// request is the process's: running and later threads, of whatever origin, and
 // forked processes have it too. It fails where a thread has put up a signal stack too small for it.
 bool has_amx_bf16() {
 #if defined(__x86_64__) && defined(__linux__)

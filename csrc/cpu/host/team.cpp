@@ -152,7 +152,7 @@ class Team {
     try {
       for (; num_helpers_ < helpers; ++num_helpers_) std::thread([this] { help(); }).detach();
     } catch (const std::system_error&) {
-      // The process has as many threads as it may: these will do.
+      // The process may have no more threads: these will do.
       can_start_ = false;
     }
     sigprocmask(SIG_SETMASK, &before, nullptr);
@@ -273,7 +273,7 @@ class Team {
   int num_helpers_ = 0;
   bool can_start_ = true;
   uint32_t process_ = 0;
-  // Each on a line of its own: helpers read one while the others change.
+  // Each on a separate line: helpers read one while the others change.
   alignas(64) std::atomic<uint64_t> region_{0};
   alignas(64) std::atomic<uint32_t> call_{0};  // helpers sleep on it, the caller changes it
   std::atomic<int> sleeping_{0}, absent_{0};

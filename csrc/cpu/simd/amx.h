@@ -24,7 +24,7 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// Assembly and not the compiler's intrinsics: GCC's take literal tile numbers alone, and its
+// Assembly and not the compiler's intrinsics: GCC's take only literal tile numbers, and its
 // tile load does not tell the optimizer that memory is read.
 BATON_INLINE void tile_configure(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(config));
@@ -49,7 +49,7 @@ BATON_INLINE void tile_store(void* rows, int64_t stride) {
 }
 
 // sum[m][n] += sum over pairs k of a[m][k] . b[k][n]: pairs of bfloat16, float32 sums. Element
-// (m, n) takes row m of a and column n of b alone, in one order, whatever the shape of the tiles.
+// (m, n) takes only row m of a and column n of b, in one order for every shape of the tiles.
 template <int kSum, int kA, int kB>
 BATON_INLINE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));

@@ -1,8 +1,8 @@
 // Products of bfloat16 matrices in AMX tiles: 16 to 32 rows, straight from row-major memory, with
 // 16 to 32 columns that were packed to pairs. linear and ragged_attention are made of them.
 //
-// Every element of a product is summed over steps of 32 in ascending order, whatever the rows and
-// columns beside it: that makes the bits of a row independent of its batch.
+// Every element of a product is summed over steps of 32 in ascending order, for any rows and
+// columns next to it: that makes the bits of a row independent of its batch.
 #pragma once
 
 #include "cpu/simd/amx.h"
@@ -69,8 +69,8 @@ struct TileColumns {
 };
 
 // Sums i * 2 + j += rows [row + 16 i ..) x tile j of columns, for kRows x kColumns tiles. With
-// kAhead the rows come from memory: they are asked for this many steps before their use, because
-// as many rows at once are more streams than the hardware follows.
+// kAhead the rows come from memory: they are prefetched this many steps before their use, because
+// the rows are more streams than the hardware follows.
 template <int kRows, int kColumns, bool kAhead = false>
 BATON_INLINE void multiply(const TileRows& a, int64_t row, const TileColumns& b, int64_t steps) {
   constexpr int64_t kAheadSteps = 8;

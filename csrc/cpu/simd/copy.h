@@ -53,7 +53,7 @@ static inline void copy_rows(char* target, int64_t target_stride, const char* so
 constexpr int64_t kStreamBytes = 256 * 1024;
 
 // Runs of whole cache lines. Rows of another head lie between two of the source's, so the hardware
-// does not foresee them: each row asks for one that comes later.
+// does not foresee them: each row prefetches one that comes later.
 static inline void stream_rows(char* target, int64_t target_stride, const char* source,
                                int64_t source_stride, int64_t rows, int64_t bytes) {
   for (int64_t i = 0; i < rows; ++i) {

@@ -50,7 +50,7 @@ BATON_INLINE Vec sigmoid(Vec x) {
 }
 
 #if defined(__AVX512F__)
-// To 14 bits, where the result keeps 8: a division alone takes as long as all of this.
+// To 14 bits, where the result keeps 8: one division takes as long as all of this.
 template <>
 BATON_INLINE Vec sigmoid<BFloat16>(Vec x) {
   // 2^129 is infinity, whose reciprocal is 0.

@@ -8,7 +8,7 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// A result of so many bytes has left the caches before anybody reads it.
+// A result of this size has left the caches before anything reads it.
 constexpr int64_t kStreamResultBytes = 8 * 1024 * 1024;
 
 // Elements that one store past the caches writes: whole lines of two-byte ones where vectors are

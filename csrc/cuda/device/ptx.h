@@ -186,7 +186,7 @@ __device__ __forceinline__ float shuffle_xor(float x) {
   return y;
 }
 
-// Makes a number or an address something that the compiler knows nothing about. Left alone, nvcc
+// Makes a number or an address something that the compiler knows nothing about. Otherwise nvcc
 // turns a chain of additions into products with constants and derives loop counters anew from what
 // they were made of, which costs more instructions and registers than it saves.
 __device__ __forceinline__ void hide(int32_t& x) { asm volatile("" : "+r"(x)); }

@@ -29,7 +29,7 @@ struct Key {
 std::array<std::map<Key, Request>, kMaxThreads / kWarpSize> requests;
 std::array<std::unordered_map<const void*, unsigned>, kMaxThreads> turns;
 
-// Passes over the banks: lanes go in groups that ask for 128 bytes at most; within a group,
+// Passes over the banks: lanes go in groups that request 128 bytes at most; within a group,
 // distinct words of one bank follow one another.
 uint64_t wavefronts(const Request& r) {
   const unsigned lanes_at_once = std::max(1u, std::min(kWarpSize, 128 / std::max(4u, r.bytes)));

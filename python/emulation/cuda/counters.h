@@ -1,6 +1,6 @@
 // Memory traffic of judged launches, counted warp instruction by warp instruction: the accesses of
-// one instruction by the lanes of a warp make one request, of so many 32-byte sectors of global
-// memory, or so many wavefronts of shared memory.
+// one instruction by the lanes of a warp make one request, of a number of 32-byte sectors of global
+// memory, or of wavefronts of shared memory.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace emulation::counting {
 
 struct Traffic {
   uint64_t requests = 0;    // warp instructions
-  uint64_t bytes = 0;       // that lanes asked for
+  uint64_t bytes = 0;       // that lanes requested
   uint64_t sectors = 0;     // 32 bytes each, distinct within a request
   uint64_t wavefronts = 0;  // shared memory: passes over its 32 banks
   uint64_t ideal = 0;       // wavefronts without a bank conflict

@@ -1,4 +1,4 @@
-// A fiber: a stack of its own and the registers it was left with. One stands for one CUDA thread.
+// A fiber: its own stack and the registers it was left with. One stands for one CUDA thread.
 #pragma once
 
 #include <cstddef>

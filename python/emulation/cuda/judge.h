@@ -26,7 +26,7 @@ void atomic(const void* address, unsigned bytes, const void* site);
 // Orders what came before among the lanes of the mask.
 void sync_warp(unsigned warp, unsigned mask);
 void sync_block();
-// A copy on its way: until `landed`, the target belongs to the copy.
+// A copy in flight: until `landed`, the target belongs to the copy.
 void copy_begins(void* target, const void* source, unsigned bytes, unsigned source_bytes,
                  const void* site);
 void copy_landed(void* target, unsigned bytes);

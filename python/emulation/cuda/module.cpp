@@ -22,7 +22,7 @@ void assign(T& target, const py::object& value) {
   } else if constexpr (std::is_arithmetic_v<T>) {
     target = value.cast<T>();
   } else {
-    // Sizes and strides: structs of int64_t alone, in order.
+    // Sizes and strides: structs of int64_t only, in order.
     const auto values = value.cast<std::vector<int64_t>>();
     if (values.size() * sizeof(int64_t) != sizeof(T))
       throw py::value_error("wrong number of sizes");
@@ -31,7 +31,7 @@ void assign(T& target, const py::object& value) {
 }
 
 // The launches of one call, captured as a CUDA graph does it: nothing has run, and every run is of
-// the launches alone, without the host code that made them.
+// only the launches, without the host code that made them.
 struct Graph {
   std::vector<emulation::Recording> launches;
 

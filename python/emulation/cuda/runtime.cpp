@@ -41,7 +41,7 @@ struct Thread {
   WarpFunction run = nullptr;
   void* data = nullptr;
   const char* name = "";
-  // cp.async: copies on their way, and how many groups were committed.
+  // cp.async: copies in flight, and how many groups were committed.
   std::vector<Copy> copies;
   unsigned groups = 0;
   unsigned num_barriers = 0;
@@ -62,7 +62,7 @@ std::vector<void*> used_shared;  // of finished blocks
 // may.
 constexpr std::size_t kSharedMargin = judge::kEnabled ? 4096 : 0;
 std::vector<std::string> reports;
-// What ThreadSanitizer is told that order came through. A block has words of its own, since a
+// What ThreadSanitizer is told that order came through. Each block has its own words, since a
 // barrier orders nothing between blocks; two per use, since a thread may be in the next barrier
 // before another has left the last.
 struct SyncWords {
@@ -160,7 +160,7 @@ void thread_main() {
   tsan::acquire(&start_word);
   kernel->invoke(kernel->function, kernel->arguments);
   Thread& thread = current();
-  // The hardware finishes what is on its way before the block's memory is given back.
+  // The hardware finishes what is in flight before the block's memory is given back.
   land(thread, ~0u);
   tsan::release(&launch_word);
   thread.state = State::kDone;
@@ -345,7 +345,7 @@ void copy_async(void* target, const void* source, unsigned bytes, unsigned sourc
   auto* to = static_cast<unsigned char*>(target);
   const auto* from = static_cast<const unsigned char*>(source);
   if (options().late_copies) {
-    // Whoever reads before waiting must not find what an earlier stage left there.
+    // A read before the wait must not find what an earlier stage left there.
     std::memset(to, 0xff, bytes);
   } else {
     std::memcpy(to, from, source_bytes);

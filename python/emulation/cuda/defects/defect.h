@@ -10,7 +10,7 @@
 
 namespace defects {
 
-// Runs the kernel once, on arrays of its own; false when the result is wrong.
+// Runs the kernel once, on new arrays; false when the result is wrong.
 using Run = bool (*)(bool wrong);
 
 EMULATION_UNTRACKED inline std::map<std::string, Run>& all() {
