@@ -29,7 +29,7 @@ COLORS = {
     "baton_concat": "#A9D6C4",
     "baton_aligned": "#59B38F",
     "baton": "#12805C",
-    "baton_bounded": "#2C6E9B",
+    "baton_never": "#2C6E9B",
     "baton_overlapped": "#5B4BB7",
     "baton_apart": "#A04BB7",
     "transformers_static": "#C9C4BC",

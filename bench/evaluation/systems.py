@@ -34,6 +34,8 @@ class System:
         return Relay(model, num_slots, capacity, policy, **self.relay_options)
 
 
+# The paper's way with prompts.
+APART = {"join": "never"}
 # In the order in which they are told: from what everybody knows to what is new.
 SYSTEMS = {
     system.name: system
@@ -72,36 +74,39 @@ SYSTEMS = {
             "baton",
             "BATON the naive way: every insertion and removal concatenates and pads the whole "
             "cache",
-            relay_options={"aligned": True, "shaping": "concatenate"},
+            APART,
+            {"aligned": True, "shaping": "concatenate"},
         ),
         System(
             "baton_aligned",
             "baton",
-            "BATON as in the paper: rows end in one column, only what must move is moved",
-            relay_options={"aligned": True},
+            "BATON as in the paper: newcomers prefill between two steps, rows end in one column, "
+            "only what must move is moved",
+            APART,
+            {"aligned": True},
+        ),
+        System(
+            "baton_never",
+            "baton",
+            "the same, but rows end anywhere and nothing moves",
+            APART,
         ),
         System(
             "baton",
             "baton",
-            "ours: rows end anywhere, newcomers prefill between two steps, nothing moves",
-        ),
-        System(
-            "baton_bounded",
-            "baton",
-            "the same, at most 128 prompt tokens between two steps",
-            policy_options={"max_stall_tokens": 128},
+            "ours: newcomers' prompts join the others' forward, so many tokens at a time as pay by "
+            "the costs that it has seen",
         ),
         System(
             "baton_overlapped",
             "baton",
-            "the same, but prompts are computed by a thread on half of the cores while the others "
-            "decode",
+            "prompts are computed by a thread on half of the cores while the others decode",
             relay_options={"prefill": "overlapped"},
         ),
         System(
             "baton_apart",
             "baton",
-            "the same by another process, as a second device would, on half of the cores",
+            "the same by another process, as a second device would",
             relay_options={"prefill": "apart"},
         ),
     )

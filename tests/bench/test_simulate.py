@@ -71,7 +71,7 @@ def test_baton_by_hand():
     # rows, 1.2 s, and b has ended at 2.7. c prefills at 2.7, 4 tokens, 1.4 s, while a waits. Steps
     # of a and c until 5.3, when a has its third token; c has its third after 1.1 s more.
     requests = [Request(0.0, 2, 3), Request(0.0, 3, 2), Request(0.0, 4, 3)]
-    result = run("baton", requests, cost=Linear(1.0, 0.1))
+    result = run("baton", requests, cost=Linear(1.0, 0.1), options={"join": "never"})
     assert result.seconds == pytest.approx(6.4)
     assert result.ttft == pytest.approx([1.5, 1.5, 4.1])
     assert sorted(zip(result.gaps, result.gap_counts, strict=True)) == [
@@ -154,7 +154,9 @@ class TimedLlama(FakeLlama):
 
 POLICIES = [
     ("baton", {}),
-    ("baton", {"max_stall_tokens": 7, "admission": "shortest"}),
+    ("baton", {"max_token_gap": 2.0}),
+    ("baton", {"join": "never"}),
+    ("baton", {"join": "never", "max_stall_tokens": 7, "admission": "shortest"}),
     ("chunked", {"token_budget": 9}),
     ("multi_bin", {"bins": 3}),
     ("orca", {}),
@@ -258,7 +260,7 @@ def test_shaping_is_charged():
     requests = random_requests(40, 8)
     cost = Linear(1.0, 0.0, 0.0, 0.01, copy_seconds=1e-3)
     ragged, dense, copied = (
-        run("baton", requests, 4, cost, shape=shape)
+        run("baton", requests, 4, cost, {"join": "never"}, shape=shape)
         for shape in ("ragged", "dense", "concatenated")
     )
     assert ragged.cache_padding_read == ragged.copied_bytes == 0

@@ -34,4 +34,4 @@ def test_two_ranks_give_the_tokens_of_one_process(tmp_path):
     assert ranks[0] == ranks[1]
     want = generate(model, "eager", ids, mask, 8).tolist()
     # Half of the two KV heads each.
-    assert ranks[0] == {"generate": want, "relay": want, "kv_heads": 1}
+    assert ranks[0] == {"generate": want, "relay": want, "kv_heads": 1, "ranks": 2}

@@ -1,5 +1,6 @@
-"""Where a prompt is cut changes no bit of its query's logits: `chunked` with any budget, one token
-at a time among them, gives those of `baton`, which computes prompts whole."""
+"""What joins a prompt in its forward, and where it is cut, changes no bit of its query's logits:
+`chunked` with any budget, one token at a time among them, and `baton` as it joins by whatever costs
+and bounds, give those of prompts that are computed whole and apart."""
 
 import random
 
@@ -14,6 +15,14 @@ from baton_kernels.testing import available_cpu_isas, cpu_isa
 CAPACITY = 760
 # Prompts around the ends of a block of 64 keys and of a segment of 512, and answers that pass them.
 PROMPTS = [(700, 30), (505, 20), (60, 12), (64, 3), (130, 8), (1, 70)]
+CUTS = [
+    *(("chunked", {"token_budget": budget}) for budget in (1, 7, 50, 300)),
+    ("baton", {}),
+    ("baton", {"max_token_gap": 1e-9}),
+    ("baton", {"max_stall_tokens": 33}),
+    ("baton", {"costs": lambda work: 1.0 + work.tokens, "max_token_gap": 80.0}),
+    ("baton", {"costs": lambda work: 1.0 + work.tokens / 100}),
+]
 
 
 def make_model(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -54,15 +63,15 @@ def logits_of(model: LlamaForCausalLM, policy: policies.Policy, num_slots: int) 
 
 @pytest.mark.parametrize("isa", available_cpu_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_chunked_has_the_bits_of_baton(dtype, isa):
+def test_bits_are_those_of_prompts_apart(dtype, isa):
     model = make_model(dtype)
     with cpu_isa(isa):
-        expected = logits_of(model, policies.get("baton"), 3)
+        expected = logits_of(model, policies.get("baton", join="never"), 3)
         assert len({tuple(x[0].tolist()) for x in expected}) == len(PROMPTS)
-        for budget in (1, 7, 50, 300):
-            chunked = policies.get("chunked", token_budget=budget)
+        for name, options in CUTS:
+            policy = policies.get(name, **options)
             for query, (got, want) in enumerate(
-                zip(logits_of(model, chunked, 3), expected, strict=True)
+                zip(logits_of(model, policy, 3), expected, strict=True)
             ):
                 assert got.dtype == want.dtype
-                assert torch.equal(got, want), f"query {query} under {chunked} of {budget} tokens"
+                assert torch.equal(got, want), f"query {query} under {name} with {options}"

@@ -69,6 +69,7 @@ def test_what_is_copied_to_host_memory_and_back_is_counted(model):
     relay = Relay(model, 2, 32)
     query = relay.submit(prompt(5), max_new_tokens=9)
     relay.step()
+    relay.step()
     relay.preempt(query)
     # The five of the prompt and the first token; the second has no keys yet.
     assert relay.parked_bytes == relay.counters.peak_parked_bytes == 6 * BYTES_PER_TOKEN

@@ -1,32 +1,15 @@
 """What a policy may say to the relay, and what each policy says."""
 
 import pytest
+from plan_views import make_decoder, make_query, view
 
 from baton_engines import policies
 from baton_engines.policies import Forward, Plan, Policy, View
 from baton_engines.policies.base import pack_prefills
-from baton_engines.query import Query
 from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
 
 DECODE = Forward(decode=True)
-
-
-def make_query(id: int, prompt: int, cached: int = 0, tokens: int = 0, count: int = 20) -> Query:
-    query = Query(id, 0.0)
-    query.prompt, query.cached, query.tokens = [1] * prompt, cached, [1] * tokens
-    query.max_new_tokens = count
-    return query
-
-
-def make_decoder(id: int, prompt: int = 3) -> Query:
-    return make_query(id, prompt, cached=prompt + 1, tokens=2)
-
-
-def view(waiting=(), running=(), num_slots=4, budget=None, **changes) -> View:
-    # Eight bytes per token; the budget here is in tokens.
-    budget = None if budget is None else 8 * budget
-    return View(waiting, running, num_slots, 100, 0, 8, 0.0, budget, **changes)
 
 
 def test_policies_have_names():
@@ -64,16 +47,19 @@ def test_prefills_are_packed_up_to_a_bound():
     assert pack_prefills((resumed,), 7) == ()
 
 
-def test_baton_fills_every_free_row():
+def test_baton_apart_fills_every_free_row():
+    policy = policies.get("baton", join="never")
     waiting = [make_query(i, 3) for i in range(3)]
     running = [make_query(i, 3, cached=4, tokens=2) for i in range(7, 9)]
-    plan = policies.get("baton").plan(view(waiting, running))
+    plan = policy.plan(view(waiting, running))
     first, second = waiting[:2]
     assert plan == Plan((), (first, second), (Forward(((first, 3), (second, 3))), DECODE))
-    assert policies.get("baton").plan(view((), running)) == Plan(forwards=(DECODE,))
+    assert policy.plan(view((), running)) == Plan(forwards=(DECODE,))
+    # Prompts that are computed elsewhere never join.
+    assert policies.get("baton").plan(view(waiting, running, prefills_elsewhere=True)) == plan
     # A query that an interruption left without its first token is prefilled again.
     left = make_query(9, 4, cached=3)
-    plan = policies.get("baton").plan(view((), [left]))
+    plan = policy.plan(view((), [left]))
     assert plan.forwards == (Forward(((left, 1),)), DECODE)
 
 
@@ -85,8 +71,8 @@ def test_run_to_completion_admits_to_an_empty_batch_only():
     assert policy.plan(view(waiting)).admit == tuple(waiting[:4])
 
 
-def test_baton_bounds_the_tokens_between_two_steps():
-    policy = policies.get("baton", max_stall_tokens=10)
+def test_baton_apart_bounds_the_tokens_between_two_steps():
+    policy = policies.get("baton", max_stall_tokens=10, join="never")
     a, b, c = (make_query(i, prompt) for i, prompt in enumerate((7, 8, 2)))
     decoder = make_decoder(9)
     # Nobody waits for a prefill while nobody decodes.
@@ -99,18 +85,23 @@ def test_baton_bounds_the_tokens_between_two_steps():
     assert policy.plan(view([c], [decoder, b])).forwards == (Forward(((b, 5), (c, 2))), DECODE)
     # One that comes back with all its keys needs no room.
     parked = make_decoder(4)
-    policy = policies.get("baton", max_stall_tokens=7)
+    policy = policies.get("baton", max_stall_tokens=7, join="never")
     assert policy.plan(view([a, parked, c], [decoder])).admit == (a, parked)
 
 
-def test_baton_takes_whole_prompts_where_they_have_to_be():
-    policy = policies.get("baton", max_stall_tokens=10)
+@pytest.mark.parametrize("join", ["auto", "never"])
+def test_baton_takes_whole_prompts_where_they_have_to_be(join):
+    policy = policies.get("baton", max_stall_tokens=10, join=join)
     a, b, c = (make_query(i, prompt) for i, prompt in enumerate((30, 8, 2)))
     decoder = make_decoder(9)
+
+    def forwards(*chunks):
+        return (Forward(chunks, decode=True),) if join == "auto" else (Forward(chunks), DECODE)
+
     plan = policy.plan(view([a, b, c], [decoder], whole_prompts=True))
-    assert plan == Plan((), (a,), (Forward(((a, 30),)), DECODE))
+    assert plan == Plan((), (a,), forwards((a, 30)))
     plan = policy.plan(view([b, c, a], [decoder], whole_prompts=True))
-    assert plan == Plan((), (b, c), (Forward(((b, 8), (c, 2))), DECODE))
+    assert plan == Plan((), (b, c), forwards((b, 8), (c, 2)))
 
 
 def test_orca_packs_newcomers_and_decoders():
@@ -181,6 +172,12 @@ def test_policies_reserve_what_their_papers_say():
 BAD_OPTIONS = {
     "Baton: max_stall_tokens must be >= 1, got 0": ("baton", {"max_stall_tokens": 0}),
     "Baton: max_prefill_tokens must be >= 1, got 0": ("baton", {"max_prefill_tokens": 0}),
+    "Baton: max_token_gap must be above 0, got 0": ("baton", {"max_token_gap": 0}),
+    "Baton: max_token_gap must be None for join 'never', got 0.1": (
+        "baton",
+        {"max_token_gap": 0.1, "join": "never"},
+    ),
+    "Baton: join must be one of auto, never, got 'always'": ("baton", {"join": "always"}),
     "Chunked: token_budget must be >= 1, got 0": ("chunked", {"token_budget": 0}),
     "MultiBin: bins must be >= 1, got 0": ("multi_bin", {"bins": 0}),
     "MultiBin: batch_size must be >= 1, got -1": ("multi_bin", {"batch_size": -1}),
@@ -212,9 +209,10 @@ def test_a_policy_that_splits_prompts_is_refused_where_they_have_to_be_whole():
         Relay(model, 2, 32, "chunked")
     relay = Relay(model, 2, 32, policies.get("baton", max_stall_tokens=2))
     for prompt in (1, 9, 8):
-        relay.submit([1] * prompt, max_new_tokens=4)
+        relay.submit([1] * prompt, max_new_tokens=3 + prompt)
     relay.run()
-    assert model.forwards[0] == (1, 9) and (8,) in model.forwards
+    # The third prompt joins the one that decodes, whole although the stall is bounded by 2.
+    assert model.forwards[0] == (1, 9) and (8, 1) in model.forwards
 
 
 class Joint(Policy):

@@ -76,10 +76,10 @@ def test_chunked():
     assert (counters.prompt_tokens, counters.prefills) == (9, 3)
 
 
-def test_baton_with_a_bound_on_the_stall():
+def test_baton_apart_with_a_bound_on_the_stall():
     # A and B until 4, steps until 5 and 6; 2 of C until 8 and a step of B until 9; the last of C
     # until 10 and a step of both until 11.
-    relay, times = run("baton", max_stall_tokens=2)
+    relay, times = run("baton", max_stall_tokens=2, join="never")
     assert times == [[4, 5, 6], [4, 5, 6, 9, 11], [10, 11]]
     counters = relay.counters
     # C is at work in its slot between the steps at 6 and 9, so the slot is not idle.
@@ -88,6 +88,18 @@ def test_baton_with_a_bound_on_the_stall():
     assert counters.prefill_stall == 3 / (2 * 11)
     assert (counters.joint_seconds, counters.joint_tokens) == (0, 0)
     assert (counters.prompt_tokens, counters.prefills) == (9, 3)
+
+
+def test_baton_joins():
+    # As orca: all that is there fits a forward while nothing is known of costs.
+    relay, times = run("baton")
+    assert times == [[4, 5, 6], [4, 5, 6, 9, 10], [9, 10]]
+    assert (relay.counters.slot_idle, relay.counters.prefill_stall) == (0, 0)
+    # As chunked, where decoders wait for two prompt tokens at most: 2 of C beside B until 8, the
+    # last of C until 9; a step of both until 10.
+    relay, times = run("baton", max_stall_tokens=2)
+    assert times == [[4, 5, 6], [4, 5, 6, 8, 9], [9, 10]]
+    assert relay.counters.joint_tokens == 3 + 2
 
 
 @pytest.mark.parametrize("policy", ["run_to_completion", "multi_bin"])
@@ -104,7 +116,7 @@ def test_batches_that_run_to_completion(policy):
 @pytest.mark.parametrize("bound", [1, 7, 1000])
 def test_the_stall_between_two_steps_is_bounded(bound):
     model = FakeLlama()
-    relay = Relay(model, 4, 200, policies.get("baton", max_stall_tokens=bound))
+    relay = Relay(model, 4, 200, policies.get("baton", max_stall_tokens=bound, join="never"))
     apart, longest = 0, 0
 
     def watch(rows):

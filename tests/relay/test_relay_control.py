@@ -5,6 +5,7 @@ import random
 import pytest
 from relay_checks import assert_empty, assert_right, prompt
 
+from baton_engines import policies
 from baton_engines.relay import Query, Relay
 from baton_engines.testing import FakeLlama
 
@@ -34,7 +35,7 @@ def test_cancel_in_every_status(model, aligned):
         assert (query.status, query.finish_reason) == ("cancelled", "cancelled")
         assert relay.cancel(query) is False
         assert relay.preempt(query) is False and relay.resume(query) is False
-    assert running.result() == model.decode_alone(running.prompt, 2)
+    assert running.result() == model.decode_alone(running.prompt, 1)
     assert relay.cache.shape.num_free == 1
     relay.run()
     assert_right(model, [other])
@@ -56,10 +57,10 @@ def test_a_preempted_query_goes_on_without_recomputing(model, aligned):
     relay.step()
     victim = queries[0]
     assert relay.preempt(victim) is True
-    assert (victim.status, victim.slot, victim.cached) == ("parked", None, 6)
+    assert (victim.status, victim.slot, victim.cached) == ("parked", None, 5)
     assert relay.preempt(victim) is False
     relay.step()
-    assert queries[2].status == "running" and len(victim.tokens) == 2
+    assert queries[2].status == "running" and len(victim.tokens) == 1
     assert relay.resume(victim) is True and victim.status == "waiting"
     assert relay.resume(victim) is False
     relay.run()
@@ -114,7 +115,7 @@ def test_resize_while_queries_run(model, aligned):
     assert_right(model, [query for query in queries if query is not queries[1]])
     assert relay.counters.insertions == 2
     live = [q for q in queries if q is not queries[1]]
-    assert computed_tokens(model) == sum(len(q.prompt) + 11 for q in live) + 4 + 2
+    assert computed_tokens(model) == sum(len(q.prompt) + 11 for q in live) + 4 + 1
     assert_empty(relay)
     with pytest.raises(ValueError, match="num_slots must be >= 1, got 0"):
         relay.resize(0)
@@ -232,7 +233,7 @@ def clock(model) -> Clock:
 
 
 def test_counters_of_a_run_worked_out_by_hand(model, clock):
-    relay = Relay(model, 2, 32, clock=clock)
+    relay = Relay(model, 2, 32, policies.get("baton", join="never"), clock=clock)
     # Prompts of 4 and 2 together: 0 to 4; steps until 5 and 6, in which A is done; C prefills until
     # 9 while B waits; steps until 10, C is done; 11, B is done.
     a, b, c = (relay.submit(prompt(n), max_new_tokens=m) for n, m in ((4, 3), (2, 5), (3, 2)))
@@ -261,7 +262,7 @@ def test_counters_of_a_run_worked_out_by_hand(model, clock):
 
 
 def test_the_timeline_shows_prefill_decode_and_stall(model, clock):
-    relay = Relay(model, 2, 32, clock=clock)
+    relay = Relay(model, 2, 32, policies.get("baton", join="never"), clock=clock)
     for length, count in ((4, 3), (2, 5), (3, 2)):
         relay.submit(prompt(length), max_new_tokens=count)
     while relay.counters.steps < 3:

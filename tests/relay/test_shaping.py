@@ -116,6 +116,7 @@ def test_a_change_of_the_number_of_slots_is_counted():
     relay = Relay(FakeLlama(), 2, 48)
     relay.submit([1, 2, 3], max_new_tokens=9)
     relay.step()
+    relay.step()
     relay.resize(4)
     assert relay.counters.resizes == 1
     # The prompt and the first of the two tokens.

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from baton_engines import Relay
+from baton_engines import Relay, policies
 from baton_engines.huggingface import AnyModel
 
 folder, output = Path(sys.argv[1]), Path(sys.argv[2])
@@ -33,13 +33,16 @@ with torch.inference_mode():
     )
 generated = out[:, longest:].tolist()
 
-with AnyModel(model) as handle, Relay(handle, 2, 64) as relay:
+# Costs that are given, and no clock of a rank, say which prompt tokens join which forward.
+policy = policies.get("baton", costs=lambda work: 4.0 + work.tokens, max_token_gap=10.0)
+with AnyModel(model) as handle, Relay(handle, 2, 64, policy) as relay:
     queries = [relay.submit(prompt, max_new_tokens=8) for prompt in prompts]
     relay.run()
     found = {
         "generate": generated,
         "relay": [query.tokens for query in queries],
         "kv_heads": handle.num_kv_heads,
+        "ranks": handle.num_ranks,
     }
 
 everyone = [None] * dist.get_world_size()

@@ -8,6 +8,9 @@ OPTIONS = {
     "baton": {
         "max_prefill_tokens": st.integers(1, 40),
         "max_stall_tokens": st.none() | st.integers(1, 20),
+        # Seconds that a forward of the small models takes, and none that any takes.
+        "max_token_gap": st.sampled_from([None, 1e-9, 2e-3, 60.0]),
+        "join": st.sampled_from(policies.baton.JOINS),
     },
     "chunked": {"token_budget": st.integers(1, 40)},
     "multi_bin": {
@@ -25,6 +28,8 @@ OPTIONS = {
 def settings(draw, policy: str, capacity: int, bytes_per_token: int) -> dict:
     """Arguments of a Relay; a budget has room for at least one query of the whole capacity."""
     options = {name: draw(values) for name, values in OPTIONS[policy].items()}
+    if options.get("join") == "never":
+        options["max_token_gap"] = None
     made = policies.get(policy, admission=draw(st.sampled_from(policies.ADMISSIONS)), **options)
     num_slots = draw(st.integers(1, 4))
     aligned = not made.splits_prompts and draw(st.booleans())

@@ -11,25 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
-
-class Work(NamedTuple):
-    """What one forward computes.
-
-    Attributes:
-        tokens: token slots that go through the linear layers, padding included.
-        rows: queries of which it gives logits.
-        decode_rows: those of them that decode one token.
-        decode_columns: cached columns that decoding rows read, padding included.
-        prefill_columns: cached columns that prefilling rows read.
-        pairs: query-key pairs of prefilling rows' attention.
-    """
-
-    tokens: int = 0
-    rows: int = 0
-    decode_rows: int = 0
-    decode_columns: int = 0
-    prefill_columns: int = 0
-    pairs: int = 0
+from baton_engines.policies import Work
 
 
 class Cost(NamedTuple):

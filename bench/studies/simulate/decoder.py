@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from baton_engines.policies import Forward, Policy, View
+from baton_engines.policies import Forward, Policy, View, Work
 from baton_engines.query import Query, wait_in_order
 
-from .costs import Cost, CostModel, Work
+from .costs import Cost, CostModel
 from .events import Events, SharedDevice
 
 # How the rows of a cache lie: anywhere; all ending in one column, of which attention reads every
@@ -254,6 +254,7 @@ class Decoder:
                 self._take_step(decode)
             for query, count in prefill:
                 self._take_prompt(query, count)
+            self._policy.observe(work, self._events.now - begin)
             self._next_forward()
 
         self._device.start(cost, done)
@@ -325,6 +326,7 @@ class Decoder:
         if self._shape == "concatenated" and self.running:
             self._copy(self._aligned_length() * len(self.running))
         query.status, query.finished = "finished", self._events.now
+        self._policy.note_end(query)
         self._on_end(query)
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from .cases import Case
 from .questions import CLAIM, RATES, SERVING, SLOTS, SYSTEMS, WORKLOADS, claims
 
-_COLORS = dict(zip(SYSTEMS, plt.get_cmap("tab10").colors, strict=False))
+_COLORS = dict(zip(SYSTEMS, (*plt.get_cmap("tab10").colors, "black"), strict=True))
 
 
 def draw(results: dict, folder: Path) -> list[Path]:

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from baton_engines.llama.packed_batch import PackedBatch
+from baton_engines.policies import Work
+from baton_engines.policies.costs import nonnegative_least_squares
 
-from .costs import Cost, Work
+from .costs import Cost
 
 # Token slots between which the seconds of the linear layers are a straight line. A matrix product
 # has its own speed for every few rows, and reads the same weights for one row as for many.
@@ -140,36 +142,6 @@ def fit(samples: Sequence[Sample], *, copy_bandwidth: float, bytes_per_token: fl
         bytes_per_token,
         error=float(np.median(np.abs(predicted / seconds - 1))),
     )
-
-
-def nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """`x >= 0` that minimizes `|matrix x - target|`, by the active set method.
-
-    Source: Lawson and Hanson, Solving Least Squares Problems, chapter 23.
-    """
-    scale = np.linalg.norm(matrix, axis=0)
-    scale[scale == 0] = 1.0
-    scaled = matrix / scale
-    solution = np.zeros(matrix.shape[1])
-    free = np.zeros(matrix.shape[1], dtype=bool)
-    while True:
-        gradient = scaled.T @ (target - scaled @ solution)
-        gradient[free] = 0.0
-        if gradient.max() <= 1e-9:
-            return solution / scale
-        free[gradient.argmax()] = True
-        while True:
-            trial = np.zeros_like(solution)
-            trial[free] = np.linalg.lstsq(scaled[:, free], target, rcond=None)[0]
-            negative = free & (trial <= 0)
-            if not negative.any():
-                break
-            # As far towards the trial as all stay at least 0; whoever is at 0 then is free no more.
-            steps = solution[negative] / (solution[negative] - trial[negative])
-            solution = solution + steps.min() * (trial - solution)
-            free &= solution > 1e-15
-            solution[~free] = 0.0
-        solution = trial
 
 
 def calibration_rows(max_rows: int, max_length: int) -> list[list[Row]]:

@@ -9,7 +9,9 @@ from .cases import Case, Goodput
 
 SLOTS = (8, 16, 32, 64)
 WORKLOADS = ("orca", "conv", "code")
-STALL = (("max_stall_tokens", 256),)
+# The paper's way with prompts, and the same with a bound.
+NEVER = (("join", "never"),)
+STALL = (*NEVER, ("max_stall_tokens", 256))
 APART = {"prefill": "apart", "prefillers": 1}
 RATES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 PROMPT_SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
@@ -21,12 +23,13 @@ SYSTEMS: dict[str, Callable[..., Case]] = {
     "multi-bin, 4 bins": lambda slots, **kw: Case("multi_bin", slots, **kw),
     "padded Orca": lambda slots, **kw: Case("padded_orca", slots, **kw),
     "Orca": lambda slots, **kw: Case("orca", slots, **kw),
-    "chunked, 512": lambda slots, **kw: Case("chunked", slots, **kw),
+    "chunked, 512": lambda slots, **kw: Case("chunked", slots, (("token_budget", 512),), **kw),
     "chunked, 256": lambda slots, **kw: Case("chunked", slots, (("token_budget", 256),), **kw),
-    "BATON serial": lambda slots, **kw: Case("baton", slots, **kw),
+    "BATON": lambda slots, **kw: Case("baton", slots, **kw),
+    "BATON serial": lambda slots, **kw: Case("baton", slots, NEVER, **kw),
     "BATON stall <= 256": lambda slots, **kw: Case("baton", slots, STALL, **kw),
-    "BATON overlapped": lambda slots, **kw: Case("baton", slots, prefill="overlapped", **kw),
-    "BATON apart": lambda slots, **kw: Case("baton", slots, **APART, **kw),
+    "BATON overlapped": lambda slots, **kw: Case("baton", slots, NEVER, prefill="overlapped", **kw),
+    "BATON apart": lambda slots, **kw: Case("baton", slots, NEVER, **APART, **kw),
 }
 SERVING = tuple(SYSTEMS)[3:]
 
@@ -56,11 +59,12 @@ class Claim:
 
 def claims(slots: int) -> list[Claim]:
     """Assumptions under which BATON is compared with Orca, the plainest first."""
-    orca, serial = Case("orca", slots), Case("baton", slots)
+    orca, serial = Case("orca", slots), Case("baton", slots, NEVER)
     overlapped = [
-        Case("baton", slots, prefill="overlapped", overlap=share) for share in (0.0, 0.5, 1.0)
+        Case("baton", slots, NEVER, prefill="overlapped", overlap=share)
+        for share in (0.0, 0.5, 1.0)
     ]
-    apart = Case("baton", slots, **APART)
+    apart = Case("baton", slots, NEVER, **APART)
 
     def launching(kernels: int) -> Case:
         return replace(orca, machine=(("kernels_per_row", kernels),))
@@ -72,16 +76,18 @@ def claims(slots: int) -> list[Claim]:
         return Claim(
             f"serial with 64 slots, Orca holds 2048 columns per query: {device}, {model}, "
             f"{held} slots",
-            Case("baton", 64, **where),
+            Case("baton", 64, NEVER, **where),
             replace(free, slots=held),
         )
 
     return [
         Claim("serial, as the paper shapes: concatenated, padding read",
-              Case("baton", slots, shape="concatenated"), orca),
-        Claim("serial, aligned in place, padding read", Case("baton", slots, shape="dense"), orca),
+              Case("baton", slots, NEVER, shape="concatenated"), orca),
+        Claim("serial, aligned in place, padding read",
+              Case("baton", slots, NEVER, shape="dense"), orca),
         Claim("serial, ragged", serial, orca),
         Claim("serial, ragged, stall <= 256 tokens", Case("baton", slots, STALL), orca),
+        Claim("joined, ragged", Case("baton", slots), orca),
         Claim("overlapped, no gain from sharing", overlapped[0], orca),
         Claim("overlapped, half of the ideal gain", overlapped[1], orca),
         Claim("overlapped, the ideal gain", overlapped[2], orca),
@@ -102,18 +108,18 @@ def prompt_claims(slots: int, scale: float) -> dict[str, Claim]:
     """How the ratios move with the share of prefill in the work."""
     orca = Case("orca", slots, prompt_scale=scale)
     padded = Case("padded_orca", slots, prompt_scale=scale)
-    apart = Case("baton", slots, prompt_scale=scale, **APART)
+    serial = Case("baton", slots, NEVER, prompt_scale=scale)
+    apart = replace(serial, **APART)
     return {
-        "serial": Claim("", Case("baton", slots, prompt_scale=scale), orca),
-        "overlapped": Claim(
-            "", Case("baton", slots, prompt_scale=scale, prefill="overlapped"), orca
-        ),
+        "serial": Claim("", serial, orca),
+        "joined": Claim("", replace(serial, options=()), orca),
+        "overlapped": Claim("", replace(serial, prefill="overlapped"), orca),
         "apart, charged": Claim("", apart, orca),
         "apart, free": Claim("", apart, orca, charged=False),
         "apart, 2 prefill devices, free": Claim(
             "", replace(apart, prefillers=2), orca, charged=False
         ),
-        "serial / padded Orca": Claim("", Case("baton", slots, prompt_scale=scale), padded),
+        "serial / padded Orca": Claim("", serial, padded),
     }
 
 
@@ -138,7 +144,7 @@ def split_cases(workload: str, prefillers: int, decoders: int) -> dict[str, Case
         "Orca": Case("orca", 32, workload=workload, decoders=number),
         "chunked": Case("chunked", 32, workload=workload, decoders=number),
         "BATON": Case(
-            "baton", 32, workload=workload, prefill="apart", prefillers=prefillers,
+            "baton", 32, NEVER, workload=workload, prefill="apart", prefillers=prefillers,
             decoders=decoders,
         ),
     }  # fmt: skip

@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from baton_engines.policies import Policy
+from baton_engines.policies import Policy, Work
 from baton_engines.query import Query
 
 from ...workloads import Request, longest
-from .costs import CostModel, Work
+from .costs import CostModel
 from .decoder import Decoder, pairs
 from .events import Events, SharedDevice
 from .result import Result

@@ -1,9 +1,10 @@
 """The main job by run_to_completion and by baton, in turns: counts, figures and a picture.
 
 The two policies run the same kernels on the same model in the same process, so the difference is
-the handing on of slots and nothing else. Their answers must be equal token by token. They take
-turns of a second or so, each on a clock of its own, so that what else the machine does meets both
-alike; how many steps they need does not depend on the machine at all.
+the handing on of slots and the way in which prompts are computed. Their answers must be equal token
+by token. They take turns of a second or so, each on a clock of its own, so that what else the
+machine does meets both alike. How many steps baton needs depends a little on the machine, as it
+cuts prompts by what forwards cost there.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def run_demo(
     if busy is not None and busy > _QUIET:
         console.print(
             f"The machine was busy: other programs used {busy:.0%} of its CPUs meanwhile. That "
-            "makes the times longer; the counts are what they always are."
+            "makes the times longer; the counts are next to what they always are."
         )
     console.print(escape(f"timeline: {picture}\nanswers:  {answers}"), soft_wrap=True)
     return same
@@ -220,7 +221,7 @@ class _Lane:
 
 
 def _medians(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median of every number over the rounds; counts are the same in all of them."""
+    """The median of every number over the rounds."""
     medians = {}
     for key, value in summaries[0].items():
         is_number = isinstance(value, (int, float))
@@ -229,7 +230,7 @@ def _medians(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _verdict(played: Sequence[dict[str, Run]], medians: dict[str, dict[str, Any]]) -> list[str]:
-    """What depends on no clock, then what does."""
+    """What hardly depends on the clock, then what does."""
     old, new = (medians[policy] for policy in POLICIES)
     sentences = [
         f"[bold]decode steps:[/] {new['steps']:,.0f} by baton, {old['steps']:,.0f} by "

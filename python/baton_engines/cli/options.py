@@ -135,7 +135,19 @@ class Batching:
         typer.Option(help="Who enters first: `fcfs`, `shortest`, `length_aware` or `priority`."),
     ] = None
     max_stall_tokens: Annotated[
-        int | None, typer.Option(min=1, help="baton: most prompt tokens between two decode steps.")
+        int | None,
+        typer.Option(min=1, help="baton: most prompt tokens that running queries wait for."),
+    ] = None
+    max_token_gap: Annotated[
+        float | None,
+        typer.Option(help="baton: most seconds between two tokens of a query, as predicted."),
+    ] = None
+    join: Annotated[
+        str | None,
+        typer.Option(
+            help="baton: `auto`, new prompts join the running queries' forward; `never`, they are "
+            "computed between two steps."
+        ),
     ] = None
     token_budget: Annotated[
         int | None, typer.Option(min=1, help="chunked: most tokens of a forward.")
@@ -164,7 +176,9 @@ class Batching:
 
         if self.prefill == "serial" and self.prefill_threads is not None:
             raise typer.BadParameter("--prefill-threads needs --prefill overlapped, apart or ray")
-        names = ("admission", "max_stall_tokens", "token_budget", "bins")
+        names = (
+            "admission", "max_stall_tokens", "max_token_gap", "join", "token_budget", "bins",
+        )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         try:
             return get(self.policy, **given)

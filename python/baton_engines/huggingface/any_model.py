@@ -47,6 +47,7 @@ class AnyModel(ModelHandle):
             (under tensor parallelism: of this rank).
         dtype, device: of its keys and values.
         whole_prompts: bool, False: prompts may be computed in parts.
+        num_ranks: int, processes that share every layer (tensor parallelism).
 
     Raises:
         TypeError: model is no transformers model.
@@ -68,6 +69,7 @@ class AnyModel(ModelHandle):
         self._cache_name = cache_argument(model)
         self._embedding = _embedding_of(model)
         self.vocab_size = self._embedding.shape[0]
+        self.num_ranks = getattr(model, "tp_size", None) or 1
         self._former = model.config._attn_implementation
         model.set_attn_implementation(NAME)
         try:

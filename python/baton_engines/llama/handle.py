@@ -23,6 +23,7 @@ class ModelHandle(ABC):
         num_layers, num_kv_heads, head_dim, vocab_size: int, its sizes as its cache sees them.
         dtype, device: of its keys and values.
         whole_prompts: bool; whether a prompt in parts would be another prompt.
+        num_ranks: int; processes that share every layer (tensor parallelism).
     """
 
     model: Any
@@ -33,6 +34,7 @@ class ModelHandle(ABC):
     dtype: torch.dtype
     device: torch.device
     whole_prompts: bool = False
+    num_ranks: int = 1
 
     def new_cache(
         self,

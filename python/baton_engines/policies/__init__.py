@@ -14,6 +14,7 @@ from .admission import (
 from .base import Policy
 from .baton import Baton
 from .chunked import Chunked
+from .costs import Work
 from .multi_bin import MultiBin
 from .orca import Orca
 from .padded_orca import PaddedOrca
@@ -43,6 +44,7 @@ __all__ = [
     "RunToCompletion",
     "ShortestFirst",
     "View",
+    "Work",
     "get",
     "get_admission",
 ]

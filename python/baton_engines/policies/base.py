@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 
 from ..query import Query
 from .admission import Admission, FirstCome
+from .costs import Work
 from .plan import Forward, Plan, View
 
 # Tokens that a query which counts with its prompt alone may grow before room is asked for again. An
@@ -26,16 +27,32 @@ class Policy(ABC):
         pads: whether it plans padded forwards: the cache then has columns for the padding.
         splits_prompts: whether it cannot do without computing prompts in parts; such a policy is
             refused where they have to be computed whole.
+        needs_times: whether it cannot do without `observe`; such a policy is refused under tensor
+            parallelism, where every rank plans for itself and all have to plan alike.
     """
 
     name: str
     admission: Admission = FirstCome()
     pads: bool = False
     splits_prompts: bool = False
+    needs_times: bool = False
 
     @abstractmethod
     def plan(self, view: View) -> Plan:
         """The next iteration."""
+
+    # Nothing to do for those that do not ask.
+    def observe(self, work: Work, seconds: float) -> None:  # noqa: B027
+        """A forward was run; not called under tensor parallelism, whose ranks have clocks of their
+        own.
+
+        Args:
+            work: what it computed.
+            seconds: until its tokens were delivered, what the loop did before it included.
+        """
+
+    def note_end(self, query: Query) -> None:  # noqa: B027
+        """A query has ended, however it did."""
 
     def victim(self, running: Collection[Query]) -> Query:
         """Who is parked when the running queries outgrow the budget of bytes."""
@@ -96,6 +113,30 @@ def pack_chunks(chunks: Iterable[tuple[Query, int]], max_tokens: int) -> tuple[F
         forwards[-1] = Forward((*forwards[-1].prefill, (query, count)))
         room -= count
     return tuple(forwards)
+
+
+def take_chunks(
+    queries: Iterable[Query], room: int | None, *, whole: bool = False
+) -> list[tuple[Query, int]]:
+    """As much of the prompts as there is room for, one query after the other.
+
+    Args:
+        queries: in the order in which they are served.
+        room: the most tokens; None for all there are.
+        whole: whether prompts are taken whole; the first one then whatever the room.
+    """
+    chunks: list[tuple[Query, int]] = []
+    for query in queries:
+        count = query.prompt_left
+        if room is not None and count > room:
+            count = room if not whole else 0 if chunks else count
+        if count:
+            chunks.append((query, count))
+        if room is not None:
+            room -= count
+            if count < query.prompt_left or room <= 0:
+                break
+    return chunks
 
 
 def positive(policy: Policy, **values: int) -> None:

@@ -21,7 +21,7 @@ class Chunked(Policy):
     name = "chunked"
     splits_prompts = True
 
-    def __init__(self, token_budget: int = 512, *, admission: str | Admission = "fcfs"):
+    def __init__(self, token_budget: int = 256, *, admission: str | Admission = "fcfs"):
         positive(self, token_budget=token_budget)
         self.token_budget = token_budget
         self.admission = get_admission(admission)

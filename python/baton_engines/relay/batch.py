@@ -40,7 +40,7 @@ class Batch:
 
     Args:
         slots: the cache and its rows.
-        policy: chooses who is parked when memory is short.
+        policy: chooses who is parked when memory is short, and hears of queries that end.
         clock: seconds.
         on_end: called with every query that ends.
 
@@ -164,6 +164,7 @@ class Batch:
         query.end(status, reason, now, error)
         self.timeline.end(query.id, now)
         setattr(self.counters, status, getattr(self.counters, status) + 1)
+        self.policy.note_end(query)
         self.on_end(query)
 
     def fail(self, query: Query, error: Exception) -> None:

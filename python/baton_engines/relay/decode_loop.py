@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..policies import Forward, Plan, View
+from ..policies import Forward, Plan, View, Work
 from ..slots import Row
 from .autoscale import Autoscale
 from .batch import Batch
@@ -28,16 +28,27 @@ class DecodeLoop:
         batch: the queries and their slots.
         in_flight: those prompts that are computed elsewhere.
         autoscale: changes the number of slots with the load; None to leave it.
+        observed: whether the policy hears how long forwards take.
 
     Attributes:
         stepping: whether an iteration is going on.
     """
 
-    def __init__(self, batch: Batch, in_flight: InFlight, autoscale: Autoscale | None = None):
+    def __init__(
+        self,
+        batch: Batch,
+        in_flight: InFlight,
+        autoscale: Autoscale | None = None,
+        *,
+        observed: bool = True,
+    ):
         self.batch = batch
         self.in_flight = in_flight
         self.autoscale = autoscale
+        self.observed = observed
         self.stepping = False
+        # When the forward before this one had delivered its tokens, or this iteration began.
+        self._since = 0.0
         # Queries of which a chunk was computed apart since the last step.
         self._chunked: set[int] = set()
 
@@ -54,6 +65,7 @@ class DecodeLoop:
             return False
         self.stepping = True
         begin, num_threads = batch.clock(), torch.get_num_threads()
+        self._since = begin
         try:
             in_flight.land()
             # What landed may have been all that was left, and ended with its first token.
@@ -170,7 +182,12 @@ class DecodeLoop:
         self._count(computed, padded, len(stalled), now - begin)
         for query in stalled:
             batch.begin_span(query, "decode", now)
+        work = _work(computed, padded)
         batch.take(computed, logits, choices)
+        since, self._since = self._since, batch.clock()
+        # How long rows take that had to be tried again says nothing of the next forward.
+        if self.observed and computed == rows:
+            batch.policy.observe(work, self._since - since)
         return True
 
     def _rows(self, forward: Forward) -> list[Row]:
@@ -223,7 +240,7 @@ class DecodeLoop:
         counters, slots = self.batch.counters, self.batch.slots
         prefilled = [(query.id, count) for query, count in rows if not query.tokens]
         tokens = sum(count for _, count in rows)
-        padding = max(count for _, count in rows) * len(rows) - tokens if padded else 0
+        padding = _padding(rows) if padded else 0
         counters.prompt_tokens += sum(count for _, count in prefilled)
         # The attention reads the valid columns of its rows and those of padding that is computed,
         # never the padding that aligns an aligned cache.
@@ -248,3 +265,17 @@ class DecodeLoop:
         prefilling = len(self.in_flight.computing())
         counters.active_slot_steps += prefilling
         counters.prefilling_slot_steps += prefilling
+
+
+def _padding(rows: Sequence[Row]) -> int:
+    """Token slots of a rectangle as wide as the longest row that hold none of the rows' tokens."""
+    return max(count for _, count in rows) * len(rows) - sum(count for _, count in rows)
+
+
+def _work(rows: Sequence[Row], padded: bool) -> Work:
+    """What a forward computes, before its tokens are taken."""
+    work = Work.of(
+        [(query, count) for query, count in rows if not query.tokens],
+        [query for query, _ in rows if query.tokens],
+    )
+    return work._replace(tokens=work.tokens + _padding(rows)) if padded else work

@@ -77,10 +77,18 @@ def open_loop(
             f"Relay: policy must compute prompts whole in an aligned cache and under dynamic RoPE, "
             f"got {policy.name}, which splits them"
         )
+    # The clocks of ranks differ, and what they compute together has to be the same.
+    alone = model.num_ranks == 1
+    if policy.needs_times and not alone:
+        raise ValueError(
+            f"Relay: policy must not depend on the clock under tensor parallelism (costs=, or no "
+            f"max_token_gap), got {policy.name}"
+        )
     prefiller = get_prefiller(prefill)
     prefiller.open(model)
     # Before the patch is undone: the workers use it.
     undo.callback(prefiller.close)
     limits = replace(limits, kv_budget=kv_budget, bytes_per_token=slots.cache.bytes_per_token)
     batch = Batch(slots, policy, clock, on_end)
-    return limits, batch, DecodeLoop(batch, InFlight(batch, prefiller), autoscale)
+    loop = DecodeLoop(batch, InFlight(batch, prefiller), autoscale, observed=alone)
+    return limits, batch, loop

@@ -1,9 +1,10 @@
 """The relay: queries hand over the slots of a running batch between two decode steps.
 
-One iteration (`Relay.step`): the policy says who enters; newcomers prefill straight into their
-slots, parked queries are copied back; then all running queries decode one token. A relay belongs to
-one thread. Its methods may be called from callbacks: `submit`, `cancel`, `preempt`, `resume` and
-`resize` take effect at once, in the middle of a step too.
+One iteration (`Relay.step`): the policy says who enters, and what is computed; newcomers prefill
+straight into their slots, parked queries are copied back, and all running queries decode one token,
+in the same forward or in the next one. A relay belongs to one thread. Its methods may be called
+from callbacks: `submit`, `cancel`, `preempt`, `resume` and `resize` take effect at once, in the
+middle of a step too.
 """
 
 from __future__ import annotations
@@ -262,7 +263,8 @@ class Relay(RelayState):
         return queries
 
     def step(self) -> bool:
-        """One iteration: admit, prefill newcomers, one decode step of all running queries.
+        """One iteration: admit, compute newcomers' prompts or a part of them, and one decode step
+        of all running queries.
 
         Returns:
             Whether there is more to do. Parked queries are nothing to do until they are resumed,
