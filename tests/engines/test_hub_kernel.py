@@ -1,0 +1,93 @@
+"""The folder that `scripts/hub_kernel.py` writes, as `kernels` and transformers take it.
+
+transformers 5.23 and 5.24 want kernels >= 0.18.2, and the newest that PyPI had in November 2026 is
+0.17.2, whose interface they use is the same: there the version that they ask for is told them, in a
+process of its own.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "hub_kernel.py"
+needs_kernels = pytest.mark.skipif(
+    importlib.util.find_spec("kernels") is None,
+    reason="needs the package kernels, which `make test-engines` installs",
+)
+# Continuous batching of four prompts, eager's answers one by one first.
+PROGRAM = """
+import importlib.metadata
+real = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.18.2" if name == "kernels" else real(name)
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from baton_engines.testing.small_llama import small_llama
+model = small_llama(max_position_embeddings=256)
+prompts = [[3, 5, 7], [11] * 20, list(range(1, 60)), [2]]
+config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+model.set_attn_implementation("eager")
+want = []
+for prompt in prompts:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    want.append(out[0, len(prompt) :].tolist())
+model.set_attn_implementation("baton/flash", allow_all_kernels=True)
+import baton_kernels.flash as flash
+calls, inner = [], flash.ragged_attention
+flash.ragged_attention = lambda *args, **options: calls.append(1) or inner(*args, **options)
+outputs = model.generate_batch(
+    prompts,
+    generation_config=config,
+    continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64),
+    progress_bar=False,
+)
+names = sorted(outputs, key=lambda name: int(name.split("_")[-1]))
+assert [outputs[name].generated_tokens for name in names] == want
+assert len(calls) >= 12 * model.config.num_hidden_layers, len(calls)
+print("same answers")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    subprocess.run([sys.executable, SCRIPT, tmp_path / "hub"], check=True)
+    return tmp_path / "hub"
+
+
+def test_the_folder_is_complete(folder):
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    variant = "build/torch-cpu/"
+    assert files == {"build.toml", f"{variant}__init__.py", f"{variant}metadata.json"}
+    metadata = json.loads((folder / variant / "metadata.json").read_text())
+    assert metadata["name"] == "baton-flash" and metadata["backend"] == {"type": "cpu"}
+
+
+@needs_kernels
+def test_kernels_reads_the_folder(folder):
+    from kernels import get_local_kernel
+    from kernels._rust import Build
+
+    Build.open(str(folder))
+    kernel = get_local_kernel(folder)
+    assert kernel.flash_attn_varlen_func.__module__ == "baton_kernels.flash"
+    toml = folder / "build.toml"
+    toml.write_text(toml.read_text().replace("baton-flash", "baton_flash"))
+    with pytest.raises(ValueError, match="name"):
+        Build.open(str(folder))
+
+
+@needs_kernels
+def test_continuous_batching_gives_eager_s_answers(folder):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "LOCAL_KERNELS": f"baton/flash={folder}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "same answers"
