@@ -23,7 +23,7 @@ class PrefillMachine(RelayMachine):
         faults=st.lists(st.booleans(), max_size=12),
     )
     def start(self, settings, always, workers, faults):
-        super().start(settings)
+        super().start(settings, None)
         self.prefill = ManualPrefiller(workers, always)
         self.prefill.fault = self.prefill_fault
         self.faults = list(faults)

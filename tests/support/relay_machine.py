@@ -12,12 +12,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from baton_engines import policies
 from baton_engines.relay import Query, Relay
+from baton_engines.slots.prefix_cache import PrefixCache
 from baton_engines.testing import FakeLlama
 
 POISON, BAD = 48, 49
 CAPACITY, BYTES_PER_TOKEN = 32, 256
-PROMPTS = st.lists(st.integers(0, 47), min_size=1, max_size=12)
 INDEX = st.integers(0, 1000)
+# Prompts that begin alike, and what is kept of them: blocks of a few tokens, not many of them.
+ALIKE = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+BLOCK_TOKENS = 3
+PROMPTS = st.builds(
+    lambda alike, rest: [*ALIKE[:alike], *rest][:12],
+    st.integers(0, 12),
+    st.lists(st.integers(0, 47), min_size=1, max_size=12),
+)
 
 
 class CallbackError(Exception):
@@ -31,9 +39,10 @@ class RelayMachine(RuleBasedStateMachine):
     @initialize(
         settings=st.sampled_from(policies.NAMES).flatmap(
             lambda name: policy_settings.settings(name, CAPACITY, BYTES_PER_TOKEN)
-        )
+        ),
+        blocks=st.none() | st.integers(1, 8),
     )
-    def start(self, settings):
+    def start(self, settings, blocks):
         self.settings = settings
         self.model = FakeLlama()
         self.flaky = itertools.repeat(False)
@@ -41,6 +50,11 @@ class RelayMachine(RuleBasedStateMachine):
         self.model.bad_row = lambda tokens: tokens[0] == BAD and len(tokens) > 6
         self.relay = Relay(self.model, capacity=CAPACITY, **settings)
         policy_settings.watch_budget(self.relay, settings["kv_budget"])
+        self.prefix_bytes = 0
+        if blocks is not None and not settings["aligned"]:
+            self.prefix_bytes = blocks * BLOCK_TOKENS * BYTES_PER_TOKEN
+            prefixes = PrefixCache(self.prefix_bytes, BLOCK_TOKENS)
+            self.relay._batch.slots.prefixes = prefixes
         self.queries: list[Query] = []
         self.options: dict[int, dict] = {}
         self.heard: dict[int, list[int]] = {}
@@ -177,6 +191,7 @@ class RelayMachine(RuleBasedStateMachine):
         parked = [query for query in self.queries if query.parked_kv is not None]
         assert all(query.slot is None and not query.ended for query in parked)
         assert relay.parked_bytes == sum(q.cached for q in parked) * relay.cache.bytes_per_token
+        assert relay.prefix_bytes <= self.prefix_bytes
         for query in self.queries:
             assert self.heard.get(query.id, []) == query.tokens
             assert query.ended == (query.finish_reason is not None)

@@ -19,7 +19,7 @@ class View:
 
     Attributes:
         waiting: queries without a row, in order of submission; `query.cached` > 0 for those with
-            parked keys.
+            parked keys, and for those whose beginning the prefix cache holds.
         running: queries with a row, in order of admission.
         num_slots: rows that there are.
         capacity: the most tokens of a row.

@@ -54,7 +54,7 @@ class Query:
         submitted, first_token, finished: clock seconds; None while they have not happened.
         token_times: clock seconds of every generated token.
         slot: the row of the cache that holds the query, None outside of one.
-        cached: how many tokens have keys and values, in the slot or parked.
+        cached: how many tokens have keys and values, in the slot, parked or in the prefix cache.
         logprobs: of every generated token, if `submit` requested them, else None.
         tokenizer: decodes `text`; None where the relay has none.
         parked_kv: for the engine: keys and values in host memory, while the query is out of its

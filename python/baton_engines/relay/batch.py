@@ -72,8 +72,8 @@ class Batch:
         self.parked: dict[int, Query] = {}
         self.counters = Counters()
         self.timeline = Timeline()
-        # What `counters` has of the bytes that cache and slots count.
-        self._bytes_seen = (0, 0)
+        # What `counters` has of what cache and slots count.
+        self._seen = (0, 0, 0, 0)
 
     def place(self, query: Query) -> dict[int, Query] | None:
         """Which of `waiting`, `running` and `parked` holds the query; None if it has ended."""
@@ -159,6 +159,8 @@ class Batch:
         for queries in (self.waiting, self.running, self.parked):
             queries.pop(query.id, None)
         self.on_leave(query)
+        if status != "failed":
+            self._keep_prefix(query, query.cached)
         self.slots.leave(query)
         now = self.clock()
         query.end(status, reason, now, error)
@@ -256,6 +258,8 @@ class Batch:
                 ),
             )
             return
+        if not query.tokens:
+            self._keep_prefix(query, len(query.prompt))
         self._record(query, choice)
         serving = query.serving
         pushed = self.attempt(query, "tokenizer", serving.stopper.push, query.tokens)
@@ -274,6 +278,10 @@ class Batch:
             # Whatever a callback does, Ctrl-C included: a query gets no token after its last one.
             if reason is not None and not query.ended:
                 self.end(query, "finished", reason)
+
+    def _keep_prefix(self, query: Query, num_tokens: int) -> None:
+        # A cancelled query may still be in its prompt, or may not have a row.
+        self.slots.keep_prefix(query, min(num_tokens, self.slots.length(query)))
 
     def _record(self, query: Query, choice: Choice) -> None:
         now = self.clock()
@@ -304,7 +312,15 @@ class Batch:
 
     def count_bytes(self) -> None:
         """Bring the counters up to what cache and slots have counted."""
-        seen = (self.slots.cache.bytes_moved, self.slots.parking_bytes)
-        self.counters.shaping_bytes += seen[0] - self._bytes_seen[0]
-        self.counters.parking_bytes += seen[1] - self._bytes_seen[1]
-        self._bytes_seen = seen
+        slots, counters, last = self.slots, self.counters, self._seen
+        seen = (
+            slots.cache.bytes_moved,
+            slots.parking_bytes,
+            slots.reused_tokens,
+            slots.reusing_queries,
+        )
+        counters.shaping_bytes += seen[0] - last[0]
+        counters.parking_bytes += seen[1] - last[1]
+        counters.reused_tokens += seen[2] - last[2]
+        counters.reusing_queries += seen[3] - last[3]
+        self._seen = seen

@@ -60,6 +60,8 @@ class Counters:
         prefills_elsewhere: queries whose prompt was computed beside the loop and inserted.
         prefill_faults: prompts that could not be computed there, and were left to the loop.
         prompt_tokens, output_tokens: tokens computed, tokens generated.
+        reused_tokens, reusing_queries: tokens of prompts that were copied from the prefix cache
+            instead of computed, and the queries that they belong to.
         slot_steps, active_slot_steps: slots, and slots in which a query computed since the step
             before (a chunk of its prompt, or its token), summed over steps. A slot whose prompt is
             being computed elsewhere computes; one whose prompt waits for a worker does not.
@@ -96,6 +98,8 @@ class Counters:
     prefill_faults: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    reused_tokens: int = 0
+    reusing_queries: int = 0
     slot_steps: int = 0
     active_slot_steps: int = 0
     prefilling_slot_steps: int = 0

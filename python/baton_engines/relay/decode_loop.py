@@ -114,8 +114,11 @@ class DecodeLoop:
 
     def _view(self, now: float, more_to_come: bool) -> View:
         batch, slots = self.batch, self.batch.slots
+        waiting = [query for query in batch.waiting.values() if not query.is_held_back()]
+        for query in waiting:
+            slots.look_up(query)
         return View(
-            waiting=[query for query in batch.waiting.values() if not query.is_held_back()],
+            waiting=waiting,
             running=batch.running.values(),
             num_slots=slots.num_slots,
             capacity=slots.capacity,

@@ -33,6 +33,7 @@ def open_loop(
     aligned: bool,
     shaping: str,
     kv_budget: int | None,
+    prefix_cache: int | None,
     max_slots: int | None,
     prefill: str | Prefiller,
     clock: Callable[[], float],
@@ -45,8 +46,8 @@ def open_loop(
         policy: an object of its own.
         undo: gets what has to be undone when the relay is closed. Written.
         on_end: called with every query that ends.
-        num_slots, capacity, tokenizer, generation_config, aligned, shaping, kv_budget, max_slots,
-            prefill, clock: see `Relay`.
+        num_slots, capacity, tokenizer, generation_config, aligned, shaping, kv_budget,
+            prefix_cache, max_slots, prefill, clock: see `Relay`.
 
     Raises:
         Exception: see `Relay`; `undo` then has to be closed.
@@ -57,6 +58,8 @@ def open_loop(
         autoscale = Autoscale(num_slots, max_slots)
     if kv_budget is not None:
         kv_budget = checked_int("Relay", "kv_budget", kv_budget, 1)
+    if prefix_cache is not None:
+        prefix_cache = checked_int("Relay", "prefix_cache", prefix_cache, 1)
     if not isinstance(model, ModelHandle):
         # Here and not above: a handle of another kind needs no transformers.
         from ..huggingface.sharing import shared_handle
@@ -71,6 +74,7 @@ def open_loop(
         shaping=shaping,
         padded=policy.pads,
         kv_budget=kv_budget,
+        prefix_bytes=prefix_cache,
     )
     if slots.whole_prompts and policy.splits_prompts:
         raise ValueError(

@@ -59,6 +59,10 @@ class Relay(RelayState):
             admission first, and go on later without recomputing. Padding that aligns rows is not
             counted, nor what is parked (`parked_bytes`), nor a prompt computed elsewhere until it
             enters; room for it is kept.
+        prefix_cache: bytes of keys and values that are kept of prompts and answers; a query that
+            begins with the same tokens copies them instead of computing them, in steps of 32
+            tokens. The least recently used go first. They are not counted in kv_budget. None, the
+            default, keeps nothing.
         max_slots: the number of slots grows up to this while queries wait, and shrinks back to
             num_slots when rows are not used; None keeps it.
         clock: seconds.
@@ -69,8 +73,9 @@ class Relay(RelayState):
             queries back in `step` to form larger batches. `run` and `stream` wait for nobody.
 
     Raises:
-        ValueError: num_slots, capacity or kv_budget is below 1, max_slots below num_slots, or there
-            is no such policy, shaping or prefill mode, or they do not go with the kind of cache.
+        ValueError: num_slots, capacity, kv_budget or prefix_cache is below 1, max_slots below
+            num_slots, or there is no such policy, shaping or prefill mode, or they do not go with
+            the kind of cache.
         NotImplementedError: the generation config has a setting that only `generate` knows.
         Exception: what `huggingface.adapt` raises for a model that cannot be computed exactly.
 
@@ -89,6 +94,7 @@ class Relay(RelayState):
         aligned: bool = False,
         shaping: str = "in_place",
         kv_budget: int | None = None,
+        prefix_cache: int | None = None,
         max_slots: int | None = None,
         prefill: str | Prefiller = "serial",
         clock: Callable[[], float] = time.perf_counter,
@@ -110,6 +116,7 @@ class Relay(RelayState):
                 aligned=aligned,
                 shaping=shaping,
                 kv_budget=kv_budget,
+                prefix_cache=prefix_cache,
                 max_slots=max_slots,
                 prefill=prefill,
                 clock=clock,

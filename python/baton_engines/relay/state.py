@@ -59,6 +59,12 @@ class RelayState:
         return self._batch.slots.parked_bytes
 
     @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the keys and values in the prefix cache."""
+        prefixes = self._batch.slots.prefixes
+        return 0 if prefixes is None else prefixes.bytes_in_use
+
+    @property
     def timeline(self) -> list[Span]:
         """Who held which slot when, a span split by each stall; the newest 16384 spans."""
         return self._batch.timeline.spans(self._clock())

@@ -5,8 +5,10 @@ The cache may run ahead of a query by one forward: columns are reserved before t
 just run again, into the same columns.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,6 +18,7 @@ from ..llama.handle import ModelHandle
 from ..llama.packed_batch import PackedBatch
 from ..query import Query, SharedPrompt
 from .concatenated_cache import ConcatenatedCache
+from .prefix_cache import KeysValues, PrefixCache
 
 # How an aligned cache stays aligned when a row enters or leaves: the rows that must move do, or all
 # rows are copied into a new cache.
@@ -44,11 +47,16 @@ class Slots:
         shaping: how an aligned cache is kept so, one of `SHAPINGS`.
         padded: whether forwards may be padded; the cache then has columns for the padding too.
         kv_budget: the most bytes of keys and values in the rows; None without a bound.
+        prefix_bytes: the most bytes of keys and values that are kept of texts, for queries that
+            begin alike; None keeps nothing.
 
     Attributes:
+        prefixes: what is kept, or None.
         whole_prompts: whether a prompt has to be computed in one forward.
         parked_bytes: of the keys and values in host memory.
         parking_bytes: copied to host memory and back so far.
+        reused_tokens: tokens of prompts that were copied instead of computed so far.
+        reusing_queries: queries with such tokens so far.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class Slots:
         shaping: str = SHAPINGS[0],
         padded: bool = False,
         kv_budget: int | None = None,
+        prefix_bytes: int | None = None,
     ):
         if shaping not in SHAPINGS:
             raise ValueError(
@@ -70,9 +79,18 @@ class Slots:
             raise ValueError(f"Relay: aligned must be True for shaping {shaping!r}, got False")
         self.model = model
         self.whole_prompts = aligned or model.whole_prompts
+        if prefix_bytes is not None and self.whole_prompts:
+            raise ValueError(
+                "Relay: prefix_cache must be None in an aligned cache and under dynamic RoPE, "
+                f"where prompts are computed whole, got {prefix_bytes}"
+            )
         self.capacity = capacity
         self.kv_budget = kv_budget
         self.parked_bytes = self.parking_bytes = 0
+        self.prefixes = None if prefix_bytes is None else PrefixCache(prefix_bytes)
+        self.reused_tokens = self.reusing_queries = 0
+        # By query, the version of the prefix cache in which its beginning was looked for.
+        self._looked_up: WeakKeyDictionary[Query, int] = WeakKeyDictionary()
         # A row of c tokens is padded by c - 1 at most.
         columns = 2 * capacity - 1 if padded else capacity
         self.cache = model.new_cache(num_slots, columns, aligned=aligned)
@@ -103,11 +121,80 @@ class Slots:
             self._copy_shared(query, shared, length)
             return
         if query.parked_kv is None:
-            query.slot = self.cache.allocate(length)
+            self._enter_fresh(query, length)
             return
         query.slot = self._insert(*query.parked_kv, query.cached, length)
         self.parking_bytes += _bytes_of(query)
         self._drop_parked(query)
+
+    def look_up(self, query: Query) -> None:
+        """Set `Query.cached` of a query that nothing is computed of to what `enter` can copy."""
+        prefixes = self.prefixes
+        if prefixes is None or query.slot is not None or query.parked_kv is not None:
+            return
+        shared = query.shared_prompt
+        copies_a_row = shared is not None and query.id in shared.pending
+        if copies_a_row or query.tokens or self._looked_up.get(query) == prefixes.version:
+            return
+        self._looked_up[query] = prefixes.version
+        query.cached = prefixes.find(query.prompt, len(query.prompt) - self._computed_at_least)
+
+    def keep_prefix(self, query: Query, num_tokens: int) -> None:
+        """Keep the first tokens of the query's row for queries that begin alike.
+
+        Args:
+            query: one whose keys and values are all finite.
+            num_tokens: at most as many as count; on a GPU no more than the prompt has, because keys
+                that were decoded there have other bits than computed ones.
+        """
+        slot = query.slot
+        if self.prefixes is None or slot is None:
+            return
+        if self.cache.keys.device.type != "cpu":
+            num_tokens = min(num_tokens, len(query.prompt))
+        start = self.cache.shape.start(slot)
+        tokens = (query.prompt + query.tokens)[:num_tokens]
+
+        def read(begin: int, end: int) -> KeysValues:
+            columns = slice(start + begin, start + end)
+            parts = (
+                part[:, slot, :, columns].transpose(1, 2).contiguous()
+                for part in (self.cache.keys, self.cache.values)
+            )
+            return KeysValues(*parts)
+
+        # Without memory for it, the next query computes its own; nobody loses anything.
+        with contextlib.suppress(MemoryError, torch.OutOfMemoryError):
+            self.prefixes.keep(tokens, read)
+
+    @property
+    def _computed_at_least(self) -> int:
+        # The last token's logits are needed. On a GPU a chunk of one token is computed by other
+        # kernels than a longer one, and has other bits.
+        return 1 if self.cache.keys.device.type == "cpu" else 2
+
+    def _enter_fresh(self, query: Query, length: int) -> None:
+        """A row of `length` tokens for a query without one, which may begin with kept ones."""
+        blocks: list[KeysValues] = []
+        if self.prefixes is not None and query.cached:
+            blocks = self.prefixes.take(query.prompt, query.cached)
+            # Some may have been dropped since `look_up`; they are computed then.
+            held = sum(block.key.shape[1] for block in blocks)
+            length -= query.cached - held
+            query.cached = held
+        slot = self.cache.allocate(length)
+        try:
+            column = self.cache.shape.start(slot)
+            for block in blocks:
+                tokens = block.key.shape[1]
+                self._write(*block, tokens, slot, column)
+                column += tokens
+        except BaseException:
+            self.cache.free(slot)
+            raise
+        query.slot = slot
+        self.reused_tokens += query.cached
+        self.reusing_queries += bool(blocks)
 
     def fill(self, query: Query, key: torch.Tensor, value: torch.Tensor) -> None:
         """Replace the query's row, which is vacant, by one of keys and values computed elsewhere.
@@ -134,18 +221,21 @@ class Slots:
         key, value = key.to(cache.keys.device), value.to(cache.keys.device)
         slot = cache.allocate(length, slot)
         try:
-            index = torch.tensor(
-                [0, tokens, slot, cache.shape.start(slot)],
-                dtype=torch.int32,
-                device=cache.keys.device,
-            )
-            baton_kernels.insert_kv(
-                key, value, cache.keys, cache.values, index[:2], index[2:3], index[3:]
-            )
+            self._write(key, value, tokens, slot, cache.shape.start(slot))
         except BaseException:
             cache.free(slot)
             raise
         return slot
+
+    def _write(
+        self, key: torch.Tensor, value: torch.Tensor, tokens: int, slot: int, column: int
+    ) -> None:
+        """Write the first tokens of key and value into a row, from a column on."""
+        cache = self.cache
+        index = torch.tensor([0, tokens, slot, column], dtype=torch.int32, device=cache.keys.device)
+        baton_kernels.insert_kv(
+            key, value, cache.keys, cache.values, index[:2], index[2:3], index[3:]
+        )
 
     def leave(self, query: Query) -> None:
         """Free the query's row, if it has one, and forget its keys and values."""
