@@ -83,12 +83,17 @@ def _open_relay(
             tokenizer=tokenizer,
             generation_config=generation_config,
             max_slots=batching.max_slots,
-            kv_budget=None if batching.kv_budget is None else int(batching.kv_budget * 2**20),
+            kv_budget=_bytes(batching.kv_budget),
+            prefix_cache=_bytes(batching.prefix_cache),
         )
     # No Llama, or one with something that the patch does not know; a process that cannot start; no
     # package for the mode.
     except (ImportError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
+
+
+def _bytes(mib: float | None) -> int | None:
+    return None if mib is None else int(mib * 2**20)
 
 
 def _empty_generation_config(model: Any) -> Any:

@@ -162,6 +162,12 @@ class Batching:
         float | None,
         typer.Option(min=0.0, help="Most MiB of cached keys and values; queries are parked at it."),
     ] = None
+    prefix_cache: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Most MiB of keys and values kept for prompts that begin alike."
+        ),
+    ] = None
     capacity: CapacityOption = None
     dtype: DtypeOption = Dtype.auto
     threads: ThreadsOption = None
