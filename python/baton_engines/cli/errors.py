@@ -1,6 +1,6 @@
 """The one place where a command's errors become a line for the user and an exit code.
 
-2: the command line asks for something that cannot be; 1: queries failed, or the run did.
+2: the command line cannot be carried out as given; 1: queries failed, or the run did.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _INTERRUPTED = 130
 
 _Arguments = ParamSpec("_Arguments")
 # Typer's own errors know how to show themselves. It has brought its own click along for some
-# versions, so the class is found by its name. A reader that has gone away, as `head` does, is no
-# error of ours.
+# versions, so the class is found by its name. A reader that has gone away, as `head` does, is not
+# an error of ours.
 _PASSED_ON: tuple[type[BaseException], ...] = (
     typer.Exit,
     typer.Abort,

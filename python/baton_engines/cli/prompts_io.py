@@ -70,7 +70,7 @@ class PromptRecord:
         except ContentError:
             raise
         # Templates and tokenizers raise what they like (jinja2 errors, TypeError for lone
-        # surrogates, panics); whatever it is concerns this query only.
+        # surrogates, panics); any of them concerns this query only.
         except BaseException as error:
             if not is_failure(error):
                 raise

@@ -1,6 +1,6 @@
 """Where results go: a file that appears whole or grows line by line, standard output, a device.
 
-Whatever happens (a full disk, Ctrl-C, a model that cannot be loaded), what was written is whole
+After any failure (a full disk, Ctrl-C, a model that cannot be loaded), what was written is whole
 lines, and an older file is there until a new one can take its place.
 """
 
@@ -76,8 +76,8 @@ class FileStream:
 def open_results(output: Path | None, *, resume: bool = False) -> Iterator[LineStream]:
     """A stream for results; what is there stays until the block has ended well.
 
-    A file is written beside its place and renamed at the end; if the block raises, what it has
-    written stays under the other name, which the error then says. With `resume`, lines are appended
+    A file is written under another name and renamed at the end; if the block raises, what it has
+    written stays there, and the error names it. With `resume`, lines are appended
     to the file as they come.
 
     Args:
@@ -165,7 +165,7 @@ class ResultWriter:
     Args:
         stream: where lines go.
         in_order: whether a record waits for those before it; if not, it is written at once, so
-            that whatever ends the program loses only what has not finished.
+            that the end of the program loses only what has not finished.
     """
 
     def __init__(self, stream: LineStream, *, in_order: bool = True) -> None:
@@ -199,7 +199,7 @@ class ResultWriter:
 
 
 class _StandardOutput:
-    """Python's own standard output where it is no file, as under a test or in a notebook."""
+    """Python's own standard output where it is not a file, as under a test or in a notebook."""
 
     def write(self, line: bytes) -> None:
         sys.stdout.buffer.write(line)

@@ -1,7 +1,7 @@
 """Draws who held which slot when: one colored bar per query, its prefill darker, idle slots gray.
 
 Takes spans with slot, query_id, begin, end (seconds of one clock) and kind "prefill" or "decode",
-as Relay.timeline has them. Draws through matplotlib's Figure alone, so no global state of pyplot
+as Relay.timeline has them. Draws only through matplotlib's Figure, so no global state of pyplot
 and no display is touched.
 """
 
@@ -295,7 +295,7 @@ def _mark_time_saved(axes_list: Sequence[Any], panels: Sequence[Panel]) -> None:
             xytext=(slowest, middle),
             arrowprops={"arrowstyle": "->", "color": FAINT, "linewidth": 1.2},
         )
-        # Below a tenth of the axis the words would not fit beside the bars.
+        # Below a tenth of the axis the words would not fit next to the bars.
         if saved >= 0.1 * slowest:
             axes.text(
                 panel.seconds + saved / 2,

@@ -23,7 +23,7 @@ def adapt(model: PreTrainedModel) -> ModelHandle:
         model: a causal language model of transformers.
 
     Raises:
-        TypeError: model is no transformers model.
+        TypeError: model is not a transformers model.
         ValueError: model is patched already.
         NotImplementedError: neither supports it; the message says what `AnyModel` lacks.
     """

@@ -57,7 +57,7 @@ def shared_handle(model: PreTrainedModel) -> Iterator[ModelHandle]:
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Make the model what it was, whoever uses or has patched it; handles can no longer compute.
+    """Undo every patch of the model, also one that is in use; handles can no longer compute.
 
     For a notebook whose handle is lost. A model that is not in use stays as it is.
 

@@ -1,6 +1,6 @@
 """What a model must be for the patched Llama pass, checked before anything is changed.
 
-Whatever is not supported is refused here, with what is supported, and never computed wrongly.
+An unsupported model is refused here, with what is supported, and never computed wrongly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def check_model(model: object) -> Family:
         model: anything.
 
     Raises:
-        TypeError: model is no torch module.
+        TypeError: model is not a torch module.
         NotImplementedError: the model, or something in its config, is not supported.
     """
     if not isinstance(model, nn.Module):

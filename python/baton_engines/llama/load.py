@@ -112,7 +112,7 @@ def _from_pretrained(
     kind: type[Any], name: str | None, **options: Any
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """A model and what its files lacked. transformers' own types do not say that there are two
-    results, and its "auto" classes are no models."""
+    results, and its "auto" classes are not models."""
     return kind.from_pretrained(name, output_loading_info=True, **options)
 
 
@@ -168,7 +168,7 @@ def _load_smollm2(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrained
     folder = smollm2_folder()
     dtype = torch.float32 if dtype == "auto" else dtype
     try:
-        # Read tensor by tensor and not mapped: mapped pages would count beside the weights that
+        # Read tensor by tensor and not mapped: mapped pages would count next to the weights that
         # are converted or merged from them.
         with safe_open(folder / _WEIGHTS, framework="pt", backend="pread") as file:
             weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
@@ -245,7 +245,7 @@ def _convert_smollm2(weights: Path, folder: Path) -> None:
             f"`pip install {' '.join(needed)}`"
         )
     status = Console(file=sys.stderr).status("converting SmolLM2-135M, once: about 20 seconds")
-    # The reader draws a progress bar of its own that cannot be turned off.
+    # The reader draws a progress bar that cannot be turned off.
     with status, contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             weights.parent, gguf_file=weights.name, dtype=torch.float32

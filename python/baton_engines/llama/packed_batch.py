@@ -41,7 +41,7 @@ class PackedBatch:
         max_query_length: int, the largest of `query_lengths`.
         max_length: int, the largest of `lengths`.
         padding: tuple of int; tokens of padding after those of each row, which compute and are
-            cached like tokens, at positions and columns of their own behind the row's last one:
+            cached like tokens, at separate positions and columns behind the row's last one:
             `cu_seqlens_q`, `lengths` and the packed tensors count them, `query_lengths`,
             `total_lengths` and `last_tokens` do not.
     """
@@ -91,8 +91,8 @@ class PackedBatch:
             query_lengths: ints, one per slot, from 1 to the row's length; None stands for 1 each (a
                 decode step).
             device: where the tensors shall live: that of the model and the cache.
-            padded: bool; whether every row computes as many tokens as the longest, padding behind
-                its own. The shape does not count the padding, whose columns must be free.
+            padded: bool; whether every row is padded to the number of tokens of the longest,
+                behind its own. The shape does not count the padding, whose columns must be free.
 
         Raises:
             ValueError: no slot, a slot not in use or named twice, query_lengths that do not fit, or

@@ -1,9 +1,9 @@
 """Rotary cos and sin of packed tokens, in float32, as the model's own rotary module computes them.
 
-Every frequency and scaling factor comes out of that module, so that whatever a config can name is
-computed by one implementation. What is added here: the values are kept in a table indexed by
-position, and for `dynamic` RoPE, whose frequencies depend on the length of the query, each query
-gets those it would get if it were decoded alone.
+Every frequency and scaling factor comes out of that module, so that everything that a config can
+name is computed by one implementation. What is added here: the values are kept in a table indexed
+by position, and for `dynamic` RoPE, whose frequencies depend on the length of the query, each query
+gets those it would get if it were decoded by itself.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class RotaryTable:
     """cos and sin by position, from a private copy of a Llama model's rotary module.
 
     `cos[i] = scaling * cos(positions[i] * frequencies)`, sin likewise, half a head wide. A dynamic
-    query that passes the length the model was made for has the frequencies of its own length, that
-    of this pass: what the module does when the query is prefilled in one go and then decoded token
-    by token, with no other query before or beside it.
+    query that passes the length the model was made for has the frequencies for its length in
+    this pass: what the module does when the query is prefilled in one go and then decoded token
+    by token, with no other query before it or at the same time.
 
     Args:
         rotary: the model's rotary module (`model.model.rotary_emb`); not kept and not changed.

@@ -49,7 +49,7 @@ class Admission(ABC):
         """
 
     def reference(self, running: Iterable[Query], waiting: Iterable[Query]) -> float:
-        """What the costs of an iteration are measured against; 0 where they stand alone."""
+        """What the costs of an iteration are compared with; 0 where they are absolute."""
         return 0.0
 
     def order(self, view: View) -> Iterator[Query]:

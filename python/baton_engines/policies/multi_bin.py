@@ -2,8 +2,8 @@
 
 Queries are sorted into k bins of equal probability mass by their length. Batches form inside a bin,
 and full ones run first come first served: the one that was full first goes first. A batch that is
-not full goes when no full one waits and no more queries are to come, and counts as full when its
-first query has seen several times as many come as fill a batch of each bin: so nobody starves.
+not full goes when no full one waits and no more queries are to come, and counts as full once
+several times `bins * batch_size` queries have arrived after its first one: so no query starves.
 Source: Multi-Bin Batching (arXiv 2412.04504), section 3; that last rule is ours.
 """
 
@@ -17,7 +17,8 @@ from .base import Policy, fitting, pack_prefills, positive
 from .plan import Forward, Plan, View
 
 _MAX_SEEN = 1 << 14
-# By how many times the queries that fill a batch of each bin a batch may be late.
+# A bin's batch counts as full once this many times `bins * batch_size` queries have arrived after
+# its first one.
 _PATIENCE = 4
 
 

@@ -1,7 +1,7 @@
 """Padded Orca: as Orca, but the shared forward is a rectangle.
 
-Every row of a forward with a prefill in it computes as many tokens as the longest prompt there: the
-decoders compute one token and padding. That is how BATON describes what it improves on; Orca's own
+In a forward with a prefill every row is padded to the longest prompt there: the decoders compute
+one token and padding. That is how BATON describes what it improves on; Orca's own
 text packs, see `orca`.
 """
 

@@ -31,7 +31,7 @@ class View:
             row can grow without the others, and dynamic RoPE goes by the length that the forward
             ends at.
         more_to_come: whether queries will be submitted yet, for which it may pay to wait.
-        prefills_elsewhere: whether whole prompts of forwards without decoding are computed beside
+        prefills_elsewhere: whether whole prompts of forwards without decoding are computed outside
             the loop while queries decode, so that nobody waits for them. A query stays `running`
             with its `prompt_left` meanwhile; planned again, it is not computed again.
     """
@@ -61,8 +61,8 @@ class Forward(NamedTuple):
         prefill: queries and how many tokens of their prompt are computed; all that is left of it
             if the view says `whole_prompts`.
         decode: whether every running query whose prompt is complete computes its next token.
-        padded: whether every row computes as many tokens as the longest one, the rest of them
-            padding; needs a policy that `pads`.
+        padded: whether every row is padded to the number of tokens of the longest one; needs a
+            policy that `pads`.
     """
 
     prefill: tuple[tuple[Query, int], ...] = ()

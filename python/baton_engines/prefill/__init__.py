@@ -1,6 +1,6 @@
 """Where the prompts of newcomers are computed, by name; see `Relay`.
 
-"serial": by the decode loop, between two steps. "overlapped": by a thread with cores of its own.
+"serial": by the decode loop, between two steps. "overlapped": by a thread with separate cores.
 "apart": by other processes, which hand keys and values over in shared memory. "ray": by actors of
 Ray, on other machines too.
 """

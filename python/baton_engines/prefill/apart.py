@@ -1,4 +1,4 @@
-"""Prefill by processes of their own, which hand keys and values over in shared memory.
+"""Prefill by other processes, which hand keys and values over in shared memory.
 
 The model travels once, as `torch.save` writes it, in a file without a name that every worker maps,
 so all workers read one copy of the weights. A worker that dies, or that takes too long, is killed
@@ -26,7 +26,7 @@ from .handover import Handover, Sizes
 
 _log = logging.getLogger(__name__)
 
-# A worker that could not be started so many times in a row is not tried again.
+# A worker that could not be started this many times in a row is not tried again.
 _MAX_FAILED_STARTS = 3
 MAX_MESSAGE_BYTES = 1 << 16
 
@@ -75,7 +75,7 @@ class Apart(Prefiller):
         """One process's worker each, on one copy of the model's weights."""
         device = torch.device(getattr(model, "device", "cpu"))
         if device.type != "cpu":
-            # The processes share host memory: each would put weights of its own on the GPU, and
+            # The processes share host memory: each would put its own weights on the GPU, and
             # keys and values would cross to the host and back.
             raise NotImplementedError(
                 f"Apart: model must be on the CPU, got one on {device}: use prefill='overlapped' "
@@ -147,8 +147,8 @@ class _ProcessWorker(Worker):
         command = [sys.executable, "-m", "baton_engines.prefill.apart_worker"]
         numbers = (theirs.fileno(), self._model.file, self._threads)
         with theirs:
-            # A session of its own: a Ctrl-C at the terminal is for this process alone, and a worker
-            # whose parent is gone sees it by the end of its socket. What it prints is no result.
+            # A separate session: a Ctrl-C at the terminal is for this process only, and a worker
+            # whose parent is gone sees it by the end of its socket. What it prints is not a result.
             try:
                 process = subprocess.Popen(
                     [*command, *map(str, numbers)],

@@ -1,8 +1,8 @@
-"""Computes prompts beside the decode loop: jobs, the threads that take them, and what a mode adds.
+"""Computes prompts outside the decode loop: jobs, the threads that take them, and what a mode adds.
 
 One thread per worker takes jobs first in, first out. A job's outcome is a state of the job and no
 message, so a Ctrl-C in the loop's thread can lose none. The workers touch no cache of the relay:
-keys and values of a job lie in memory of its own until the loop inserts them.
+keys and values of a job lie in separate memory until the loop inserts them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Job:
 
 
 class Worker(ABC):
-    """Computes one job at a time. `start` and `compute` are called from a thread of its own."""
+    """Computes one job at a time. `start` and `compute` are called from a separate thread."""
 
     @abstractmethod
     def start(self) -> None:
@@ -63,7 +63,7 @@ class Worker(ABC):
 
     @abstractmethod
     def compute(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
-        """The prompts' keys, values and last logits; whatever it raises ends the job alone."""
+        """The prompts' keys, values and last logits; an exception ends only this job."""
 
     def stop(self) -> None:  # noqa: B027
         """Called from another thread before the worker is closed: end `compute` early, if that can
@@ -202,7 +202,7 @@ class _Desk:
             if not job.abandoned:
                 try:
                     job.prefilled = worker.compute(job.prompts)
-                # Whatever it is: somebody waits for this job, and others for the thread.
+                # Any exception: the loop waits for this job, and other jobs for the thread.
                 except BaseException as error:
                     job.error = error
             if job.abandoned:

@@ -1,7 +1,7 @@
 """Prefill by a thread of this process while the decode loop goes on.
 
-CPU: the thread has an OpenMP team of its own, of as many cores as it is given. CUDA: it has a
-stream of its own, and a job is done when the stream is.
+CPU: the thread has its own OpenMP team, with the cores that it is given. CUDA: it has its own
+stream, and a job is done when the stream is.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _ThreadWorker(Worker):
             self._streams = torch.cuda.Stream(device), torch.cuda.current_stream(device)
 
     def start(self) -> None:
-        # For this thread alone: each thread that calls OpenMP has a team of its own. In a new
+        # For this thread only: each thread that calls OpenMP has its own team. In a new
         # thread torch's first look at the number replaces it by the one that was last set anywhere,
         # so there must have been a look before.
         torch.get_num_threads()

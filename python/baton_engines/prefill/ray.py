@@ -1,9 +1,10 @@
 """Prefill by actors of Ray, on any node of its cluster; keys and values come through its object
 store.
 
-Placement and restart are Ray's. A prompt goes to an actor that lives and has nothing to do: whoever
-is lost, or hangs and is killed, takes no prompt until Ray has restarted it. What it was computing
-goes to another actor once, if one lives, and else to the loop, which never waits for a restart.
+Placement and restart are Ray's. A prompt goes to an actor that lives and has nothing to do: one
+that is lost, or hangs and is killed, takes no prompt until Ray has restarted it. What it was
+computing goes to another actor once, if one lives, and else to the loop, which never waits for a
+restart.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ class _Actors:
             self._change.notify_all()
 
     def stop(self) -> None:
-        """End the actors, whatever they do; again is nothing."""
+        """End the actors, even busy ones; a second call does nothing."""
         with self._change:
             self._closed = True
             actors, self._all = self._all, []

@@ -1,6 +1,6 @@
 """What an actor of `prefill.ray` does, and how tensors travel through Ray's object store.
 
-Ray keeps numpy arrays in the shared memory of a node and maps them for whoever reads them there.
+Ray keeps numpy arrays in the shared memory of a node and maps them for every reader there.
 numpy has no bfloat16, so tensors travel as bytes.
 """
 
@@ -32,7 +32,7 @@ class SavedModel(NamedTuple):
         return cls(torch.frombuffer(stream.getbuffer(), dtype=torch.uint8).numpy())
 
     def load(self):
-        """A copy of the handle with weights of its own."""
+        """A copy of the handle with its own weights."""
         return torch.load(io.BytesIO(memoryview(self.data)), weights_only=False)
 
 

@@ -4,8 +4,8 @@
 def is_failure(error: BaseException) -> bool:
     """Whether something went wrong, as opposed to somebody who wants the program to stop.
 
-    A panic in a library written in Rust (tokenizers, safetensors) is no `Exception`, but concerns
-    one query or one file all the same.
+    A panic in a library written in Rust (tokenizers, safetensors) is not an `Exception`, but
+    concerns one query or one file all the same.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 

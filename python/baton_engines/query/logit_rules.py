@@ -1,7 +1,7 @@
 """What a query's options do to its logits before a token is chosen, for all rows of a step at once.
 
-A query's tokens are few beside a vocabulary, so the rules read and write only the logits of these:
-one gather and one scatter per step, whatever the number of rows.
+A query's tokens are few compared with a vocabulary, so the rules read and write only the logits of
+these: one gather and one scatter per step, for any number of rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One request on its way through the relay: its prompt, its tokens, and what became of it.
+"""One request to the relay: its prompt, its tokens, and what became of it.
 
 A query is "waiting" until a policy admits it, "running" while it has a row of the batch, "parked"
 after `Relay.preempt`, and ends as "finished", "cancelled" or "failed". Only the engine changes a
@@ -42,7 +42,7 @@ class Query:
 
     Attributes:
         id: number in order of submission, starting at 0 for each relay.
-        name: whatever was given to `submit`, or None.
+        name: the object that was given to `submit`, or None.
         prompt: the prompt's token ids.
         max_new_tokens: the most tokens that are generated.
         priority: what the admission `priority` goes by, more before less.
@@ -174,14 +174,14 @@ class SharedPrompt:
     """A prompt that several queries have in common: one computes it, the others copy its row.
 
     The others take their first tokens from the leader's logits, and later copy its row: nothing is
-    computed twice, so they have the bits that they would have alone.
+    computed twice, so they have the bits that they would have by themselves.
 
     Args:
         queries: at least two, with the same prompt.
 
     Attributes:
         leader: the query that computes the prompt, or has done so.
-        pending: the queries without keys and values of their own, by id.
+        pending: the queries that have no keys and values yet, by id.
         ready: whether the prompt has been computed.
         parked: keys and values of the prompt in host memory, once the leader's row is gone.
         lost: why they could not be kept, or None.

@@ -42,13 +42,13 @@ class Sampler:
     def draw(self, position: int) -> float:
         """The random number in [0, 1) for the query's token number `position`.
 
-        Positions are asked for in order; the newest one may be asked for again, as a step is that
-        was interrupted.
+        Positions come in order; the newest one may come again, after a step that was
+        interrupted.
         """
         if self._generator is None:
             self._generator = torch.Generator("cpu").manual_seed(self.seed)
         if position != self._drawn[0]:
-            # From the CPU whatever the device, and whatever torch's default device: a seed means
+            # From the CPU on every device, independent of torch's default device: a seed means
             # the same everywhere.
             number = torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu")
             self._drawn = (position, number.item())

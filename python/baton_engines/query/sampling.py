@@ -147,7 +147,7 @@ def candidates(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Te
 
     Args:
         logits: float32 [vocab].
-        options: temperature > 0, then top_k (keep the k largest and whatever equals the smallest
+        options: temperature > 0, then top_k (keep the k largest and those that equal the smallest
             of them), then top_p (keep a token while the likelier ones sum to less), then min_p
             (keep a token at least this times as likely as the likeliest).
 
@@ -178,7 +178,7 @@ def _scaled(
 
 
 def _probabilities(logits: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.Tensor:
-    """Of the whole vocabulary. A row's sum is formed row by row, whatever the number of rows."""
+    """Of the whole vocabulary. A row's sum does not depend on the number of rows."""
     scores = _scaled(logits, logits.amax(dim=-1, keepdim=True), options)
     return torch.softmax(scores, dim=-1, out=scores)
 

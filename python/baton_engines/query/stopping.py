@@ -182,7 +182,7 @@ def make_stopper(eos: int | Iterable[int] | None, stop: object, tokenizer=None) 
 
     Raises:
         ValueError: an empty string or sequence, a string without a tokenizer, a negative id.
-        TypeError: something that is none of the above.
+        TypeError: something else than the above.
     """
     if eos is None:
         eos = ()

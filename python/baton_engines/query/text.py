@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Replacement characters at the end are held back, as the next token may complete what they stand
 # for. Tokenizers with byte fallback show a character or two as one of them per byte; beyond that
-# they are no unfinished text but noise, which must not be decoded over and over again.
+# they are not unfinished text but noise, which must not be decoded over and over again.
 _MAX_UNFINISHED = 16
 
 

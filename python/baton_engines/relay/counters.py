@@ -57,7 +57,7 @@ class Counters:
         preemptions: rows that were copied out of the cache.
         insertions: parked rows that were copied back in.
         resizes: changes of the number of slots.
-        prefills_elsewhere: queries whose prompt was computed beside the loop and inserted.
+        prefills_elsewhere: queries whose prompt was computed outside the loop and inserted.
         prefill_faults: prompts that could not be computed there, and were left to the loop.
         prompt_tokens, output_tokens: tokens computed, tokens generated.
         reused_tokens, reusing_queries: tokens of prompts that were copied from the prefix cache

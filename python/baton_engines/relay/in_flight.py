@@ -183,6 +183,6 @@ class InFlight:
 
 
 def _set_num_threads(count: int) -> None:
-    # Of the calling thread: each thread that calls OpenMP has a team of its own.
+    # Of the calling thread: each thread that calls OpenMP has its own team.
     if count != torch.get_num_threads():
         torch.set_num_threads(count)

@@ -32,7 +32,7 @@ __all__ = ["Query", "Relay"]
 
 
 class Relay(RelayState):
-    """Generates for many queries on one model, each as if it were alone.
+    """Generates for many queries on one model, each as if it were the only one.
 
     Args:
         model: a causal language model of transformers, in use through `patch_llama` where that
@@ -48,7 +48,7 @@ class Relay(RelayState):
         aligned: keep all rows ending in one column, as the paper does: same results, more copies.
         prefill: where newcomers' prompts are computed, one of `prefill.NAMES`, or a `Prefiller`
             that no other relay uses. "serial": here, between two steps. "overlapped": by a thread
-            with cores of its own, while the batch decodes with the others. "apart": by another
+            with separate cores, while the batch decodes with the others. "apart": by another
             process, which is restarted if it dies or hangs. "ray": by such processes on any node of
             a Ray cluster. Same results; a prompt that cannot be computed elsewhere is computed
             here.
@@ -70,7 +70,7 @@ class Relay(RelayState):
     Attributes:
         policy: the `Policy` object.
         more_to_come: bool; set it while more queries will be submitted, and a policy may hold
-            queries back in `step` to form larger batches. `run` and `stream` wait for nobody.
+            queries back in `step` to form larger batches. `run` and `stream` do not wait.
 
     Raises:
         ValueError: num_slots, capacity, kv_budget or prefix_cache is below 1, max_slots below
@@ -167,7 +167,7 @@ class Relay(RelayState):
 
         Args:
             token_ids: the prompt; integers, or a 1-D tensor or array of them.
-            max_new_tokens: >= 1, 128 if nobody says; prompt and answer together must fit the
+            max_new_tokens: >= 1, default 128; prompt and answer together must fit the
                 capacity and the budget.
             priority: finite; what the admission "priority" goes by, more before less.
             eos: an id, several, or None to go on after an end-of-sequence token; default: the
@@ -179,7 +179,8 @@ class Relay(RelayState):
             top_p: as in Hugging Face; 1.0 keeps all.
             top_k: as in Hugging Face; 0 keeps all.
             min_p: as in Hugging Face; 0.0 keeps all.
-            repetition_penalty: as in Hugging Face, for tokens of prompt and answer; 1.0 is none.
+            repetition_penalty: as in Hugging Face, for tokens of prompt and answer; 1.0 changes
+                nothing.
             frequency_penalty: taken off the logits of the answer's tokens, per occurrence.
             presence_penalty: taken off the logits of the answer's tokens, once.
             logit_bias: what is added to the logits of some token ids.
@@ -197,8 +198,8 @@ class Relay(RelayState):
             name: kept as `Query.name`.
 
         Returns:
-            The query. What is wrong with it is no exception: it has failed, and `Query.error` says
-            why.
+            The query. Invalid arguments do not raise: the query then has the status "failed", and
+            `Query.error` holds the reason.
 
         Raises:
             RuntimeError: the relay is closed.

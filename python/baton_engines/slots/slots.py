@@ -329,7 +329,7 @@ class Slots:
 
         Args:
             rows: what to compute.
-            padded: whether each row computes as many tokens as the longest.
+            padded: whether each row is padded to the longest.
 
         Returns:
             float32 [rows, vocab]: the logits after the last token of every row.
