@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import baton_engines
-from baton_engines import huggingface, policies, prefill
+from baton_engines import huggingface, invariance, policies, prefill
+from baton_engines.invariance.openai_target import OpenAITarget
 from baton_engines.prefill.apart import Apart
+from baton_engines.prefill.ray import Remote
 
 FOLDER = Path(baton_engines.__file__).parent
 # `cli` speaks to people and not to callers, `testing` raises what its tests expect.
@@ -23,7 +25,8 @@ def public_names():
     """Dotted names that the documentation names, without the package in front."""
     names = {name: getattr(baton_engines, name) for name in baton_engines.__all__}
     names |= {"policies": policies, "prefill": prefill, "Apart": Apart}
-    for module in (huggingface, policies, prefill):
+    names |= {"Remote": Remote, "OpenAITarget": OpenAITarget}
+    for module in (huggingface, invariance, policies, prefill):
         names |= {name: getattr(module, name) for name in module.__all__}
     return names
 
@@ -43,6 +46,9 @@ def messages(source):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
             continue
         if not node.func.id.endswith("Error") or node.func.id == "AttributeError":
+            continue
+        # Begins with the engine that was called, or what that said.
+        if node.func.id == "TargetError":
             continue
         text = node.args[0]
         if isinstance(text, ast.JoinedStr):
