@@ -10,13 +10,14 @@ import baton_engines
 from baton_engines import huggingface, invariance, policies, prefill
 from baton_engines.invariance.openai_target import OpenAITarget
 from baton_engines.prefill.apart import Apart
-from baton_engines.prefill.ray import Remote
 
 FOLDER = Path(baton_engines.__file__).parent
 # `cli` speaks to people and not to callers, `testing` raises what its tests expect.
 ROOMS = sorted({path.parent.name for path in FOLDER.glob("*/__init__.py")} - {"cli", "testing"})
 # `model` is what the caller called: the patched model's own method.
 OWN_NAMES = {"model.forward", 'attn_implementation="baton"'}
+# Of baton_engines.prefill.ray, which cannot be imported without Ray.
+OWN_NAMES |= {"prefill.ray", "Remote"}
 # Causes that another error, which names what was called, takes up.
 CAUSES = ("folder ", "a callback must not return an awaitable, got ")
 
@@ -25,7 +26,7 @@ def public_names():
     """Dotted names that the documentation names, without the package in front."""
     names = {name: getattr(baton_engines, name) for name in baton_engines.__all__}
     names |= {"policies": policies, "prefill": prefill, "Apart": Apart}
-    names |= {"Remote": Remote, "OpenAITarget": OpenAITarget}
+    names |= {"OpenAITarget": OpenAITarget}
     for module in (huggingface, invariance, policies, prefill):
         names |= {name: getattr(module, name) for name in module.__all__}
     return names
