@@ -6,6 +6,9 @@ of the cost model and its stated efficiency factors.
 
 `python -m bench.simulate --validate` times forwards of SmolLM2 on this machine, predicts with them
 what the relay does under every policy, runs the relay, and prints both.
+
+`python -m bench.simulate --bound` times the same forwards, and prints for this machine and for an
+H100 what no schedule can exceed, and where prompts beside decoders can pay at all.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--validate", action="store_true", help="against the relay, here")
+    parser.add_argument("--bound", action="store_true", help="of any schedule, here and on an H100")
     parser.add_argument("--figures", type=Path, help="folder for PNG figures of the study")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of the study")
     parser.add_argument("--model", default="smollm2", help="to validate with")
@@ -36,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.validate:
         return _validate(arguments)
+    if arguments.bound:
+        return _bound(arguments)
     # Here and not above, as below: a study needs no model, a validation no figures.
     from .study import run_study
 
@@ -83,6 +89,27 @@ def _validate(arguments: argparse.Namespace) -> int:
             report=print_case,
         )
     print_summary(cases)
+    return 0
+
+
+def _bound(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from baton_engines.llama import patch_llama
+    from baton_engines.llama.load import load_model
+
+    from ... import describe_run
+    from .bound import report
+    from .costs import roofline
+    from .measured import calibrate
+
+    torch.set_num_threads(arguments.threads)
+    model, _ = load_model(arguments.model, dtype=arguments.dtype)
+    print(describe_run())
+    with patch_llama(model) as patched:
+        cost, _ = calibrate(patched, max_rows=64, max_length=256, repeats=1)
+    print(f"\n{report(f'here, {arguments.model} in {arguments.dtype}', cost, 128)}")
+    print(f"\n{report('H100, llama-7b (a roofline)', roofline('H100', 'llama-7b'), 512)}")
     return 0
 
 
