@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(SOURCES
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt --upgrade pip  # older ones know no --group
 	$(PIP) install -c constraints.txt setuptools cmake ninja torch
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[engines,ray]' --group dev
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[engines,ray,serve]' --group dev
 	@# The CUDA kernels are compiled in tests: by the machine's nvcc, else by PyPI's.
 	command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || \
 	  $(PIP) install nvidia-cuda-nvcc==13.0.* nvidia-cuda-crt==13.0.* nvidia-nvvm==13.0.* \

@@ -22,7 +22,7 @@ OPS = sorted(reference.__all__)
 # before it. `testing` stands beside them: it serves tests and benchmarks, and no room imports it.
 ROOMS = (
     "query", "llama", "huggingface", "slots", "policies", "prefill", "relay", "invariance",
-    "testing", "cli",
+    "serve", "testing", "cli",
 )  # fmt: skip
 MAX_LINES = 450
 SOURCES = sorted(

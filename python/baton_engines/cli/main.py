@@ -1,4 +1,4 @@
-"""The command `baton`: generate, invariance, info, demo.
+"""The command `baton`: generate, invariance, serve, info, demo.
 
 Results go to standard output or a file, everything for human eyes to standard error. Torch and
 transformers are imported when a command needs them, so that help and wrong options answer at once.
@@ -29,6 +29,7 @@ from .inputs import check_output, gather_prompts, left_to_do, warn_of_unknown_fi
 from .invariance import invariance
 from .prompts_io import PromptRecord, demo_prompts
 from .results_io import LineStream, ResultWriter, is_terminal, open_results
+from .serve import serve
 
 # Failed queries that are named on the console; the results have all of them.
 _ERRORS_SHOWN = 5
@@ -253,6 +254,7 @@ def _records_to_answer(
 
 
 app.command()(reported(invariance))
+app.command()(reported(serve))
 
 
 @app.command()

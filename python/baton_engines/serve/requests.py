@@ -1,0 +1,150 @@
+"""Requests of OpenAI's completions and chat completions, and what `Relay.submit` makes of them.
+
+Options that the interface has not, and vLLM's server has, are taken under its names: top_k, min_p,
+repetition_penalty, ignore_eos.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..query.chat import ContentError, encode_messages
+from .engine import BadRequestError
+
+# OpenAI's own default for completions.
+_COMPLETION_TOKENS = 16
+# What would change the answer and is not there is an error, when it is asked for.
+_UNSUPPORTED = (
+    "audio", "best_of", "echo", "function_call", "functions", "prediction", "suffix", "tools",
+    "web_search_options",
+)  # fmt: skip
+# Asked for with these values, they are as if they were left out.
+_NOTHING: tuple[Any, ...] = (None, False, [], "", "none", 1)
+
+
+class StreamOptions(BaseModel):
+    """Of a request that streams."""
+
+    include_usage: bool = False
+
+
+class Request(BaseModel):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    n: int = Field(1, ge=1, le=128)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    ignore_eos: bool = False
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def options(self) -> dict[str, Any]:
+        """Of `Relay.submit`, those that both kinds have.
+
+        Raises:
+            BadRequestError: the request wants something that is not there.
+        """
+        extra = self.model_extra or {}
+        for name in _UNSUPPORTED:
+            if extra.get(name) not in _NOTHING:
+                raise BadRequestError(f"{name} must be left out, got {extra[name]!r}")
+        kind = (extra.get("response_format") or {}).get("type", "text")
+        if kind != "text":
+            raise BadRequestError(f"response_format must be of type text, got {kind!r}")
+        names = (
+            "stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+            "frequency_penalty", "presence_penalty", "logit_bias",
+        )  # fmt: skip
+        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.ignore_eos:
+            options["eos"] = None
+        return options
+
+
+class CompletionRequest(Request):
+    """Of /v1/completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=100)
+
+    def prompts(self, tokenizer: Any) -> list[list[int]]:
+        """Token ids of every prompt.
+
+        Raises:
+            BadRequestError: there is none.
+        """
+        given = self.prompt
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            parts: list[Any] = [given]
+        else:
+            parts = list(given)
+        if not parts:
+            raise BadRequestError("prompt must not be empty, got an empty list")
+        return [
+            list(tokenizer(part)["input_ids"]) if isinstance(part, str) else list(part)
+            for part in parts
+        ]
+
+    def options(self) -> dict[str, Any]:
+        """Of `Relay.submit`; see `Request.options`."""
+        return {
+            **super().options(),
+            "max_new_tokens": self.max_tokens or _COMPLETION_TOKENS,
+            "logprobs": self.logprobs,
+        }
+
+
+class ChatRequest(Request):
+    """Of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=100)
+
+    def prompts(self, tokenizer: Any) -> list[list[int]]:
+        """Token ids of the conversation, as the one prompt.
+
+        Raises:
+            BadRequestError: it cannot be made into a prompt.
+        """
+        for index, message in enumerate(self.messages):
+            if "role" not in message or "content" not in message:
+                raise BadRequestError(f"messages[{index}] must have a role and a content")
+        if not getattr(tokenizer, "chat_template", None):
+            raise BadRequestError("model must have a chat template, got one without")
+        try:
+            return [encode_messages(tokenizer, self.messages)]
+        except ContentError as error:
+            raise BadRequestError(str(error)) from error
+        # What a template raises for a conversation that it does not take.
+        except Exception as error:
+            raise BadRequestError(f"messages must fit the chat template, got {error}") from error
+
+    def options(self) -> dict[str, Any]:
+        """Of `Relay.submit`; see `Request.options`. Without a limit, all that the capacity has."""
+        return {
+            **super().options(),
+            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+        }

@@ -1,0 +1,48 @@
+"""One process that serves one relay: the application on uvicorn."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import uvicorn
+
+from ..relay import Relay
+from .app import make_app
+from .engine import Engine
+
+
+def serve(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    capacity: int | None = None,
+    **options: Any,
+) -> None:
+    """Answer OpenAI's completions and chat completions until SIGINT or SIGTERM.
+
+    Args:
+        model: see `Relay`.
+        tokenizer: of Hugging Face.
+        name: the model's, as clients give it.
+        host: where to listen. Everybody who reaches it is served: there are no keys and no TLS,
+            which a proxy in front of it has.
+        port: where to listen; 0 takes a free one.
+        capacity: see `Relay`.
+        options: of the `Relay`.
+
+    Raises:
+        Exception: what `Relay` raises.
+    """
+    if capacity is None:
+        capacity = model.config.max_position_embeddings
+    engine = Engine(lambda: Relay(model, capacity=capacity, tokenizer=tokenizer, **options))
+    try:
+        # A tokenizer is no thread's but one's.
+        app = make_app(engine, copy.deepcopy(tokenizer), name, capacity)
+        uvicorn.run(app, host=host, port=port, log_level="info")
+    finally:
+        engine.close()
