@@ -16,6 +16,7 @@ from baton_kernels.ops.linear import linear
 from baton_kernels.ops.masked_softmax import masked_softmax
 from baton_kernels.ops.merge_attention import merge_attention
 from baton_kernels.ops.move_kv import move_kv
+from baton_kernels.ops.packed_weight import PackedWeight, PanelMemory, pack_linear, panel_bytes
 from baton_kernels.ops.ragged_attention import ragged_attention
 from baton_kernels.ops.rms_norm import rms_norm
 from baton_kernels.ops.silu_and_mul import silu_and_mul
@@ -24,6 +25,8 @@ __all__ = [
     "BatchShape",
     "KVCache",
     "Moves",
+    "PackedWeight",
+    "PanelMemory",
     "__version__",
     "append_kv",
     "attention_mask",
@@ -34,6 +37,8 @@ __all__ = [
     "masked_softmax",
     "merge_attention",
     "move_kv",
+    "pack_linear",
+    "panel_bytes",
     "ragged_attention",
     "reference",
     "rms_norm",

@@ -122,6 +122,16 @@ class _LinearOverloads(_Linear, Protocol):
     default: _Linear
 
 
+class _LinearPacked(Protocol):
+    def __call__(
+        self, x: Tensor, panels: Tensor, out_features: int, bias: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class _LinearPackedOverloads(_LinearPacked, Protocol):
+    default: _LinearPacked
+
+
 class _MaskedSoftmax(Protocol):
     def __call__(
         self,
@@ -162,6 +172,14 @@ class _MoveKv(Protocol):
 
 class _MoveKvOverloads(_MoveKv, Protocol):
     default: _MoveKv
+
+
+class _PackLinear(Protocol):
+    def __call__(self, weight: Tensor, panels: Tensor) -> None: ...
+
+
+class _PackLinearOverloads(_PackLinear, Protocol):
+    default: _PackLinear
 
 
 class _RaggedAttention(Protocol):
@@ -301,6 +319,16 @@ class _SiluAndMulOverloads(_SiluAndMul, Protocol):
     default: _SiluAndMul
 
 
+class _UnpackLinear(Protocol):
+    def __call__(
+        self, panels: Tensor, out_features: int, in_features: int, outputs: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class _UnpackLinearOverloads(_UnpackLinear, Protocol):
+    default: _UnpackLinear
+
+
 class TorchOps(Protocol):
     """The ops by name, each with its overloads."""
 
@@ -309,6 +337,10 @@ class TorchOps(Protocol):
     extract_kv: _ExtractKvOverloads
     insert_kv: _InsertKvOverloads
     linear: _LinearOverloads
+    # On the CPU alone: what PackedWeight is made of.
+    linear_packed: _LinearPackedOverloads
+    pack_linear: _PackLinearOverloads
+    unpack_linear: _UnpackLinearOverloads
     masked_softmax: _MaskedSoftmaxOverloads
     merge_attention: _MergeAttentionOverloads
     move_kv: _MoveKvOverloads

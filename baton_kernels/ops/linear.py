@@ -6,21 +6,27 @@ import torch
 
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
+from baton_kernels.ops.linear_packed import linear_packed
+from baton_kernels.ops.packed_weight import PackedWeight
 
 _native = ops.linear.default
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Projects each row: `y = x @ weight.T + bias`, accumulated in float32.
 
     Batch invariance: the bits of a row of y depend on that row of x alone, not on how many rows
     there are. General matrix products choose their order of summation by the number of rows, so a
     query's logits change with the batch it is decoded in; with this op they do not. Weights are
-    used as they are, row-major, and read once per 96 rows.
+    used as they are, row-major, or as `pack_linear` has packed them, which CPUs read faster, and
+    read once per 96 rows. Packed ones are summed in another order, so their last bits differ.
 
     Args:
         x: `[rows, in_features]`, float32, float16 or bfloat16, last dimension contiguous.
-        weight: `[out_features, in_features]`, x's dtype, last dimension contiguous.
+        weight: `[out_features, in_features]`, x's dtype, last dimension contiguous; or a
+            `PackedWeight` of one.
         bias: `[out_features]`, x's dtype, contiguous; none if None.
 
     Returns:
@@ -32,6 +38,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Source: torch.nn.functional.linear.
     """
+    if isinstance(weight, PackedWeight):
+        if weight.is_packed:
+            return linear_packed(x, weight.panels, weight.out_features, bias)
+        weight = weight.panels
     return call("linear", _native, check_arguments, x, weight, bias)
 
 

@@ -22,6 +22,7 @@ from . import (
     copy_cases,
     figures,
     layer_cases,
+    packed_cases,
     paged_cases,
     prefill_cases,
     report,
@@ -68,6 +69,7 @@ CASES = {
     "layers": Case(layer_cases.layers, ("copy",)),
     "rows": Case(layer_cases.rows),
     "linear": Case(layer_cases.linear, ("read", "gemm")),
+    "packed": Case(packed_cases.packed, (), packed_cases.packed_summary),
     "overhead": Case(call_cases.overhead, (), call_cases.overhead_summary),
     "step": Case(call_cases.step, (), call_cases.step_summary),
 }

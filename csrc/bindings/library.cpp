@@ -69,6 +69,13 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "rms_norm.residual(Tensor x, Tensor weight, float eps, Tensor residual) -> (Tensor, Tensor)");
   library.def("silu_and_mul(Tensor x) -> Tensor");
   library.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  // On the CPU alone: what PackedWeight is made of.
+  library.def(
+      "linear_packed(Tensor x, Tensor panels, SymInt out_features, Tensor? bias=None) -> Tensor");
+  library.def("pack_linear(Tensor weight, Tensor(a!) panels) -> ()");
+  library.def(
+      "unpack_linear(Tensor panels, SymInt out_features, SymInt in_features, "
+      "Tensor? outputs=None) -> Tensor");
 
   // For tests and build_info: not part of the public interface.
   library.def("set_cpu_isa(str name, bool force=False) -> ()");

@@ -11,6 +11,7 @@ const KernelTable kKernelTable = {
 #else
     .packs_bfloat16 = false,
 #endif
+    .packed_parts = kPackedParts,
 #define BATON_ENTRY(name, ...) .name = &name,
     BATON_FOR_EACH_KERNEL(BATON_ENTRY)
 #undef BATON_ENTRY

@@ -7,6 +7,7 @@
 #include "common/extract_kv.h"
 #include "common/insert_kv.h"
 #include "common/linear.h"
+#include "common/linear_packed.h"
 #include "common/masked_softmax.h"
 #include "common/merge_attention.h"
 #include "common/move_kv.h"
@@ -30,11 +31,16 @@ namespace baton::cpu {
   X(rms_norm, const RmsNormParams&)                                             \
   X(silu_and_mul, const SiluAndMulParams&)                                      \
   X(linear_pack, const LinearParams&)                                           \
-  X(linear, const LinearParams&)
+  X(linear, const LinearParams&)                                                \
+  X(linear_packed, const LinearPackedParams&)                                   \
+  X(pack_linear, const PackLinearParams&)                                       \
+  X(unpack_linear, const UnpackLinearParams&)
 
 struct KernelTable {
   // Whether linear of bfloat16 wants x packed; nobody else calls linear_pack.
   bool packs_bfloat16;
+  // Parts that linear_packed can divide a panel in.
+  int64_t packed_parts;
 #define BATON_DECLARE(name, ...) void (*name)(__VA_ARGS__, int64_t begin, int64_t end);
   BATON_FOR_EACH_KERNEL(BATON_DECLARE)
 #undef BATON_DECLARE
@@ -42,6 +48,14 @@ struct KernelTable {
 
 #if defined(BATON_ISA)
 namespace BATON_ISA {
+// Each is three vectors of outputs, where vectors are long enough one.
+#if defined(__AVX512F__)
+constexpr int64_t kPackedParts = 3;
+#elif defined(__AVX2__)
+constexpr int64_t kPackedParts = 2;
+#else
+constexpr int64_t kPackedParts = 4;
+#endif
 #define BATON_DECLARE(name, ...) void name(__VA_ARGS__, int64_t begin, int64_t end);
 BATON_FOR_EACH_KERNEL(BATON_DECLARE)
 #undef BATON_DECLARE

@@ -11,7 +11,8 @@ from bench_package import import_bench
 
 CASES = (
     "ceilings", "decode", "padding", "paged", "scaling", "prefill", "chunk", "mixed", "insert",
-    "extract", "move", "append", "layers", "rows", "linear", "overhead", "step",
+    "extract", "move", "append", "layers", "rows", "linear", "packed", "overhead",
+    "step",
 )  # fmt: skip
 
 

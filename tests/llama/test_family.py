@@ -157,6 +157,6 @@ def test_generate_under_the_name_of_a_later_transformers() -> None:
     model = make("qwen2")
     received = {}
     model.forward = lambda *args, **kwargs: received.update(kwargs)
-    with patch_llama(model):
+    with patch_llama(model, keep_parameters=True):
         model(torch.tensor([[1]]), cache="theirs")
     assert received == {"cache": "theirs"}

@@ -153,6 +153,17 @@ const KernelTable& kernels() { return *current().load(std::memory_order_relaxed)
 
 const char* isa_in_use() { return current().load(std::memory_order_relaxed)->isa.name; }
 
+int64_t read_ahead_bytes() {
+#if defined(__x86_64__)
+  // AMD's Zen 4 loses up to a tenth of its rate to such requests. Intel's CPUs, whose own requests
+  // end with a page of 4 KiB, have them.
+  static const int64_t bytes = __builtin_cpu_is("intel") ? 2048 : 0;
+  return bytes;
+#else
+  return 0;
+#endif
+}
+
 bool set_isa(const std::string& name, bool force) {
   if (name == "auto") {
     current() = best();

@@ -21,6 +21,10 @@ const std::vector<Isa>& isas();
 const KernelTable& kernels();
 const char* isa_in_use();
 
+// How far ahead of their use linear_packed asks for weights that one pass of rows reads; 0 where
+// the CPU foresees such reads best by itself.
+int64_t read_ahead_bytes();
+
 // Chooses a set by name, or the best with "auto". False when it is not compiled, or not found; with
 // force also one that is not found: its kernels end the process, unless somebody catches what the
 // CPU refuses.

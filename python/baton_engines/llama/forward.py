@@ -2,9 +2,9 @@
 
 The patched pass computes any mixture of prefilling and decoding queries in one go, without padding.
 Per layer: norm with the residual added in, one projection for q, k and v, rotation and cache write
-in one op, attention over the rows of the cache, and one projection for gate and up. The weights are
-the model's own: what is merged here is what its parameters are views of, so that both ways of
-calling the model read the same memory.
+in one op, attention over the rows of the cache, and one projection for gate and up. On the CPU the
+weights of projections lie packed, and the model's parameters step aside meanwhile; elsewhere they
+are the model's own: what is merged here is what its parameters are views of.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -25,39 +24,50 @@ import baton_kernels as kernels
 from .check import check_model, foreign_hooks, is_foreign
 from .family import Family
 from .handle import ModelHandle
-from .merged_projection import MergedProjection
 from .packed_batch import PackedBatch
 from .rope import RotaryTable
 from .structure import CausalLM, DecoderLayer, Norm, structure_of
+from .weights import LayerWeights, ModelWeights, Projection, Weight
 
 _LOGITS = ("last", "all", "none")
 
 
-def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def project(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """Every projection of the patched pass, `x @ weight.T + bias`: here to be replaced in one
     place.
 
     Args:
         x: `[tokens, in_features]`.
-        weight: `[out_features, in_features]`.
+        weight: `[out_features, in_features]`, on the CPU packed.
         bias: `[out_features]` or None.
     """
     return kernels.linear(x, weight, bias)
 
 
-def patch_llama(model: PreTrainedModel) -> PatchedLlama:
+def patch_llama(model: PreTrainedModel, *, keep_parameters: bool = False) -> PatchedLlama:
     """Lay the packed forward pass over a model, until `undo`.
 
     `with patch_llama(model) as llama:` undoes at the end of the block. While patched, `model(...,
-    batch=PackedBatch, cache=KVCache)` computes packed, and a call without `batch` is what it was
-    before, `generate` included.
+    batch=PackedBatch, cache=KVCache)` computes packed. A call without `batch` is what it was
+    before, `generate` included, where the model has its parameters: on devices other than the CPU,
+    and with `keep_parameters`.
+
+    On the CPU projections read their weights packed (`baton_kernels.pack_linear`), and the patch
+    owns them: the model's own parameters of these weights hold no memory until `undo` gives them
+    back, bit by bit. Until then an unpatched call is refused, and what reads a parameter
+    (`state_dict`, `save_pretrained`, a copy, a pickle) gets its exact values, unpacked for that one
+    time. A tied embedding looks its rows up in the packed weight.
 
     Args:
         model: LlamaForCausalLM, or a decoder that differs from it in details (Granite, Mistral,
             Qwen2, Qwen3, SmolLM3), in float32, float16 or bfloat16, on one device. Written:
-            `model.forward` becomes an instance attribute, and the weights of q, k, v and of gate,
-            up become views of merged tensors, with the same values. At most one layer's weights
-            exist twice while that is done.
+            `model.forward` becomes an instance attribute. On the CPU, stand-ins take the place of
+            the projections' weights; elsewhere those of q, k, v and of gate, up become views of
+            merged tensors, with the same values. At most one layer's weights exist twice while that
+            is done.
+        keep_parameters: on the CPU the model keeps its parameters beside the packed weights, which
+            takes their memory twice, and unpatched calls go on working. What is written into a
+            parameter meanwhile is not seen by the packed pass. Elsewhere it changes nothing.
 
     Raises:
         TypeError: model is no torch module.
@@ -74,13 +84,12 @@ def patch_llama(model: PreTrainedModel) -> PatchedLlama:
     """
     # A parameter whose data was made in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
-        family = check_model(model)
-        if isinstance(model.__dict__.get("forward"), PatchedForward):
+        if isinstance(getattr(model, "__dict__", {}).get("forward"), PatchedForward):
             raise ValueError(
                 "patch_llama: model must not be patched already, got a patched one; "
                 "use its handle, or call baton_engines.unpatch(model) first"
             )
-        return PatchedLlama(model, family)
+        return PatchedLlama(model, check_model(model), keep_parameters=keep_parameters)
 
 
 class PatchedLlama(ModelHandle):
@@ -89,6 +98,7 @@ class PatchedLlama(ModelHandle):
     Args:
         model: a model that `patch_llama` has checked.
         family: its classes.
+        keep_parameters: as `patch_llama` takes it.
 
     Attributes:
         model: the model.
@@ -100,7 +110,9 @@ class PatchedLlama(ModelHandle):
 
     model: PreTrainedModel
 
-    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+    def __init__(
+        self, model: PreTrainedModel, family: Family, *, keep_parameters: bool = False
+    ) -> None:
         decoder = structure_of(model)
         config = decoder.config
         attention = decoder.model.layers[0].self_attn
@@ -121,14 +133,14 @@ class PatchedLlama(ModelHandle):
         self._head_sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         self._rotary = RotaryTable(decoder.model.rotary_emb, self.head_dim)
         self.whole_prompts = self._rotary.dynamic
-        self._merged: list[MergedProjection] = []
-        self._layers: list[_Layer] = []
-        try:
-            for index, layer in enumerate(decoder.model.layers[: self.num_layers]):
-                self._layers.append(self._merge_layer(layer, family.window(config, index)))
-        except BaseException:
-            self._split_layers()
-            raise
+        self._keep_parameters = keep_parameters
+        self._weights = ModelWeights(decoder, self.num_layers, keep_parameters=keep_parameters)
+        self._layers = [
+            _layer(layer, weights, family.window(config, index))
+            for index, (layer, weights) in enumerate(
+                zip(decoder.model.layers, self._weights.layers, strict=False)
+            )
+        ]
         # An attribute of the instance hides the method of the class; whatever hid it before comes
         # back on undo.
         self._hidden_forward = model.__dict__.get("forward")
@@ -191,7 +203,7 @@ class PatchedLlama(ModelHandle):
         cos, sin = self._rotary(batch)
         total_tokens = len(token_ids)
         body = self._decoder.model
-        hidden = nn.functional.embedding(token_ids, body.embed_tokens.weight)
+        hidden = self._weights.embed(token_ids)
         residual = _scaled(hidden, self._embedding_multiplier)
         hidden = kernels.rms_norm(residual, *self._layers[0].attention_norm)
         caches = zip(cache.keys.unbind(0), cache.values.unbind(0), strict=True)
@@ -235,13 +247,18 @@ class PatchedLlama(ModelHandle):
             hidden = hidden.index_select(0, batch.last_tokens)
             residual = residual.index_select(0, batch.last_tokens)
         hidden, _ = kernels.rms_norm(hidden, *_norm(body.norm), residual=residual)
-        head = self._decoder.lm_head
-        return _scaled(project(hidden, head.weight, head.bias).float(), 1 / self._logits_scaling)
+        return _scaled(project(hidden, *self._weights.head).float(), 1 / self._logits_scaling)
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether the model's parameters hold their values, so that unpatched calls work."""
+        return self._weights.has_parameters
 
     def twin(self) -> PatchedLlama:
         """A handle on the same patch whose `forward` another thread may call meanwhile; use it only
         until `undo`."""
-        twin = copy.copy(self)
+        twin = object.__new__(PatchedLlama)
+        twin.__dict__.update(self.__dict__)
         # The only part of a forward that has state.
         twin._rotary = copy.deepcopy(self._rotary)
         return twin
@@ -250,7 +267,7 @@ class PatchedLlama(ModelHandle):
         """As the unpatched model, to be patched where it arrives."""
         state = dict(self.model.__dict__)
         del state["forward"]
-        return _patched, (type(self.model), state)
+        return _patched, (type(self.model), state, self._keep_parameters)
 
     def undo(self) -> None:
         """Make the model what it was before: its forward method, and its parameters, the same
@@ -268,32 +285,9 @@ class PatchedLlama(ModelHandle):
             else:
                 self.model.forward = self._hidden_forward
         with torch.inference_mode(False), torch.no_grad():
-            self._split_layers()
-
-    def _merge_layer(self, layer: DecoderLayer, window: int | None) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = MergedProjection((attention.q_proj, attention.k_proj, attention.v_proj))
-        self._merged.append(qkv)
-        gate_up = MergedProjection((mlp.gate_proj, mlp.up_proj))
-        self._merged.append(gate_up)
-        return _Layer(
-            attention_norm=_norm(layer.input_layernorm),
-            qkv=(qkv.weight, qkv.bias),
-            output=(attention.o_proj.weight, attention.o_proj.bias),
-            mlp_norm=_norm(layer.post_attention_layernorm),
-            gate_up=(gate_up.weight, gate_up.bias),
-            down=(mlp.down_proj.weight, mlp.down_proj.bias),
-            window=window,
-            query_norm=_norm(getattr(attention, "q_norm", None)),
-            key_norm=_norm(getattr(attention, "k_norm", None)),
-            rotates=bool(getattr(attention, "use_rope", True)),
-        )
-
-    def _split_layers(self) -> None:
-        # The last references to a merged tensor go before the next one is split.
-        self._layers.clear()
-        while self._merged:
-            self._merged.pop().split()
+            # The last references to a weight go before it is restored.
+            self._layers.clear()
+            self._weights.restore()
 
     def _check_call(
         self, token_ids: torch.Tensor, batch: PackedBatch, cache: kernels.KVCache, logits: str
@@ -301,7 +295,7 @@ class PatchedLlama(ModelHandle):
         where = "PatchedLlama.forward"
         if self._forward is None:
             raise RuntimeError(f"{where}: the patch was undone; call patch_llama again")
-        if not self._merged[0].is_shared():
+        if not self._weights.is_shared():
             raise RuntimeError(
                 f"{where}: the model's weights were moved, converted or replaced while patched; "
                 "undo, change the model, and patch again"
@@ -333,11 +327,11 @@ class _Layer(NamedTuple):
     tokens a token sees, norms of each head's query and key, and whether these are rotated."""
 
     attention_norm: tuple[torch.Tensor, float]
-    qkv: tuple[torch.Tensor, torch.Tensor | None]
-    output: tuple[torch.Tensor, torch.Tensor | None]
+    qkv: Projection
+    output: Projection
     mlp_norm: tuple[torch.Tensor, float]
-    gate_up: tuple[torch.Tensor, torch.Tensor | None]
-    down: tuple[torch.Tensor, torch.Tensor | None]
+    gate_up: Projection
+    down: Projection
     window: int | None
     query_norm: tuple[torch.Tensor, float] | None
     key_norm: tuple[torch.Tensor, float] | None
@@ -369,6 +363,12 @@ class PatchedForward:
         **kwargs: Any,
     ) -> Any:
         if batch is None and not isinstance(cache, kernels.KVCache):
+            if self.handle is not None and not self.handle.has_parameters:
+                raise RuntimeError(
+                    "model.forward: the model's weights are packed for the patched pass; undo the "
+                    "patch (the relay's close, or the handle's undo), or patch with "
+                    "patch_llama(model, keep_parameters=True), before an unpatched call"
+                )
             # From transformers 5.24 on, a model's own cache has this name too.
             return self.original(*args, **({} if cache is None else {"cache": cache}), **kwargs)
         token_ids = args[0] if args else kwargs.pop("input_ids", None)
@@ -388,10 +388,28 @@ def _as_it_was(original: Callable[..., Any]) -> Callable[..., Any]:
     return original
 
 
-def _patched(kind: type[PreTrainedModel], state: dict[str, Any]) -> PatchedLlama:
+def _patched(
+    kind: type[PreTrainedModel], state: dict[str, Any], keep_parameters: bool
+) -> PatchedLlama:
     model = kind.__new__(kind)
     model.__dict__.update(state)
-    return patch_llama(model)
+    return patch_llama(model, keep_parameters=keep_parameters)
+
+
+def _layer(layer: DecoderLayer, weights: LayerWeights, window: int | None) -> _Layer:
+    attention = layer.self_attn
+    return _Layer(
+        attention_norm=_norm(layer.input_layernorm),
+        qkv=weights.qkv,
+        output=weights.output,
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=weights.gate_up,
+        down=weights.down,
+        window=window,
+        query_norm=_norm(getattr(attention, "q_norm", None)),
+        key_norm=_norm(getattr(attention, "k_norm", None)),
+        rotates=bool(getattr(attention, "use_rope", True)),
+    )
 
 
 @overload

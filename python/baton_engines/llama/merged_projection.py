@@ -24,7 +24,7 @@ class MergedProjection:
         """Whether the first parameter still is a view of the merged weight."""
         return self._weights[0].data_ptr() == self.weight.data_ptr()
 
-    def split(self) -> None:
+    def restore(self) -> None:
         """Give each parameter memory of its own."""
         for parameter in (*self._weights, *self._biases):
             parameter.data = parameter.data.clone()

@@ -1,0 +1,106 @@
+"""linear from panels, and weights to and from panels: the CPU's ops behind `PackedWeight`."""
+
+from __future__ import annotations
+
+import torch
+
+from baton_kernels._library import ops
+from baton_kernels.ops.checks import Checker, call
+
+# Outputs of a panel; csrc/common/linear_packed.h says how they lie in it.
+PANEL_OUTPUTS = 48
+
+_linear = ops.linear_packed.default
+_pack = ops.pack_linear.default
+_unpack = ops.unpack_linear.default
+
+
+def panel_shape(dtype: torch.dtype, out_features: int, in_features: int) -> tuple[int, ...]:
+    """The sizes of the panels of a weight."""
+    panels = -(-out_features // PANEL_OUTPUTS)
+    if dtype == torch.bfloat16:
+        return (panels, -(-in_features // 2), PANEL_OUTPUTS, 2)
+    return (panels, in_features, PANEL_OUTPUTS)
+
+
+def linear_packed(
+    x: torch.Tensor, panels: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear` of a weight that was packed; see there."""
+    return call("linear_packed", _linear, _check_linear, x, panels, out_features, bias)
+
+
+def pack_into(weight: torch.Tensor, panels: torch.Tensor) -> None:
+    """Packs a weight into panels of its `panel_shape`, which are written."""
+    call("pack_linear", _pack, _check_pack, weight, panels)
+
+
+def unpack(
+    panels: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    outputs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weight that was packed, or the rows of it that int32 `outputs` names."""
+    return call("unpack_linear", _unpack, _check_unpack, panels, out_features, in_features, outputs)
+
+
+def _check_panels(check: Checker, panels, dtype, out_features, in_features) -> None:
+    check.shape("panels", panels, panel_shape(dtype, out_features, in_features))
+    check.contiguous("panels", panels)
+
+
+def _check_size(check: Checker, name, size) -> None:
+    if size < 0:
+        check.fail(name, "a size", size)
+
+
+def _check_linear(x, panels, out_features, bias=None) -> None:
+    check = Checker("linear_packed")
+    check.floating("x", x)
+    check.dims("x", x, 2)
+    check.last_contiguous("x", x)
+    check.dtype_as("panels", panels, "x", x)
+    _check_size(check, "out_features", out_features)
+    _check_panels(check, panels, x.dtype, out_features, x.shape[1])
+    if bias is not None:
+        check.dtype_as("bias", bias, "x", x)
+        check.shape("bias", bias, [out_features])
+        check.contiguous("bias", bias)
+
+
+def _check_pack(weight, panels) -> None:
+    check = Checker("pack_linear")
+    check.floating("weight", weight)
+    check.dims("weight", weight, 2)
+    check.last_contiguous("weight", weight)
+    check.dtype_as("panels", panels, "weight", weight)
+    _check_panels(check, panels, weight.dtype, *weight.shape)
+
+
+def _check_unpack(panels, out_features, in_features, outputs=None) -> None:
+    check = Checker("unpack_linear")
+    check.floating("panels", panels)
+    _check_size(check, "out_features", out_features)
+    _check_size(check, "in_features", in_features)
+    _check_panels(check, panels, panels.dtype, out_features, in_features)
+    if outputs is not None:
+        check.index("outputs", outputs, None, panels.device)
+
+
+@torch.library.register_fake("baton_kernels::linear_packed")
+def _fake_linear(x, panels, out_features, bias=None):
+    _check_linear(x, panels, out_features, bias)
+    return x.new_empty((x.shape[0], out_features))
+
+
+@torch.library.register_fake("baton_kernels::pack_linear")
+def _fake_pack(weight, panels):
+    _check_pack(weight, panels)
+
+
+@torch.library.register_fake("baton_kernels::unpack_linear")
+def _fake_unpack(panels, out_features, in_features, outputs=None):
+    _check_unpack(panels, out_features, in_features, outputs)
+    rows = out_features if outputs is None else outputs.shape[0]
+    return panels.new_empty((rows, in_features))

@@ -1,0 +1,99 @@
+"""What stands in a module for a parameter whose values lie packed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+# What asks about a tensor and does not read it, besides attributes.
+_QUESTIONS = frozenset(
+    (
+        *("dim", "size", "stride", "numel", "nelement", "element_size", "storage_offset"),
+        *("is_floating_point", "is_complex", "is_contiguous", "is_inference", "data_ptr"),
+        *("untyped_storage", "requires_grad_", "__hash__", "__len__", "__set__"),
+    )
+)
+# Attributes that are views of the values.
+_VIEWS = frozenset(["T", "mT", "H", "mH", "real", "imag"])
+
+
+class PackedParameter(nn.Parameter):
+    """A parameter without memory: shape, dtype and device are there, values are unpacked anew for
+    whoever reads them.
+
+    So `state_dict`, a copy and a pickle have the exact bits, and the latter two plain parameters.
+    Writing is refused, because nobody would read it; `module.to` and its like put real values in
+    its place, which it then stands for.
+    """
+
+    unpack: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def of(parameter: torch.Tensor, unpack: Callable[[], torch.Tensor]) -> PackedParameter:
+        """The stand-in of a parameter.
+
+        Args:
+            parameter: whose place it takes.
+            unpack: makes its values, in memory of their own.
+        """
+        # One element, seen in every place.
+        nothing = parameter.data.new_empty(1).expand(parameter.shape)
+        made = PackedParameter(nothing, parameter.requires_grad)
+        made.unpack = unpack
+        return made
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether nobody has put real values in its place."""
+        return self.untyped_storage().nbytes() == self.element_size()
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        attribute = ""
+        if name == "__get__":
+            attribute = getattr(getattr(function, "__self__", None), "__name__", "")
+        if attribute in _VIEWS or (attribute == "" and name not in _QUESTIONS):
+            if name.endswith("_") and not name.endswith("__") or name == "__setitem__":
+                _refuse(args[0])
+            args, kwargs = tree_map(_read, (args, kwargs))
+        elif attribute == "data":
+            _refuse(args[0])
+        return super().__torch_function__(function, types, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(_read(self).detach().clone(), self.requires_grad)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return nn.Parameter, (_read(self).detach(), self.requires_grad)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _read(value: Any) -> Any:
+    """The values of a packed parameter; anything else as it is."""
+    if isinstance(value, PackedParameter) and value.is_packed:
+        return value.unpack()
+    return value
+
+
+def _refuse(parameter: object) -> None:
+    if isinstance(parameter, PackedParameter) and parameter.is_packed:
+        raise RuntimeError(
+            "PatchedLlama: a weight of the model cannot be written while it is packed for the "
+            "patched pass; undo the patch, or patch with keep_parameters=True"
+        )

@@ -1,0 +1,121 @@
+"""Linear modules whose weights lie packed, in the order in which a CPU reads them.
+
+Packed weights are as large as the weights, and the parameters cannot be views of them. So unless
+they are kept, the modules' parameters step aside until `restore`, and `PackedParameter` stand in
+for them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from baton_kernels import PanelMemory, pack_linear, panel_bytes
+
+from .packed_parameter import PackedParameter
+
+
+class PackedProjection:
+    """Several linear modules on the same input as one packed weight and one bias.
+
+    Args:
+        linears: of one dtype, on the CPU. Written: unless parameters are kept, stand-ins take the
+            place of their weights, which give up their memory.
+        memory: where the panels lie.
+        keep_parameters: whether the modules keep their weights besides.
+        also: another module with the first linear's parameter.
+
+    Attributes:
+        weight: the `PackedWeight`.
+        bias: theirs one after the other, or None.
+    """
+
+    def __init__(
+        self,
+        linears: Sequence[nn.Linear],
+        memory: PanelMemory,
+        *,
+        keep_parameters: bool,
+        also: nn.Module | None = None,
+    ) -> None:
+        self._memory = memory
+        self._stand_ins: list[tuple[list[nn.Module], nn.Parameter, PackedParameter]] = []
+        parameters: list[Any] = [linear.weight for linear in linears]
+        biases = [linear.bias.data for linear in linears if linear.bias is not None]
+        self.bias = _joined(biases) if biases else None
+        rows = _joined([parameter.data for parameter in parameters])
+        ends = torch.tensor([len(parameter) for parameter in parameters]).cumsum(0).tolist()
+        if keep_parameters:
+            self.weight = pack_linear(rows, memory=memory)
+            return
+        shells = []
+        for parameter, end in zip(parameters, ends, strict=True):
+            unpack = functools.partial(self._unpack, end - len(parameter), end)
+            shells.append(PackedParameter.of(parameter, unpack))
+        # The weights' memory goes before that of the panels comes.
+        for parameter in parameters:
+            parameter.data = parameter.data.new_empty(0)
+        self.weight = pack_linear(rows, memory=memory)
+        for linear, parameter, shell in zip(linears, parameters, shells, strict=True):
+            modules: list[nn.Module] = [linear]
+            if also is not None and linear is linears[0]:
+                modules.append(also)
+            for module in modules:
+                module.weight = shell
+            self._stand_ins.append((modules, parameter, shell))
+
+    def is_shared(self) -> bool:
+        """Whether the stand-ins are still in place, without values of their own."""
+        for modules, _, shell in self._stand_ins:
+            same = shell.is_packed and shell.dtype == self.weight.panels.dtype
+            if not same or modules[0].weight is not shell:
+                return False
+        return True
+
+    def restore(self) -> None:
+        """Give each module its parameter back, in memory of its own, and the panels' memory to the
+        system."""
+        if not self._stand_ins:
+            return
+        rows = self.weight.unpack()
+        self._memory.release(self.weight.panels)
+        begin = 0
+        for modules, parameter, shell in self._stand_ins:
+            end = begin + len(shell)
+            # Values that somebody has put in its place are the parameter's now.
+            parameter.data = rows[begin:end].clone() if shell.is_packed else shell.data
+            begin = end
+            for module in modules:
+                if module.weight is shell:
+                    module.weight = parameter
+        self._stand_ins.clear()
+
+    def _unpack(self, begin: int, end: int) -> torch.Tensor:
+        return self.weight.rows(torch.arange(begin, end, dtype=torch.int32, device="cpu"))
+
+
+def memory_for(groups: Iterable[Sequence[nn.Linear]]) -> PanelMemory:
+    """Memory for the panels of all groups of linear modules that are to be one projection each."""
+    total = 0
+    for linears in groups:
+        rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
+        like = torch.empty(1, dtype=linears[0].weight.dtype, device="cpu").expand(rows, columns)
+        total += panel_bytes(like)
+    return PanelMemory(total)
+
+
+def return_free_memory() -> None:
+    """Let the C library give freed blocks back to the system, which it otherwise keeps: what a
+    layer's weights were would stay with the process beside its panels."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
