@@ -132,7 +132,7 @@ def decoded_alone(model: PreTrainedModel, query: KnownQuery) -> torch.Tensor:
     model = copy.deepcopy(model)
     cache = {cache_argument(model): DynamicCache(config=model.config)}
     logits = []
-    for tokens in (query.token_ids[: query.prompt], *query.token_ids[query.prompt :].split(1)):
+    for tokens in (query.token_ids[: query.prompt], *query.token_ids[query.prompt :, None]):
         logits.append(model(tokens[None], use_cache=True, **cache).logits[0])
     return torch.cat(logits).float()
 
