@@ -127,7 +127,7 @@ class Engine:
         try:
             with relay:
                 self._serve(relay)
-            self._failure = RuntimeError("a closed engine")
+            self._failure = RuntimeError("Engine: engine must be open, got a closed one")
         except BaseException as error:
             self._failure = error
         finally:

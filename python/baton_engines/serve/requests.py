@@ -65,10 +65,10 @@ class Request(BaseModel):
         extra = self.model_extra or {}
         for name in _UNSUPPORTED:
             if extra.get(name) not in _NOTHING:
-                raise BadRequestError(f"{name} must be left out, got {extra[name]!r}")
+                raise BadRequestError(f"request: {name} must be left out, got {extra[name]!r}")
         kind = (extra.get("response_format") or {}).get("type", "text")
         if kind != "text":
-            raise BadRequestError(f"response_format must be of type text, got {kind!r}")
+            raise BadRequestError(f"request: response_format must be of type text, got {kind!r}")
         names = (
             "stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
             "frequency_penalty", "presence_penalty", "logit_bias",
@@ -98,7 +98,7 @@ class CompletionRequest(Request):
         else:
             parts = list(given)
         if not parts:
-            raise BadRequestError("prompt must not be empty, got an empty list")
+            raise BadRequestError("request: prompt must not be empty, got an empty list")
         return [
             list(tokenizer(part)["input_ids"]) if isinstance(part, str) else list(part)
             for part in parts
@@ -130,16 +130,18 @@ class ChatRequest(Request):
         """
         for index, message in enumerate(self.messages):
             if "role" not in message or "content" not in message:
-                raise BadRequestError(f"messages[{index}] must have a role and a content")
+                raise BadRequestError(f"request: messages[{index}] must have a role and a content")
         if not getattr(tokenizer, "chat_template", None):
-            raise BadRequestError("model must have a chat template, got one without")
+            raise BadRequestError("request: model must have a chat template, got one without")
         try:
             return [encode_messages(tokenizer, self.messages)]
         except ContentError as error:
             raise BadRequestError(str(error)) from error
         # What a template raises for a conversation that it does not take.
         except Exception as error:
-            raise BadRequestError(f"messages must fit the chat template, got {error}") from error
+            raise BadRequestError(
+                f"request: messages must fit the chat template, got {error}"
+            ) from error
 
     def options(self) -> dict[str, Any]:
         """Of `Relay.submit`; see `Request.options`. Without a limit, all that the capacity has."""
