@@ -38,7 +38,7 @@ class Part:
         name: of an op, or what else it is.
         calls: in a step.
         seconds: in a step.
-        hot: the same when repeated at once; None for what is no op.
+        hot: the same when repeated at once; None for what is not an op.
     """
 
     name: str
@@ -95,7 +95,7 @@ def measure_step(patched: Any, rows: int, columns: int, steps: int) -> tuple[flo
         patched: a `PatchedLlama`.
         rows: queries that decode.
         columns: tokens of each, when the first of the steps begins.
-        steps: that are timed in place, and as many again with every op repeated.
+        steps: that are timed in place, and the same number again with every op repeated.
     """
     # Steps take turns; those before the first are not counted.
     total = 2 * steps + 4

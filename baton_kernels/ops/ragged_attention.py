@@ -130,7 +130,7 @@ def ragged_attention(
 
     A hidden key never reaches a token, even if its key or value is NaN or infinite.
 
-    Batch invariance: a row's bits depend on that row alone, not on the rest of the batch, its slot,
+    Batch invariance: a row's bits depend on that row only, not on the rest of the batch, its slot,
     its start, the capacity or the number of threads. On the CPU a token's bits depend only on its
     query vector, its position and the keys and values that it sees: decoded, prefilled whole or in
     chunks of any size, computed again or behind a reused prefix it gets the same ones.
@@ -233,7 +233,7 @@ def check_arguments(
     scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
     max_query_length=None, max_length=None, block_table=None, *, in_triton=False,
 ) -> None:  # fmt: skip
-    """in_triton: the kernels are Triton's, whatever torch calls for the query's device."""
+    """in_triton: the kernels are Triton's, independent of torch's choice for the device."""
     check = Checker("ragged_attention")
     check.caches(key_cache, value_cache, with_layers=False, written=False)
     check.floating("query", query)

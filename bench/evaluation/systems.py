@@ -94,8 +94,8 @@ SYSTEMS = {
         System(
             "baton",
             "baton",
-            "ours: newcomers' prompts join the others' forward, so many tokens at a time as pay by "
-            "the costs that it has seen",
+            "ours: newcomers' prompts join the others' forward, in chunks that pay by the costs "
+            "that it has seen",
         ),
         System(
             "baton_overlapped",

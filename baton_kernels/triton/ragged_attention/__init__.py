@@ -1,10 +1,10 @@
 """ragged_attention in Triton: the plan of work and the launches; kernels in kernels.py.
 
 The query vectors of a row and KV head are its tokens times the heads that share the KV head. A row
-with few of them (decode) is read in splits of its own columns, whose partial results a second
+with few of them (decode) is read in splits of its columns, whose partial results a second
 kernel merges in column order; a row with many (prefill) in tiles of vectors. Which of the two, the
-shape of the tiles and the ends of the splits depend on the row's own lengths and on the model
-alone: that makes a row's bits independent of its batch. All bounds of the launches are known to the
+shape of the tiles and the ends of the splits depend only on the row's own lengths and on the
+model: that makes a row's bits independent of its batch. All bounds of the launches are known to the
 host; nothing is read back from the device.
 """
 

@@ -37,7 +37,7 @@ def _load_row(row, cu_seqlens_ptr, slots_ptr, starts_ptr, lengths_ptr, total_que
 @triton.jit
 def _split_plan(length, SPLIT_COLUMNS: tl.constexpr, MAX_SPLITS: tl.constexpr,
                 BLOCK_N: tl.constexpr):  # fmt: skip
-    """Number of splits and columns of one, of a row's own length alone."""
+    """Number of splits and columns of one, from a row's own length only."""
     num_splits = tl.minimum(tl.maximum(tl.cdiv(length, SPLIT_COLUMNS), 1), MAX_SPLITS)
     columns = tl.cdiv(tl.cdiv(length, num_splits), BLOCK_N) * BLOCK_N
     return num_splits, columns
@@ -75,8 +75,8 @@ def _attend(
     if alibi_ptr is not None:
         slope = tl.load(alibi_ptr + head, mask=is_vector, other=0.0) * LOG2_E
 
-    # Whatever this tile's tokens cannot see is not read. Steps begin at multiples of BLOCK_N from
-    # the row's first key: which keys meet in a step is a matter of the row alone.
+    # Keys that this tile's tokens cannot see are not read. Steps begin at multiples of BLOCK_N from
+    # the row's first key: which keys meet in a step depends on the row only.
     if IS_CAUSAL:
         end = tl.minimum(end, tl.max(position, 0) + 1)
     if HAS_WINDOW:

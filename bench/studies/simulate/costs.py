@@ -18,7 +18,7 @@ class Cost(NamedTuple):
     """Seconds of a forward that has the device for itself, and its share of the device.
 
     Attributes:
-        seconds: alone.
+        seconds: when it runs by itself.
         compute, memory: shares of the arithmetic rate and of the bandwidth that it takes up then.
     """
 

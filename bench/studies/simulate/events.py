@@ -39,7 +39,7 @@ class Events:
 class SharedDevice:
     """A device with any number of jobs at a time, all slowed down alike.
 
-    Ideally, jobs that together ask for more than all of the arithmetic rate or of the bandwidth go
+    Ideally, jobs that together need more than all of the arithmetic rate or of the bandwidth go
     on at the rate at which the scarcer of the two is just used up: sharing hides one job's waiting
     for memory behind another's arithmetic, and makes more of neither. At worst they take turns.
 

@@ -152,7 +152,7 @@ def simulate(system: System, requests: Sequence[Request]) -> Result:
 
 def _query(index: int, request: Request) -> Query:
     query = Query(index, request.arrival_seconds)
-    # Policies ask for its length alone.
+    # Policies only look at its length.
     query.prompt = range(request.prompt_tokens)
     query.max_new_tokens = request.output_tokens
     return query

@@ -2,7 +2,7 @@
 
 The two policies run the same kernels on the same model in the same process, so the difference is
 the handing on of slots and the way in which prompts are computed. Their answers must be equal token
-by token. They take turns of a second or so, each on a clock of its own, so that what else the
+by token. They take turns of a second or so, each on a separate clock, so that what else the
 machine does meets both alike. How many steps baton needs depends a little on the machine, as it
 cuts prompts by what forwards cost there.
 """
@@ -208,7 +208,7 @@ class _Lane:
         self.run = RecordRun(self.relay, own, queries, token_ids=True)
 
     def go_on(self, *, until: int) -> None:
-        """Steps until there are so many output tokens, or all queries have ended."""
+        """Steps until there are `until` output tokens, or all queries have ended."""
         with self._clock.running():
             while self.run.open_queries and self.relay.counters.output_tokens < until:
                 self.run.step()

@@ -159,7 +159,7 @@ def _run(
                 token_ids=token_ids,
             )
         except BaseException:
-            # Whatever ended the run, answers that waited for earlier ones are not lost with it.
+            # However the run ended, answers that waited for earlier ones are not lost with it.
             with contextlib.suppress(OSError):
                 writer.flush()
             raise

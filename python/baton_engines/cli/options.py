@@ -122,7 +122,7 @@ class Batching:
         typer.Option(
             callback=_check_prefill,
             help="Where new prompts are computed: `serial`, between two steps; `overlapped`, by a "
-            "thread with cores of its own; `apart`, by another process; `ray`, by actors of a Ray "
+            "thread with separate cores; `apart`, by another process; `ray`, by actors of a Ray "
             "cluster.",
         ),
     ] = "serial"
@@ -234,7 +234,7 @@ class Answering:
     logprobs: Annotated[
         int | None,
         typer.Option(
-            min=0, max=100, help="Add logarithms of probabilities, of so many tokens more."
+            min=0, max=100, help="Add logarithms of probabilities, and those of this many others."
         ),
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Query i (from 0) samples with seed + i.")] = 0

@@ -32,7 +32,7 @@ _PROBE_LENGTHS = (3, 2)
 class AnyModel(ModelHandle):
     """What a relay needs of a model, on top of an unmodified transformers decoder.
 
-    A row's logits are those of `model(input_ids)` on its query alone, up to the rounding of the
+    A row's logits are those of `model(input_ids)` on only its query, up to the rounding of the
     model's own modules, whose sums may depend on the number of packed tokens (torch's matrix
     products do). `PatchedLlama` has no such dependence and is faster; it is for Llama.
 
@@ -50,7 +50,7 @@ class AnyModel(ModelHandle):
         num_ranks: int, processes that share every layer (tensor parallelism).
 
     Raises:
-        TypeError: model is no transformers model.
+        TypeError: model is not a transformers model.
         NotImplementedError: the model has an encoder, layers with another state than keys and
             values, shared or differing layers, attention that is not causal, or a rotary embedding
             that depends on the longest query; the message names which.

@@ -8,7 +8,7 @@ from .admission import Admission, FirstCome
 from .costs import Work
 from .plan import Forward, Plan, View
 
-# Tokens that a query which counts with its prompt alone may grow before room is asked for again. An
+# Tokens that a query which counts with only its prompt may grow before room is needed again. An
 # admission that leaves no such room is undone a few steps later, and copies the query out and in.
 HEADROOM = 16
 
@@ -18,7 +18,7 @@ class Policy(ABC):
 
     A plan need not be carried out to the end: a callback can cancel a query, its prefill can fail,
     Ctrl-C can end an iteration, the budget of bytes can be used up by then. So a plan is made from
-    the view alone: a running query that has `prompt_left` is to be prefilled. When nothing runs and
+    the view only: a running query that has `prompt_left` is to be prefilled. When nothing runs and
     something waits, a plan admits something, unless more is to come.
 
     Attributes:
@@ -123,7 +123,7 @@ def take_chunks(
     Args:
         queries: in the order in which they are served.
         room: the most tokens; None for all there are.
-        whole: whether prompts are taken whole; the first one then whatever the room.
+        whole: whether prompts are taken whole; the first one then even without room.
     """
     chunks: list[tuple[Query, int]] = []
     for query in queries:

@@ -7,13 +7,13 @@ time that
 
     tokens of the forward = max(free, frugal)
 
-where *free* is the most that takes next to no longer than the decoders alone, and *frugal* the
-fewest at which a query takes next to no longer than it would with more (`token_budget`). Both
+where *free* is the most that takes next to no longer than the decoders by themselves, and *frugal*
+the fewest at which a query takes next to no longer than it would with more (`token_budget`). Both
 follow from what forwards cost, which is fitted while they run (`costs`), and from the lengths of
 the queries that have ended. A bound on the time between two tokens of a query cuts chunks down to
 what is predicted to fit.
 Source: BATON (arXiv 2410.18701) for the handing on of slots, and for `join="never"`; Sarathi-Serve
-(OSDI'24) for chunks beside decoders; the sizes are ours.
+(OSDI'24) for chunks together with decoders; the sizes are ours.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ JOINS = ("auto", "never")
 FIRST = 256
 # Prompt tokens that join decoders who wait no longer than a bound, while nothing is known.
 FIRST_BOUNDED = 8
-# How much longer than the decoders alone a forward may take at any rate.
+# How much longer than without prompts a forward may take at any rate.
 FREE = 1.1
 # Queries whose lengths the next ones are taken to have, and below how many of them what the queries
 # that are there say counts too.
@@ -47,9 +47,9 @@ class Baton(Policy):
 
     Args:
         max_prefill_tokens: the most prompt tokens of a forward; bounds its memory.
-        max_stall_tokens: the most prompt tokens that queries which decode wait for, None for as
-            many as pay. A longer prompt comes in chunks, or whole and alone where prompts have to
-            be whole: in an aligned cache and under dynamic RoPE. Prompts that are computed
+        max_stall_tokens: the most prompt tokens that queries which decode wait for, None for those
+            that pay. A longer prompt comes in chunks, or whole in a separate forward where prompts
+            have to be whole: in an aligned cache and under dynamic RoPE. Prompts that are computed
             elsewhere stall nobody, and are not bounded.
         max_token_gap: seconds; prompts join in chunks that keep a forward within it, as predicted,
             but at least by a token, and whole where they have to be whole. None: no bound.

@@ -1,7 +1,7 @@
 """Chunked prefill: decoders and chunks of prompts share a forward of a bounded number of tokens.
 
 The decoders come first, then prompts that are under way, then newcomers, until the budget of tokens
-is used up: a forward takes about the same time whatever arrives.
+is used up: a forward takes about the same time for any arrivals.
 Source: Sarathi-Serve (OSDI'24), stall-free batching; vLLM's scheduler.
 """
 
@@ -29,7 +29,7 @@ class Chunked(Policy):
     def plan(self, view: View) -> Plan:
         """One forward; newcomers enter while it has room."""
         room = self.token_budget - sum(not query.prompt_left for query in view.running)
-        # Where the decoders alone use the budget up, prompts go on by a token per forward.
+        # Where the decoders use the budget up, prompts go on by a token per forward.
         room = max(room, 1)
         chunks = []
         for query in view.running:

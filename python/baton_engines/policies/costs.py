@@ -13,17 +13,17 @@ import numpy as np
 from ..query import Query
 
 # Tokens of a forward between which its seconds are a straight line: a matrix product reads the same
-# weights for a few rows as for one, and has a speed of its own for every few rows more.
+# weights for a few rows as for one, and has another speed for every few rows more.
 KNOTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-# What a forward weighs beside the next one of about as many tokens: some 200 of them count. Those
-# of another size still stand, as nothing newer is known of it.
+# What a forward weighs compared with the next one of about the same size: some 200 of them count.
+# Those of another size still stand, as nothing newer is known of it.
 FORGET = 0.995
 # Forwards that have to be seen before anything is said.
 FEWEST = 8
 # How much of the error of the last forward the scale takes over: nearly all of it in 30 forwards.
 FOLLOW = 0.1
 # What is taken to be so as far as no forward says otherwise, and the share of a forward's weight
-# that says it: slopes beside each other are alike, and a quarter of the seconds is there without
+# that says it: neighboring slopes are alike, and a quarter of the seconds is there without
 # any token. That tries smaller forwards out first, for which nobody waits long.
 PRIOR, BASE_SHARE = 0.02, 0.25
 # Forwards that the spread is taken of, and how many of them may take longer than it says.
@@ -84,7 +84,7 @@ class FittedCosts:
 
     Attributes:
         ready: whether enough forwards have been seen.
-        version: changes whenever the shape of the costs does; the scale is no part of it.
+        version: changes whenever the shape of the costs does; the scale does not count.
         smallest, largest: tokens of the forwards that have been fitted.
     """
 
@@ -130,7 +130,7 @@ class FittedCosts:
             ratio = seconds / max(1e-12, self._shape(work))
             self._ratios.append(ratio / self._scale)
             if self._count >= 4 * FEWEST:
-                # One forward that was interrupted for long is no other machine.
+                # One forward that was interrupted for long does not mean another machine.
                 limited = min(max(ratio, 0.5 * self._scale), 2 * self._scale)
                 self._scale += FOLLOW * (limited - self._scale)
         # The relative error is features / seconds x coefficients - 1.
@@ -234,7 +234,7 @@ def nonnegative_least_squares(
             if not negative.any():
                 solution = trial
                 break
-            # As far towards the trial as all stay at least 0; whoever is at 0 then is free no more.
+            # As far towards the trial as all stay at least 0; what is at 0 then stays there.
             steps = solution[negative] / (solution[negative] - trial[negative])
             solution = solution + steps.min() * (trial - solution)
             free &= solution > 1e-15

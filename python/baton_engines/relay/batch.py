@@ -1,8 +1,8 @@
 """The state of a relay: its queries by status, the slots that they hold, and what is counted.
 
 Every query that has not ended is in exactly one of `waiting`, `running` and `parked`. The decode
-loop and the prompts in flight both change this state, and only through the methods here. Whatever
-goes wrong in a forward, a callback or a tokenizer ends the one query it belongs to.
+loop and the prompts in flight both change this state, and only through the methods here. An
+error in a forward, a callback or a tokenizer ends the one query it belongs to.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ class Batch:
                 listener, is_last = serving.listener, reason is not None
                 self.attempt(query, "on_text", give_text, query, listener, is_last)
         finally:
-            # Whatever a callback does, Ctrl-C included: a query gets no token after its last one.
+            # After any error in a callback, Ctrl-C too: a query gets no token after its last one.
             if reason is not None and not query.ended:
                 self.end(query, "finished", reason)
 

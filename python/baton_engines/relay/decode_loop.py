@@ -180,7 +180,7 @@ class DecodeLoop:
             return True
         choices = batch.choose(computed, logits)
         now = batch.clock()
-        # Rows that were tried alone, because one of them failed, had no padding.
+        # Rows that were tried one by one, because one of them failed, had no padding.
         padded = forward.padded and computed == rows
         self._count(computed, padded, len(stalled), now - begin)
         for query in stalled:
@@ -203,8 +203,8 @@ class DecodeLoop:
         if forward.decode:
             running = self.batch.running.values()
             rows += [Row(query, 1) for query in running if not query.prompt_left]
-        # After an interruption some rows have their columns already. They catch up alone: in an
-        # aligned cache no row can grow without the others.
+        # After an interruption some rows have their columns already. Only these run: in an aligned
+        # cache no row can grow without the others.
         return [row for row in rows if self.batch.slots.lagging(row.query)] or rows
 
     def _seat(self, rows: list[Row]) -> list[Row]:
@@ -228,7 +228,7 @@ class DecodeLoop:
             try:
                 return list(rows), compute(rows, padded=padded)
             except Exception as error:
-                # Who is at fault cannot be told from the error, so everybody tries alone.
+                # The error does not say which row caused it, so every row is tried by itself.
                 _log.info("forward of %d rows failed", len(rows), exc_info=error)
         computed: list[Row] = []
         logits: list[torch.Tensor] = []

@@ -43,7 +43,7 @@ def open_loop(
 
     Args:
         model: a transformers model, or a handle of one.
-        policy: an object of its own.
+        policy: an object that no other relay uses.
         undo: gets what has to be undone when the relay is closed. Written.
         on_end: called with every query that ends.
         num_slots, capacity, tokenizer, generation_config, aligned, shaping, kv_budget,
