@@ -58,6 +58,7 @@ CASES = {
     "decode": Case(attention_cases.decode, ("read",), attention_cases.decode_summary),
     "padding": Case(attention_cases.padding, ("read",), attention_cases.padding_summary),
     "paged": Case(paged_cases.paged, ("read",), paged_cases.paged_summary),
+    "prefix": Case(paged_cases.prefix, ("read",), paged_cases.prefix_summary),
     "scaling": Case(attention_cases.scaling, (), attention_cases.scaling_summary),
     "prefill": Case(prefill_cases.prefill, ("gemm",)),
     "chunk": Case(prefill_cases.chunk, (), prefill_cases.chunk_summary),

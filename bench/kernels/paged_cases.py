@@ -1,4 +1,5 @@
-"""Decode attention through block tables, against the same rows in slots."""
+"""Decode attention through block tables: against the same rows in slots, and of rows that share
+their first pages."""
 
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ import torch
 from baton_kernels import ragged_attention
 
 from .attention_cases import LLAMA, SMOLLM2, decode_lengths, limit, ours
-from .attention_work import AttentionWork
+from .attention_work import AttentionWork, Heads
 from .measure import OURS, Row, Way, Work
 from .options import Options
 from .report import dtype_name
 
+MHA = Heads(12, 12, 64)
 # Columns of a page, and whether the heads of a column lie next to each other, as in a pool of
-# tokens; else each head of a page has its columns together.
-PAGES = ((128, False), (16, False), (1, False), (16, True), (1, True))
+# tokens; else each head of a page has its columns together. Pages of 2048 hold a row each: what the
+# layout alone costs.
+PAGES = ((128, False), (16, False), (1, False), (2048, True), (16, True), (1, True))
 
 
 def name_of(page: int, heads_last: bool) -> str:
@@ -25,15 +28,18 @@ def name_of(page: int, heads_last: bool) -> str:
 
 
 class Pages:
-    """The rows of a work in pages anywhere, all else NaN."""
+    """The rows of a work in pages anywhere, all else NaN; `shared` pages are all rows' first."""
 
-    def __init__(self, work: AttentionWork, page: int, heads_last: bool):
+    def __init__(self, work: AttentionWork, page: int, heads_last: bool, shared: int = 0):
         self.work = work
-        counts = [-(-length // page) for length in work.lengths]
-        order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).int()
-        self.table = torch.full((len(counts), max(counts)), -1, dtype=torch.int32)
-        for row, pages in enumerate(order.split(counts)):
-            self.table[row, : len(pages)] = pages
+        counts = [-(-length // page) - shared for length in work.lengths]
+        order = torch.randperm(
+            sum(counts) + shared, generator=torch.Generator().manual_seed(0)
+        ).int()
+        self.table = torch.full((len(counts), max(counts) + shared), -1, dtype=torch.int32)
+        self.table[:, :shared] = order[:shared]
+        for row, pages in enumerate(order[shared:].split(counts)):
+            self.table[row, shared : shared + len(pages)] = pages
         heads = work.heads
         shape = (work.layers, 2, len(order), heads.kv, page, heads.dim)
         if heads_last:
@@ -72,6 +78,9 @@ def paged(options: Options) -> Iterator[Work]:
         return
     for dtype in options.dtypes:
         for heads in (LLAMA, SMOLLM2):
+            label = f"{len(lengths)} rows of {min(lengths)}..{max(lengths)}, {heads}"
+            if options.only not in label:
+                continue
             work = AttentionWork(
                 heads, [1] * len(lengths), lengths, dtype=dtype, device=options.device
             )
@@ -81,10 +90,45 @@ def paged(options: Options) -> Iterator[Work]:
                 ways.append(Way(name_of(page, heads_last), pages.calls(), work.check, OURS))
             ways += options.peers(lambda w=work: options.vllm.ways(w, options.effort))
             yield Work(
-                f"{len(lengths)} rows of {min(lengths)}..{max(lengths)}, {heads}",
-                dtype_name(dtype), [*ways, *limit(options, work.bytes)], bytes=work.bytes,
-                ceiling="read",
+                label, dtype_name(dtype), [*ways, *limit(options, work.bytes)],
+                bytes=work.bytes, ceiling="read",
             )  # fmt: skip
+
+
+def prefix(options: Options) -> Iterator[Work]:
+    """One decoded token of rows behind one prefix; bytes count each column in memory once."""
+    rows, page, common, own = (3, 16, 1024, 40) if options.tiny else (32, 128, 4096, 256)
+    if options.device.name != "cpu":
+        return
+    for dtype in options.dtypes:
+        for heads in (SMOLLM2, MHA):
+            label = f"{rows} rows, {common} shared + {own} own, {heads}"
+            if options.only not in label:
+                continue
+            work = AttentionWork(
+                heads, [1] * rows, [common + own] * rows, dtype=dtype, device=options.device
+            )
+            for tensor in (work.cache.keys, work.cache.values):
+                tensor[:, 1:, :, :common] = tensor[:, :1, :, :common]
+            ways = [
+                Way("prefix shared", Pages(work, page, False, common // page).calls(), work.check,
+                    OURS),
+                Way("copies of it", Pages(work, page, False).calls(), work.check, OURS),
+            ]  # fmt: skip
+            num_bytes = work.bytes * (common + rows * own) // (rows * (common + own))
+            yield Work(
+                label, dtype_name(dtype),
+                [*ways, *limit(options, num_bytes)], bytes=num_bytes, ceiling="read",
+            )  # fmt: skip
+
+
+def prefix_summary(rows: list[Row]) -> list[str]:
+    """Against reading every byte once, and every row's."""
+    return [
+        f"{row.dtype}, {row.work}: {row.way} / prefix shared = {row.ratio:.2f}"
+        for row in rows
+        if row.way != "prefix shared" and row.ratio
+    ]
 
 
 def paged_summary(rows: list[Row]) -> list[str]:

@@ -1,6 +1,7 @@
 // ragged_attention: index values, the plan of work, and the CPU call.
 #include "bindings/ragged_attention.h"
 
+#include "bindings/attention_plan.h"
 #include "bindings/box.h"
 #include "bindings/index_memo.h"
 #include "bindings/parallel.h"
@@ -47,43 +48,10 @@ void check_page_values(const Checker& check, const RaggedAttentionParams& p) {
   }
 }
 
-// Items of all rows, the offsets of their partial results, and how many columns they read.
-struct Plan {
-  std::vector<AttentionItem> items;
-  std::vector<int64_t> partial_offsets;
-  int64_t partial_floats = 0;
-  int64_t columns = 0;
-};
-
-void make_plan(const RaggedAttentionParams& p, Plan& plan) {
-  plan.items.clear();
-  plan.partial_offsets.assign(p.num_rows, -1);
-  plan.partial_floats = plan.columns = 0;
-  const int64_t group = p.num_heads / p.sizes.num_kv_heads;
-  for (int32_t row = 0; row < p.num_rows; ++row) {
-    const int64_t query_length = p.cu_seqlens[row + 1] - p.cu_seqlens[row];
-    const AttentionRowPlan own = plan_attention_row(query_length, p.lengths[row], group);
-    plan.columns += own.num_tiles * p.lengths[row];
-    if (own.num_splits > 1) {
-      plan.partial_offsets[row] = plan.partial_floats;
-      plan.partial_floats +=
-          query_length * p.num_heads * own.num_splits * attention_partial_size(p.sizes.head_dim);
-    }
-    for (int32_t head = 0; head < p.sizes.num_kv_heads; ++head) {
-      // The last tile of a causal row is its longest: first, so that no thread ends with it.
-      for (int32_t tile = static_cast<int32_t>(own.num_tiles) - 1; tile >= 0; --tile) {
-        for (int32_t split = 0; split < own.num_splits; ++split) {
-          plan.items.push_back({row, head, tile, split});
-        }
-      }
-    }
-  }
-}
-
 // The rows that this thread has checked and planned last: those of all layers of a step.
 struct PlannedRows {
   IndexMemo checked;
-  Plan plan;
+  AttentionPlan plan;
 
   void update(const Checker& check, const RaggedAttentionParams& p) {
     const std::initializer_list<int64_t> limits{
@@ -94,10 +62,15 @@ struct PlannedRows {
                                                           {p.slots, p.slots ? p.num_rows : 0},
                                                           {p.starts, p.num_rows},
                                                           {p.lengths, p.num_rows}};
-    if (checked.holds(limits, values)) return;
+    if (checked.holds(limits, values)) {
+      if (!p.block_table) return;
+      check_page_values(check, p);
+      if (plan.fits_pages(p)) return;
+    }
     checked.forget();
     check_rows(check, p);
-    make_plan(p, plan);
+    if (p.block_table) check_page_values(check, p);
+    plan.make(p);
     checked.keep(limits, values);
   }
 
@@ -117,15 +90,14 @@ struct Cpu : CpuDevice {
 
   static void check_values(const Checker& check, const RaggedAttentionParams& p) {
     PlannedRows::of_this_thread().update(check, p);
-    if (p.block_table) check_page_values(check, p);
   }
 
   void run(const RaggedAttentionParams& p, const Tensor& query) const {
     PlannedRows& rows = PlannedRows::of_this_thread();
-    const Plan& plan = rows.plan;
+    const AttentionPlan& plan = rows.plan;
     std::optional<Tensor> partials;
     AttentionWork work{plan.items.data(), static_cast<int64_t>(plan.items.size()),
-                       plan.partial_offsets.data(), nullptr};
+                       plan.partial_offsets.data(), nullptr, plan.sharers.data()};
     if (plan.partial_floats > 0) {
       partials.emplace(allocate(query, {plan.partial_floats}, kCodes.float32));
       work.partials = static_cast<float*>(partials->mutable_data_ptr());

@@ -57,9 +57,11 @@ constexpr int64_t kAttentionBlockColumns = 64;
 // Bounds the partial results by the size of the output, however long the cache.
 constexpr int64_t kAttentionMaxSplits = 64;
 
-// One (row, KV head, query tile, split).
+// One (row, KV head, query tile, split), or a split that several rows have in the same place: their
+// query vectors, at most kAttentionTileQueries, then read it together.
 struct AttentionItem {
   int32_t row, kv_head, tile, split;
+  int32_t first_sharer = 0, num_sharers = 0;  // in AttentionWork::sharers; 0: the row is alone
 };
 
 struct AttentionRowPlan {
@@ -83,8 +85,9 @@ struct AttentionWork {
   const AttentionItem* items;
   int64_t num_items;
   const int64_t*
-      partial_offsets;  // [num_rows]: first float of the row's partials, -1 without splits
-  float* partials;      // per (token, head, split): sums, then maximum and sum
+      partial_offsets;     // [num_rows]: first float of the row's partials, -1 without splits
+  float* partials;         // per (token, head, split): sums, then maximum and sum
+  const int32_t* sharers;  // rows
 };
 
 // Sums of one query vector on the CPU: head_dim of them, in an order of the kernel's own inside

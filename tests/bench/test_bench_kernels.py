@@ -10,9 +10,8 @@ import torch
 from bench_package import import_bench
 
 CASES = (
-    "ceilings", "decode", "padding", "paged", "scaling", "prefill", "chunk", "mixed", "insert",
-    "extract", "move", "append", "layers", "rows", "linear", "packed", "overhead",
-    "step",
+    "ceilings", "decode", "padding", "paged", "prefix", "scaling", "prefill", "chunk", "mixed",
+    "insert", "extract", "move", "append", "layers", "rows", "linear", "packed", "overhead", "step",
 )  # fmt: skip
 
 

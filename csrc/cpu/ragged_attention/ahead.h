@@ -43,6 +43,11 @@ struct Ask {
       for (int i = 0; i < kRows; ++i) row<kDim>(first + (j + i) * stride, dim);
       return;
     }
+    if (scattered && j + kRows <= num_second) {
+      BATON_UNROLL
+      for (int i = 0; i < kRows; ++i) row<kDim>(scattered[j + i], dim);
+      return;
+    }
     const int64_t end = j + kRows < num_first + num_second ? j + kRows : num_first + num_second;
     if (scattered) {
       for (; j < end; ++j) row<kDim>(scattered[j], dim);
@@ -85,22 +90,22 @@ class ReadAhead {
   Ask<T> step(int64_t count) {
     Ask<T> ask;
     // Rows that are in use already are not asked for any more.
-    while (lead_ < 0 && refill()) lead_ += take(-lead_);
+    if (is_scattered_) {
+      lead_ += collect(-lead_);
+    } else {
+      while (lead_ < 0 && refill()) lead_ += take(-lead_);
+    }
     int64_t wanted = count + full_lead_ - lead_;
     lead_ -= count;
     ask.doubled = wanted > count;
-    if (wanted > 2 * count) wanted = 2 * count;
-    if (wanted <= 0 || !refill()) return ask;
+    if (wanted > 2 * count) wanted = 2 * count;  // at most kMaxAsked
     if (is_scattered_) {
       ask.scattered = scattered_;
-      do {
-        const T* row = row_;
-        const int64_t taken = take(wanted - ask.num_second);
-        for (int64_t i = 0; i < taken; ++i, row += stride_) scattered_[ask.num_second++] = row;
-      } while (ask.num_second < wanted && refill());
+      ask.num_second = collect(wanted);
       lead_ += ask.num_second;
       return ask;
     }
+    if (wanted <= 0 || !refill()) return ask;
     ask.stride = stride_;
     ask.first = row_;
     ask.num_first = take(wanted);
@@ -136,26 +141,45 @@ class ReadAhead {
   // been walked.
   bool refill() {
     if (left_ > 0) return true;
-    if (in_block_ == 0) {
-      while (done_ >= rows_) {
-        if (item_ >= end_) return false;
-        ++item_;
-        open();
-      }
-      next_ = begin_ + done_;
-      const int64_t block = kBlockKeys - next_ % kBlockKeys;
-      in_block_ = rows_ - done_ < block ? rows_ - done_ : block;
-      stream_ = values_ ? &from_.values : &from_.keys;
-      stride_ = stream_->stride();
-      if (values_) done_ += in_block_;
-      values_ = !values_;
-    }
+    if (in_block_ == 0 && !next_block()) return false;
     const Run<T> run = stream_->run(next_, in_block_);
     row_ = run.data;
     left_ = run.count;
     next_ += run.count;
     in_block_ -= run.count;
     return true;
+  }
+
+  // The keys or values of the block that begins now, if there are any.
+  bool next_block() {
+    while (done_ >= rows_) {
+      if (item_ >= end_) return false;
+      ++item_;
+      open();
+    }
+    next_ = begin_ + done_;
+    const int64_t block = kBlockKeys - next_ % kBlockKeys;
+    in_block_ = rows_ - done_ < block ? rows_ - done_ : block;
+    stream_ = values_ ? &from_.values : &from_.keys;
+    stride_ = stream_->stride();
+    if (values_) done_ += in_block_;
+    values_ = !values_;
+    return true;
+  }
+
+  // Goes past up to `wanted` rows and notes their places in scattered_; returns how many they were.
+  int64_t collect(int64_t wanted) {
+    int64_t found = 0;
+    if (wanted > kMaxAsked) wanted = kMaxAsked;
+    while (found < wanted && (in_block_ > 0 || next_block())) {
+      const int64_t count = wanted - found < in_block_ ? wanted - found : in_block_;
+      stream_->for_each_page(next_, count, [&](const T* row, int64_t here) {
+        for (; here > 0; --here, row += stride_) scattered_[found++] = row;
+      });
+      next_ += count;
+      in_block_ -= count;
+    }
+    return found;
   }
 
   // Goes past up to `count` rows of the current run; returns how many they were.
@@ -180,7 +204,8 @@ class ReadAhead {
   const T* row_ = nullptr;             // the current run
   int64_t stride_ = 0, left_ = 0;
   int64_t lead_ = 0;  // rows asked for that are not in use yet
-  const T* scattered_[2 * kBlockKeys];
+  static constexpr int64_t kMaxAsked = 2 * kBlockKeys;
+  const T* scattered_[kMaxAsked];
 };
 
 }  // namespace baton::cpu::BATON_ISA

@@ -10,9 +10,7 @@ namespace baton::cpu::BATON_ISA {
 
 struct DirectProducts {
   static_assert(kDirectTile == 4);
-  typedef Rows<BFloat16> BlockRows;
-
-  template <typename Softmax>
+  template <typename BlockRows, typename Softmax>
   static void weigh(int count, const BlockRows& values, Softmax& softmax,
                     AttentionScratch& scratch) {
     const auto whole = [&]<int kDim>() {
@@ -34,20 +32,20 @@ struct DirectProducts {
   }
 
  private:
-  template <int kDim, int kQueries, typename Softmax>
+  template <int kDim, int kQueries, typename BlockRows, typename Softmax>
   static void weigh_stream(const BlockRows& values, Softmax& softmax, AttentionScratch& scratch) {
     constexpr int kSteps = kDim / kPairStep;
     Vec sums[kQueries][2 * kSteps] = {};
     const auto add = [&](int64_t k, bool alone) BATON_INLINE_LAMBDA {
-      const BFloat16* even = values.data + k * values.stride;
+      const BFloat16* even = values.row(k);
+      const BFloat16* odd = alone ? nullptr : values.row(k + 1);
       Pairs weight[kQueries];
       BATON_UNROLL
       for (int m = 0; m < kQueries; ++m) weight[m] = broadcast_pair(&scratch.scores[m][k / 2]);
       BATON_UNROLL
       for (int i = 0; i < kSteps; ++i) {
-        const ValuePairs v =
-            interleave(load_pairs(even + i * kPairStep),
-                       alone ? Pairs{} : load_pairs(even + values.stride + i * kPairStep));
+        const ValuePairs v = interleave(load_pairs(even + i * kPairStep),
+                                        alone ? Pairs{} : load_pairs(odd + i * kPairStep));
         BATON_UNROLL
         for (int m = 0; m < kQueries; ++m) {
           sums[m][2 * i] = dot_pairs(sums[m][2 * i], weight[m], v.low);
@@ -82,7 +80,7 @@ struct DirectProducts {
   // that memory cannot follow in the first pass and does not use in the others.
   static constexpr int kGroupPairs = 4, kGroupRows = 2 * kGroupPairs;
 
-  template <int kDim, typename Softmax>
+  template <int kDim, typename BlockRows, typename Softmax>
   static void weigh_groups(int count, const BlockRows& values, Softmax& softmax,
                            AttentionScratch& scratch) {
     int64_t k = values.first;
@@ -101,19 +99,19 @@ struct DirectProducts {
   // A group uses its lines down the rows, an order that the hardware does not foresee: they are
   // brought into the first-level cache a group before, in the order of addresses. Where head_dim
   // is not known that is left out.
-  template <int kDim>
+  template <int kDim, typename BlockRows>
   static BATON_INLINE void touch_group(const BlockRows& values, int64_t k) {
     BATON_UNROLL
     for (int i = 0; i < kGroupRows; ++i) {
       BATON_UNROLL
       for (int d = 0; d < kDim; d += kPairStep) {
-        __builtin_prefetch(values.data + (k + i) * values.stride + d, 0, 3);
+        __builtin_prefetch(values.row(k + i) + d, 0, 3);
       }
     }
   }
 
   // Rows k to k + 2 kPairs; of a single pair the second row may be missing.
-  template <int kPairs, int kDim>
+  template <int kPairs, int kDim, typename BlockRows>
   static BATON_INLINE void weigh_group(int count, const BlockRows& values, int64_t k,
                                        AttentionScratch& scratch) {
     for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
@@ -126,16 +124,20 @@ struct DirectProducts {
   }
 
   // kAsk: whether the rows ask for others, spread over the steps through head_dim.
-  template <int kPairs, int kQueries, int kDim, bool kAsk>
+  template <int kPairs, int kQueries, int kDim, bool kAsk, typename BlockRows>
   static BATON_INLINE void weigh_rows(const float (*p)[kBlockKeys], int64_t k,
                                       const BlockRows& values, Sums to) {
     constexpr int kSteps = kDim == 0 ? 1 : kDim / kPairStep;
     constexpr int kAskRows = 2 * kPairs / kSteps > 0 ? 2 * kPairs / kSteps : 1;
-    const BFloat16* rows = values.data + k * values.stride;
-    const int64_t stride = values.stride, dim = kDim != 0 ? kDim : values.dim;
+    const int64_t dim = kDim != 0 ? kDim : values.dim;
     // The row behind an odd count is not read: it is padding or another row's.
     const bool alone = k + 1 == values.count;
     const bool is_first = k == values.first, is_last = k + 2 * kPairs >= values.count;
+    const BFloat16* rows[2 * kPairs];
+    BATON_UNROLL
+    for (int i = 0; i < 2 * kPairs; ++i) {
+      rows[i] = kPairs == 1 && i == 1 && alone ? nullptr : values.row(k + i);
+    }
     Pairs weight[kQueries][kPairs];
     BATON_UNROLL
     for (int m = 0; m < kQueries; ++m) {
@@ -151,9 +153,9 @@ struct DirectProducts {
       }
       BATON_UNROLL
       for (int j = 0; j < kPairs; ++j) {
-        const BFloat16* even = rows + 2 * j * stride + d;
         const ValuePairs v =
-            interleave(load_row(even), kPairs == 1 && alone ? Pairs{} : load_row(even + stride));
+            interleave(load_row(rows[2 * j] + d),
+                       kPairs == 1 && alone ? Pairs{} : load_row(rows[2 * j + 1] + d));
         BATON_UNROLL
         for (int m = 0; m < kQueries; ++m) {
           low[m] = dot_pairs(low[m], weight[m][j], v.low);

@@ -105,6 +105,19 @@ class Stream {
     return run_in_pages(index, column - index * page_size_, wanted);
   }
 
+  // Of pages: calls fn(row, number of rows) for the parts of `count` keys that are in one page
+  // each.
+  template <typename Fn>
+  BATON_INLINE void for_each_page(int64_t key, int64_t count, const Fn& fn) const {
+    const int64_t first = (start_ + key) / page_size_;
+    int64_t column = start_ + key - first * page_size_;
+    for (const int32_t* page = pages_ + first; count > 0; ++page, column = 0) {
+      const int64_t rest = page_size_ - column, here = count < rest ? count : rest;
+      fn(data_ + *page * page_stride_ + column * stride_, here);
+      count -= here;
+    }
+  }
+
  private:
   BATON_INLINE Run<T> run_in_pages(int64_t index, int64_t column, int64_t wanted) const {
     const int32_t* page = pages_ + index;

@@ -21,7 +21,10 @@ struct TileQueries {
   View views[kMaxQueries];
   int count = 0;
 
-  TileQueries(const RaggedAttentionParams& p, const Tile& t) {
+  TileQueries() = default;
+  TileQueries(const RaggedAttentionParams& p, const Tile& t) { add(p, t); }
+
+  void add(const RaggedAttentionParams& p, const Tile& t) {
     for (int64_t token = t.token; token < t.token + t.num_tokens; ++token) {
       for (int64_t head = t.first_head; head < t.first_head + t.num_heads; ++head, ++count) {
         query[count] = static_cast<const T*>(p.query) +
@@ -40,32 +43,43 @@ struct TileQueries {
   }
 };
 
-// Rows [first, end) of the block of keys or values that begins at key `block`: where they lie if
-// that is one run, else a copy, which the next call overwrites.
+// A copy of rows [first, end) of the block of keys or values that begins at key `block`.
 template <typename T>
-BATON_INLINE Rows<T> block_rows(const Stream<T>& from, int64_t block, int64_t first, int64_t end,
-                                int64_t dim, const Ask<T>& ask, AttentionScratch& scratch) {
-  const int64_t stride = from.stride();
-  Run<T> run = from.run(block + first, end - first);
-  if (run.count == end - first) return {run.data - first * stride, stride, first, end, dim, ask};
+__attribute__((noinline)) Rows<T> copied_rows(const Stream<T>& from, int64_t block, int64_t first,
+                                              int64_t end, int64_t dim, const Ask<T>& ask,
+                                              AttentionScratch& scratch) {
   T* copy = reinterpret_cast<T*>(scratch.copy);
-  for (int64_t k = first; k < end;) {
-    copy_rows(reinterpret_cast<char*>(copy + k * dim), dim * sizeof(T),
-              reinterpret_cast<const char*>(run.data), stride * sizeof(T), run.count,
-              dim * sizeof(T));
-    k += run.count;
-    if (k < end) run = from.run(block + k, end - k);
-  }
+  const int64_t bytes = dim * sizeof(T);
+  char* next = scratch.copy + first * bytes;
+  from.for_each_page(block + first, end - first, [&](const T* rows, int64_t count) {
+    copy_rows(next, bytes, reinterpret_cast<const char*>(rows), from.stride() * sizeof(T), count,
+              bytes);
+    next += count * bytes;
+  });
   return {copy, dim, first, end, dim, ask};
+}
+
+// The places of these rows.
+template <typename T>
+BATON_INLINE ScatteredRows<T> scattered_rows(const Stream<T>& from, int64_t block, int64_t first,
+                                             int64_t end, int64_t dim, const Ask<T>& ask,
+                                             AttentionScratch& scratch) {
+  const T** places = reinterpret_cast<const T**>(scratch.places);
+  const T** next = places + first;
+  from.for_each_page(block + first, end - first, [&](const T* row, int64_t count) {
+    for (; count > 0; --count, row += from.stride()) *next++ = row;
+  });
+  return {{nullptr, 0, first, end, dim, ask}, places};
 }
 
 // The product with values for query vectors that do not see all of the block's keys, where a hidden
 // value may be NaN or infinite, which times a probability of 0 is NaN. Each multiplies a copy in
 // which the rows that it does not see are 0, in the same order of additions.
-template <typename T, typename Softmax>
+template <typename BlockRows, typename Softmax>
 __attribute__((noinline)) void weigh_visible(const View* views, int count, int64_t first_key,
-                                             const Rows<T>& values, Softmax& softmax,
+                                             const BlockRows& values, Softmax& softmax,
                                              AttentionScratch& scratch) {
+  typedef typename BlockRows::Element T;
   alignas(64) T copy[kBlockKeys][kMaxHeadDim];
   alignas(64) float before[kMaxQueries * kMaxHeadDim], after[kMaxQueries * kMaxHeadDim];
   const int64_t stride = scratch.out.stride, size = stride * sizeof(float);
@@ -75,7 +89,7 @@ __attribute__((noinline)) void weigh_visible(const View* views, int count, int64
     const Range range = views[m].range;
     for (int64_t k = values.first; k < values.count; ++k) {
       const bool sees = first_key + k >= range.begin && first_key + k < range.end;
-      const T* row = values.data + k * values.stride;
+      const T* row = values.row(k);
       if (sees) __builtin_memcpy(copy[k], row, values.dim * sizeof(T));
       if (!sees) __builtin_memset(copy[k], 0, values.dim * sizeof(T));
     }
@@ -108,15 +122,29 @@ void stream(const RaggedAttentionParams& p, const TileQueries<T>& queries, const
   int64_t first = keys.begin % kBlockKeys;
   for (int64_t block = keys.begin - first; block < keys.end; block += kBlockKeys, first = 0) {
     const int64_t end = keys.end - block < kBlockKeys ? keys.end - block : kBlockKeys;
-    const auto ask = [&] { return ahead ? ahead->step(end - first) : Ask<T>{}; };
-    Products::score(count, block_rows(from.keys, block, first, end, dim, ask(), scratch), scratch);
+    // Calls use(rows) with the block's keys or values.
+    const auto with_rows = [&](const Stream<T>& of, const auto& use) BATON_INLINE_LAMBDA {
+      const Ask<T> ask = ahead ? ahead->step(end - first) : Ask<T>{};
+      const Run<T> run = of.run(block + first, end - first);
+      const bool is_one_run = run.count == end - first;
+      if constexpr (Products::kHasScatteredRows) {
+        if (!is_one_run && Products::uses_block_in_place(count)) {
+          return use(scattered_rows(of, block, first, end, dim, ask, scratch));
+        }
+      }
+      use(is_one_run ? Rows<T>{run.data - first * of.stride(), of.stride(), first, end, dim, ask}
+                     : copied_rows(of, block, first, end, dim, ask, scratch));
+    };
+    with_rows(from.keys,
+              [&](const auto& keys) BATON_INLINE_LAMBDA { Products::score(count, keys, scratch); });
     BlockSoftmax<Products> softmax(p, queries.views, count, block, end, scratch);
-    const Rows<T> values = block_rows(from.values, block, first, end, dim, ask(), scratch);
-    if (kCareful && queries.some_hides(block + first, block + end)) {
-      weigh_visible(queries.views, count, block, values, softmax, scratch);
-    } else {
-      Products::weigh(count, values, softmax, scratch);
-    }
+    with_rows(from.values, [&](const auto& values) BATON_INLINE_LAMBDA {
+      if (kCareful && queries.some_hides(block + first, block + end)) {
+        weigh_visible(queries.views, count, block, values, softmax, scratch);
+      } else {
+        Products::weigh(count, values, softmax, scratch);
+      }
+    });
   }
 }
 
@@ -187,6 +215,22 @@ void write_result(const RaggedAttentionParams& p, int64_t token, int64_t head, b
   AttentionProducts<T>::put_result(sums, dim, weight / total, out);
 }
 
+// Where the partial result of one split of a query vector goes.
+static float* partial_of(const RaggedAttentionParams& p, const AttentionWork& work, int64_t row,
+                         int64_t num_splits, int64_t split, int64_t token, int64_t head) {
+  return work.partials + work.partial_offsets[row] +
+         ((token * p.num_heads + head) * num_splits + split) *
+             attention_partial_size(p.sizes.head_dim);
+}
+
+// Of query vector m, as it was streamed last.
+static void write_partial(const AttentionScratch& scratch, int m, int64_t dim, float* partial) {
+  const int64_t num_sums = attention_sums(dim);
+  __builtin_memcpy(partial, scratch.out[m], num_sums * sizeof(float));
+  partial[num_sums] = scratch.maximum[m];
+  partial[num_sums + 1] = reduce_add(load(scratch.sum[m]));
+}
+
 template <typename T>
 void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
               const AttentionRowPlan& plan, const Tile& tile, ReadAhead<T>* ahead,
@@ -220,12 +264,8 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
           [&](int m) { return Merged{scratch.out[m], scratch.maximum[m], segment_sum(m)}; });
     }
     for_each_vector([&](int m, int64_t token, int64_t head) {
-      float* partial = work.partials + work.partial_offsets[item.row] +
-                       ((token * p.num_heads + head) * plan.num_splits + item.split) *
-                           attention_partial_size(dim);
-      __builtin_memcpy(partial, scratch.out[m], num_sums * sizeof(float));
-      partial[num_sums] = scratch.maximum[m];
-      partial[num_sums + 1] = segment_sum(m);
+      write_partial(scratch, m, dim,
+                    partial_of(p, work, item.row, plan.num_splits, item.split, token, head));
     });
     return;
   }
@@ -246,9 +286,44 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
   result([&](int m) { return merged[m]; });
 }
 
+// One split of rows that have it in the same place.
+template <typename T>
+void run_shared_item(const RaggedAttentionParams& p, const AttentionWork& work,
+                     const AttentionItem& item, ReadAhead<T>& ahead, AttentionScratch& scratch) {
+  const int64_t group = p.num_heads / p.sizes.num_kv_heads, first_head = item.kv_head * group;
+  const int32_t* rows = work.sharers + item.first_sharer;
+  TileQueries<T> queries;
+  Range keys{};
+  for (int i = 0; i < item.num_sharers; ++i) {
+    AttentionItem own = item;
+    own.row = rows[i];
+    Tile tile = make_tile(p, own, row_plan(p, own.row));
+    tile.first_head = first_head;
+    tile.num_heads = group;
+    queries.add(p, tile);
+    // A window lets a longer row begin later.
+    if (i == 0 || tile.begin < keys.begin) keys.begin = tile.begin;
+    if (i == 0 || tile.end > keys.end) keys.end = tile.end;
+  }
+  AttentionProducts<T>::load_queries(queries.query, queries.count, p.sizes.head_dim, scratch);
+  stream_segment<T>(p, queries, Streams<T>(p, rows[0], item.kv_head), keys, &ahead, scratch);
+  int m = 0;
+  for (int i = 0; i < item.num_sharers; ++i) {
+    const int64_t num_splits = row_plan(p, rows[i]).num_splits;
+    const int64_t tokens = p.cu_seqlens[rows[i] + 1] - p.cu_seqlens[rows[i]];
+    for (int64_t token = 0; token < tokens; ++token) {
+      for (int64_t head = first_head; head < first_head + group; ++head, ++m) {
+        write_partial(scratch, m, p.sizes.head_dim,
+                      partial_of(p, work, rows[i], num_splits, item.split, token, head));
+      }
+    }
+  }
+}
+
 template <typename T>
 void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
               ReadAhead<T>& ahead, AttentionScratch& scratch) {
+  if (item.num_sharers > 0) return run_shared_item<T>(p, work, item, ahead, scratch);
   const AttentionRowPlan plan = row_plan(p, item.row);
   Tile tile = make_tile(p, item, plan);
   // Groups wider than a tile are taken in parts; their keys and values are then in the core's

@@ -76,13 +76,16 @@ BATON_INLINE Quad add_parts(Quad total, Vec sums) {
 
 // scores[m][k .. k + 4) for kQueries prepared query vectors. Without kWhole the block ends before
 // the fourth key; what lies behind is not read.
-template <typename T, int kDim, int kQueries, bool kWhole>
-BATON_INLINE void score_four(const float* query, const Rows<T>& keys, int64_t k,
+template <int kDim, int kQueries, bool kWhole, typename BlockRows>
+BATON_INLINE void score_four(const float* query, const BlockRows& keys, int64_t k,
                              float (*scores)[kBlockKeys]) {
+  typedef typename BlockRows::Element T;
   typedef Dot<T> D;
   static_assert(kDim % D::kStep == 0);
   const int64_t dim = kDim != 0 ? kDim : keys.dim, size = direct_query_size<T>(dim);
-  const T* row = keys.data + k * keys.stride;
+  const T* rows[4];
+  BATON_UNROLL
+  for (int i = 0; i < 4; ++i) rows[i] = kWhole || k + i < keys.count ? keys.row(k + i) : nullptr;
   constexpr int64_t kStretchElements = kStretch * D::kStep / kLanes;
   Quad total[kQueries] = {};
   Vec sums[kQueries] = {};
@@ -94,7 +97,7 @@ BATON_INLINE void score_four(const float* query, const Rows<T>& keys, int64_t k,
     Vec x[4];
     BATON_UNROLL
     for (int i = 0; i < 4; ++i) {
-      x[i] = kWhole || k + i < keys.count ? load_key(row + i * keys.stride, d) : zero();
+      x[i] = kWhole || k + i < keys.count ? load_key(rows[i], d) : zero();
     }
     transpose_parts(x[0], x[1], x[2], x[3]);
     const float* prepared = query + d / D::kStep * 4 * kLanes;
@@ -124,29 +127,31 @@ BATON_INLINE void score_four(const float* query, const Rows<T>& keys, int64_t k,
   for (int m = 0; m < kQueries; ++m) __builtin_memcpy(&scores[m][k], &total[m], sizeof(Quad));
 }
 
-template <typename T, int kDim>
-void score_direct_block(const float* query, int count, const Rows<T>& keys,
+template <int kDim, typename BlockRows>
+void score_direct_block(const float* query, int count, const BlockRows& keys,
                         float (*scores)[kBlockKeys]) {
+  typedef typename BlockRows::Element T;
   const int64_t size = direct_query_size<T>(kDim != 0 ? kDim : keys.dim);
   for_query_tiles<kDirectTile>(count, [&]<int kQueries>(int m) {
     const float* first = query + m * size;
     int64_t k = keys.first;
     for (; k + 4 <= keys.count; k += 4) {
       if (m == 0) keys.template used<4, kDim>(k);
-      score_four<T, kDim, kQueries, true>(first, keys, k, scores + m);
+      score_four<kDim, kQueries, true>(first, keys, k, scores + m);
     }
     if (k == keys.count) return;
     if (m == 0) keys.template used<4, kDim>(k);
-    score_four<T, kDim, kQueries, false>(first, keys, k, scores + m);
+    score_four<kDim, kQueries, false>(first, keys, k, scores + m);
   });
 }
 
 // scores[m][k] for `count` prepared query vectors and the block's keys.
-template <typename T>
-void score_direct(const float* query, int count, const Rows<T>& keys, float (*scores)[kBlockKeys]) {
-  if (keys.dim == 64) return score_direct_block<T, 64>(query, count, keys, scores);
-  if (keys.dim == 128) return score_direct_block<T, 128>(query, count, keys, scores);
-  score_direct_block<T, 0>(query, count, keys, scores);
+template <typename BlockRows>
+void score_direct(const float* query, int count, const BlockRows& keys,
+                  float (*scores)[kBlockKeys]) {
+  if (keys.dim == 64) return score_direct_block<64>(query, count, keys, scores);
+  if (keys.dim == 128) return score_direct_block<128>(query, count, keys, scores);
+  score_direct_block<0>(query, count, keys, scores);
 }
 
 // 2. Many query vectors.
@@ -233,7 +238,14 @@ struct BlockScores {
     }
   }
 
-  // scratch.scores[m][k] = q[m] . key[k].
+  // Whether few query vectors can be given rows that are scattered.
+  static constexpr bool kHasScatteredRows = true;
+
+  static void score(int count, const ScatteredRows<T>& keys, AttentionScratch& scratch) {
+    score_direct(scratch.query.data, count, keys, scratch.scores);
+  }
+
+  // scratch.scores[m][k] = q[m] . key[k]. Rows that are scattered need few query vectors.
   static void score(int count, const Rows<T>& keys, AttentionScratch& scratch) {
     if (count <= kDirectQueries) {
       score_direct(scratch.query.data, count, keys, scratch.scores);

@@ -44,7 +44,8 @@ struct AttentionScratch {
         block{block_rows, out.stride},
         query{query_rows, out.stride},
         values{value_rows, out.stride},
-        copy{copied_rows} {}
+        copy{copied_rows},
+        places{row_places} {}
   AttentionScratch(const AttentionScratch&) = delete;
 
   alignas(64) float scores[kMaxQueries][kBlockKeys];
@@ -55,8 +56,10 @@ struct AttentionScratch {
   const Matrix block;        // sums of a block so far; decode only
   const Matrix query;        // prepared for the scores
   const Matrix values;       // prefill only
-  char* const copy;          // of a block of keys or values whose rows are not one run
-  int tile_vectors = 0;      // what AMX tiles are configured for
+  // Of a block of keys or values whose rows are not one run: a copy of them, or where they lie.
+  char* const copy;
+  const void** const places;
+  int tile_vectors = 0;  // what AMX tiles are configured for
 
  private:
   alignas(64) float out_rows[kMaxQueries * kMaxHeadDim];
@@ -65,17 +68,23 @@ struct AttentionScratch {
   alignas(64) float query_rows[kMaxQueries * kMaxHeadDim];
   alignas(64) float value_rows[kBlockKeys * kMaxHeadDim];
   alignas(64) char copied_rows[kBlockKeys * kMaxHeadDim * sizeof(float)];
+  const void* row_places[kBlockKeys];
 };
 
 // The keys or values of one block where they lie in the cache: rows [first, count) of it.
 template <typename T>
 struct Rows {
+  typedef T Element;
+  static constexpr bool kScattered = false;
+
   const T* data;   // row 0 of the block
   int64_t stride;  // elements from one row to the next
   int64_t first;   // a multiple of kFirstKeys: a window hides the rows before it
   int64_t count;   // at most kBlockKeys
   int64_t dim;
   Ask<T> ask;
+
+  BATON_INLINE const T* row(int64_t k) const { return data + k * stride; }
 
   // See Ask::used.
   template <int kRows, int kDim = 0>
@@ -90,6 +99,16 @@ struct Rows {
 
   // What query vectors [m, m + n) of `all` ask for.
   BATON_INLINE auto share(int m, int n, int all) const;
+};
+
+// The same, each row anywhere: what few query vectors read of pages smaller than a block.
+template <typename T>
+struct ScatteredRows : Rows<T> {
+  static constexpr bool kScattered = true;
+
+  const T* const* rows;  // as long as the block
+
+  BATON_INLINE const T* row(int64_t k) const { return rows[k]; }
 };
 
 // A share of a block's requests: one row with every fourth step, because bursts are dropped.

@@ -28,6 +28,9 @@ template <>
 struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   typedef Rows<BFloat16> BlockRows;
 
+  // Tiles are loaded from rows one distance apart.
+  static constexpr bool kHasScatteredRows = false;
+
   // Left configured, tiles would be saved at every switch of threads.
   struct Scope {
     ~Scope() { tile_release(); }

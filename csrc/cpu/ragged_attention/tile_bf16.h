@@ -65,6 +65,12 @@ struct BlockProducts<BFloat16> : BlockScores<BFloat16> {
     }
   }
 
+  template <typename Softmax>
+  static void weigh(int count, const ScatteredRows<BFloat16>& values, Softmax& softmax,
+                    AttentionScratch& scratch) {
+    DirectProducts::weigh(count, values, softmax, scratch);
+  }
+
   // Undoes the permutation of the sums.
   static void put_result(const float* sums, int64_t dim, float factor, BFloat16* out) {
     for (int64_t d = 0; d < dim; d += kPairStep) {

@@ -27,9 +27,9 @@ struct Sums {
 
 // out[m][d ..] += sum_k p[m][k] value[k][d ..] over these rows, for kQueries query vectors and
 // kVecs vectors of d; before(k) comes before row k.
-template <typename T, int kQueries, int kVecs, typename Before>
-BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values, Columns rows, Sums to,
-                        int64_t d, Before&& before) {
+template <int kQueries, int kVecs, typename BlockRows, typename Before>
+BATON_INLINE void weigh(const float (*p)[kBlockKeys], const BlockRows& values, Columns rows,
+                        Sums to, int64_t d, Before&& before) {
   Vec sums[kQueries][kVecs] = {};
   if (rows.begin > values.first) {
     BATON_UNROLL
@@ -38,8 +38,10 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values, Col
       for (int i = 0; i < kVecs; ++i) sums[m][i] = load(&to.block[m][d + i * kLanes]);
     }
   }
-  const T* value = values.data + rows.begin * values.stride + d;
-  for (int64_t k = rows.begin; k < rows.end; ++k, value += values.stride) {
+  const typename BlockRows::Element* value = nullptr;
+  if constexpr (!BlockRows::kScattered) value = values.row(rows.begin) + d;
+  for (int64_t k = rows.begin; k < rows.end; ++k) {
+    if constexpr (BlockRows::kScattered) value = values.row(k) + d;
     before(k);
     Vec v[kVecs];
     BATON_UNROLL
@@ -50,6 +52,8 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values, Col
       BATON_UNROLL
       for (int i = 0; i < kVecs; ++i) sums[m][i] = fmadd(weight, v[i], sums[m][i]);
     }
+    // Of one distance an addition per row; float32 was a fifth slower with a product.
+    if constexpr (!BlockRows::kScattered) value += values.stride;
   }
   const bool is_last = rows.end == values.count;
   BATON_UNROLL
@@ -67,14 +71,13 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const Rows<T>& values, Col
 }
 
 // The same for the last elements of head_dim, fewer than a vector.
-template <typename T, int kQueries>
-BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const Rows<T>& values, Columns rows,
+template <int kQueries, typename BlockRows>
+BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const BlockRows& values, Columns rows,
                              Sums to, int64_t d) {
   for (int m = 0; m < kQueries; ++m) {
     Vec sum = rows.begin > values.first ? load(&to.block[m][d]) : zero();
     for (int64_t k = rows.begin; k < rows.end; ++k) {
-      sum = fmadd(set1(p[m][k]), load_partial(values.data + k * values.stride + d, values.dim - d),
-                  sum);
+      sum = fmadd(set1(p[m][k]), load_partial(values.row(k) + d, values.dim - d), sum);
     }
     if (rows.end == values.count) {
       store(&to.out[m][d], load(&to.out[m][d]) + sum);
@@ -85,17 +88,17 @@ BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const Rows<T>& values
 }
 
 // All of head_dim, kVecs vectors of it at a time.
-template <typename T, int kQueries, int kVecs, typename Before>
-BATON_INLINE void weigh_columns(const float (*p)[kBlockKeys], const Rows<T>& values, Columns rows,
+template <int kQueries, int kVecs, typename BlockRows, typename Before>
+BATON_INLINE void weigh_columns(const float (*p)[kBlockKeys], const BlockRows& values, Columns rows,
                                 Sums to, Before&& before) {
   int64_t d = 0;
   for (; d + kVecs * kLanes <= values.dim; d += kVecs * kLanes) {
-    weigh<T, kQueries, kVecs>(p, values, rows, to, d, before);
+    weigh<kQueries, kVecs>(p, values, rows, to, d, before);
   }
   for (; d + kLanes <= values.dim; d += kLanes) {
-    weigh<T, kQueries, 1>(p, values, rows, to, d, before);
+    weigh<kQueries, 1>(p, values, rows, to, d, before);
   }
-  if (d < values.dim) weigh_rest<T, kQueries>(p, values, rows, to, d);
+  if (d < values.dim) weigh_rest<kQueries>(p, values, rows, to, d);
 }
 
 // Many query vectors: each pass over the block's rows serves as many sums as there are registers.
@@ -104,16 +107,16 @@ template <typename T, typename Stored>
 void weigh_packed(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
                   const Rows<Stored>& stored, Matrix out) {
   for_query_tiles<kPackedTile>(count, [&]<int kQueries>(int m) {
-    weigh_columns<T, kQueries, kPackedVecs>(p + m, values, {values.first, values.count},
-                                            {out + m, {}}, stored.share(m, kQueries, count));
+    weigh_columns<kQueries, kPackedVecs>(p + m, values, {values.first, values.count}, {out + m, {}},
+                                         stored.share(m, kQueries, count));
   });
 }
 
 // Few query vectors. Where all sums find registers the block is streamed; else sixteen rows at a
 // time, which stay in the first-level cache while two query vectors after another pass over them.
 // Two, because the sums of whole rows then find registers: rows come in the order of addresses.
-template <typename T, typename Softmax>
-void weigh_direct(int count, const Rows<T>& values, Softmax& softmax, AttentionScratch& scratch) {
+template <typename BlockRows, typename Softmax>
+void weigh_direct(int count, const BlockRows& values, Softmax& softmax, AttentionScratch& scratch) {
   const float (*p)[kBlockKeys] = scratch.scores;
   const Sums to{scratch.out, scratch.block};
   if (values.dim == kPackedVecs * kLanes && count <= kDirectTile) {
@@ -122,7 +125,7 @@ void weigh_direct(int count, const Rows<T>& values, Softmax& softmax, AttentionS
       values.template used<1>(k);
     };
     dispatch_int<1, 2, 3, 4>(count, [&]<int kQueries>() {
-      weigh<T, kQueries, kPackedVecs>(p, values, {values.first, values.count}, to, 0, before);
+      weigh<kQueries, kPackedVecs>(p, values, {values.first, values.count}, to, 0, before);
     });
     return;
   }
@@ -139,7 +142,7 @@ void weigh_direct(int count, const Rows<T>& values, Softmax& softmax, AttentionS
           values.template used<2>(row - row % 2);
         }
       };
-      weigh_columns<T, kQueries, 2 * kPackedVecs>(p + m, values, rows, to + m, before);
+      weigh_columns<kQueries, 2 * kPackedVecs>(p + m, values, rows, to + m, before);
     });
   }
 }
@@ -179,6 +182,12 @@ struct BlockProducts : BlockScores<T> {
           scratch.values.data, scratch.values.stride, values.first, values.count, values.dim, {}};
       weigh_packed(scratch.scores, count, unpacked, values, scratch.out);
     }
+  }
+
+  template <typename Softmax>
+  static void weigh(int count, const ScatteredRows<T>& values, Softmax& softmax,
+                    AttentionScratch& scratch) {
+    weigh_direct(count, values, softmax, scratch);
   }
 
   // A query vector's result: factor times its sums, in the order of head_dim.
