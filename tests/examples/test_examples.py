@@ -32,6 +32,7 @@ def test_all_programs_are_known():
         "insert_between_steps.py",
         "rebatching.py",
         "relay_stream.py",
+        "serve_ray.py",
         "static_batch.py",
     ]
 

@@ -108,6 +108,19 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `load_model`, without the model.
+
+    Args:
+        name_or_folder: see `load_model`.
+
+    Raises:
+        Exception: what transformers raises for a name or folder without one.
+    """
+    folder = smollm2_folder() if name_or_folder == SMOLLM2 else name_or_folder
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def _from_pretrained(
     kind: type[Any], name: str | None, **options: Any
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
