@@ -61,10 +61,11 @@ test-quick: lint
 	$(BIN)/python -m pytest $(WORKERS) --durations=5 --quick --ignore=tests/scale
 
 # What runs inside transformers, under a later one than the pinned: over the packages of $(VENV), and
-# with `kernels`, which loads kernels of the hub.
+# with `kernels`, which loads kernels of the hub. Then vLLM, whose environment takes several GB.
 TRANSFORMERS ?= 5.24
-test-engines: setup .venv-transformers/.ready
+test-engines: setup .venv-transformers/.ready .venv-vllm/.ready
 	.venv-transformers/bin/python -m pytest $(WORKERS) --durations=5 tests/engines tests/llama
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -n 0 tests/engines/vllm
 
 .venv-transformers/.ready: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

@@ -21,7 +21,7 @@ OPS = sorted(reference.__all__)
 # The rooms of the engines' package, lowest first: a module imports from its own room and from those
 # before it. `testing` stands beside them: it serves tests and benchmarks, and no room imports it.
 ROOMS = (
-    "query", "llama", "huggingface", "slots", "policies", "prefill", "relay", "invariance",
+    "query", "llama", "huggingface", "vllm", "slots", "policies", "prefill", "relay", "invariance",
     "serve", "testing", "cli",
 )  # fmt: skip
 MAX_LINES = 450
@@ -139,6 +139,7 @@ def test_a_cycle_is_found(tmp_path):
 # Of namedtuple, torch and transformers, where nothing public says the same.
 FOREIGN_PRIVATE = {
     "_replace",
+    "_asdict",
     "_forward_hooks",
     "_forward_pre_hooks",
     "_dynamo",

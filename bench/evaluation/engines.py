@@ -11,7 +11,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,15 @@ class Engine:
         name: in tables; its worker is `workers/<name>_worker.py`.
         says: what it is.
         environment: folder of the virtual environment, in the checkout.
+        options: for its worker, which hands them to the engine.
+        variables: of the process, on top of this one's.
     """
 
     name: str
     says: str
     environment: str
+    options: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def python(self) -> Path:
@@ -111,6 +115,7 @@ class EngineProcess:
                     "dtype": dtype,
                     "slots": slots,
                     "threads": torch.get_num_threads(),
+                    "options": engine.options,
                     "jobs": [(job.token_ids, job.request.output_tokens) for job in jobs],
                 }
             )
@@ -122,7 +127,11 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(torch.get_num_threads()),
+                **engine.variables,
+            },
         )
         self.about: dict[str, Any] = self._read()
 

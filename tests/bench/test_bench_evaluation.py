@@ -355,7 +355,9 @@ def engine(tmp_path, monkeypatch):
         (tmp_path / "fake_worker.py").write_text(program)
         monkeypatch.setattr(engines, "WORKERS", tmp_path)
         python = Path(sys.executable)
-        return SimpleNamespace(name="fake", python=python, model_folder=lambda: tmp_path)
+        return SimpleNamespace(
+            name="fake", python=python, model_folder=lambda: tmp_path, options={}, variables={}
+        )
 
     return make
 

@@ -426,7 +426,7 @@ def test_the_command_fails_when_bits_differ(tmp_path):
     [
         (["--url", "http://127.0.0.1:9/v1", "--prompt", "a", "--prompt", "b"], 1, "127.0.0.1:9"),
         (["--prompt", "a", "--batch-size", "2"], 2, "batch_sizes must be from 2 to 1"),
-        (["--attention", "sdpa"], 2, "--attention needs --engine generate"),
+        (["--attention", "sdpa"], 2, "--attention needs --engine generate or vllm"),
         (["--picture", "found.gif"], 2, "must end in"),
     ],
 )

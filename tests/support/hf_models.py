@@ -71,10 +71,11 @@ LLAMA4 = (
 
 
 @functools.cache
-def make(name: str) -> transformers.PreTrainedModel:
-    """The model of that name, in float32; the same object each time."""
+def make(name: str, **sizes: int) -> transformers.PreTrainedModel:
+    """The model of that name, with other sizes if given, in float32; the same object each time."""
     prefix, changes = LLAMA4 if name == "llama4" else MODELS[name]
-    settings = {key: value for key, value in {**_SMALL, **changes}.items() if value is not None}
+    settings = {**_SMALL, **changes, **sizes}
+    settings = {key: value for key, value in settings.items() if value is not None}
     # Neither leaves them to defaults, which lie outside the small vocabulary.
     settings["eos_token_id"] = None
     text = "TextConfig" if prefix in ("Gemma3", "Llama4") else "Config"

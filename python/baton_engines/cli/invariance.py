@@ -64,7 +64,10 @@ def invariance(
         ),
     ] = "smollm2",
     attention: Annotated[
-        str | None, typer.Option(help="attn_implementation of --engine generate.")
+        str | None,
+        typer.Option(
+            help="attn_implementation of --engine generate, attention_backend of --engine vllm."
+        ),
     ] = None,
     prompts: options.PromptsOption = None,
     prompt: options.PromptOption = None,
@@ -141,8 +144,8 @@ def _open_target(
     threads: int | None,
 ) -> tuple[Target, Callable[[], object]]:
     """The engine, and what gives it back."""
-    if attention is not None and (url is not None or engine is not Engine.generate):
-        raise CommandError("--attention needs --engine generate")
+    if attention is not None and (url is not None or engine is Engine.relay):
+        raise CommandError("--attention needs --engine generate or vllm")
     if url is not None:
         from ..invariance.openai_target import OpenAITarget
 
@@ -151,8 +154,9 @@ def _open_target(
     if engine is Engine.vllm:
         from ..invariance.vllm_target import VllmTarget
 
+        chosen = {} if attention is None else {"attention_backend": attention}
         try:
-            return VllmTarget(model, dtype=dtype.value), lambda: None
+            return VllmTarget(model, dtype=dtype.value, max_num_seqs=slots, **chosen), lambda: None
         except ImportError as error:
             raise CommandError(f"--engine vllm needs vLLM: {error}") from error
     import torch
