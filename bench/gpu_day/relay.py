@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baton_engines import PackedBatch, llama, patch_llama
+from baton_kernels import PackedWeight
 
 from .. import workloads
 from ..evaluation.measure import agreement
@@ -64,6 +65,16 @@ def projections(function: Any) -> Iterator[None]:
         llama.forward.project = before
 
 
+def by_cublas(
+    x: torch.Tensor, weight: PackedWeight | torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The projection by torch's own product. On a GPU the weight is there as it is; on a CPU, which
+    only tries this stage out, it is unpacked in every call."""
+    return functional.linear(
+        x, weight.unpack() if isinstance(weight, PackedWeight) else weight, bias
+    )
+
+
 @torch.inference_mode()
 def step_us(stage: Stage, patched: Any, rows: int, context: int) -> dict[str, float]:
     """Microseconds of one decode step: as the relay launches it, and replayed as a graph."""
@@ -109,7 +120,7 @@ def weights_and_cache_us(stage: Stage, model: Any, rows: int, context: int, rate
 def steps(stage: Stage, model: Any, rate: float) -> None:
     """Decode steps with our projections and with cuBLAS's, compared with what has to be read."""
     context = stage.pick(1024, 16)
-    for name, project in (("ours", llama.forward.project), ("cuBLAS", functional.linear)):
+    for name, project in (("ours", llama.forward.project), ("cuBLAS", by_cublas)):
         for rows in stage.pick((1, 8, 32, 128), (1, 3)):
             case = f"step of {rows} rows x {context}, linear: {name}"
             if not stage.record.wants(case, 2.0):
