@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from baton_kernels.ops.linear import check_arguments
+from baton_kernels.ops.packed_weight import PackedWeight
 from baton_kernels.triton import common
 from baton_kernels.triton.common import narrow, operand, widen
 
@@ -126,9 +127,11 @@ def resident(p: Plan, shared: int) -> int:
     return max(1, shared // max(1, p.shared))
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`baton_kernels.linear` in Triton."""
-    return run(x, weight, bias)
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`baton_kernels.linear` in Triton, whose kernels read a weight as it is."""
+    return run(x, weight.unpack() if isinstance(weight, PackedWeight) else weight, bias)
 
 
 def run(x, weight, bias=None) -> torch.Tensor:
