@@ -135,7 +135,7 @@ class Kernel:
         return self.count("HMMA") > 0
 
     def product_loop(self) -> list[Line]:
-        """The longest loop with tensor core products, without what its branches may skip and that
+        """The innermost loop with tensor core products, without what its branches may skip and that
         has neither products nor wide loads: masks, rescaling, options."""
         place = {line.address: i for i, line in enumerate(self.lines)}
         target_of = {}
@@ -147,8 +147,12 @@ class Kernel:
         def matters(lines: list[Line]) -> bool:
             return any(x.opcode.startswith("HMMA") or x.loaded_bytes() >= 8 for x in lines)
 
-        loops = [(i - first, first, i) for i, first in target_of.items() if first < i]
-        _, i, last = max(loop for loop in loops if matters(self.lines[loop[1] : loop[2]]))
+        def multiplies(lines: list[Line]) -> bool:
+            return any(x.opcode.startswith("HMMA") for x in lines)
+
+        loops = [(first, i) for i, first in target_of.items() if first < i]
+        # The innermost one: around it is the loop over a block's items.
+        i, last = max(loop for loop in loops if multiplies(self.lines[loop[0] : loop[1]]))
         body = []
         while i <= last:
             body.append(self.lines[i])
@@ -322,14 +326,14 @@ def dynamic_shared(name: str) -> int:
         return 0
     head_dim = int(found[2])
     if found[1] == "decode":
-        # Sums of all warps in fours, maxima and sums, and the queries of 256 dims.
+        # Sums of all warps in fours, maxima and sums, and the queries.
         tiles, quads = int(found[3]), math.ceil(head_dim / 32)
-        queries = 16 * head_dim if head_dim > 128 else 16
-        return 4 * tiles * (quads * 2 * 32 * 16 + 8 * 8) + queries
-    # Two stages of keys and values, and three quarters of the queries of 256 dims.
+        return 4 * tiles * (quads * 2 * 32 * 16 + 8 * 8) + 16 * head_dim * tiles
+    # Two stages of keys and values, three quarters of the queries of 256 dims, and 16 bytes of each
+    # thread.
     keys = 64 if head_dim <= 64 else 32 if head_dim <= 128 else 16
     queries = 64 * (192 + 8) if head_dim > 128 else 0
-    return 2 * (2 * 2 * keys * (head_dim + 8) + queries)
+    return 2 * (2 * 2 * keys * (head_dim + 8) + queries) + 16 * 128
 
 
 def kilobytes(threads: int, levels: Sequence[float]) -> str:
