@@ -18,6 +18,8 @@ ROOMS = sorted({path.parent.name for path in FOLDER.glob("*/__init__.py")} - {"c
 OWN_NAMES = {"model.forward", 'attn_implementation="baton"'}
 # Of baton_engines.prefill.ray, which cannot be imported without Ray.
 OWN_NAMES |= {"prefill.ray", "Remote"}
+# Of the backend of vLLM, which is called by vLLM: the module, and the variable that it reads.
+OWN_NAMES |= {"baton_engines.vllm", "BATON_VLLM"}
 # What clients sent over HTTP.
 OWN_NAMES |= {"request", "Engine"}
 # Causes that another error, which names what was called, takes up.

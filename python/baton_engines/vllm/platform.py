@@ -36,5 +36,7 @@ class BatonCpuPlatform(_Platform):
             device_capability=None, **attn_selector_config._asdict()
         )
         if reasons:
-            raise ValueError(f"attention backend CUSTOM does not fit: {', '.join(reasons)}")
+            raise ValueError(
+                f"baton_engines.vllm: attention backend CUSTOM does not fit: {', '.join(reasons)}"
+            )
         return selected_backend.get_path()
