@@ -19,14 +19,16 @@ from unittest import mock
 import torch
 import baton_kernels
 from baton_kernels import kv_cache, triton
-from baton_engines import Relay
+from baton_engines import Relay, policies
 from baton_engines.testing.small_llama import small_llama
 
 
 def serve():
     torch.manual_seed(0)
     model = small_llama(num_hidden_layers=1)
-    with Relay(model, num_slots=2, capacity=32, aligned=True) as relay:
+    # Prompts between two steps, as in the paper: a newcomer then moves rows of an aligned cache.
+    policy = policies.get("baton", join="never")
+    with Relay(model, num_slots=2, capacity=32, policy=policy, aligned=True) as relay:
         queries = [relay.submit([5, 7, 9, 11], max_new_tokens=3, eos=None)]
         queries.append(relay.submit([3, 2], max_new_tokens=2, eos=None))
         relay.step()
