@@ -222,8 +222,8 @@ def test_kernels_configure_multiply_and_release(tile_instructions, functions):
 
 def test_encoding_of_products(tile_instructions):
     """sum += a b: sums are tiles 0 to 3, a 4 or 5, b 6 or 7 (csrc/cpu/simd/amx.h, TileScope), and
-    those of ragged_attention with few query vectors (csrc/cpu/ragged_attention/tile_amx.h). Of packed
-    weights (csrc/cpu/linear_packed_amx.h): sums 0 to 5, a 6, b 7.
+    those of ragged_attention with few query vectors (csrc/cpu/ragged_attention/tile_amx.h). For
+    packed weights (csrc/cpu/linear_packed_amx.h): sums 0 to 5, a 6, b 7.
 
     VEX.128.F3.0F38.W0 5C /r has the sum in ModRM:reg, a in ModRM:r/m, b in VEX.vvvv (inverted).
     """
