@@ -82,7 +82,8 @@ def _project(
 
 def _products(options: Options, dtype: torch.dtype, flops: int) -> Callable[[], None]:
     """About as many products, by the same kernel where everything stays in the caches."""
-    rows, ins, outs = 64, 512, 96 * options.threads
+    # Enough outputs that every thread gets a share, whose weights fit its cache.
+    rows, ins, outs = 64, 512, options.pick(768 * options.threads, None, 96)
     x = normal(options, dtype, rows, ins)
     weight = bk.pack_linear(normal(options, dtype, outs, ins, seed=1))
     count = max(1, round(flops / (2 * rows * ins * outs)))
