@@ -60,7 +60,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
         [program, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,  # for one that hangs: a busy machine takes minutes
         env={"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"},
     )
 
@@ -95,6 +95,7 @@ def test_right_twin_of_a_defect_gives_no_report(variant, defect):
     assert right.returncode == 0 and right.stdout + right.stderr == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kernels_under_a_sanitizer(variant):
     done = run(program(variant, "kernels"))
@@ -144,6 +145,13 @@ def test_table_of_mutants_has_no_name_too_many():
 
 
 # The emulator itself.
+
+
+def test_the_judge_has_a_module_of_its_own():
+    """Else it would be the fast one that runs, under its name."""
+    fast, judged = (ops.module for ops in EMULATED.values())
+    assert fast.__name__ == "emulated_fast" and judged.__name__ == "emulated_judged"
+    assert fast.insert_kv is not judged.insert_kv
 
 
 @pytest.mark.parametrize("blocks", [FORWARD, BACKWARD, SHUFFLED])

@@ -39,6 +39,10 @@ void report(const std::string& text);
 // Records a report and ends the launch: nothing sensible can follow. Only inside a kernel.
 [[noreturn]] void fail(const std::string& text);
 
+// The judge's, for code that is compiled once for all variants.
+void add_region(const std::string& name, const void* address, std::size_t bytes, bool writable);
+void clear_regions();
+
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
 // As on sm_90 and sm_100: the most a block may ask for.
