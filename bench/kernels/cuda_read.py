@@ -26,11 +26,11 @@ def read_kernel(words_ptr, sums_ptr, num_words, BLOCK: tl.constexpr):
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
-def read(source: torch.Tensor) -> torch.Tensor:
+def read(source: torch.Tensor, programs: int | None = None) -> torch.Tensor:
     """Reads all of `source`, int32 and contiguous; sums of its parts, int32."""
-    programs = 132 * WAVES
-    if source.is_cuda:
-        programs = torch.cuda.get_device_properties(source.device).multi_processor_count * WAVES
+    if programs is None:
+        properties = torch.cuda.get_device_properties(source.device)
+        programs = properties.multi_processor_count * WAVES
     sums = torch.empty(programs, dtype=torch.int32, device=source.device)
     read_kernel[(programs,)](source, sums, source.numel(), BLOCK=BLOCK)
     return sums

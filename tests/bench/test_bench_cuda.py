@@ -79,9 +79,10 @@ def test_a_call_is_timed_when_the_host_was_ahead_of_the_device(options, monkeypa
 READ = """
 import torch
 from bench.kernels.cuda_read import BLOCK, read
-for count in (1, BLOCK - 1, 5 * BLOCK, 132 * 8 * BLOCK + 3):
+# Five programs: some without a block, each with one, and some with one more than others.
+for count in (1, BLOCK - 1, 5 * BLOCK, 12 * BLOCK + 3):
     words = torch.randint(-(2**31), 2**31, (count,), dtype=torch.int64).to(torch.int32)
-    total = int(read(words).sum(dtype=torch.int64))
+    total = int(read(words, programs=5).sum(dtype=torch.int64))
     assert (total - int(words.sum(dtype=torch.int64))) % 2**32 == 0, count
 print("read")
 """

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_package import import_bench
+from turns import made_once
 
 from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
@@ -54,25 +55,32 @@ def session(model):
 
 
 @pytest.fixture(scope="module")
-def results(model):
-    """A whole run on the tiny model, as `evaluate` returns it."""
+def results(request, model):
+    """A whole run on the tiny model, as a command reads it; one for all processes."""
+
+    def run(folder):
+        (folder / "results.json").write_text(json.dumps(whole_run(model)))
+
+    return json.loads((made_once(request, "evaluation", run) / "results.json").read_text())
+
+
+def whole_run(model):
+    """What `evaluate` returns."""
     stream = torch.randint(4, 200, (499,), generator=torch.Generator().manual_seed(0)).tolist()
-    patch = pytest.MonkeyPatch()
-    patch.setattr(evaluate, "load", lambda name, dtype, device: (model, stream))
-    patch.setattr(evaluate, "measure_ceiling", lambda dtype, repeats=5, device="cpu": CEILING)
     absent = replace(engines.ENGINES["vllm"], environment="no-such-environment")
-    patch.setitem(engines.ENGINES, "vllm", absent)
     poisson = replace(
         TINY, arrivals="poisson", group="rates", repeats=1, peers=False, timeline=False,
         systems=("run_to_completion", "baton"),
     )  # fmt: skip
-    with patch.context():
-        yield evaluate.evaluate(
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "load", lambda name, dtype, device: (model, stream))
+        patch.setattr(evaluate, "measure_ceiling", lambda dtype, repeats=5, device="cpu": CEILING)
+        patch.setitem(engines.ENGINES, "vllm", absent)
+        return evaluate.evaluate(
             [TINY, replace(poisson, load=0.5), replace(poisson, rate=500.0)],
             engines=["vllm"],
             report=lambda line: None,
         )
-    patch.undo()
 
 
 def test_work_by_hand():
