@@ -49,17 +49,17 @@ def paged_problem(
     places = list(
         zip(dense.slots.tolist(), dense.starts.tolist(), dense.lengths.tolist(), strict=True)
     )
-    owned = [
-        (row, index)
+    # Of each row with columns: where its first page begins, and how many pages it has.
+    owned = {
+        row: (start // page * page, (start + length - 1) // page - start // page + 1)
         for row, (_, start, length) in enumerate(places)
         if length
-        for index in range(start // page, (start + length - 1) // page + 1)
-    ]
-    num_pages = len(owned) + spare_pages
-    order = torch.randperm(num_pages, generator=generator).tolist()
+    }
+    num_pages = sum(count for _, count in owned.values()) + spare_pages
+    order = torch.randperm(num_pages, generator=generator)
     if ascending:
-        order = list(range(spare_pages, num_pages))
-    max_pages = max((index for _, index in owned), default=0) + 2
+        order = torch.arange(spare_pages, num_pages)
+    max_pages = max((first // page + count for first, count in owned.values()), default=1) + 1
     # A slice of a larger table, as an engine has it.
     table = torch.empty(len(places) + 1, max_pages + 3, dtype=torch.int32)
     table[:, 0::2], table[:, 1::2] = ABSURD
@@ -68,13 +68,18 @@ def paged_problem(
         poison_(dense.key_cache.new_empty(num_pages, num_kv_heads, page, head_dim))
         for _ in range(2)
     ]
-    for (row, index), at in zip(owned, order, strict=False):
-        block_table[row, index] = at
+    taken = 0
+    for row, (first, count) in owned.items():
         slot, start, length = places[row]
-        begin, end = max(start, index * page), min(start + length, (index + 1) * page)
-        inside = slice(begin - index * page, end - index * page)
+        at = order[taken : taken + count]
+        block_table[row, first // page : first // page + count] = at
         for cache, source in zip(caches, (dense.key_cache, dense.value_cache), strict=True):
-            cache[at, :, inside] = source[slot, :, begin:end]
+            columns = poison_(cache.new_empty(num_kv_heads, count * page, head_dim))
+            columns[:, start - first : start - first + length] = source[
+                slot, :, start : start + length
+            ]
+            cache[at.to(cache.device)] = columns.unflatten(1, (count, page)).transpose(0, 1)
+        taken += count
     device = dense.query.device
     key_cache, value_cache = lay_out(*caches, layout, margins)
     return PagedProblem(
