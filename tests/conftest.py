@@ -62,18 +62,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend", help="run the tests of ops on one backend (cuda, triton-cuda: a GPU's)"
     )
     parser.addoption("--quick", action="store_true", help="one dtype, one instruction set: minutes")
+    parser.addoption("--full", action="store_true", help="every combination of cases: much longer")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: no other test runs at the same time")
     config.addinivalue_line("markers", "slow: left out by --quick")
+    config.addinivalue_line("markers", "full: left out but by --full")
+    config.addinivalue_line("markers", "long: comes first, so that no process ends with it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --backend, tests of ops that do not run on it are left out; with --quick, most are."""
-    kept = judged.without_the_other_half(items)
+    """With --backend, tests of ops that do not run on it are left out; with --quick, most are;
+    without --full, combinations of cases that others stand for."""
+    kept = items
+    if not config.getoption("full"):
+        kept = [
+            item for item in judged.without_the_other_half(items)
+            if not item.get_closest_marker("full")
+        ]  # fmt: skip
     if config.getoption("quick"):
-        kept = quick.chosen(items, f"cpu-{baton_kernels.build_info()['cpu']['isa_used']}")
+        kept = quick.chosen(kept, f"cpu-{baton_kernels.build_info()['cpu']['isa_used']}")
     name = config.getoption("backend")
     if name is not None:
         if name not in (backend.name for backend in BACKENDS):
@@ -86,7 +95,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(kept) < len(items):
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = kept
+    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -156,6 +156,7 @@ def results(request):
     return {entry["stage"]: entry for entry in record["stages"]}, done, folder / "output"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_command_runs_every_stage(results):
     entries, (code, printed), folder = results
@@ -170,6 +171,7 @@ def test_the_command_runs_every_stage(results):
     assert len(list(folder.iterdir())) <= 8
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_the_stages_find(results):
     entries, _, _ = results

@@ -31,6 +31,7 @@ def is_wide(kernel: Kernel) -> bool:
     return bool(re.search(r"kernel<16\b|(half|bfloat16), (\w+, )?8\b|float, 4\b", name))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", cuda_static.SOURCES, ids=lambda source: source.stem)
 def test_compiles_without_spills_or_local_memory(source):
     kernels = compile_kernels(source)

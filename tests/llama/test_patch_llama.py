@@ -290,6 +290,7 @@ def test_smollm2_float32() -> None:
         assert torch.equal(logits.argmax(-1), truth.argmax(-1))
 
 
+@pytest.mark.slow
 def test_smollm2_bfloat16() -> None:
     model, tokenizer = load_model("smollm2", torch.bfloat16)
     queries = smollm2_queries(tokenizer)

@@ -10,9 +10,10 @@ import pytest
 MIB = 1 << 20
 # What the allocator keeps for later differs from run to run by a few MiB.
 TOLERANCE = 8 * MIB
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc"),
+]
 
 # Each run has a process to itself: the first one would leave its memory to the second.
 SERVE = """

@@ -1,13 +1,13 @@
 """`make test-quick`: which tests are left out so that a change is looked at in minutes.
 
-One dtype of each test, one instruction set, no code for GPUs (emulated, interpreted, compiled), and
-none of the tests that are marked ``slow``. `make test` runs all of them.
+One dtype of each test, one instruction set, no code for GPUs (emulated, interpreted, compiled), no
+benchmarks and examples, and none of the tests that are marked ``slow``. `make test` runs them.
 """
 
 import pytest
 import torch
 
-GPU_FOLDERS = {"cuda", "triton"}
+FOLDERS_LEFT_OUT = {"bench", "cuda", "examples", "triton"}
 PREFERRED = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -24,7 +24,7 @@ def chosen(items: list[pytest.Item], backend: str) -> list[pytest.Item]:
                 dtypes.setdefault((item.function, name), set()).add(value)
 
     def is_quick(item: pytest.Item) -> bool:
-        if item.get_closest_marker("slow") or item.path.parent.name in GPU_FOLDERS:
+        if item.get_closest_marker("slow") or item.path.parent.name in FOLDERS_LEFT_OUT:
             return False
         for name, value in parameters(item).items():
             if name == "ops" and value.name != backend:

@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 
 import pytest
 
@@ -49,44 +50,55 @@ SELECTED = {
 }
 
 
-def run(op: str, folder: pathlib.Path) -> tuple[list[str], list[str]]:
-    """The names of an op's tests that ran, and the texts of those that failed."""
+# A process takes seconds to start, so the tests of several ops share one; more than one, so that
+# each core has something to do.
+GROUPS = {
+    "attention": ("ragged_attention", "ragged_attention_paged"),
+    "projections and torch": ("linear", "triton_torch"),
+}
+GROUPS["others"] = tuple(op for op in SELECTED if op not in sum(GROUPS.values(), ()))
+
+
+def run(ops: Sequence[str], folder: pathlib.Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The names of the tests that ran by op, and the texts of those that failed."""
     pytest.importorskip("triton")
     report = folder / "report.xml"
-    path = next((ROOT / "tests").glob(f"*/test_{op}.py"))
+    paths = [str(next((ROOT / "tests").glob(f"*/test_{op}.py"))) for op in ops]
+    selected = " or ".join(f"(test_{op}.py and ({SELECTED[op]}))" for op in ops)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-         "-W", "ignore", f"--junitxml={report}", "-k", f"triton and ({SELECTED[op]})", str(path)],
+         "-W", "ignore", f"--junitxml={report}", "-k", f"triton and ({selected})", *paths],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )  # fmt: skip
     assert report.is_file(), done.stdout + done.stderr
-    ran, failed = [], []
+    ran, failed = {op: [] for op in ops}, []
     for case in ElementTree.parse(report).iter("testcase"):
-        ran.append(case.get("name"))
+        ran[case.get("classname").rpartition("test_")[2]].append(case.get("name"))
         failed += [f"{case.get('name')}: {part.text}" for part in case if part.tag != "skipped"]
     return ran, failed
 
 
-def test_torch(tmp_path):
-    """opcheck, torch.compile and index values out of range: tests/triton/test_triton_torch.py."""
-    ran, failed = run("triton_torch", tmp_path)
+def test_every_op_is_selected():
+    assert set(baton_kernels.triton.OPS) <= SELECTED.keys()
+    assert sorted(sum(GROUPS.values(), ())) == sorted(SELECTED)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("group", GROUPS)
+def test_ops(group, tmp_path):
+    """Of `triton_torch`: opcheck, torch.compile and index values out of range."""
+    ran, failed = run(GROUPS[group], tmp_path)
     assert not failed, "\n\n".join(failed)
-    assert len(ran) >= 2 * len(baton_kernels.triton.OPS)
-
-
-def test_block_tables(tmp_path):
-    ran, failed = run("ragged_attention_paged", tmp_path)
-    assert not failed, "\n\n".join(failed)
-    assert any("test_same_bits_as_dense" in name for name in ran)
-
-
-@pytest.mark.parametrize("op", baton_kernels.triton.OPS)
-def test_op(op, tmp_path):
-    ran, failed = run(op, tmp_path)
-    assert not failed, "\n\n".join(failed)
-    for section in ("matches_reference", "by_hand"):
-        assert any(section in name for name in ran), f"{section} is not among {ran}"
-    print(f"{op}: {len(ran)} tests passed on the interpreter")
+    for op, names in ran.items():
+        sections = ("matches_reference", "by_hand")
+        if op == "triton_torch":
+            assert len(names) >= 2 * len(baton_kernels.triton.OPS)
+            continue
+        if op == "ragged_attention_paged":
+            sections = ("same_bits_as_dense", "by_hand")
+        for section in sections:
+            assert any(section in name for name in names), f"{section} is not among {names}"
+        print(f"{op}: {len(names)} tests passed on the interpreter")
