@@ -331,6 +331,29 @@ class KVCache:
             self._value_memory.release(slot)
             self._touched[slot] = (0, 0)
 
+    def release_below(self, slot: int, column: int) -> None:
+        """Gives the memory of a slot's columns below `column` back to the operating system, page
+        by page: those behind a sliding window, which nothing reads again.
+
+        On other devices than the CPU nothing happens.
+
+        Args:
+            slot: int, in use or free.
+            column: int, from 0 to the capacity.
+
+        Raises:
+            TypeError: an argument is not an integer.
+            ValueError: an argument is out of range.
+
+        Undefined: the content of these columns from now on.
+        """
+        slot = checked_int("KVCache.release_below", "slot", slot, 0, self._shape.num_slots - 1)
+        column = checked_int("KVCache.release_below", "column", column, 0, self._shape.capacity)
+        self._key_memory.release_below(slot, column)
+        self._value_memory.release_below(slot, column)
+        low, high = self._touched[slot]
+        self._touched[slot] = (max(low, column), max(high, column))
+
     @property
     def bytes_reserved(self) -> int:
         """Bytes of address space (CPU) or of device memory that keys and values take."""

@@ -106,6 +106,25 @@ class SlotMemory:
             begin = self._begin + (layer * num_slots + slot) * self._slot_bytes
             self._mapping.madvise(mmap.MADV_DONTNEED, begin, self._slot_bytes)
 
+    def release_below(self, slot: int, column: int) -> None:
+        """Gives back the pages that hold nothing but columns of `slot` below `column`, of any head
+        and layer, where they can be; the content of these columns is lost."""
+        if not self._lazy:
+            return
+        num_layers, num_slots, num_kv_heads, capacity, _ = self._sizes
+        for layer in range(num_layers):
+            slot_begin = self._begin + (layer * num_slots + slot) * self._slot_bytes
+            for head in range(num_kv_heads):
+                # A head's first page may hold the last columns of the head before.
+                first = -(-head * capacity * self._column_bytes // self._page)
+                last = (head * capacity + column) * self._column_bytes // self._page
+                if last > first:
+                    self._mapping.madvise(
+                        mmap.MADV_DONTNEED,
+                        slot_begin + first * self._page,
+                        (last - first) * self._page,
+                    )
+
     def committed(self, columns: Iterable[tuple[int, int]]) -> int:
         """Bytes of the pages below columns `[low, high)` of every head and layer of some slots.
 

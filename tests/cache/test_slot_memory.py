@@ -256,3 +256,42 @@ def test_cache_of_huge_pages_is_a_cache():
     for small, huge in zip(*kept, strict=True):
         assert torch.equal(small, huge)
     assert caches[1].bytes_committed == 2 * 2 * 2 * huge_page_bytes()
+
+
+@linux
+@pytest.mark.parametrize("sizes", [(2, 3, 2, 256, 64), (1, 2, 3, 100, 24)])
+def test_columns_below_one_are_given_back(sizes):
+    """Whole pages of every head go, and nothing that is not below the column."""
+    column = 70
+    memory = SlotMemory(sizes, torch.float32, torch.device("cpu"))
+    memory.tensor.fill_(1.0)
+    before = resident_pages(memory.tensor)
+    memory.release_below(1, column)
+    freed = before - resident_pages(memory.tensor)
+    kept = memory.tensor.clone()
+    kept[:, 1, :, :column] = 1
+    assert (kept == 1).all()
+    lost = (memory.tensor[:, 1, :, :column] == 0).all(-1).sum().item()
+    assert lost > 0
+    # At most two pages of each head stay.
+    assert freed >= sizes[0] * sizes[2] * (column * sizes[4] * 4 // mmap.PAGESIZE - 2)
+    assert freed * mmap.PAGESIZE >= lost * sizes[4] * 4
+
+
+def test_a_cache_gives_columns_back():
+    cache = KVCache(2, 2, 2, 256, 64)
+    key = torch.randn(2, 200, 2, 64)
+    for _ in range(2):
+        cache.insert(key, -key)
+    committed = cache.bytes_committed
+    cache.release_below(0, 128)
+    assert cache.bytes_committed < committed
+    for kept, whole in zip(cache.extract(0), (key, -key), strict=True):
+        assert torch.equal(kept[:, 128:], whole[:, 128:])
+    for kept, whole in zip(cache.extract(1), (key, -key), strict=True):
+        assert torch.equal(kept, whole)
+    for arguments, message in (((2, 0), "slot must be from 0 to 1"), ((0, 257), "column must be")):
+        with pytest.raises(ValueError, match=f"KVCache.release_below: {message}"):
+            cache.release_below(*arguments)
+    with pytest.raises(TypeError, match="column must be an integer"):
+        cache.release_below(0, 1.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 import torch
-from hf_models import expected, make, prompts
+from hf_models import expected, generate, make, prompts
 from transformers import DynamicCache
 
 from baton_engines.huggingface import cache_argument, slot_cache
@@ -174,3 +174,112 @@ def test_bad_calls_change_nothing(case):
 def test_layers_of_another_kind_are_refused():
     with pytest.raises(NotImplementedError, match="layer_types of the config must be"):
         slot_cache(make("llama4"), 8)
+
+
+# ---- sliding windows
+
+
+def long_prompts():
+    """Beyond the window of 8 by pages: of 64 columns in the small models."""
+    return prompts((300, 3, 170, 90))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral_window", "gpt_oss_sinks", "qwen2_window"])
+def test_tokens_behind_the_window_are_given_back(name):
+    model, (ids, mask) = make(name), long_prompts()
+    cache = slot_cache(model, 512)
+    got = generate(model, "baton", ids, mask, 80, cache=cache)
+    assert torch.equal(got, generate(model, "eager", ids, mask, 80))
+    windows = [layer.window for layer in cache.layers]
+    assert set(windows) <= {8, None} and 8 in windows
+    for layer in cache.layers:
+        # Less than a page more than what the next token sees.
+        least = 0 if layer.window is None else 379 - 7 - 64
+        assert least <= layer.released <= max(379 - 7, 0) if layer.window else not layer.released
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process(), "memory_full_info"), reason="needs USS")
+def test_a_sliding_layer_takes_the_memory_of_its_window():
+    config = make("gemma3").config
+    capacity, rows = 1 << 15, 4
+    cache = slot_cache(make("gemma3"), capacity)
+    assert all(kind == "sliding_attention" for kind in config.layer_types)
+    process = psutil.Process()
+    few = torch.randn(rows, 2, 1024, 16)
+    before = process.memory_full_info().uss
+    for _ in range(capacity // 1024):
+        for layer in range(config.num_hidden_layers):
+            cache.update(few, few, layer)
+    cache.trim()
+    all_bytes = config.num_hidden_layers * rows * 2 * 2 * capacity * 16 * 4
+    assert all_bytes == 1 << 27
+    assert process.memory_full_info().uss - before < all_bytes // 8
+
+
+def test_rows_come_and_go_behind_the_window():
+    """As in a batch of their own, after memory was given back; insert, merge, select, crop."""
+    model = make("gemma3")
+    model.set_attn_implementation("baton")
+    name = cache_argument(model)
+    (ids, mask), (short, short_mask) = long_prompts(), prompts((200, 100))
+
+    def forward(cache, tokens, seen):
+        positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        out = model(tokens, attention_mask=seen, position_ids=positions, **{name: cache})
+        return out.logits[:, -1:].argmax(-1)
+
+    def grown(seen):
+        return torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
+
+    with torch.inference_mode():
+        cache, other = slot_cache(model, 512), slot_cache(model, 512)
+        token = forward(cache, ids, mask)
+        first = forward(other, short, short_mask)
+        for layer in (*cache.layers, *other.layers):
+            layer.trim()
+            assert layer.released > 64
+        seen = cache.merge(other, mask, short_mask)
+        token = torch.cat([token, first])
+        alone, alone_seen, alone_token = other, short_mask, first
+        for _ in range(3):
+            seen, alone_seen = grown(seen), grown(alone_seen)
+            token = forward(cache, token, seen)
+            alone_token = forward(alone, alone_token, alone_seen)
+            assert torch.equal(token[4:], alone_token)
+        # The longest leaves, and all columns that only it had.
+        rows = [4, 5, 2]
+        seen, token = cache.select(rows, seen), token[rows]
+        lone = slot_cache(model, 512)
+        lone_token = forward(lone, ids[:1], mask[:1])
+        # A longer newcomer moves the others to the right.
+        seen = cache.insert(lone, 2, seen, mask[:1])
+        token = torch.cat([token[:2], lone_token])
+        lone_seen = mask[:1]
+        for _ in range(3):
+            seen, alone_seen, lone_seen = grown(seen), grown(alone_seen), grown(lone_seen)
+            token = forward(cache, token, seen)
+            alone_token = forward(alone, alone_token, alone_seen)
+            lone_token = forward(lone, lone_token, lone_seen)
+            assert torch.equal(token, torch.cat([alone_token, lone_token]))
+
+
+def test_speculation_keeps_what_it_may_need_again():
+    cache = slot_cache(make("gemma3"), 512)
+    keys = torch.randn(1, 2, 300, 16)
+    for layer in range(4):
+        cache.update(keys, keys, layer)
+    cache.trim()
+    before = cache.get_seq_length().clone()
+    with pytest.raises(ValueError, match=r"tokens_to_remove must be from 0 to 0, got -1; before"):
+        cache.crop(-1)
+    assert all(layer.get_seq_length() == before for layer in cache.layers)
+    cache.activate_past_recording()
+    for layer in range(4):
+        cache.update(keys[:, :, :200], keys[:, :, :200], layer)
+    cache.crop(-150)
+    assert cache.get_seq_length() == 350
+    assert torch.equal(cache.layers[0].keys[:, :, 343:350], keys[:, :, 43:50])
+    with pytest.raises(ValueError, match=r"from -50 to 0, got -51"):
+        cache.crop(-51)
+    cache.reset()
+    assert cache.layers[0].released == 0

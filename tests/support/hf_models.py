@@ -80,13 +80,15 @@ def make(name: str, **sizes: int) -> transformers.PreTrainedModel:
     settings["eos_token_id"] = None
     text = "TextConfig" if prefix in ("Gemma3", "Llama4") else "Config"
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(
-        getattr(transformers, f"{prefix}{text}")(**settings)
-    )
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            # Larger than initialized: with tiny weights every token has about the same logits.
-            torch.nn.init.normal_(parameter.data, 0, 0.15)
+    # The first test that asks may run in inference mode, whose tensors torch.export refuses.
+    with torch.inference_mode(False):
+        model = getattr(transformers, f"{prefix}ForCausalLM")(
+            getattr(transformers, f"{prefix}{text}")(**settings)
+        )
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                # Larger than initialized: with tiny weights every token has about the same logits.
+                torch.nn.init.normal_(parameter.data, 0, 0.15)
     model.generation_config.eos_token_id = None
     return model.eval()
 

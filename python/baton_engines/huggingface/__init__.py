@@ -3,6 +3,7 @@
 Importing this package registers `attn_implementation="baton"`.
 """
 
+from .accelerate import Accelerated, accelerate
 from .adapt import adapt
 from .any_model import AnyModel
 from .attention import register
@@ -10,8 +11,10 @@ from .sharing import unpatch
 from .slot_cache import SlotCache, cache_argument, slot_cache
 
 __all__ = [
+    "Accelerated",
     "AnyModel",
     "SlotCache",
+    "accelerate",
     "adapt",
     "cache_argument",
     "register",

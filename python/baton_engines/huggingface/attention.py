@@ -206,13 +206,16 @@ def attention(
             scaling=scaling, softcap=softcap, is_causal=is_causal, position_bias=position_bias,
             **options,
         )  # fmt: skip
-    cu_seqlens = torch.arange(0, batch * q_length + 1, q_length, device=query.device)
+    # One token per row is the op's default.
+    cu_seqlens = None
+    if q_length != 1:
+        cu_seqlens = torch.arange(0, batch * q_length + 1, q_length, device=query.device).int()
     out = ragged_attention(
         query.transpose(1, 2).reshape(batch * q_length, num_heads, head_dim),
         key,
         value,
-        cu_seqlens.int(),
-        torch.arange(batch, dtype=torch.int32, device=query.device),
+        cu_seqlens,
+        None,
         rows.starts,
         rows.lengths,
         scale=scaling,

@@ -31,19 +31,25 @@ class PackedParameter(nn.Parameter):
     """
 
     unpack: Callable[[], torch.Tensor]
+    rows: Callable[[torch.Tensor], torch.Tensor]
 
     @staticmethod
-    def of(parameter: torch.Tensor, unpack: Callable[[], torch.Tensor]) -> PackedParameter:
+    def of(
+        parameter: torch.Tensor,
+        unpack: Callable[[], torch.Tensor],
+        rows: Callable[[torch.Tensor], torch.Tensor],
+    ) -> PackedParameter:
         """The stand-in of a parameter.
 
         Args:
             parameter: whose place it takes.
             unpack: makes its values, in memory of their own.
+            rows: makes the rows of it that int32 or int64 `[n]` names, `[n, in_features]`.
         """
         # One element, seen in every place.
         nothing = parameter.data.new_empty(1).expand(parameter.shape)
         made = PackedParameter(nothing, parameter.requires_grad)
-        made.unpack = unpack
+        made.unpack, made.rows = unpack, rows
         return made
 
     @property
@@ -60,6 +66,12 @@ class PackedParameter(nn.Parameter):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        # An embedding reads few rows: these are unpacked, not all.
+        if function is nn.functional.embedding and kwargs.get("max_norm") is None:
+            indices, weight = args[:2]
+            # A compiler cannot trace what `is_packed` asks; a model does not change there.
+            if isinstance(weight, cls) and (torch.compiler.is_compiling() or weight.is_packed):
+                return weight.rows(indices.reshape(-1)).view(*indices.shape, weight.shape[1])
         name = getattr(function, "__name__", "")
         attribute = ""
         if name == "__get__":
@@ -94,6 +106,6 @@ def _read(value: Any) -> Any:
 def _refuse(parameter: object) -> None:
     if isinstance(parameter, PackedParameter) and parameter.is_packed:
         raise RuntimeError(
-            "PatchedLlama: a weight of the model cannot be written while it is packed for the "
-            "patched pass; undo the patch, or patch with keep_parameters=True"
+            "PatchedLlama: a weight of the model cannot be written while it is packed; undo the "
+            "patch (or what accelerate returned), or patch with keep_parameters=True"
         )

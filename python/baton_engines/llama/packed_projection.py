@@ -28,7 +28,7 @@ class PackedProjection:
             place of their weights, which give up their memory.
         memory: where the panels lie.
         keep_parameters: whether the modules keep their weights besides.
-        also: another module with the first linear's parameter.
+        also: other modules with the first linear's parameter.
 
     Attributes:
         weight: the `PackedWeight`.
@@ -41,7 +41,7 @@ class PackedProjection:
         memory: PanelMemory,
         *,
         keep_parameters: bool,
-        also: nn.Module | None = None,
+        also: Sequence[nn.Module] = (),
     ) -> None:
         self._memory = memory
         self._stand_ins: list[tuple[list[nn.Module], nn.Parameter, PackedParameter]] = []
@@ -55,16 +55,19 @@ class PackedProjection:
             return
         shells = []
         for parameter, end in zip(parameters, ends, strict=True):
-            unpack = functools.partial(self._unpack, end - len(parameter), end)
-            shells.append(PackedParameter.of(parameter, unpack))
+            begin = end - len(parameter)
+            unpack = functools.partial(self._unpack, begin, end)
+            shells.append(
+                PackedParameter.of(parameter, unpack, functools.partial(self._rows, begin))
+            )
         # The weights' memory goes before that of the panels comes.
         for parameter in parameters:
             parameter.data = parameter.data.new_empty(0)
         self.weight = pack_linear(rows, memory=memory)
         for linear, parameter, shell in zip(linears, parameters, shells, strict=True):
             modules: list[nn.Module] = [linear]
-            if also is not None and linear is linears[0]:
-                modules.append(also)
+            if linear is linears[0]:
+                modules += also
             for module in modules:
                 module.weight = shell
             self._stand_ins.append((modules, parameter, shell))
@@ -97,6 +100,9 @@ class PackedProjection:
 
     def _unpack(self, begin: int, end: int) -> torch.Tensor:
         return self.weight.rows(torch.arange(begin, end, dtype=torch.int32, device="cpu"))
+
+    def _rows(self, begin: int, indices: torch.Tensor) -> torch.Tensor:
+        return self.weight.rows(indices + begin)
 
 
 def memory_for(groups: Iterable[Sequence[nn.Linear]]) -> PanelMemory:

@@ -57,7 +57,7 @@ class ModelWeights:
                 self.layers.append(LayerWeights(*map(self._take, groups)))
                 self._trim()
             is_tied = self._embedding.weight is head.weight
-            self.head = self._take((head,), self._embedding if is_tied else None)
+            self.head = self._take((head,), [self._embedding] if is_tied else [])
             weight = self.head[0]
             if is_tied and not self.has_parameters and isinstance(weight, kernels.PackedWeight):
                 self._looked_up = weight
@@ -89,7 +89,7 @@ class ModelWeights:
             self._taken.pop().restore()
             self._trim()
 
-    def _take(self, linears: Sequence[nn.Linear], also: nn.Module | None = None) -> Projection:
+    def _take(self, linears: Sequence[nn.Linear], also: Sequence[nn.Module] = ()) -> Projection:
         """Linear modules on the same input as one projection."""
         taken: MergedProjection | PackedProjection
         if self._memory is not None:

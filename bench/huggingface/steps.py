@@ -7,14 +7,13 @@ float32 a different token ends the benchmark before a figure is printed.
 
 from __future__ import annotations
 
-import argparse
-import json
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from rich.console import Console
@@ -22,17 +21,17 @@ from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from baton_engines.huggingface import cache_argument, slot_cache
+from baton_engines.huggingface import accelerate, cache_argument, slot_cache
 from baton_engines.llama.load import load_model
 
-from . import describe_run, spread
+from .. import spread
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Of the sizes of a 0.6B and a 1B model, with two layers of each kind: a step of them is attention,
-# cache and projections in the usual proportion.
-_RANDOM = {
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of the sizes of a 0.6B and a 1B model and few layers: a step of them is attention, cache and
+# projections in the usual proportion. One in six layers of Gemma 3 does not slide.
+RANDOM = {
     "qwen3": ("Qwen3", "Config", {"num_hidden_layers": 4}),
-    "gemma3": ("Gemma3", "TextConfig", {"num_hidden_layers": 4, "sliding_window": 512}),
+    "gemma3": ("Gemma3", "TextConfig", {"num_hidden_layers": 6, "sliding_window": 512}),
 }
 _SIZES = {
     "hidden_size": 1024,
@@ -54,21 +53,24 @@ class Side:
         attention: attention implementation.
         cache: dynamic, static or slot.
         compiled: whether the step goes through torch.compile.
+        packed: whether the model's linear layers are packed (`accelerate`).
     """
 
     attention: str
     cache: str
     compiled: bool = False
+    packed: bool = False
 
     @property
     def key(self) -> str:
         """As the command line has it."""
-        return f"{self.attention}/{self.cache}"
+        return f"{self.attention}/{self.cache}" + ("/packed" if self.packed else "")
 
     @property
     def name(self) -> str:
         """As the tables have it."""
-        return f"{self.attention}, {self.cache} cache" + (", compiled" if self.compiled else "")
+        marks = (", packed" if self.packed else "") + (", compiled" if self.compiled else "")
+        return f"{self.attention}, {self.cache} cache{marks}"
 
 
 BASELINES = {"dynamic": Side("sdpa", "dynamic"), "static": Side("sdpa", "static")}
@@ -79,9 +81,11 @@ SIDES = [
     BASELINES["static"],
     Side("baton", "static"),
     Side("baton", "slot"),
+    Side("baton", "slot", packed=True),
 ]
 COMPILED = [Side("flex_attention", "static", True), Side("sdpa", "static", True)]
 COMPILED += [Side("baton", "static", True), Side("baton", "slot", True)]
+COMPILED += [Side("baton", "slot", True, packed=True)]
 
 
 @dataclass
@@ -89,11 +93,13 @@ class Decoder:
     """A batch that decodes one way.
 
     Attributes:
+        prepare: makes the model this side's, before a step.
         seconds: of each timed step.
         tokens: `[rows]` of each step.
     """
 
     side: Side
+    prepare: Callable[[], None]
     step: Callable[[], torch.Tensor]
     cache_bytes: Callable[[], int]
     seconds: list[float] = field(default_factory=list)
@@ -102,9 +108,9 @@ class Decoder:
 
 def make_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """SmolLM2-135M, or a random decoder of another kind."""
-    if name not in _RANDOM:
+    if name not in RANDOM:
         return load_model(name, dtype=dtype)[0].eval()
-    prefix, text, changes = _RANDOM[name]
+    prefix, text, changes = RANDOM[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}{text}")(**{**_SIZES, **changes})
     return getattr(transformers, f"{prefix}ForCausalLM")(config).to(dtype).eval()
@@ -166,8 +172,12 @@ def make_decoder(
         torch.compiler.reset()
         run = torch.compile(forward, fullgraph=True)
 
+    def prepare() -> None:
+        # Goes through all modules, which no step of a user does.
+        if model.config._attn_implementation != side.attention:
+            model.set_attn_implementation(side.attention)
+
     def step() -> torch.Tensor:
-        model.set_attn_implementation(side.attention)
         column = state["column"]
         mask[:, column] = 1
         seen = mask[:, : column + 1] if side.cache == "dynamic" else mask
@@ -181,7 +191,7 @@ def make_decoder(
             return sum(layer.bytes_committed for layer in cache.layers)
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
-    return Decoder(side, step, cache_bytes)
+    return Decoder(side, prepare, step, cache_bytes)
 
 
 @torch.inference_mode()
@@ -195,15 +205,22 @@ def measure(
     """
     warm_up = 2
     decoders = []
+    packed = model
+    if any(side.packed for side in sides):
+        packed = copy.deepcopy(model)
+        accelerate(packed)
     caches = [make_cache(model, side.cache, capacity) for side in sides]
     fill(caches, model, rows, tokens)
     for side, cache in zip(sides, caches, strict=True):
-        decoder = make_decoder(model, side, cache, rows, tokens, steps + warm_up, capacity)
+        its = packed if side.packed else model
+        decoder = make_decoder(its, side, cache, rows, tokens, steps + warm_up, capacity)
         # A compiled step is compiled while no other attention implementation is set.
+        decoder.prepare()
         decoder.tokens += [decoder.step() for _ in range(warm_up)]
         decoders.append(decoder)
     for _ in range(steps):
         for decoder in decoders:
+            decoder.prepare()
             begin = time.perf_counter()
             token = decoder.step()
             decoder.seconds.append(time.perf_counter() - begin)
@@ -218,6 +235,23 @@ def measure(
 def ratios(decoder: Decoder, baseline: Decoder) -> list[float]:
     """How many times as long the baseline takes, step by step."""
     return [a / b for a, b in zip(baseline.seconds, decoder.seconds, strict=True)]
+
+
+def affordable(
+    sides: Sequence[Side], model: PreTrainedModel, rows: int, columns: int
+) -> list[Side]:
+    """The sides whose caches fit into memory together; dynamic ones other than sdpa's go first."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    each = 2 * rows * columns * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    each *= config.num_hidden_layers
+    room = int(0.7 * psutil.virtual_memory().available / each)
+    last = sorted(sides, key=lambda side: side.cache == "dynamic" and side.attention != "sdpa")
+    last.sort(key=lambda side: side not in BASELINES.values() and not side.packed)
+    kept = set(last[:room])
+    return [side for side in sides if side in kept]
 
 
 def to_records(decoders: Sequence[Decoder]) -> list[dict]:
@@ -256,42 +290,3 @@ def show(title: str, records: Sequence[dict]) -> None:
             "\n".join(against),
         )
     Console(width=110).print(table)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m bench.huggingface", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["smollm2", *_RANDOM])
-    parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES)
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--columns", type=int, nargs="+", default=[512, 2048, 8192])
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of each side")
-    keys = sorted({side.key for side in SIDES + COMPILED})
-    parser.add_argument("--sides", nargs="+", choices=keys, default=keys, metavar="ATTENTION/CACHE")
-    parser.add_argument("--compile", action="store_true", help="compiled steps as well (minutes)")
-    parser.add_argument("--json", type=Path, help="write the record there")
-    arguments = parser.parse_args(argv)
-    print(f"{describe_run()}\n{arguments.rows} left-padded rows, {arguments.dtype}")
-    found = []
-    for name in arguments.models:
-        model = make_model(name, _DTYPES[arguments.dtype])
-        for columns in arguments.columns:
-            # A static cache is as large as the longest answer may get; here the columns are full
-            # up to a fiftieth.
-            tokens = columns - max(columns // 50, arguments.steps + 2)
-            sides = SIDES + (COMPILED if arguments.compile else [])
-            sides = [side for side in sides if side.key in arguments.sides]
-            decoders = measure(model, sides, arguments.rows, tokens, arguments.steps, columns)
-            records = to_records(decoders)
-            mean = sum(row_lengths(arguments.rows, tokens)) / arguments.rows
-            show(f"{name}, {columns} columns, rows of {mean:.0f} tokens on average", records)
-            found.append({"model": name, "columns": columns, "sides": records})
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"run": describe_run(), "dtype": arguments.dtype, "cases": found}, indent=1)
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
