@@ -12,8 +12,8 @@ EMULATION := python/emulation
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels/*.cpp tests/cpu/*.cpp \
   $(foreach kind,h cpp cu,$(EMULATION)/*/*.$(kind) $(EMULATION)/*/*/*.$(kind)))
 
-.PHONY: setup demo test test-full test-quick test-engines lint format docs wheel test-wheel test-cuda-build gpu gpu-carry \
-  bench bench-engines bench-kernels bench-peers clean
+.PHONY: setup demo test test-full test-quick test-engines test-transformers lint format docs wheel \
+  test-wheel test-cuda-build gpu gpu-carry bench bench-engines bench-kernels bench-peers clean
 
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
 setup: $(VENV)/.ready
@@ -68,20 +68,25 @@ test-full: lint
 test-quick: lint
 	$(BIN)/python -m pytest $(WORKERS) --durations=5 --quick --ignore=tests/scale
 
-# What runs inside transformers, under a later one than the pinned: over the packages of $(VENV), and
-# with `kernels`, which loads kernels of the hub. Then vLLM, whose environment takes several GB.
-TRANSFORMERS ?= 5.24
-test-engines: setup .venv-transformers/.ready .venv-vllm/.ready
-	.venv-transformers/bin/python -m pytest $(WORKERS) --durations=5 tests/engines tests/llama
+# What runs inside transformers, under each of these releases in an environment of its own: over the
+# packages of $(VENV), and with `kernels`, which loads kernels of the hub. Then vLLM, whose environment
+# takes several GB.
+TRANSFORMERS ?= 5.23 5.24
+test-engines: test-transformers .venv-vllm/.ready
 	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -n 0 tests/engines/vllm
 
-.venv-transformers/.ready: pyproject.toml constraints.txt
+test-transformers: $(TRANSFORMERS:%=test-transformers-%)
+test-transformers-%: .venv-transformers-%/.ready
+	$(<D)/bin/python -m pytest $(WORKERS) --durations=5 tests/engines tests/llama
+
+.PRECIOUS: .venv-transformers-%/.ready
+.venv-transformers-%/.ready: pyproject.toml constraints.txt | setup
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % \
 	  sysconfig.get_path("purelib"))' > $$($(@D)/bin/python -c \
 	  'import sysconfig; print(sysconfig.get_path("purelib"))')/pinned.pth
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install \
-	  transformers==$(TRANSFORMERS).* kernels==0.17.2
+	  transformers==$*.* kernels==0.17.2 kernel-abi-check==0.14.1
 	touch $@
 
 wheel: setup
@@ -150,4 +155,4 @@ bench-peers: setup .venv-vllm/.ready
 	$(BIN)/python -m bench.kernels --case decode prefill
 
 clean:
-	rm -rf .venv-transformers build dist demo .cache $(VENV) $(DOCS_VENV) $(CUDA_VENV) .venv-openvino .venv-vllm baton_kernels/*.so *.egg-info
+	rm -rf .venv-transformers-* build dist demo .cache $(VENV) $(DOCS_VENV) $(CUDA_VENV) .venv-openvino .venv-vllm baton_kernels/*.so *.egg-info

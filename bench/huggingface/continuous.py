@@ -52,7 +52,7 @@ def measure_here(name: str, dtype: str, attention: str, queries: int, runs: int)
             prompts,
             generation_config=generation,
             continuous_batching_config=ContinuousBatchingConfig(
-                num_blocks=256, max_batch_tokens=256
+                num_blocks=48, max_batch_tokens=256
             ),
             progress_bar=False,
         )

@@ -20,6 +20,8 @@ OWN_NAMES = {"model.forward", 'attn_implementation="baton"'}
 OWN_NAMES |= {"prefill.ray", "Remote"}
 # Of the backend of vLLM, which is called by vLLM: the module, and the variable that it reads.
 OWN_NAMES |= {"baton_engines.vllm", "BATON_VLLM"}
+# Of a package that cannot be imported beside another transformers.
+OWN_NAMES |= {"baton_engines.huggingface"}
 # What clients sent over HTTP.
 OWN_NAMES |= {"request", "Engine"}
 # Causes that another error, which names what was called, takes up.

@@ -91,3 +91,18 @@ def test_continuous_batching_gives_eager_s_answers(folder):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "same answers"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("kernel_abi_check") is None,
+    reason="needs the package kernel-abi-check, which `make test-engines` installs",
+)
+def test_the_library_keeps_to_the_abi_of_hub_kernels():
+    """That of manylinux_2_28, and none of Python's."""
+    from kernel_abi_check import ObjectFile
+
+    import baton_kernels._library as library
+
+    found = ObjectFile(str(library.cpu))
+    assert found.check_manylinux("manylinux_2_28") == []
+    assert found.check_python_abi("3.9") == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from baton_engines.huggingface import attention, cache_argument, row_mask, slot_cache
+from baton_engines.huggingface import attention, cache_argument, row_mask, slot_cache, versions
 
 
 @pytest.fixture(autouse=True)
@@ -328,3 +329,17 @@ def test_sdpa_is_what_it_was():
     from transformers import AttentionInterface
 
     assert AttentionInterface()["sdpa"] is sdpa_attention_forward
+
+
+@pytest.mark.parametrize("version", ["5.16.4", "4.57.0", "6.0.0.dev0"])
+def test_other_releases_of_transformers_are_refused(version):
+    with pytest.raises(ImportError, match=rf"must be >= 5.17 and < 6.0, got {version}: `pip"):
+        versions.check_version(version)
+
+
+def test_the_bounds_are_those_of_the_extra():
+    oldest, following = versions.OLDEST, versions.NEXT
+    bounds = f'"transformers>={oldest[0]}.{oldest[1]},<{following[0]}"'
+    assert bounds in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    for version in ("5.17.0", "5.23.0", "5.99.1"):
+        versions.check_version(version)

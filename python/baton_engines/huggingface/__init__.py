@@ -3,6 +3,8 @@
 Importing this package registers `attn_implementation="baton"`.
 """
 
+# First, because it refuses a transformers of which the others import parts that it may not have.
+from . import versions as versions
 from .accelerate import Accelerated, accelerate
 from .adapt import adapt
 from .any_model import AnyModel
