@@ -15,6 +15,8 @@ import pytest
 import torch
 from hf_models import make
 
+from baton_engines.llama.load import smollm2_folder
+
 ROOT = Path(__file__).resolve().parents[3]
 CHILD = ROOT / "tests" / "support" / "vllm_child.py"
 PYTHON = os.environ.get("VLLM_PYTHON")
@@ -28,6 +30,8 @@ MODELS = {
     "gemma2_softcap": {},
     "mistral_window": {},
     "gpt_oss_sinks": {},
+    # The trained one, as it is.
+    "smollm2": None,
 }
 NEW_TOKENS = 24
 OURS, THEIRS = {"attention_backend": "CUSTOM"}, {"attention_backend": "CPU_ATTN"}
@@ -53,8 +57,11 @@ def serve(tmp_path_factory):
     def serve(runs, **environment):
         for run in runs:
             model = folder / run["model"]
-            if not model.exists():
-                make(run["model"], head_dim=32, **MODELS[run["model"]]).save_pretrained(model)
+            sizes = MODELS[run["model"]]
+            if sizes is None and not model.exists():
+                model.symlink_to(smollm2_folder(), target_is_directory=True)
+            elif not model.exists():
+                make(run["model"], head_dim=32, **sizes).save_pretrained(model)
         source, target = folder / "runs.json", folder / "answers.json"
         works = [
             {
