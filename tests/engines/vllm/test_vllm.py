@@ -149,11 +149,17 @@ def test_two_ranks(serve):
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_batch_invariance(serve, eager):
-    """Log-probabilities have the bits of a request by itself, in any batch, with its beginning in
-    the cache and without."""
+    """Log-probabilities have the bits of a request by itself, in a batch of 32, with its beginning
+    in the cache and without."""
     asked, later = prompts()
-    batches = [[prompt] for prompt in asked] + [asked, later] + [[prompt] for prompt in later]
-    options = {**OURS, "enforce_eager": eager}
+    generator = torch.Generator().manual_seed(2)
+    others = [
+        torch.randint(5, 320, (3 + i,), generator=generator).tolist()
+        for i in range(32 - len(asked))
+    ]
+    batches = [[prompt] for prompt in asked]
+    batches += [asked + others, later] + [[prompt] for prompt in later]
+    options = {**OURS, "enforce_eager": eager, "max_num_seqs": 32, "max_num_batched_tokens": 48}
     (answer,) = serve(
         [{"model": "llama", "options": options, "batches": batches}], BATON_VLLM="invariant"
     )
@@ -161,7 +167,8 @@ def test_batch_invariance(serve, eager):
     assert answer["workers"][0]["layers"] is True and calls(answer)[0] > 0
     answers = answer["answers"]
     alone = [one for batch in answers[: len(asked)] for one in batch]
-    together = answers[len(asked)]
+    assert len(answers[len(asked)]) == 32
+    together = answers[len(asked)][: len(asked)]
     assert [one["logprobs"] for one in together] == [one["logprobs"] for one in alone]
     # The third prompt: computed whole at first, then with its first page from the cache.
     whole, again = alone[2], answers[len(asked) + 1][2]
