@@ -128,8 +128,20 @@ class _LinearPacked(Protocol):
     ) -> Tensor: ...
 
 
+class _LinearPackedInt8(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        panels: Tensor,
+        scales: Tensor,
+        out_features: int,
+        bias: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 class _LinearPackedOverloads(_LinearPacked, Protocol):
     default: _LinearPacked
+    int8: _LinearPackedInt8
 
 
 class _MaskedSoftmax(Protocol):
@@ -180,6 +192,14 @@ class _PackLinear(Protocol):
 
 class _PackLinearOverloads(_PackLinear, Protocol):
     default: _PackLinear
+
+
+class _QuantizeLinear(Protocol):
+    def __call__(self, weight: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class _QuantizeLinearOverloads(_QuantizeLinear, Protocol):
+    default: _QuantizeLinear
 
 
 class _RaggedAttention(Protocol):
@@ -341,6 +361,7 @@ class TorchOps(Protocol):
     linear_packed: _LinearPackedOverloads
     pack_linear: _PackLinearOverloads
     unpack_linear: _UnpackLinearOverloads
+    quantize_linear: _QuantizeLinearOverloads
     masked_softmax: _MaskedSoftmaxOverloads
     merge_attention: _MergeAttentionOverloads
     move_kv: _MoveKvOverloads

@@ -201,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--weights", choices=("int8",), help="round the weights to it")
     parser.add_argument("--rows", type=int, nargs="+", default=[16])
     parser.add_argument("--columns", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40)
@@ -208,11 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, _ = load_model(arguments.model, dtype=arguments.dtype)
     dtype = getattr(torch, arguments.dtype)
     sizes, ceiling = Sizes.of(model.config, dtype), measure_ceiling(dtype)
+    # The limit is that of the model's dtype.
+    weights = f", weights in {arguments.weights}" if arguments.weights else ""
     print(
-        f"{arguments.model} in {arguments.dtype}, rows of {arguments.columns} columns; ceilings "
-        f"{ceiling.flops / 1e9:.0f} GFLOP/s, {ceiling.read_bytes / 1e9:.1f} GB/s\n{describe_run()}"
+        f"{arguments.model} in {arguments.dtype}{weights}, rows of {arguments.columns} columns; "
+        f"ceilings {ceiling.flops / 1e9:.0f} GFLOP/s, {ceiling.read_bytes / 1e9:.1f} GB/s\n"
+        f"{describe_run()}"
     )
-    with patch_llama(model) as patched:
+    with patch_llama(model, weight_dtype=arguments.weights) as patched:
         for rows in arguments.rows:
             step, parts = measure_step(patched, rows, arguments.columns, arguments.steps)
             limit = limit_of_step(sizes, ceiling, rows, arguments.columns)

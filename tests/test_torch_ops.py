@@ -50,7 +50,7 @@ def signature(protocol):
 
 
 def test_every_op_is_there():
-    packed = {"linear_packed", "pack_linear", "unpack_linear"}
+    packed = {"linear_packed", "pack_linear", "unpack_linear", "quantize_linear"}
     assert set(OPS) == set(baton_kernels.ops.__all__) | packed
 
 

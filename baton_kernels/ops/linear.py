@@ -6,7 +6,7 @@ import torch
 
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call
-from baton_kernels.ops.linear_packed import linear_packed
+from baton_kernels.ops.linear_packed import linear_packed, linear_packed_int8
 from baton_kernels.ops.packed_weight import PackedWeight
 
 _native = ops.linear.default
@@ -22,6 +22,11 @@ def linear(
     query's logits change with the batch it is decoded in; with this op they do not. Weights are
     used as they are, row-major, or as `pack_linear` has packed them, which CPUs read faster, and
     read once per 96 rows. Packed ones are summed in another order, so their last bits differ.
+
+    Weights packed to int8 multiply rows of x that are rounded to int8 too, with a scale per row as
+    `pack_linear` says; a row with NaN or infinity gives NaN throughout. `y = float32(sum of
+    products) * (scale of x * scale of the weight) + bias`: the sum is exact, so all CPUs have the
+    same bits.
 
     Args:
         x: `[rows, in_features]`, float32, float16 or bfloat16, last dimension contiguous.
@@ -40,7 +45,10 @@ def linear(
     """
     if isinstance(weight, PackedWeight):
         if weight.is_packed:
-            return linear_packed(x, weight.panels, weight.out_features, bias)
+            panels, size, scales = weight.panels, weight.out_features, weight.scales
+            if scales is not None:
+                return linear_packed_int8(x, panels, scales, size, bias)
+            return linear_packed(x, panels, size, bias)
         weight = weight.panels
     return call("linear", _native, check_arguments, x, weight, bias)
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 
 from baton_kernels._library import ops
-from baton_kernels.ops.checks import Checker, call
+from baton_kernels.ops.checks import FLOATS, Checker, call, dtype_name
 
 # Outputs of a panel; csrc/common/linear_packed.h says how they lie in it.
 PANEL_OUTPUTS = 48
+# Elements that a panel holds of one output in succession; one of other dtypes.
+_TERMS = {torch.bfloat16: 2, torch.int8: 4}
+# Sums of as many products of int8 fit in int32.
+MAX_INT8_FEATURES = 131072
 
 _linear = ops.linear_packed.default
+_linear_int8 = ops.linear_packed.int8
+_quantize = ops.quantize_linear.default
 _pack = ops.pack_linear.default
 _unpack = ops.unpack_linear.default
 
@@ -18,8 +24,9 @@ _unpack = ops.unpack_linear.default
 def panel_shape(dtype: torch.dtype, out_features: int, in_features: int) -> tuple[int, ...]:
     """The sizes of the panels of a weight."""
     panels = -(-out_features // PANEL_OUTPUTS)
-    if dtype == torch.bfloat16:
-        return (panels, -(-in_features // 2), PANEL_OUTPUTS, 2)
+    if dtype in _TERMS:
+        terms = _TERMS[dtype]
+        return (panels, -(-in_features // terms), PANEL_OUTPUTS, terms)
     return (panels, in_features, PANEL_OUTPUTS)
 
 
@@ -28,6 +35,24 @@ def linear_packed(
 ) -> torch.Tensor:
     """`linear` of a weight that was packed; see there."""
     return call("linear_packed", _linear, _check_linear, x, panels, out_features, bias)
+
+
+def linear_packed_int8(
+    x: torch.Tensor,
+    panels: torch.Tensor,
+    scales: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`linear` of a weight that was rounded to int8 and packed; see there."""
+    return call(
+        "linear_packed", _linear_int8, _check_linear_int8, x, panels, scales, out_features, bias
+    )
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows rounded to int8, and the float32 scale of each; see `pack_linear`."""
+    return call("quantize_linear", _quantize, _check_quantize, weight)
 
 
 def pack_into(weight: torch.Tensor, panels: torch.Tensor) -> None:
@@ -63,15 +88,57 @@ def _check_linear(x, panels, out_features, bias=None) -> None:
     check.dtype_as("panels", panels, "x", x)
     _check_size(check, "out_features", out_features)
     _check_panels(check, panels, x.dtype, out_features, x.shape[1])
+    _check_bias(check, bias, x, out_features)
+
+
+def _check_linear_int8(x, panels, scales, out_features, bias=None) -> None:
+    check = Checker("linear_packed")
+    check.floating("x", x)
+    check.dims("x", x, 2)
+    check.last_contiguous("x", x)
+    _check_size(check, "out_features", out_features)
+    check.device("panels", panels, x.device)
+    if panels.dtype != torch.int8:
+        check.fail("panels", "int8", dtype_name(panels.dtype), TypeError)
+    check_int8_features(check, "x", x)
+    _check_panels(check, panels, torch.int8, out_features, x.shape[1])
+    check.float32("scales", scales, x.device)
+    check.shape("scales", scales, [out_features])
+    check.contiguous("scales", scales)
+    _check_bias(check, bias, x, out_features)
+
+
+def check_int8_features(check: Checker, name: str, x: torch.Tensor) -> None:
+    """Refuse rows whose products with int8 might not fit in int32."""
+    if x.shape[1] > MAX_INT8_FEATURES:
+        check.fail(name, f"at most {MAX_INT8_FEATURES} wide in int8", x.shape[1])
+
+
+def _check_bias(check: Checker, bias, x, out_features) -> None:
     if bias is not None:
         check.dtype_as("bias", bias, "x", x)
         check.shape("bias", bias, [out_features])
         check.contiguous("bias", bias)
 
 
+def _check_quantize(weight) -> None:
+    check = Checker("quantize_linear")
+    check.floating("weight", weight)
+    check.dims("weight", weight, 2)
+    check.last_contiguous("weight", weight)
+    check_int8_features(check, "weight", weight)
+
+
+def _check_layout(check: Checker, name: str, tensor) -> None:
+    """A dtype that panels can have."""
+    check.tensor(name, tensor)
+    if tensor.dtype not in (*FLOATS, torch.int8):
+        check.fail(name, "float32, float16, bfloat16 or int8", dtype_name(tensor.dtype), TypeError)
+
+
 def _check_pack(weight, panels) -> None:
     check = Checker("pack_linear")
-    check.floating("weight", weight)
+    _check_layout(check, "weight", weight)
     check.dims("weight", weight, 2)
     check.last_contiguous("weight", weight)
     check.dtype_as("panels", panels, "weight", weight)
@@ -80,7 +147,7 @@ def _check_pack(weight, panels) -> None:
 
 def _check_unpack(panels, out_features, in_features, outputs=None) -> None:
     check = Checker("unpack_linear")
-    check.floating("panels", panels)
+    _check_layout(check, "panels", panels)
     _check_size(check, "out_features", out_features)
     _check_size(check, "in_features", in_features)
     _check_panels(check, panels, panels.dtype, out_features, in_features)
@@ -92,6 +159,20 @@ def _check_unpack(panels, out_features, in_features, outputs=None) -> None:
 def _fake_linear(x, panels, out_features, bias=None):
     _check_linear(x, panels, out_features, bias)
     return x.new_empty((x.shape[0], out_features))
+
+
+@torch.library.register_fake("baton_kernels::linear_packed.int8")
+def _fake_linear_int8(x, panels, scales, out_features, bias=None):
+    _check_linear_int8(x, panels, scales, out_features, bias)
+    return x.new_empty((x.shape[0], out_features))
+
+
+@torch.library.register_fake("baton_kernels::quantize_linear")
+def _fake_quantize(weight):
+    _check_quantize(weight)
+    return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(
+        weight.shape[0], dtype=torch.float32
+    )
 
 
 @torch.library.register_fake("baton_kernels::pack_linear")

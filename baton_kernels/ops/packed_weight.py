@@ -9,8 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from baton_kernels.ops.checks import Checker
-from baton_kernels.ops.linear_packed import pack_into, panel_shape, unpack
+from baton_kernels.ops.checks import Checker, dtype_name
+from baton_kernels.ops.linear_packed import (
+    check_int8_features,
+    pack_into,
+    panel_shape,
+    quantize,
+    unpack,
+)
 from baton_kernels.slot_memory import huge_page_bytes
 
 # Panels begin on a small page: a stream of reads then crosses as few as it can.
@@ -22,15 +28,17 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         panels: on the CPU `[ceil(out_features / 48), in_features, 48]`, in bfloat16 `[ceil(
-            out_features / 48), ceil(in_features / 2), 48, 2]`: for 48 outputs at a time all that
-            they multiply, outputs side by side. On other devices the weight itself, whose kernels
-            read it as it is.
+            out_features / 48), ceil(in_features / 2), 48, 2]`, in int8 `[ceil(out_features / 48),
+            ceil(in_features / 4), 48, 4]`: for 48 outputs at a time all that they multiply, outputs
+            side by side. On other devices the weight itself, whose kernels read it as it is.
         out_features, in_features: int, the weight's sizes.
+        scales: float32 `[out_features]` of a weight that was rounded to int8, else None.
     """
 
     panels: torch.Tensor
     out_features: int
     in_features: int
+    scales: torch.Tensor | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -39,10 +47,12 @@ class PackedWeight(NamedTuple):
         return self.panels.dim() > 2
 
     def unpack(self) -> torch.Tensor:
-        """The weight, `[out_features, in_features]`, with the bits that were packed."""
+        """The weight, `[out_features, in_features]`, with the bits that were packed; one that was
+        rounded to int8 as float32, `int8 * scale`."""
         if not self.is_packed:
             return self.panels
-        return unpack(self.panels, self.out_features, self.in_features)
+        weight = unpack(self.panels, self.out_features, self.in_features)
+        return weight if self.scales is None else weight * self.scales[:, None]
 
     def rows(self, outputs: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, as an embedding looks them up.
@@ -51,25 +61,37 @@ class PackedWeight(NamedTuple):
             outputs: int32 or int64 `[rows]`, each below `out_features`.
 
         Returns:
-            `[rows, in_features]`, the bits that were packed.
+            `[rows, in_features]`, as those of `unpack`.
 
         Raises:
             ValueError: An index is not of a row.
         """
         if not self.is_packed:
             return self.panels[outputs]
-        return unpack(self.panels, self.out_features, self.in_features, outputs.int())
+        rows = unpack(self.panels, self.out_features, self.in_features, outputs.int())
+        return rows if self.scales is None else rows * self.scales[outputs, None]
 
 
-def pack_linear(weight: torch.Tensor, *, memory: PanelMemory | None = None) -> PackedWeight:
+def pack_linear(
+    weight: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    memory: PanelMemory | None = None,
+) -> PackedWeight:
     """Packs a weight for `linear`: the same elements in the order in which a CPU reads them.
 
     On the CPU the panels are a copy, in huge pages where the system has them. On other devices
     nothing is copied: the result holds the weight itself, and `linear` does what it does with it.
 
+    With `dtype=torch.int8` each output's row is rounded to `round(row / scale)`, from -127 to 127,
+    ties to even, where `scale` is its largest magnitude / 127: half of bfloat16's bytes. `linear`
+    rounds each row of x in the same way. An output whose row holds NaN or infinity gives NaN; one
+    whose largest magnitude is below 127 / 3.4e38 counts as 0.
+
     Args:
         weight: `[out_features, in_features]`, float32, float16 or bfloat16, last dimension
             contiguous.
+        dtype: of the panels: the weight's own, which is the default, or torch.int8, on the CPU.
         memory: where the panels of many weights lie side by side; by default in memory of their
             own.
 
@@ -77,29 +99,53 @@ def pack_linear(weight: torch.Tensor, *, memory: PanelMemory | None = None) -> P
         The `PackedWeight`, which `linear` takes in place of `weight`.
 
     Raises:
-        ValueError: The shape or a stride does not fit, or memory has no room left.
-        TypeError: The dtype is not supported.
+        ValueError: The shape or a stride does not fit, or memory has no room left; int8 rows are
+            wider than 131072, whose sums could leave int32.
+        TypeError: A dtype is not supported.
+        NotImplementedError: int8 on another device than the CPU.
 
-    Source: the packed operands of BLAS libraries (BLIS, oneDNN), kept.
+    Source: the packed operands of BLAS libraries (BLIS, oneDNN), kept; int8 by row as in LLM.int8
+    (arXiv 2208.07339), without its separate outliers.
     """
     check = Checker("pack_linear")
     check.floating("weight", weight)
     check.dims("weight", weight, 2)
     check.last_contiguous("weight", weight)
     out_features, in_features = weight.shape
+    kind = _panel_dtype(check, weight, dtype)
     if weight.device.type != "cpu":
+        if kind != weight.dtype:
+            check.fail("weight", "on the cpu for int8", str(weight.device), NotImplementedError)
         return PackedWeight(weight, out_features, in_features)
-    shape = panel_shape(weight.dtype, out_features, in_features)
+    scales = None
+    if kind != weight.dtype:
+        check_int8_features(check, "weight", weight)
     if memory is None:
-        memory = PanelMemory(panel_bytes(weight))
-    panels = memory.take(shape, weight.dtype)
+        memory = PanelMemory(panel_bytes(weight, dtype=kind))
+    panels = memory.take(panel_shape(kind, out_features, in_features), kind)
+    if kind != weight.dtype:
+        weight, scales = quantize(weight)
     pack_into(weight, panels)
-    return PackedWeight(panels, out_features, in_features)
+    return PackedWeight(panels, out_features, in_features, scales)
 
 
-def panel_bytes(weight: torch.Tensor) -> int:
-    """Bytes that the panels of a weight take of a `PanelMemory`."""
-    size = math.prod(panel_shape(weight.dtype, *weight.shape)) * weight.dtype.itemsize
+def _panel_dtype(check: Checker, weight: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype not in (None, weight.dtype, torch.int8):
+        expected = f"{dtype_name(weight.dtype)} as weight, or int8"
+        actual = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        check.fail("dtype", expected, actual, TypeError)
+    return weight.dtype if dtype is None else dtype
+
+
+def panel_bytes(weight: torch.Tensor, *, dtype: torch.dtype | None = None) -> int:
+    """Bytes that the panels of a weight take of a `PanelMemory`.
+
+    Args:
+        weight: see `pack_linear`.
+        dtype: see `pack_linear`.
+    """
+    kind = weight.dtype if dtype is None else dtype
+    size = math.prod(panel_shape(kind, *weight.shape)) * kind.itemsize
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -5,3 +5,35 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """``x @ weight.T + bias``."""
     y = x @ weight.T
     return y if bias is None else y + bias
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row as int8 and a float32 scale: `round(row / scale)`, the largest magnitude being 127.
+
+    A row that is not finite is 0 with the scale NaN, one that is nearly 0 is 0 with the scale 0.
+    """
+    x = x.float()
+    largest = x.abs().amax(1) if x.shape[1] > 0 else x.new_zeros(len(x))
+    # A tensor: torch divides a number by way of the reciprocal, which rounds twice.
+    most = torch.full_like(largest, 127.0)
+    inverse = most / largest
+    finite, near_zero = largest.isfinite(), inverse.isinf()
+    rounded = (x * inverse[:, None]).round()
+    rounded = torch.where((finite & ~near_zero)[:, None], rounded, 0.0)
+    scales = torch.where(near_zero, 0.0, largest / most)
+    return rounded.to(torch.int8), torch.where(finite, scales, torch.nan)
+
+
+def linear_int8(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear` of rows and of a weight that are rounded to int8: exact sums, both scales, bias.
+
+    Not only the values but the bits of `baton_kernels.linear`, on every CPU.
+    """
+    rows, row_scales = quantize_rows(x)
+    outputs, output_scales = quantize_rows(weight)
+    # float64 holds every sum.
+    sums = (rows.double() @ outputs.double().T).float()
+    y = sums * (row_scales[:, None] * output_scales)
+    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -1,4 +1,6 @@
-"""The projections of a layer from packed weights, beside row-major ones, torch and their limit."""
+"""The projections of a layer from packed weights, in int8 too, beside row-major ones, torch and
+their limit.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch.nn import functional
 
 import baton_kernels as bk
 from baton_kernels import reference
-from baton_kernels.testing import Accuracy
+from baton_kernels.reference.linear import linear_int8
+from baton_kernels.testing import Accuracy, assert_same_bits
 
 from .layer_cases import normal
 from .measure import LIMIT, OURS, PEER, Row, Way, Work
@@ -23,6 +26,7 @@ MODELS = {
     "Llama 1B": ((2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048)),
     "Llama 8B": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)),
 }
+PACKED, INT8 = "linear, packed", "linear, packed to int8"
 READ, PRODUCTS = "reading the weights, best pages", "as many products, warm"
 Projection = Callable[[torch.Tensor, object], torch.Tensor]
 
@@ -44,11 +48,13 @@ def _layer(
     num_bytes = sum(weight.nbytes for weight in one)
     copies = options.pick(4 * options.device.cache_bytes // num_bytes + 1, None, 2)
     plain = [one, *([weight.clone() for weight in one] for _ in range(copies - 1))]
-    memory = bk.PanelMemory(copies * sum(bk.panel_bytes(weight) for weight in one))
-    panels = [[bk.pack_linear(weight, memory=memory) for weight in layer] for layer in plain]
+    panels, int8_panels = _packed(plain, None), _packed(plain, torch.int8)
     for rows in options.pick((1, 4, 16, 32, 64, 512), None, (1, 3)):
         x = {ins: normal(options, dtype, rows, ins, seed=9) for ins, _ in sizes}
-        truth = Accuracy(reference.linear, x[sizes[-1][0]], one[-1])
+        last = x[sizes[-1][0]], one[-1]
+        truth = Accuracy(reference.linear, *last)
+        # Bits, and not an accuracy: rounding is part of what is computed.
+        same = functools.partial(assert_same_bits, linear_int8(*last))
         flops = 2 * rows * sum(weight.numel() for weight in one)
 
         def ways(function: Projection, layers: list, x: dict = x) -> list[Callable]:
@@ -58,7 +64,8 @@ def _layer(
             f"{model}, {rows} rows",
             dtype_name(dtype),
             [
-                Way("linear, packed", ways(bk.linear, panels), truth.check, OURS),
+                Way(PACKED, ways(bk.linear, panels), truth.check, OURS),
+                Way(INT8, ways(bk.linear, int8_panels), same),
                 Way("linear, row-major", ways(bk.linear, plain), truth.check, PEER),
                 *options.peers(
                     lambda ways=ways, truth=truth: [
@@ -70,6 +77,14 @@ def _layer(
             ],
             flops=flops,
         )
+
+
+def _packed(layers: list[list], dtype: torch.dtype | None) -> list[list]:
+    size = sum(bk.panel_bytes(weight, dtype=dtype) for weight in layers[0])
+    memory = bk.PanelMemory(len(layers) * size)
+    return [
+        [bk.pack_linear(weight, dtype=dtype, memory=memory) for weight in layer] for layer in layers
+    ]
 
 
 def _project(
@@ -96,14 +111,16 @@ def _products(options: Options, dtype: torch.dtype, flops: int) -> Callable[[], 
 
 
 def packed_summary(rows: Sequence[Row]) -> list[str]:
-    """The share of the limit, which is the longer one of reading and multiplying."""
+    """The share of the limit, which is the longer one of reading and multiplying; and int8."""
     works: dict[tuple[str, str, int], dict[str, float]] = {}
     for row in rows:
         if row.median_us:
             works.setdefault((row.dtype, row.work, row.threads), {})[row.way] = row.median_us
     lines = []
     for (dtype, work, _), us in works.items():
-        if "linear, packed" in us and READ in us and PRODUCTS in us:
-            share = max(us[READ], us[PRODUCTS]) / us["linear, packed"]
+        if PACKED in us and READ in us and PRODUCTS in us:
+            share = max(us[READ], us[PRODUCTS]) / us[PACKED]
             lines.append(f"{dtype}, {work}: {share:.0%} of the longer limit")
+        if PACKED in us and INT8 in us:
+            lines.append(f"{dtype}, {work}: int8 {us[PACKED] / us[INT8]:.2f}x as fast")
     return lines

@@ -72,6 +72,11 @@ void Checker::dtype_as(const char* name, const Tensor& tensor, const char* other
   }
 }
 
+void Checker::int8(const char* name, const Tensor& tensor) const {
+  on_device(name, tensor);
+  if (tensor.dtype_code() != kCodes.int8) fail(name, "int8", name_of(tensor.scalar_type()));
+}
+
 void Checker::float32(const char* name, const Tensor& tensor) const {
   on_device(name, tensor);
   if (tensor.dtype_code() != kCodes.float32) {
@@ -130,7 +135,8 @@ std::pair<const char*, const char*> extent_of(const Tensor& tensor) {
   const Sizes sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = 0;
   for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-  const int64_t size = tensor.dtype_code() == kCodes.float32 ? 4 : 2;
+  const int32_t code = tensor.dtype_code();
+  const int64_t size = code == kCodes.float32 ? 4 : code == kCodes.int8 ? 1 : 2;
   return {begin, begin + (last + 1) * size};
 }
 

@@ -59,6 +59,7 @@ class Checker {
   void dtype_as(const char* name, const Tensor& tensor, const char* other_name,
                 const Tensor& other) const;
   void float32(const char* name, const Tensor& tensor) const;
+  void int8(const char* name, const Tensor& tensor) const;
   void on_device(const char* name, const Tensor& tensor) const;
   void dims(const char* name, const Tensor& tensor, int64_t expected) const;
   void shape(const char* name, const Tensor& tensor, Sizes expected) const;

@@ -72,6 +72,10 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
   // On the CPU alone: what PackedWeight is made of.
   library.def(
       "linear_packed(Tensor x, Tensor panels, SymInt out_features, Tensor? bias=None) -> Tensor");
+  library.def(
+      "linear_packed.int8(Tensor x, Tensor panels, Tensor scales, SymInt out_features, "
+      "Tensor? bias=None) -> Tensor");
+  library.def("quantize_linear(Tensor weight) -> (Tensor, Tensor)");
   library.def("pack_linear(Tensor weight, Tensor(a!) panels) -> ()");
   library.def(
       "unpack_linear(Tensor panels, SymInt out_features, SymInt in_features, "

@@ -5,6 +5,10 @@
 // and float16 as [in_features][48], bfloat16 as [ceil(in_features / 2)][48][2], pairs being what
 // CPUs multiply. Outputs of the last panel that do not exist, and the second element of the last
 // pair where in_features is odd, are 0.
+//
+// int8 panels are [ceil(in_features / 4)][48][4] with a scale per output. Rows of x are rounded to
+// int8 with a scale per row then, and the products are exact: int32 sums of at most
+// kMaxInt8Features terms, in whatever order. So every CPU has the same bits.
 #pragma once
 
 #include "common/dtype.h"
@@ -16,18 +20,49 @@ constexpr int64_t kPanelOutputs = 48;
 static inline int64_t num_panels(int64_t out_features) {
   return (out_features + kPanelOutputs - 1) / kPanelOutputs;
 }
-// Elements that a panel holds of one output in succession.
-static inline int64_t panel_terms(Dtype dtype) { return dtype == Dtype::kBFloat16 ? 2 : 1; }
-static inline int64_t panel_bytes(Dtype dtype, int64_t in_features) {
-  const int64_t terms = panel_terms(dtype);
-  return (in_features + terms - 1) / terms * terms * kPanelOutputs * size_of(dtype);
+
+// Elements that a panel holds of one output in succession, and the bytes of each.
+struct PanelLayout {
+  int64_t terms, element_bytes;
+};
+static inline PanelLayout panel_layout(Dtype dtype) {
+  return {dtype == Dtype::kBFloat16 ? 2 : 1, size_of(dtype)};
+}
+constexpr PanelLayout kInt8Panels{4, 1};
+// 127 * 128 * 2^17 < 2^31, and -128 is in no quantized row.
+constexpr int64_t kMaxInt8Features = 131072;
+
+static inline int64_t panel_bytes(const PanelLayout& layout, int64_t in_features) {
+  const int64_t steps = (in_features + layout.terms - 1) / layout.terms;
+  return steps * layout.terms * kPanelOutputs * layout.element_bytes;
+}
+
+// A row is round(row / scale), every element from -127 to 127. scale is the largest element / 127;
+// NaN where one is not finite and 0 where that is nearly 0, of rows that are then 0 throughout.
+struct QuantizedRow {
+  float scale;
+  int32_t sum;  // of the rounded elements
+};
+
+// Rows of int8 that linear_packed reads begin on a line each, and are 0 from in_features to the end
+// of theirs. An odd number of lines apart: an even one would have many rows share few sets of the
+// first-level cache.
+constexpr int64_t kInt8RowStep = 64;
+static inline int64_t int8_row_size(int64_t in_features) {
+  return (in_features + kInt8RowStep - 1) / kInt8RowStep * kInt8RowStep;
+}
+static inline int64_t int8_row_stride(int64_t in_features) {
+  return int8_row_size(in_features) | kInt8RowStep;
 }
 
 struct LinearPackedParams {
-  const void* x;       // [num_rows, in_features], rows x_row_stride apart
+  const void* x;       // [num_rows, in_features], rows x_row_stride apart; int8 with int8 panels
   const void* panels;  // num_panels(out_features) of them
   const void* bias;    // [out_features] or null
   void* y;             // [num_rows, out_features], contiguous
+  // Of int8 panels, else null.
+  const float* weight_scales;    // [out_features]
+  const QuantizedRow* x_scales;  // [num_rows]
   int64_t num_rows, in_features, out_features;
   int64_t x_row_stride;
   // Work items of a panel: 1, or the kernels' own number of parts where panels are too few for
@@ -36,7 +71,7 @@ struct LinearPackedParams {
   // How many bytes ahead of their use weights are asked for where one pass of rows reads them; 0
   // for not at all.
   int64_t read_ahead;
-  Dtype dtype;
+  Dtype dtype;  // of y and bias, and of x and panels that are not int8
 };
 
 // A block of rows reads each panel from memory once.
@@ -52,7 +87,7 @@ struct PackLinearParams {
   const void* weight;  // [out_features, in_features], rows weight_row_stride apart
   void* panels;        // written
   int64_t in_features, out_features, weight_row_stride;
-  Dtype dtype;
+  PanelLayout layout;
 };
 
 struct UnpackLinearParams {
@@ -60,7 +95,19 @@ struct UnpackLinearParams {
   const int32_t* outputs;  // [num_outputs], which ones; or null for all in order
   void* weight;            // [num_outputs, in_features], contiguous
   int64_t in_features, num_outputs;
-  Dtype dtype;
+  PanelLayout layout;
+};
+
+// Rounds rows to int8: of x for linear_packed, of a weight before it is packed.
+struct QuantizeLinearParams {
+  const void* x;         // [num_rows, in_features], rows x_row_stride apart
+  int8_t* rounded;       // written: [num_rows, row_size], rows rounded_row_stride apart
+  QuantizedRow* scales;  // written: [num_rows]; or null
+  float* plain_scales;   // written: [num_rows]; or null
+  int64_t num_rows, in_features, x_row_stride;
+  int64_t row_size;  // from in_features on 0 is written
+  int64_t rounded_row_stride;
+  Dtype dtype;  // of x
 };
 
 }  // namespace baton

@@ -34,7 +34,8 @@ namespace baton::cpu {
   X(linear, const LinearParams&)                                                \
   X(linear_packed, const LinearPackedParams&)                                   \
   X(pack_linear, const PackLinearParams&)                                       \
-  X(unpack_linear, const UnpackLinearParams&)
+  X(unpack_linear, const UnpackLinearParams&)                                   \
+  X(quantize_linear, const QuantizeLinearParams&)
 
 struct KernelTable {
   // Whether linear of bfloat16 wants x packed; nobody else calls linear_pack.

@@ -1,5 +1,5 @@
-// linear_packed on the CPU: y = x weight^T + bias from panels (common/linear_packed.h). bfloat16 on
-// CPUs with AMX: linear_packed_amx.h.
+// linear_packed on the CPU: y = x weight^T + bias from panels (common/linear_packed.h). bfloat16
+// and int8 on CPUs with AMX: linear_packed_amx.h.
 //
 // Sums are chains of so many steps of a panel, added up in their order, for every number of rows: a
 // row's bits are its own. Where rows take several passes, a chain's share of a panel stays in the
@@ -31,8 +31,8 @@ struct ReadAhead {
   int64_t distance, lines;
 };
 
-// A block of rows of x.
-template <typename T>
+// A block of rows of x; P is a kind of panels.
+template <typename P>
 class PackedRows {
  public:
   PackedRows(const LinearPackedParams& p, int64_t row, int64_t row_end)
@@ -40,6 +40,8 @@ class PackedRows {
         row_(row),
         num_rows_(row_end - row),
         num_steps_((p.in_features + P::kTerms - 1) / P::kTerms),
+        // Rows of int8 go on with zeros.
+        row_size_(kInt8 ? num_steps_ * P::kTerms : p.in_features),
         panel_bytes_(num_steps_ * kStepBytes) {}
 
   // Panels [panel, panel_end).
@@ -63,8 +65,11 @@ class PackedRows {
   void part(int64_t panel, int64_t index) { columns<1, kPartVectors>(panel, index * kPartVectors); }
 
  private:
-  typedef Panel<T> P;
   typedef typename P::Factor Factor;
+  typedef typename P::Sum Sum;
+  typedef typename P::Input Input;
+  typedef typename P::Output Output;
+  static constexpr bool kInt8 = __is_same(Input, int8_t);
   static constexpr int64_t kStepBytes = kPanelVectors * P::kVectorBytes;
   static constexpr int64_t kLinesOfSteps = kUnroll * kStepBytes / 64;
 
@@ -104,11 +109,11 @@ class PackedRows {
     const char* weights = static_cast<const char*>(p_.panels) + panel * panel_bytes_ +
                           begin * kStepBytes + vector * P::kVectorBytes;
     const char* next = weights + ahead.distance;
-    Vec sums[kRows][kAll];
+    Sum sums[kRows][kAll];
     BATON_UNROLL
     for (int m = 0; m < kRows; ++m) {
       BATON_UNROLL
-      for (int v = 0; v < kAll; ++v) sums[m][v] = zero();
+      for (int v = 0; v < kAll; ++v) sums[m][v] = Sum{};
     }
     const auto step = [&](int64_t k, const Factor* factors, int64_t stride) BATON_INLINE_LAMBDA {
       const char* vectors[kAll];
@@ -136,10 +141,10 @@ class PackedRows {
                            };
 
     const int64_t first = begin * P::kTerms, stride = p_.x_row_stride;
-    const int64_t last = end * P::kTerms < p_.in_features ? end * P::kTerms : p_.in_features;
+    const int64_t last = end * P::kTerms < row_size_ ? end * P::kTerms : row_size_;
     const int64_t num_factors = last - first;
-    const T* x = static_cast<const T*>(p_.x) + (row_ + row) * stride + first;
-    if constexpr (__is_same(T, Factor)) {
+    const Input* x = static_cast<const Input*>(p_.x) + (row_ + row) * stride + first;
+    if constexpr (__is_same(Input, Factor)) {
       const int64_t whole = num_factors / P::kTerms;
       steps(whole, x, stride);
       if (whole < end - begin) {
@@ -161,21 +166,19 @@ class PackedRows {
       steps(end - begin, converted[0], kMostFactors);
     }
 
-    float* const kept = kept_ + row * kAll * kLanes;
+    Sum* const kept = kept_ + row * kAll;
     if (begin > 0) {
       BATON_UNROLL
       for (int m = 0; m < kRows; ++m) {
         BATON_UNROLL
-        for (int v = 0; v < kAll; ++v) {
-          sums[m][v] = load(kept + (m * kAll + v) * kLanes) + sums[m][v];
-        }
+        for (int v = 0; v < kAll; ++v) sums[m][v] = kept[m * kAll + v] + sums[m][v];
       }
     }
     if (end < num_steps_) {
       BATON_UNROLL
       for (int m = 0; m < kRows; ++m) {
         BATON_UNROLL
-        for (int v = 0; v < kAll; ++v) store(kept + (m * kAll + v) * kLanes, sums[m][v]);
+        for (int v = 0; v < kAll; ++v) kept[m * kAll + v] = sums[m][v];
       }
       return;
     }
@@ -185,62 +188,74 @@ class PackedRows {
           (panel + v / kVectors) * kPanelOutputs + (vector + v % kVectors) * kLanes;
       const int64_t rest = p_.out_features - output;
       if (rest <= 0) continue;
-      Vec bias = zero();
-      if (p_.bias) {
-        const T* from = static_cast<const T*>(p_.bias) + output;
-        bias = rest < kLanes ? load_partial(from, rest) : load(from);
-      }
-      T* y = static_cast<T*>(p_.y) + (row_ + row) * p_.out_features + output;
+      Vec bias = zero(), scales = zero();
+      if (p_.bias) bias = load_some(static_cast<const Output*>(p_.bias) + output, rest);
+      if constexpr (kInt8) scales = load_some(p_.weight_scales + output, rest);
+      Output* y = static_cast<Output*>(p_.y) + (row_ + row) * p_.out_features + output;
       BATON_UNROLL
       for (int m = 0; m < kRows; ++m, y += p_.out_features) {
-        const Vec result = p_.bias ? sums[m][v] + bias : sums[m][v];
-        if (rest < kLanes) {
-          store_partial(y, result, rest);
+        Vec result;
+        if constexpr (kInt8) {
+          const QuantizedRow& of_x = p_.x_scales[row_ + row + m];
+          result = dequantized(sums[m][v] - kByteOffset * of_x.sum, of_x, scales);
         } else {
-          store(y, result);
+          result = sums[m][v];
         }
+        store_some(y, p_.bias ? result + bias : result, rest);
       }
     }
   }
 
   const LinearPackedParams& p_;
-  const int64_t row_, num_rows_, num_steps_, panel_bytes_;
+  const int64_t row_, num_rows_, num_steps_, row_size_, panel_bytes_;
   // The sums of all chains but the last one, [row][vector].
-  alignas(64) float kept_[kPackedRowBlock * kPanelOutputs];
+  Sum kept_[kPackedRowBlock * kPanelVectors];
 };
 
-template <typename T>
+template <typename P>
 struct RowsOf {
-  typedef PackedRows<T> Type;
+  typedef PackedRows<P> Type;
 };
 #if defined(BATON_HAS_TILES)
 template <>
-struct RowsOf<BFloat16> {
-  typedef PackedTiles Type;
+struct RowsOf<Panel<BFloat16>> {
+  typedef PackedTiles<Panel<BFloat16>> Type;
+};
+template <typename T>
+struct RowsOf<Int8Panel<T>> {
+  typedef PackedTiles<Int8Panel<T>> Type;
 };
 #endif
+
+template <typename P>
+void run(const LinearPackedParams& p, int64_t begin, int64_t end) {
+  const int64_t items = num_panels(p.out_features) * p.parts;
+  while (begin < end) {
+    const int64_t row = begin / items * kPackedRowBlock;
+    const int64_t row_end = row + kPackedRowBlock < p.num_rows ? row + kPackedRowBlock : p.num_rows;
+    int64_t item = begin % items;
+    const int64_t last = item + end - begin < items ? item + end - begin : items;
+    begin += last - item;
+    typename RowsOf<P>::Type rows(p, row, row_end);
+    // Parts of a panel, whole panels, parts of another one.
+    for (; item < last && item % p.parts > 0; ++item) rows.part(item / p.parts, item % p.parts);
+    const int64_t panel = item / p.parts, panel_end = last / p.parts;
+    if (panel < panel_end) {
+      rows.panels(panel, panel_end);
+      item = panel_end * p.parts;
+    }
+    for (; item < last; ++item) rows.part(item / p.parts, item % p.parts);
+  }
+}
 
 }  // namespace
 
 void linear_packed(const LinearPackedParams& p, int64_t begin, int64_t end) {
-  const int64_t items = num_panels(p.out_features) * p.parts;
   dispatch_dtype(p.dtype, [&]<typename T>() {
-    while (begin < end) {
-      const int64_t row = begin / items * kPackedRowBlock;
-      const int64_t row_end =
-          row + kPackedRowBlock < p.num_rows ? row + kPackedRowBlock : p.num_rows;
-      int64_t item = begin % items;
-      const int64_t last = item + end - begin < items ? item + end - begin : items;
-      begin += last - item;
-      typename RowsOf<T>::Type rows(p, row, row_end);
-      // Parts of a panel, whole panels, parts of another one.
-      for (; item < last && item % p.parts > 0; ++item) rows.part(item / p.parts, item % p.parts);
-      const int64_t panel = item / p.parts, panel_end = last / p.parts;
-      if (panel < panel_end) {
-        rows.panels(panel, panel_end);
-        item = panel_end * p.parts;
-      }
-      for (; item < last; ++item) rows.part(item / p.parts, item % p.parts);
+    if (p.weight_scales) {
+      run<Int8Panel<T>>(p, begin, end);
+    } else {
+      run<Panel<T>>(p, begin, end);
     }
   });
 }

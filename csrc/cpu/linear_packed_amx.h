@@ -1,20 +1,22 @@
-// linear_packed for bfloat16 in AMX tiles: rows of x are the first operand, straight from memory,
-// and a panel's pairs the second, as they lie. Six tiles of sums: 32 rows by one panel, or up to 16
-// rows by two.
+// linear_packed for bfloat16 and int8 in AMX tiles: rows of x are the first operand, straight from
+// memory, and a panel's pairs or fours the second, as they lie. Six tiles of sums: 32 rows by one
+// panel, or up to 16 rows by two.
 //
 // Every element is summed over steps of 32 in ascending order, whatever shares its tile: a row's
-// bits are its own.
+// bits are its own. Those of int8 are exact.
 #pragma once
 
 #include "common/linear_packed.h"
 #include "cpu/kernels.h"
+#include "cpu/linear_panels.h"
 #include "cpu/simd/amx_products.h"
 
 #if defined(BATON_HAS_TILES)
 
 namespace baton::cpu::BATON_ISA {
 
-// A block of rows of x.
+// A block of rows of x; P is a kind of panels whose steps have 4 bytes of an output.
+template <typename P>
 class PackedTiles {
  public:
   PackedTiles(const LinearPackedParams& p, int64_t row, int64_t row_end)
@@ -22,7 +24,7 @@ class PackedTiles {
         row_(row),
         num_rows_(row_end - row),
         tile_rows_(num_rows_ < kAmxRows ? static_cast<int>(num_rows_) : kAmxRows),
-        panel_bytes_(panel_bytes(p.dtype, p.in_features)) {
+        panel_bytes_((p.in_features + P::kTerms - 1) / P::kTerms * kPairBytes) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) {
       config.rows[tile] = static_cast<uint8_t>(tile == kPairs ? kAmxRows : tile_rows_);
@@ -46,9 +48,14 @@ class PackedTiles {
   void part(int64_t panel, int64_t index) { columns<1, 1>(panel, index); }
 
  private:
+  typedef typename P::Input Input;
+  typedef typename P::Output Output;
+  static constexpr bool kInt8 = __is_same(Input, int8_t);
   static constexpr int kPanelTiles = kPanelOutputs / kAmxRows;
   static_assert(kPanelTiles == kPackedParts && kPackedRowBlock % (2 * kAmxRows) == 0);
   static constexpr int kRows = 6, kPairs = 7;  // the tiles of both operands
+  // Elements of a row in a tile, and bytes of a panel's pairs or fours.
+  static constexpr int64_t kStep = kAmxRowBytes / static_cast<int64_t>(sizeof(Input));
   static constexpr int64_t kPairBytes = kPanelOutputs * 4;
   static constexpr int64_t kStepBytes = kAmxRows * kPairBytes;
   // Steps ahead of their use that weights are asked for.
@@ -85,9 +92,9 @@ class PackedTiles {
     constexpr int kColumns = kPanels * kTiles;
     static_assert(kRowTiles * kColumns <= kRows);
     const char* pairs = static_cast<const char*>(p_.panels) + panel * panel_bytes_;
-    const BFloat16* x[kRowTiles];
+    const Input* x[kRowTiles];
     for (int i = 0; i < kRowTiles; ++i) {
-      x[i] = static_cast<const BFloat16*>(p_.x) + (row_ + rows[i]) * p_.x_row_stride;
+      x[i] = static_cast<const Input*>(p_.x) + (row_ + rows[i]) * p_.x_row_stride;
     }
     each_tile<kRowTiles * kColumns>([]<int kSum>() { tile_zero<kSum>(); });
 
@@ -99,11 +106,16 @@ class PackedTiles {
         each_tile<kRowTiles>([&]<int kTurn>() {
           constexpr int kRow = kColumn % 2 == 0 ? kTurn : kRowTiles - 1 - kTurn;
           if (kTurn > 0 || kColumn == 0) load_rows(kRow);
-          tile_multiply<kRow * kColumns + kColumn, kRows, kPairs>();
+          if constexpr (kInt8) {
+            tile_multiply_bytes<kRow * kColumns + kColumn, kRows, kPairs>();
+          } else {
+            tile_multiply<kRow * kColumns + kColumn, kRows, kPairs>();
+          }
         });
       });
     };
-    const int64_t steps = p_.in_features / kAmxStep, x_bytes = 2 * p_.x_row_stride;
+    const int64_t steps = p_.in_features / kStep;
+    const int64_t x_bytes = p_.x_row_stride * static_cast<int64_t>(sizeof(Input));
     for (int64_t step = 0; step < steps; ++step, pairs += kStepBytes) {
       if constexpr (kAhead) {
         const char* next = pairs + kAheadSteps * kStepBytes;
@@ -111,25 +123,30 @@ class PackedTiles {
           for (int64_t i = 0; i < kStepBytes; i += 64) __builtin_prefetch(next + i, 0, 2);
         }
       }
-      multiply_step([&](int i) { tile_load<kRows>(x[i] + step * kAmxStep, x_bytes); },
+      multiply_step([&](int i) { tile_load<kRows>(x[i] + step * kStep, x_bytes); },
                     [&](int g, int64_t t) {
                       tile_load<kPairs>(pairs + g * panel_bytes_ + t * kAmxRowBytes, kPairBytes);
                     });
     }
-    if (const int64_t rest = p_.in_features % kAmxStep; rest > 0) {
-      // What follows in memory belongs to another row or panel, or to nobody.
+    if (const int64_t rest = p_.in_features % kStep; rest > 0) {
+      // What follows in memory belongs to another row or panel, or to nobody; rows of int8 go on
+      // with zeros.
       alignas(64) float row_copy[kAmxRows][kAmxRows];
       alignas(64) float pair_copy[kAmxRows][kAmxRows] = {};
       const auto load_rows = [&](int i) {
-        for (int m = 0; m < tile_rows_; ++m) {
-          store(row_copy[m],
-                load_step(x[i] + m * p_.x_row_stride, steps * kAmxStep, p_.in_features));
+        if constexpr (kInt8) {
+          tile_load<kRows>(x[i] + steps * kStep, x_bytes);
+        } else {
+          for (int m = 0; m < tile_rows_; ++m) {
+            store(row_copy[m],
+                  load_step(x[i] + m * p_.x_row_stride, steps * kStep, p_.in_features));
+          }
+          tile_load<kRows>(row_copy, kAmxRowBytes);
         }
-        tile_load<kRows>(row_copy, kAmxRowBytes);
       };
       const auto load_pairs = [&](int g, int64_t t) {
         const char* from = pairs + g * panel_bytes_ + t * kAmxRowBytes;
-        for (int64_t k = 0; 2 * k < rest; ++k, from += kPairBytes) {
+        for (int64_t k = 0; k * P::kTerms < rest; ++k, from += kPairBytes) {
           __builtin_memcpy(pair_copy[k], from, kAmxRowBytes);
         }
         tile_load<kPairs>(pair_copy, kAmxRowBytes);
@@ -137,7 +154,7 @@ class PackedTiles {
       multiply_step(load_rows, load_pairs);
     }
 
-    alignas(64) float sums[kAmxRows][kAmxRows];
+    alignas(64) typename P::Sum sums[kAmxRows];
     each_tile<kRowTiles * kColumns>([&]<int kSum>() {
       constexpr int kRow = kSum / kColumns, kColumn = kSum % kColumns;
       tile_store<kSum>(sums, kAmxRowBytes);
@@ -156,20 +173,21 @@ class PackedTiles {
     }
   }
 
-  void write_tile(const float (*sums)[kAmxRows], int64_t row, int64_t output) const {
+  void write_tile(const typename P::Sum (&sums)[kAmxRows], int64_t row, int64_t output) const {
     const int64_t rest = p_.out_features - output;
     if (rest <= 0) return;
-    const int64_t count = rest < kAmxRows ? rest : kAmxRows;
-    Vec bias = zero();
-    if (p_.bias) bias = load_partial(static_cast<const BFloat16*>(p_.bias) + output, count);
-    BFloat16* y = static_cast<BFloat16*>(p_.y) + row * p_.out_features + output;
+    Vec bias = zero(), scales = zero();
+    if (p_.bias) bias = load_some(static_cast<const Output*>(p_.bias) + output, rest);
+    if constexpr (kInt8) scales = load_some(p_.weight_scales + output, rest);
+    Output* y = static_cast<Output*>(p_.y) + row * p_.out_features + output;
     for (int m = 0; m < tile_rows_; ++m, y += p_.out_features) {
-      const Vec result = p_.bias ? load(sums[m]) + bias : load(sums[m]);
-      if (count < kAmxRows) {
-        store_partial(y, result, count);
+      Vec result;
+      if constexpr (kInt8) {
+        result = dequantized(sums[m], p_.x_scales[row + m], scales);
       } else {
-        store(y, result);
+        result = sums[m];
       }
+      store_some(y, p_.bias ? result + bias : result, rest);
     }
   }
 

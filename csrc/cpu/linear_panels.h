@@ -8,6 +8,7 @@
 
 #include "common/linear_packed.h"
 #include "cpu/simd/bf16_pairs.h"
+#include "cpu/simd/bytes.h"
 #include "cpu/simd/simd.h"
 
 namespace baton::cpu::BATON_ISA {
@@ -16,6 +17,9 @@ namespace baton::cpu::BATON_ISA {
 // converted to float before (`Factor`).
 template <typename T>
 struct Panel {
+  typedef T Input;   // elements of x
+  typedef T Output;  // of y and bias
+  typedef Vec Sum;
   static constexpr int kTerms = 1;
   static constexpr int64_t kVectorBytes = kLanes * sizeof(T);
   // Steps that are added up one after the other: one chain of additions over all of in_features
@@ -41,6 +45,8 @@ struct Panel {
 
 template <>
 struct Panel<BFloat16> {
+  typedef BFloat16 Input, Output;
+  typedef Vec Sum;
   static constexpr int kTerms = 2;
   static constexpr int64_t kVectorBytes = kLanes * 4;
   static constexpr int64_t kChainSteps = 256;
@@ -87,5 +93,52 @@ struct Panel<BFloat16> {
   }
 #endif
 };
+
+// int8 with scales; T is the type of y. Integer sums are exact: chains here only keep a panel's
+// share in the cache.
+template <typename T>
+struct Int8Panel {
+  typedef int8_t Input, Factor;
+  typedef T Output;
+  typedef IntVec Sum;
+  static constexpr int kTerms = 4;
+  static constexpr int64_t kVectorBytes = kLanes * 4;
+  static constexpr int64_t kChainSteps = 512;
+
+  template <int kRows, int kVectors>
+  static BATON_INLINE void step(IntVec (&sums)[kRows][kVectors],
+                                const char* const (&weights)[kVectors], const int8_t* x,
+                                int64_t x_row_stride) {
+    ByteWeights w[kVectors];
+    BATON_UNROLL
+    for (int v = 0; v < kVectors; ++v) w[v] = load_byte_weights(weights[v]);
+    BATON_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      const ByteFactor factor = broadcast_bytes(x + m * x_row_stride);
+      BATON_UNROLL
+      for (int v = 0; v < kVectors; ++v) sums[m][v] = dot_bytes(sums[m][v], w[v], factor);
+    }
+  }
+};
+
+// y and bias of kLanes outputs, or of the first few.
+template <typename T>
+BATON_INLINE Vec load_some(const T* p, int64_t count) {
+  return count < kLanes ? load_partial(p, count) : load(p);
+}
+template <typename T>
+BATON_INLINE void store_some(T* p, Vec x, int64_t count) {
+  if (count < kLanes) {
+    store_partial(p, x, count);
+  } else {
+    store(p, x);
+  }
+}
+
+// The products of a row with kLanes outputs: exact sums times both scales. No fused operation,
+// which not every CPU has.
+BATON_INLINE Vec dequantized(IntVec sums, const QuantizedRow& row, Vec weight_scales) {
+  return to_float(sums) * (set1(row.scale) * weight_scales);
+}
 
 }  // namespace baton::cpu::BATON_ISA

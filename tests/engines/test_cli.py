@@ -183,6 +183,17 @@ def test_policies_give_the_same_file(folder, tmp_path):
         assert (other.exit_code, other.stdout) == (0, first.stdout)
 
 
+def test_weights_in_int8(folder):
+    """Rounded weights answer; what is not a dtype is refused before the model is loaded."""
+    arguments = ("--prompt", "abc", "--max-new-tokens", 4, "--token-ids")
+    (exact,), (rounded,) = (
+        lines_of(generate(folder, *arguments, *weights)) for weights in ((), ("--weights", "int8"))
+    )
+    assert len(rounded["token_ids"]) == 4 and rounded.keys() == exact.keys()
+    result = generate("nowhere", *arguments, "--weights", "int4")
+    assert result.exit_code == 2 and "int4" in result.output
+
+
 def test_the_options_reach_the_relay(folder, monkeypatch):
     made = []
 

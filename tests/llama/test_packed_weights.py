@@ -20,40 +20,20 @@ from pathlib import Path
 import pytest
 import torch
 from mixed_batch import mixed_batch
+from patched_models import MODELS, assert_same_state, bits_of, logits_of
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from baton_engines import patch_llama
 from baton_engines.llama.packed_parameter import PackedParameter
 from baton_engines.testing.small_llama import QUERIES, small_llama
-from baton_kernels.testing import assert_same_bits
 
-MODELS = {
-    "plain": {},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "tied": {"tie_word_embeddings": True},
-}
 IDS = QUERIES[0].token_ids[None]
-
-
-def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(state: dict[str, torch.Tensor], bits: dict[str, torch.Tensor]) -> None:
-    assert state.keys() == bits.keys()
-    for name, value in bits.items():
-        assert_same_bits(state[name], value, name)
 
 
 def storage_bytes(model: nn.Module) -> int:
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def logits(llama) -> torch.Tensor:
-    token_ids, batch, cache = mixed_batch(llama)
-    return llama.forward(token_ids, batch, cache, logits="all")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,13 +64,13 @@ def test_logits_and_bits(name, dtype):
     bits = bits_of(model)
     with patch_llama(model, keep_parameters=True) as llama:
         assert llama.has_parameters
-        expected = logits(llama)
-        same(model.state_dict(), bits)
-    same(model.state_dict(), bits)
+        expected = logits_of(llama)
+        assert_same_state(model.state_dict(), bits)
+    assert_same_state(model.state_dict(), bits)
     with patch_llama(model) as llama:
-        assert torch.equal(logits(llama), expected)
-        same(model.state_dict(), bits)
-    same(model.state_dict(), bits)
+        assert torch.equal(logits_of(llama), expected)
+        assert_same_state(model.state_dict(), bits)
+    assert_same_state(model.state_dict(), bits)
     assert not any(isinstance(p, PackedParameter) for p in model.parameters())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "tied")
 
@@ -103,7 +83,7 @@ def test_copies_are_plain_and_exact(name):
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for made in copies:
         assert all(type(p) is nn.Parameter for p in made.parameters())
-        same(made.state_dict(), bits)
+        assert_same_state(made.state_dict(), bits)
         assert torch.equal(made(IDS).logits, plain)
         assert (made.lm_head.weight is made.model.embed_tokens.weight) == (name == "tied")
 
@@ -115,8 +95,10 @@ def test_saving(name, tmp_path):
     with patch_llama(model):
         model.save_pretrained(tmp_path)
         torch.save(model.state_dict(), tmp_path / "state.pt")
-    same(LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict(), bits)
-    same(torch.load(tmp_path / "state.pt"), bits)
+    assert_same_state(
+        LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict(), bits
+    )
+    assert_same_state(torch.load(tmp_path / "state.pt"), bits)
 
 
 def test_parts_of_the_model_compute_with_the_exact_values():
@@ -158,8 +140,8 @@ def test_writing_is_refused(name):
     with torch.no_grad(), patch_llama(model):
         with pytest.raises(RuntimeError, match="cannot be written while it is packed"):
             WRITES[name](model.model.layers[1].self_attn.v_proj.weight)
-        same(model.state_dict(), bits)
-    same(model.state_dict(), bits)
+        assert_same_state(model.state_dict(), bits)
+    assert_same_state(model.state_dict(), bits)
 
 
 def test_loading_is_refused():
@@ -176,10 +158,10 @@ def test_converted_while_patched():
     llama = patch_llama(model)
     model.double()
     with pytest.raises(RuntimeError, match="moved, converted or replaced"):
-        logits(llama)
-    same(model.state_dict(), expected)
+        logits_of(llama)
+    assert_same_state(model.state_dict(), expected)
     llama.undo()
-    same(model.state_dict(), expected)
+    assert_same_state(model.state_dict(), expected)
 
 
 def test_kept_parameters_are_the_models_own():

@@ -120,6 +120,30 @@ def test_multiplies_as_the_manual_says(shape, spread):
 
 
 @modeled
+@pytest.mark.parametrize("shape", [(16, 16, 16), (1, 16, 5), (7, 3, 16)], ids=str)
+def test_multiplies_bytes(shape):
+    rows, fours, columns = shape
+    generator = torch.Generator().manual_seed(rows)
+
+    def numbers(*size):
+        return torch.randint(-128, 128, size, generator=generator, dtype=torch.int8)
+
+    a, b = numbers(rows, 4 * fours), numbers(fours, 4 * columns)
+    total = torch.randint(-(2**31), 2**31, (rows, columns), generator=generator).int()
+    right = b.view(fours, columns, 4).permute(0, 2, 1).reshape(4 * fours, columns)
+    # Sums wrap.
+    expected = (total.long() + a.long() @ right.long()).int()
+    configure({0: (rows, 4 * columns), 4: (rows, 4 * fours), 6: (fours, 4 * columns)})
+    for tile, x in ((0, total), (4, a), (6, b)):
+        load(tile, x)
+    amx.library().model_multiply_bytes(0, 4, 6)
+    store(0, total)
+    amx.library().model_release()
+    amx.check_faults()
+    assert total.equal(expected)
+
+
+@modeled
 def test_denormal_numbers_count_as_zero():
     """The products below are at home in float32, but for inputs or results that are flushed."""
     a, b = torch.tensor([[2.0**-130, 1.0]]), torch.tensor([[2.0**100, 2.0**-130]])
@@ -238,6 +262,17 @@ def test_encoding_of_products(tile_instructions):
     few = {(0, 4, 6), (1, 5, 6), (2, 7, 4), (3, 7, 5)}
     packed = {(total, 6, 7) for total in range(6)}
     assert shapes == whole | few | packed
+
+
+def test_encoding_of_products_of_bytes(tile_instructions):
+    """Those of packed weights: sums 0 to 5, a 6, b 7; VEX.128.F2.0F38.W0 5E /r."""
+    products = [code for _, code, text in tile_instructions if text.startswith("tdpbssd")]
+    shapes = set()
+    for code in products:
+        assert len(code) == 5 and code[0] == 0xC4 and code[3] == 0x5E and code[4] >> 6 == 3
+        assert code[1] & 0x1F == 2 and code[2] & 0x87 == 0x03
+        shapes.add((code[4] >> 3 & 7, code[4] & 7, ~(code[2] >> 3) & 15))
+    assert shapes == {(total, 6, 7) for total in range(6)}
 
 
 @modeled

@@ -66,7 +66,8 @@ bool has_avx512() {
 
 bool has_avx512_bf16() {
 #if defined(__x86_64__)
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif
@@ -78,9 +79,9 @@ bool has_avx512_bf16() {
 bool has_amx_bf16() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned int kTileAndBf16 = (1u << 24) | (1u << 22);
+  constexpr unsigned int kTileBf16Int8 = (1u << 24) | (1u << 22) | (1u << 25);
   if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) ||
-      (edx & kTileAndBf16) != kTileAndBf16) {
+      (edx & kTileBf16Int8) != kTileBf16Int8) {
     return false;
   }
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl; XSAVE's number

@@ -7,7 +7,7 @@
 
 #include "cpu/simd/simd.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define BATON_HAS_TILES
 
 namespace baton::cpu::BATON_ISA {
@@ -53,6 +53,12 @@ BATON_INLINE void tile_store(void* rows, int64_t stride) {
 template <int kSum, int kA, int kB>
 BATON_INLINE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
+}
+
+// The same of int8, four elements where there is a pair, and int32 sums: exact.
+template <int kSum, int kA, int kB>
+BATON_INLINE void tile_multiply_bytes() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
 }
 
 // Tiles of a kernel call on this thread: 0 to 3 are sums, 4 and 5 rows of the first operand, 6 and

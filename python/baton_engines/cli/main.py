@@ -86,6 +86,7 @@ def _open_relay(
             max_slots=batching.max_slots,
             kv_budget=_bytes(batching.kv_budget),
             prefix_cache=_bytes(batching.prefix_cache),
+            weight_dtype=batching.weight_dtype,
         )
     # No Llama, or one with something that the patch does not know; a process that cannot start; no
     # package for the mode.

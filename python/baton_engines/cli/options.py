@@ -26,6 +26,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Weights(str, Enum):
+    """Types that weights can be rounded to."""
+
+    int8 = "int8"
+
+
 def _check_policy(name: str) -> str:
     # Imported here, as in all checks: help must not wait for torch.
     from ..policies import NAMES
@@ -170,7 +176,19 @@ class Batching:
     ] = None
     capacity: CapacityOption = None
     dtype: DtypeOption = Dtype.auto
+    weights: Annotated[
+        Weights | None,
+        typer.Option(
+            help="`int8`: weights rounded to 8 bits, in half the memory of bfloat16; answers "
+            "differ."
+        ),
+    ] = None
     threads: ThreadsOption = None
+
+    @property
+    def weight_dtype(self) -> str | None:
+        """Of the weights in use, as `Relay` takes it."""
+        return None if self.weights is None else self.weights.value
 
     def make_policy(self) -> Any:
         """The policy, with the options that were given.

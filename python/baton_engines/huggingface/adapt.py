@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from transformers import PreTrainedModel
 
 from baton_engines.llama import ModelHandle, patch_llama
@@ -13,7 +14,7 @@ from .any_model import AnyModel
 _log = logging.getLogger(__name__)
 
 
-def adapt(model: PreTrainedModel) -> ModelHandle:
+def adapt(model: PreTrainedModel, *, weight_dtype: str | torch.dtype | None = None) -> ModelHandle:
     """The fastest handle that computes the model exactly, in use until its `undo`.
 
     `patch_llama` where it supports the model, else `AnyModel`, which runs the model's own code:
@@ -21,15 +22,19 @@ def adapt(model: PreTrainedModel) -> ModelHandle:
 
     Args:
         model: a causal language model of transformers.
+        weight_dtype: see `patch_llama`; `AnyModel` has none.
 
     Raises:
         TypeError: model is not a transformers model.
-        ValueError: model is patched already.
+        ValueError: model is patched already, or weight_dtype is no such dtype.
         NotImplementedError: neither supports it; the message says what `AnyModel` lacks.
     """
     try:
-        return patch_llama(model)
+        return patch_llama(model, weight_dtype=weight_dtype)
     except (NotImplementedError, TypeError) as refused:
+        # Weights in another dtype are the patch's alone.
+        if weight_dtype is not None:
+            raise
         handle = AnyModel(model)
         _log.info("%s runs through its own code: %s", type(model).__name__, refused)
         return handle

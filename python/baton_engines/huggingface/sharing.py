@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import PreTrainedModel
 
 from ..llama import ModelHandle
@@ -26,7 +27,9 @@ _shared: WeakKeyDictionary[PreTrainedModel, _Shared] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def shared_handle(model: PreTrainedModel) -> Iterator[ModelHandle]:
+def shared_handle(
+    model: PreTrainedModel, *, weight_dtype: str | torch.dtype | None = None
+) -> Iterator[ModelHandle]:
     """A handle of the model for as long as the block runs; several blocks share one.
 
     The last of them undoes it. A patch that the user made with `patch_llama` is used as it is, and
@@ -34,17 +37,24 @@ def shared_handle(model: PreTrainedModel) -> Iterator[ModelHandle]:
 
     Args:
         model: see `adapt`.
+        weight_dtype: see `adapt`; None takes a handle as it is.
 
     Raises:
+        ValueError: the model is in use with weights of another dtype.
         Exception: what `adapt` raises.
     """
     patched = _patch_of(model)
+    if patched is not None and weight_dtype is not None and patched.weight_dtype is None:
+        raise ValueError(
+            f"Relay: weight_dtype must be None for a model that is patched already, got "
+            f"{weight_dtype!r}; give it to patch_llama"
+        )
     shared = _shared.get(model) if isinstance(model, PreTrainedModel) else None
     if shared is None or (patched is not None and patched is not shared.handle):
         if patched is not None:
             yield patched
             return
-        shared = _shared[model] = _Shared(adapt(model))
+        shared = _shared[model] = _Shared(adapt(model, weight_dtype=weight_dtype))
     shared.num_users += 1
     try:
         yield shared.handle

@@ -13,7 +13,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from transformers import PreTrainedModel
@@ -24,10 +24,12 @@ import baton_kernels as kernels
 from .check import check_model, foreign_hooks, is_foreign
 from .family import Family
 from .handle import ModelHandle
+from .layer import Layer, norm_of
 from .packed_batch import PackedBatch
+from .packed_parameter import check_values
 from .rope import RotaryTable
-from .structure import CausalLM, DecoderLayer, Norm, structure_of
-from .weights import LayerWeights, ModelWeights, Projection, Weight
+from .structure import CausalLM, structure_of
+from .weights import ModelWeights, Weight, checked_weight_dtype
 
 _LOGITS = ("last", "all", "none")
 
@@ -44,7 +46,12 @@ def project(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch
     return kernels.linear(x, weight, bias)
 
 
-def patch_llama(model: PreTrainedModel, *, keep_parameters: bool = False) -> PatchedLlama:
+def patch_llama(
+    model: PreTrainedModel,
+    *,
+    weight_dtype: str | torch.dtype | None = None,
+    keep_parameters: bool = False,
+) -> PatchedLlama:
     """Lay the packed forward pass over a model, until `undo`.
 
     `with patch_llama(model) as llama:` undoes at the end of the block. While patched, `model(...,
@@ -65,15 +72,21 @@ def patch_llama(model: PreTrainedModel, *, keep_parameters: bool = False) -> Pat
             the projections' weights; elsewhere those of q, k, v and of gate, up become views of
             merged tensors, with the same values. At most one layer's weights exist twice while that
             is done.
+        weight_dtype: "int8" rounds the weights of all projections and of the head to int8, with a
+            scale per output (`pack_linear`), on the CPU: half of bfloat16's memory. Logits differ;
+            `python -m bench.weights` prints by how much. Their own values are gone then, also after
+            `undo`: whoever reads them is told so. `keep_parameters` keeps them. None: the model's
+            dtype, exact.
         keep_parameters: on the CPU the model keeps its parameters beside the packed weights, which
             takes their memory twice, and unpatched calls go on working. What is written into a
             parameter meanwhile is not seen by the packed pass. Elsewhere it changes nothing.
 
     Raises:
         TypeError: model is no torch module.
-        ValueError: model is patched already.
-        NotImplementedError: the model, or something in its config, is not supported; the message
-            names what is.
+        ValueError: model is patched already, or weight_dtype is something else.
+        RuntimeError: the model's weights are gone: an earlier patch has rounded them.
+        NotImplementedError: the model, or something in its config, is not supported, or its device
+            has no weights in int8; the message names what is.
 
     Undefined: results after a module of the model has been replaced while patched. Moving or
         converting the model while patched is noticed and refused, and so is a forward hook, which
@@ -89,7 +102,12 @@ def patch_llama(model: PreTrainedModel, *, keep_parameters: bool = False) -> Pat
                 "patch_llama: model must not be patched already, got a patched one; "
                 "use its handle, or call baton_engines.unpatch(model) first"
             )
-        return PatchedLlama(model, check_model(model), keep_parameters=keep_parameters)
+        check_values(model)
+        family = check_model(model)
+        dtype = checked_weight_dtype(
+            "patch_llama", weight_dtype, structure_of(model).lm_head.weight.device
+        )
+        return PatchedLlama(model, family, weight_dtype=dtype, keep_parameters=keep_parameters)
 
 
 class PatchedLlama(ModelHandle):
@@ -98,12 +116,14 @@ class PatchedLlama(ModelHandle):
     Args:
         model: a model that `patch_llama` has checked.
         family: its classes.
+        weight_dtype: of the packed weights; None for the model's.
         keep_parameters: as `patch_llama` takes it.
 
     Attributes:
         model: the model.
         num_layers, num_heads, num_kv_heads, head_dim, vocab_size: int, its sizes.
         dtype, device: of its weights.
+        weight_dtype: torch.int8 where the packed weights are rounded to it, else None.
         whole_prompts: bool; whether a prompt in parts would be another prompt: the frequencies of
             dynamic RoPE are those of a forward's last token.
     """
@@ -111,7 +131,12 @@ class PatchedLlama(ModelHandle):
     model: PreTrainedModel
 
     def __init__(
-        self, model: PreTrainedModel, family: Family, *, keep_parameters: bool = False
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        keep_parameters: bool = False,
     ) -> None:
         decoder = structure_of(model)
         config = decoder.config
@@ -133,10 +158,13 @@ class PatchedLlama(ModelHandle):
         self._head_sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         self._rotary = RotaryTable(decoder.model.rotary_emb, self.head_dim)
         self.whole_prompts = self._rotary.dynamic
+        self.weight_dtype = weight_dtype
         self._keep_parameters = keep_parameters
-        self._weights = ModelWeights(decoder, self.num_layers, keep_parameters=keep_parameters)
+        self._weights = ModelWeights(
+            decoder, self.num_layers, dtype=weight_dtype, keep_parameters=keep_parameters
+        )
         self._layers = [
-            _layer(layer, weights, family.window(config, index))
+            Layer.of(layer, weights, family.window(config, index))
             for index, (layer, weights) in enumerate(
                 zip(decoder.model.layers, self._weights.layers, strict=False)
             )
@@ -246,13 +274,18 @@ class PatchedLlama(ModelHandle):
         if logits == "last" and batch.max_query_length > 1:
             hidden = hidden.index_select(0, batch.last_tokens)
             residual = residual.index_select(0, batch.last_tokens)
-        hidden, _ = kernels.rms_norm(hidden, *_norm(body.norm), residual=residual)
+        hidden, _ = kernels.rms_norm(hidden, *norm_of(body.norm), residual=residual)
         return _scaled(project(hidden, *self._weights.head).float(), 1 / self._logits_scaling)
 
     @property
     def has_parameters(self) -> bool:
         """Whether the model's parameters hold their values, so that unpatched calls work."""
         return self._weights.has_parameters
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the projections' weights as a forward reads them, the head's included."""
+        return self._weights.num_bytes
 
     def twin(self) -> PatchedLlama:
         """A handle on the same patch whose `forward` another thread may call meanwhile; use it only
@@ -265,14 +298,25 @@ class PatchedLlama(ModelHandle):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As the unpatched model, to be patched where it arrives."""
+        if not (self._weights.is_exact or self._keep_parameters):
+            raise NotImplementedError(
+                "PatchedLlama: a model in int8 can be given to another process only with its own "
+                "weights; patch it with patch_llama(model, weight_dtype='int8', "
+                "keep_parameters=True)"
+            )
         state = dict(self.model.__dict__)
         del state["forward"]
-        return _patched, (type(self.model), state, self._keep_parameters)
+        options = {"weight_dtype": self.weight_dtype, "keep_parameters": self._keep_parameters}
+        return _patched, (type(self.model), state, options)
 
     def undo(self) -> None:
         """Make the model what it was before: its forward method, and its parameters, the same
         objects with the same bits, each with memory of its own again. Undoing twice does
-        nothing."""
+        nothing.
+
+        Weights that were rounded to int8 and not kept are gone: the model's parameters stay without
+        values, and whoever reads them is told so.
+        """
         forward, self._forward = self._forward, None
         if forward is None:
             return
@@ -322,22 +366,6 @@ class PatchedLlama(ModelHandle):
             )
 
 
-class _Layer(NamedTuple):
-    """The arguments of a layer's norms (weight, eps) and projections (weight, bias), how many
-    tokens a token sees, norms of each head's query and key, and whether these are rotated."""
-
-    attention_norm: tuple[torch.Tensor, float]
-    qkv: Projection
-    output: Projection
-    mlp_norm: tuple[torch.Tensor, float]
-    gate_up: Projection
-    down: Projection
-    window: int | None
-    query_norm: tuple[torch.Tensor, float] | None
-    key_norm: tuple[torch.Tensor, float] | None
-    rotates: bool
-
-
 class PatchedForward:
     """`model.forward` while patched: packed when `batch` is given, else what it was.
 
@@ -364,6 +392,12 @@ class PatchedForward:
     ) -> Any:
         if batch is None and not isinstance(cache, kernels.KVCache):
             if self.handle is not None and not self.handle.has_parameters:
+                if self.handle.weight_dtype is not None:
+                    raise RuntimeError(
+                        "model.forward: the model's weights were rounded to int8 for the patched "
+                        "pass, and its own values are gone; load the model again, or patch it with "
+                        "patch_llama(model, weight_dtype='int8', keep_parameters=True)"
+                    )
                 raise RuntimeError(
                     "model.forward: the model's weights are packed for the patched pass; undo the "
                     "patch (the relay's close, or the handle's undo), or patch with "
@@ -389,35 +423,11 @@ def _as_it_was(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patched(
-    kind: type[PreTrainedModel], state: dict[str, Any], keep_parameters: bool
+    kind: type[PreTrainedModel], state: dict[str, Any], options: dict[str, Any]
 ) -> PatchedLlama:
     model = kind.__new__(kind)
     model.__dict__.update(state)
-    return patch_llama(model, keep_parameters=keep_parameters)
-
-
-def _layer(layer: DecoderLayer, weights: LayerWeights, window: int | None) -> _Layer:
-    attention = layer.self_attn
-    return _Layer(
-        attention_norm=_norm(layer.input_layernorm),
-        qkv=weights.qkv,
-        output=weights.output,
-        mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=weights.gate_up,
-        down=weights.down,
-        window=window,
-        query_norm=_norm(getattr(attention, "q_norm", None)),
-        key_norm=_norm(getattr(attention, "k_norm", None)),
-        rotates=bool(getattr(attention, "use_rope", True)),
-    )
-
-
-@overload
-def _norm(module: Norm) -> tuple[torch.Tensor, float]: ...
-@overload
-def _norm(module: Norm | None) -> tuple[torch.Tensor, float] | None: ...
-def _norm(module: Norm | None) -> tuple[torch.Tensor, float] | None:
-    return None if module is None else (module.weight, module.variance_epsilon)
+    return patch_llama(model, **options)
 
 
 def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:

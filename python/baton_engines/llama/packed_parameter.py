@@ -19,6 +19,10 @@ _QUESTIONS = frozenset(
 )
 # Attributes that are views of the values.
 _VIEWS = frozenset(["T", "mT", "H", "mH", "real", "imag"])
+_GONE = (
+    "PatchedLlama: this weight was rounded to int8 for the patched pass, and its own values are "
+    "gone, also after undo; load the model again, or patch with keep_parameters=True"
+)
 
 
 class PackedParameter(nn.Parameter):
@@ -27,24 +31,26 @@ class PackedParameter(nn.Parameter):
 
     So `state_dict`, a copy and a pickle have the exact bits, and the latter two plain parameters.
     Writing is refused, because nobody would read it; `module.to` and its like put real values in
-    its place, which it then stands for.
+    its place, which it then stands for. Of a weight that was rounded there are no values: reading
+    is refused too, and goes on to be.
     """
 
-    unpack: Callable[[], torch.Tensor]
-    rows: Callable[[torch.Tensor], torch.Tensor]
+    unpack: Callable[[], torch.Tensor] | None
+    rows: Callable[[torch.Tensor], torch.Tensor] | None
 
     @staticmethod
     def of(
         parameter: torch.Tensor,
-        unpack: Callable[[], torch.Tensor],
-        rows: Callable[[torch.Tensor], torch.Tensor],
+        unpack: Callable[[], torch.Tensor] | None,
+        rows: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> PackedParameter:
         """The stand-in of a parameter.
 
         Args:
             parameter: whose place it takes.
-            unpack: makes its values, in memory of their own.
-            rows: makes the rows of it that int32 or int64 `[n]` names, `[n, in_features]`.
+            unpack: makes its values, in memory of their own; None where they are gone.
+            rows: makes the rows of it that int32 or int64 `[n]` names, `[n, in_features]`; None
+                likewise.
         """
         # One element, seen in every place.
         nothing = parameter.data.new_empty(1).expand(parameter.shape)
@@ -71,6 +77,8 @@ class PackedParameter(nn.Parameter):
             indices, weight = args[:2]
             # A compiler cannot trace what `is_packed` asks; a model does not change there.
             if isinstance(weight, cls) and (torch.compiler.is_compiling() or weight.is_packed):
+                if weight.rows is None:
+                    raise RuntimeError(_GONE)
                 return weight.rows(indices.reshape(-1)).view(*indices.shape, weight.shape[1])
         name = getattr(function, "__name__", "")
         attribute = ""
@@ -96,15 +104,34 @@ class PackedParameter(nn.Parameter):
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
+def check_values(model: object) -> None:
+    """Refuse a model whose parameters have lost their values.
+
+    Args:
+        model: anything; only a module has parameters.
+
+    Raises:
+        RuntimeError: a weight was rounded by an earlier patch.
+    """
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            if isinstance(parameter, PackedParameter) and parameter.unpack is None:
+                raise RuntimeError(_GONE)
+
+
 def _read(value: Any) -> Any:
     """The values of a packed parameter; anything else as it is."""
     if isinstance(value, PackedParameter) and value.is_packed:
+        if value.unpack is None:
+            raise RuntimeError(_GONE)
         return value.unpack()
     return value
 
 
 def _refuse(parameter: object) -> None:
     if isinstance(parameter, PackedParameter) and parameter.is_packed:
+        if parameter.unpack is None:
+            raise RuntimeError(_GONE)
         raise RuntimeError(
             "PatchedLlama: a weight of the model cannot be written while it is packed; undo the "
             "patch (or what accelerate returned), or patch with keep_parameters=True"

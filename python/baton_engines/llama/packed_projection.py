@@ -27,6 +27,7 @@ class PackedProjection:
         linears: of one dtype, on the CPU. Written: unless parameters are kept, stand-ins take the
             place of their weights, which give up their memory.
         memory: where the panels lie.
+        dtype: of the panels; see `pack_linear`. Values that are rounded are gone.
         keep_parameters: whether the modules keep their weights besides.
         also: other modules with the first linear's parameter.
 
@@ -40,10 +41,12 @@ class PackedProjection:
         linears: Sequence[nn.Linear],
         memory: PanelMemory,
         *,
+        dtype: torch.dtype | None = None,
         keep_parameters: bool,
         also: Sequence[nn.Module] = (),
     ) -> None:
         self._memory = memory
+        self._dtype = linears[0].weight.dtype
         self._stand_ins: list[tuple[list[nn.Module], nn.Parameter, PackedParameter]] = []
         parameters: list[Any] = [linear.weight for linear in linears]
         biases = [linear.bias.data for linear in linears if linear.bias is not None]
@@ -51,19 +54,19 @@ class PackedProjection:
         rows = _joined([parameter.data for parameter in parameters])
         ends = torch.tensor([len(parameter) for parameter in parameters]).cumsum(0).tolist()
         if keep_parameters:
-            self.weight = pack_linear(rows, memory=memory)
+            self.weight = pack_linear(rows, dtype=dtype, memory=memory)
             return
         shells = []
+        is_exact = dtype in (None, self._dtype)
         for parameter, end in zip(parameters, ends, strict=True):
             begin = end - len(parameter)
-            unpack = functools.partial(self._unpack, begin, end)
-            shells.append(
-                PackedParameter.of(parameter, unpack, functools.partial(self._rows, begin))
-            )
+            unpack = functools.partial(self._unpack, begin, end) if is_exact else None
+            take_rows = functools.partial(self._rows, begin) if is_exact else None
+            shells.append(PackedParameter.of(parameter, unpack, take_rows))
         # The weights' memory goes before that of the panels comes.
         for parameter in parameters:
             parameter.data = parameter.data.new_empty(0)
-        self.weight = pack_linear(rows, memory=memory)
+        self.weight = pack_linear(rows, dtype=dtype, memory=memory)
         for linear, parameter, shell in zip(linears, parameters, shells, strict=True):
             modules: list[nn.Module] = [linear]
             if linear is linears[0]:
@@ -75,15 +78,26 @@ class PackedProjection:
     def is_shared(self) -> bool:
         """Whether the stand-ins are still in place, without values of their own."""
         for modules, _, shell in self._stand_ins:
-            same = shell.is_packed and shell.dtype == self.weight.panels.dtype
+            same = shell.is_packed and shell.dtype == self._dtype
             if not same or modules[0].weight is not shell:
                 return False
         return True
 
     def restore(self) -> None:
         """Give each module its parameter back, in memory of its own, and the panels' memory to the
-        system."""
+        system. Where values were rounded the stand-ins stay, which say so to whoever reads them."""
         if not self._stand_ins:
+            return
+        if self.weight.scales is not None:
+            self._memory.release(self.weight.panels)
+            for modules, parameter, shell in self._stand_ins:
+                # Somebody's own values in its place are the parameter's, as below.
+                if not shell.is_packed:
+                    parameter.data = shell.data
+                    for module in modules:
+                        if module.weight is shell:
+                            module.weight = parameter
+            self._stand_ins.clear()
             return
         rows = self.weight.unpack()
         self._memory.release(self.weight.panels)
@@ -105,13 +119,20 @@ class PackedProjection:
         return self.weight.rows(indices + begin)
 
 
-def memory_for(groups: Iterable[Sequence[nn.Linear]]) -> PanelMemory:
-    """Memory for the panels of all groups of linear modules that are to be one projection each."""
+def memory_for(
+    groups: Iterable[Sequence[nn.Linear]], dtype: torch.dtype | None = None
+) -> PanelMemory:
+    """Memory for the panels of all groups of linear modules that are to be one projection each.
+
+    Args:
+        groups: the linear modules.
+        dtype: of the panels; see `pack_linear`.
+    """
     total = 0
     for linears in groups:
         rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
         like = torch.empty(1, dtype=linears[0].weight.dtype, device="cpu").expand(rows, columns)
-        total += panel_bytes(like)
+        total += panel_bytes(like, dtype=dtype)
     return PanelMemory(total)
 
 

@@ -33,22 +33,34 @@ class ModelWeights:
     Args:
         model: a model that `patch_llama` has checked. Written: its parameters; see there.
         num_layers: how many of its layers are used.
+        dtype: of the packed weights, on the CPU; None for the model's own.
         keep_parameters: as `patch_llama` takes it.
 
     Attributes:
         layers: of each layer, until `restore`.
         head: of the projection to logits.
         has_parameters: bool; whether the model's parameters hold their values meanwhile.
+        is_exact: bool; whether `restore` gives them back where they do not.
     """
 
-    def __init__(self, model: CausalLM, num_layers: int, *, keep_parameters: bool) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        num_layers: int,
+        *,
+        dtype: torch.dtype | None = None,
+        keep_parameters: bool,
+    ) -> None:
         head, self._embedding = model.lm_head, model.model.embed_tokens
         packs = head.weight.device.type == "cpu"
+        self._dtype = dtype
+        self.is_exact = dtype in (None, head.weight.dtype)
         layers = [_linears(layer) for layer in model.model.layers[:num_layers]]
         self.has_parameters = keep_parameters or not packs
         self._memory = None
         if packs:
-            self._memory = memory_for([*(group for layer in layers for group in layer), (head,)])
+            every = [*(group for layer in layers for group in layer), (head,)]
+            self._memory = memory_for(every, dtype)
         self._taken: list[MergedProjection | PackedProjection] = []
         self.layers: list[LayerWeights] = []
         self._looked_up: kernels.PackedWeight | None = None
@@ -72,8 +84,21 @@ class ModelWeights:
             token_ids: int32 or int64 `[tokens]`.
         """
         if self._looked_up is not None:
-            return self._looked_up.rows(token_ids)
+            return self._looked_up.rows(token_ids).to(self._embedding.weight.dtype)
         return nn.functional.embedding(token_ids, self._embedding.weight)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the projections' weights as they are read, the head's included, and their scales."""
+        projections = [projection for layer in self.layers for projection in layer]
+        total = 0
+        for weight, _ in (*projections, self.head):
+            if isinstance(weight, kernels.PackedWeight):
+                total += weight.panels.nbytes
+                total += 0 if weight.scales is None else weight.scales.nbytes
+            else:
+                total += weight.nbytes
+        return total
 
     def is_shared(self) -> bool:
         """Whether the model's parameters are still what the patch has made of them."""
@@ -94,7 +119,11 @@ class ModelWeights:
         taken: MergedProjection | PackedProjection
         if self._memory is not None:
             taken = PackedProjection(
-                linears, self._memory, keep_parameters=self.has_parameters, also=also
+                linears,
+                self._memory,
+                dtype=self._dtype,
+                keep_parameters=self.has_parameters,
+                also=also,
             )
         elif len(linears) == 1:
             return linears[0].weight, linears[0].bias
@@ -106,6 +135,30 @@ class ModelWeights:
     def _trim(self) -> None:
         if not self.has_parameters:
             return_free_memory()
+
+
+def checked_weight_dtype(where: str, value: object, device: torch.device) -> torch.dtype | None:
+    """The dtype of packed weights, of what a user gives for it.
+
+    Args:
+        where: what errors begin with.
+        value: None, "int8" or torch.int8.
+        device: of the model.
+
+    Raises:
+        ValueError: value is something else.
+        NotImplementedError: int8 on another device than the CPU.
+    """
+    if value is None:
+        return None
+    if value not in ("int8", torch.int8):
+        raise ValueError(f"{where}: weight_dtype must be None or 'int8', got {value!r}")
+    if device.type != "cpu":
+        raise NotImplementedError(
+            f"{where}: weight_dtype must be None for a model that is not on the cpu, got 'int8' "
+            f"and a model on {device}"
+        )
+    return torch.int8
 
 
 def _linears(layer: DecoderLayer) -> tuple[tuple[nn.Linear, ...], ...]:

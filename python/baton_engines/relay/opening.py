@@ -35,6 +35,7 @@ def open_loop(
     kv_budget: int | None,
     prefix_cache: int | None,
     max_slots: int | None,
+    weight_dtype,
     prefill: str | Prefiller,
     clock: Callable[[], float],
     on_end: Callable[[Query], object],
@@ -47,7 +48,7 @@ def open_loop(
         undo: gets what has to be undone when the relay is closed. Written.
         on_end: called with every query that ends.
         num_slots, capacity, tokenizer, generation_config, aligned, shaping, kv_budget,
-            prefix_cache, max_slots, prefill, clock: see `Relay`.
+            prefix_cache, max_slots, weight_dtype, prefill, clock: see `Relay`.
 
     Raises:
         Exception: see `Relay`; `undo` then has to be closed.
@@ -64,7 +65,12 @@ def open_loop(
         # Here and not above: a handle of another kind needs no transformers.
         from ..huggingface.sharing import shared_handle
 
-        model = undo.enter_context(shared_handle(model))
+        model = undo.enter_context(shared_handle(model, weight_dtype=weight_dtype))
+    elif weight_dtype is not None:
+        raise ValueError(
+            f"Relay: weight_dtype must be None with a handle, got {weight_dtype!r}; give it to "
+            "patch_llama"
+        )
     limits = Limits.of_model(model, capacity, tokenizer, generation_config)
     slots = Slots(
         model,

@@ -65,6 +65,9 @@ class Relay(RelayState):
             default, keeps nothing.
         max_slots: the number of slots grows up to this while queries wait, and shrinks back to
             num_slots when rows are not used; None keeps it.
+        weight_dtype: "int8" rounds the weights of a model on the CPU to int8, half of bfloat16's
+            memory, and with them the answers; see `patch_llama`. The model's own weights are gone
+            then, also when the relay is closed. None: as the model has them.
         clock: seconds.
 
     Attributes:
@@ -74,8 +77,8 @@ class Relay(RelayState):
 
     Raises:
         ValueError: num_slots, capacity, kv_budget or prefix_cache is below 1, max_slots below
-            num_slots, or there is no such policy, shaping or prefill mode, or they do not go with
-            the kind of cache.
+            num_slots, or there is no such policy, shaping, weight_dtype or prefill mode, or they do
+            not go with the kind of cache or with a handle.
         NotImplementedError: the generation config has a setting that only `generate` knows.
         Exception: what `huggingface.adapt` raises for a model that cannot be computed exactly.
 
@@ -96,6 +99,7 @@ class Relay(RelayState):
         kv_budget: int | None = None,
         prefix_cache: int | None = None,
         max_slots: int | None = None,
+        weight_dtype=None,
         prefill: str | Prefiller = "serial",
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -118,6 +122,7 @@ class Relay(RelayState):
                 kv_budget=kv_budget,
                 prefix_cache=prefix_cache,
                 max_slots=max_slots,
+                weight_dtype=weight_dtype,
                 prefill=prefill,
                 clock=clock,
                 on_end=self._note_end,

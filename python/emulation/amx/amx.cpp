@@ -1,4 +1,5 @@
-// AMX tile instructions in software: palette 1 and TDPBF16PS as Intel's manual defines them.
+// AMX tile instructions in software: palette 1, TDPBF16PS and TDPBSSD as Intel's manual defines
+// them.
 //
 // On a CPU without AMX each of them raises SIGILL; the handler here reads the instruction from the
 // program, does it, and goes on behind it. So the built library itself runs, not another version of
@@ -97,6 +98,24 @@ __attribute__((noinline)) void multiply(const Product& p) {
   }
 }
 
+// Fours of signed bytes instead of pairs; sums are int32 and wrap.
+void multiply_bytes(const Product& p) {
+  for (int m = 0; m < p.rows; ++m) {
+    for (int n = 0; n < p.columns; ++n) {
+      uint32_t sum;
+      std::memcpy(&sum, p.sum[m] + 4 * n, 4);
+      for (int k = 0; k < p.pairs; ++k) {
+        for (int i = 0; i < 4; ++i) {
+          const int a = static_cast<int8_t>(p.a[m][4 * k + i]);
+          const int b = static_cast<int8_t>(p.b[k][4 * n + i]);
+          sum += static_cast<uint32_t>(a * b);
+        }
+      }
+      std::memcpy(p.sum[m] + 4 * n, &sum, 4);
+    }
+  }
+}
+
 void tile_configure(const void* memory) {
   ++counts.configures;
   Config config;
@@ -137,8 +156,8 @@ void tile_store(int tile, void* rows, int64_t stride) {
 
 // sum += a b: for each element two chains of fused multiply-adds from 0, one over the even and one
 // over the odd elements of the pairs; their sum is added to the element. Round to nearest even;
-// denormal inputs count as 0 and denormal results become 0.
-void tile_multiply(int sum, int a, int b) {
+// denormal inputs count as 0 and denormal results become 0. Of bytes the sums are whole numbers.
+void tile_multiply(int sum, int a, int b, bool of_bytes = false) {
   ++counts.multiplies;
   if (!is_configured(sum) || !is_configured(a) || !is_configured(b)) return;
   const uint8_t* rows = state.config.rows;
@@ -150,12 +169,14 @@ void tile_multiply(int sum, int a, int b) {
   if (rows[sum] != rows[a] || bytes[sum] != bytes[b] || bytes[a] / 4 != rows[b]) {
     return fault("#UD: shapes that do not multiply");
   }
-  counts.products += int64_t{rows[sum]} * (bytes[sum] / 4) * (bytes[a] / 2);
+  counts.products += int64_t{rows[sum]} * (bytes[sum] / 4) * (of_bytes ? bytes[a] : bytes[a] / 2);
+  const Product product{rows[sum],     bytes[a] / 4,  bytes[sum] / 4,
+                        state.data[a], state.data[b], state.data[sum]};
+  if (of_bytes) return multiply_bytes(product);
   // All exceptions masked, round to nearest even, flush to zero, denormals are zeros.
   const unsigned int before = _mm_getcsr();
   _mm_setcsr(0x9fc0);
-  multiply(
-      {rows[sum], bytes[a] / 4, bytes[sum] / 4, state.data[a], state.data[b], state.data[sum]});
+  multiply(product);
   _mm_setcsr(before);
 }
 
@@ -223,6 +244,8 @@ bool execute(const Instruction& i) {
     tile_store(i.reg, address, i.index);
   } else if (i.opcode == 0x5c && i.prefix == 2 && !in_memory) {
     tile_multiply(i.reg, i.rm, i.vvvv);
+  } else if (i.opcode == 0x5e && i.prefix == 3 && !in_memory) {
+    tile_multiply(i.reg, i.rm, i.vvvv, true);
   } else {
     return false;
   }
@@ -281,3 +304,4 @@ EXPORT void model_load(int tile, const void* rows, int64_t stride) {
 }
 EXPORT void model_store(int tile, void* rows, int64_t stride) { tile_store(tile, rows, stride); }
 EXPORT void model_multiply(int sum, int a, int b) { tile_multiply(sum, a, b); }
+EXPORT void model_multiply_bytes(int sum, int a, int b) { tile_multiply(sum, a, b, true); }
