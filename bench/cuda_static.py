@@ -15,7 +15,7 @@ from emulation.static import kernels as cuda_static
 PEERS = """\
 peers on a decode step (32 query / 8 KV heads x 128, bf16, 512 keys), their PTX from nvcc 13
 executed likewise, per 128 bytes of keys and values; quoted for reference, not measured here:
-                                 instr.         mma   wavefronts  sectors  per KV head   flight/SM
+ PTX:                            instr.         mma   wavefronts  sectors  per KV head   flight/SM
 FlashInfer 0.7.2, CUDA cores     28.9 to 30.5   0     5.0 to 5.5  1.00     788-996       48-72 KB
 FlashInfer 0.7.2, tensor cores   5.4            0.52  2.25        1.016    4,207         64-128 KB
 flash-attention 2, split-KV      7.6 to 8.5     2.0   5.3         1.00     2,069-6,367   0-64 KB
@@ -41,7 +41,7 @@ def copies() -> None:
 def decode() -> None:
     """A decode step compared with its peers."""
     print(PEERS)
-    for length in (512, 2048):
+    for length in (256, 2048):
         c = cuda_counts.count_decode(length)
         print(
             f"{f'ours, {length} keys':32} {c.instructions:<8.2f} {c.products:<6.2f}"
@@ -52,23 +52,43 @@ def decode() -> None:
             f"{c.all_wavefronts} shared wavefronts, {c.all_wavefronts / c.ideal_wavefronts:.3f} of "
             f"ideal; merge {c.merge:,.0f} instructions per KV head"
         )
+    machine_code()
     flight()
+
+
+def decode_kernels() -> list[cuda_static.Kernel]:
+    """The decode kernel for bfloat16 x 128 on every architecture with products for it."""
+    source = ROOT / "csrc" / "cuda" / "ragged_attention" / "bfloat16.cu"
+    return [
+        kernel for kernel in cuda_static.compile_kernels(source)
+        if "decode_kernel<__nv_bfloat16, 128, 1>" in kernel.name and kernel.has_products()
+    ]  # fmt: skip
+
+
+def machine_code() -> None:
+    """The loop of the decode kernel in what ptxas makes of the PTX counted above."""
+    print(
+        "machine code: instructions of the loop per 128 bytes of keys and values, as above without"
+    )
+    print("options, masks and rescaling, which most turns skip")
+    # A turn of a warp: 16 keys and values of 256 bytes each.
+    lines = 16 * 2 * 256 / 128
+    for kernel in decode_kernels():
+        print(f"  sm_{kernel.architecture}: {len(kernel.product_loop()) / lines:.2f}")
 
 
 def flight() -> None:
     """Bytes in flight per multiprocessor in the decode loop."""
-    source = ROOT / "csrc" / "cuda" / "ragged_attention" / "bfloat16.cu"
     print("KB in flight per SM in the loop: least-mean-most over its instructions,")
     print("as the flow of data allows and as the code's scoreboards have it")
-    for kernel in cuda_static.compile_kernels(source):
-        if "decode_kernel<__nv_bfloat16, 128, 1>" in kernel.name and kernel.has_products():
-            shared = cuda_static.dynamic_shared(kernel.name)
-            threads = 128 * kernel.blocks_per_sm(128, shared)
-            allowed, real = kernel.loop_flight(), kernel.loop_waits()
-            print(
-                f"  sm_{kernel.architecture}: {cuda_static.kilobytes(threads, allowed)}, "
-                f"{cuda_static.kilobytes(threads, real)}; {kernel.registers} registers"
-            )
+    for kernel in decode_kernels():
+        shared = cuda_static.dynamic_shared(kernel.name)
+        threads = 128 * kernel.blocks_per_sm(128, shared)
+        allowed, real = kernel.loop_flight(), kernel.loop_waits()
+        print(
+            f"  sm_{kernel.architecture}: {cuda_static.kilobytes(threads, allowed)}, "
+            f"{cuda_static.kilobytes(threads, real)}; {kernel.registers} registers"
+        )
 
 
 def compiled() -> None:

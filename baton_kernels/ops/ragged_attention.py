@@ -134,6 +134,8 @@ def ragged_attention(
     its start, the capacity or the number of threads. On the CPU a token's bits depend only on its
     query vector, its position and the keys and values that it sees: decoded, prefilled whole or in
     chunks of any size, computed again or behind a reused prefix it gets the same ones.
+    The CUDA kernels keep that for chunks of two tokens and more; a row of one token has the bits of
+    decoding, which are those of its position as well.
 
     Args:
         query: `[total_queries, num_heads, head_dim]`, float32, float16 or bfloat16, last dimension

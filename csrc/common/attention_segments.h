@@ -8,34 +8,43 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define BATON_HOST_DEVICE __host__ __device__
+#else
+#define BATON_HOST_DEVICE
+#endif
+
 namespace baton {
 
 // Segments of the same length before longer ones begin.
 constexpr int64_t kAttentionSegmentRun = 32;
-// The shortest segment hides writing and merging its partial result behind reading its keys.
-constexpr int64_t kAttentionSegmentKeys[] = {512, 2048, 8192};
+// Keys of a segment of the first run, the second, and all behind. The shortest one hides writing
+// and merging its partial result behind reading its keys.
+BATON_HOST_DEVICE static constexpr int64_t attention_segment_keys(int run) {
+  return run == 0 ? 512 : run == 1 ? 2048 : 8192;
+}
 
 // The first key of a segment.
-static inline int64_t attention_segment_begin(int64_t segment) {
+BATON_HOST_DEVICE static inline int64_t attention_segment_begin(int64_t segment) {
   int64_t begin = 0;
   for (int i = 0; i < 2; ++i) {
-    if (segment <= kAttentionSegmentRun) return begin + segment * kAttentionSegmentKeys[i];
-    begin += kAttentionSegmentRun * kAttentionSegmentKeys[i];
+    if (segment <= kAttentionSegmentRun) return begin + segment * attention_segment_keys(i);
+    begin += kAttentionSegmentRun * attention_segment_keys(i);
     segment -= kAttentionSegmentRun;
   }
-  return begin + segment * kAttentionSegmentKeys[2];
+  return begin + segment * attention_segment_keys(2);
 }
 
 // The segment that holds a key.
-static inline int64_t attention_segment_of(int64_t key) {
+BATON_HOST_DEVICE static inline int64_t attention_segment_of(int64_t key) {
   int64_t segment = 0;
   for (int i = 0; i < 2; ++i) {
-    const int64_t keys = kAttentionSegmentRun * kAttentionSegmentKeys[i];
-    if (key < keys) return segment + key / kAttentionSegmentKeys[i];
+    const int64_t keys = kAttentionSegmentRun * attention_segment_keys(i);
+    if (key < keys) return segment + key / attention_segment_keys(i);
     segment += kAttentionSegmentRun;
     key -= keys;
   }
-  return segment + key / kAttentionSegmentKeys[2];
+  return segment + key / attention_segment_keys(2);
 }
 
 }  // namespace baton

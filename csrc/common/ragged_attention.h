@@ -50,12 +50,8 @@ static inline int64_t attention_columns(const RaggedAttentionParams& p) {
 
 // Query vectors (tokens x heads of one KV head) that one pass over keys and values serves.
 constexpr int64_t kAttentionTileQueries = 64;
-// A split is long enough that reading its columns hides writing and merging its partial result.
-constexpr int64_t kAttentionSplitColumns = 512;
-// Splits begin at a multiple of this, so that only a row's last block can be a partial one.
+// Segments begin at a multiple of this, so that only a row's last block can be a partial one.
 constexpr int64_t kAttentionBlockColumns = 64;
-// Bounds the partial results by the size of the output, however long the cache.
-constexpr int64_t kAttentionMaxSplits = 64;
 
 // One (row, KV head, query tile, split), or a split that several rows have in the same place: their
 // query vectors, at most kAttentionTileQueries, then read it together.

@@ -26,10 +26,11 @@ template <int kBytes>
 __device__ __forceinline__ void clear_tile(const InsertArgs& args, int32_t block) {
   const CopyTokensArgs& a = args.copy;
   const CopyPlace place(a, kBytes, block, args.padding_tiles * a.num_queries);
-  if (!place.exists) return;
+  if (!ascends(a.cu_seqlens, a.num_queries) || !place.exists) return;
   const int32_t query = place.tile / args.padding_tiles;
   const int32_t slot = a.slots[query], start = a.starts[query];
-  if (!fits(a, slot, start, a.cu_seqlens[query], a.cu_seqlens[query + 1])) return;
+  const int32_t begin = a.cu_seqlens[query];
+  if (begin < 0 || !fits(a, slot, start, begin, a.cu_seqlens[query + 1])) return;
   const int32_t first = place.tile % args.padding_tiles * kClearColumns;
   const int32_t count = min(kClearColumns, start - first), run = run_of(a);
 #pragma unroll

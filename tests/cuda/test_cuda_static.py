@@ -85,7 +85,7 @@ def test_judge_and_ptx_machine_count_the_same_sectors(case):
 # Warp instructions per 128 bytes, and sectors over useful ones. Rotation takes 7 of the former and
 # angles that are read once 0.021 of the latter (docs/cuda.md).
 TARGETS = [
-    (insert_case(512, 32, 1), 2, 1.02), (insert_case(64, 32, 16), 2, 1.02),
+    (insert_case(512, 32, 1), 2, 1.02), (insert_case(64, 32, 16), 2.1, 1.02),
     (insert_case(16, 32, 1), 2, 1.02), (extract_case(512, 32, 1), 2, 1.02),
     (move_case(8, 4, 256, 1), 2, 1.02), (move_case(8, 4, 256, 64), 2, 1.02),
     (append_case(64), 2, 1.02), (append_case(64, 32), 8, 1.025),
@@ -107,8 +107,10 @@ def test_copies_meet_their_targets(case, instructions, sectors):
 def test_decode_step_meets_its_targets():
     counts = cuda_counts.count_decode(2048)
     assert counts.instructions <= 3.5 and counts.products <= 0.3 and counts.wavefronts <= 0.5
-    assert counts.loop_sectors <= 1.01 and counts.sectors <= 1.05
-    assert counts.fixed <= 1000
+    assert counts.loop_sectors <= 1.01 and counts.sectors <= 1.07
+    # A block finds its item on the device, so that a grid need not grow with the capacity.
+    assert counts.fixed <= 1200
+    assert counts.instructions <= 2.53
     assert counts.all_wavefronts <= 1.1 * counts.ideal_wavefronts
 
 

@@ -111,11 +111,14 @@ MUTANTS = {
     "decode_warp.h: __syncwarp #1": None,
     "decode_warp.h: __syncwarp #2": None,
     # The barrier that the first tile begins with comes before any of the queries is read.
-    "prefill.h: __syncwarp #1": None,
+    "prefill_tile.h: __syncwarp #1": None,
+    # Order for ptxas as well: every thread reads totals that it wrote itself.
+    "prefill_tile.h: __syncwarp #2": None,
+    "prefill_tile.h: __syncwarp #3": None,
     # Copies have landed by the barrier that ThreadSanitizer goes by, whoever waited for them.
     "prefill.h: copy_async_wait<1> #1": WAIT,
     "prefill.h: copy_async_wait<0> #1": WAIT,
-    "prefill.h: all tiles share one stage #1": WAIT,
+    "prefill_tile.h: all tiles share one stage #1": WAIT,
 }
 
 
@@ -198,6 +201,36 @@ def test_cu_seqlens_that_make_no_sense_stay_inside(bounds):
     with ops.entered():
         ops.insert_kv(key, key, *caches, int32(bounds), slots, starts)
         ops.extract_kv(*caches, int32(bounds), slots, starts, total_tokens=6)
+
+
+# Bounds of queries, and those that are whole: no other is copied, not even in part.
+WHOLE = [
+    ([0, 3, 2], []), ([0, 4, 2, 6], []), ([0, 3, 9], [0]), ([-2, 3, 6], [1]), ([1, 3, 6], [0, 1]),
+    ([4, 1], []), ([0, *range(0, 7), 5, 6], []), ([*[0] * 40, 4, 3, 6], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", EMULATED)
+@pytest.mark.parametrize(("bounds", "whole"), WHOLE)
+def test_queries_are_copied_whole_or_not_at_all(backend, bounds, whole):
+    ops, queries = EMULATED[backend], len(bounds) - 1
+    key = torch.randn(6, 2, 16)
+    caches = [torch.zeros(queries, 2, 8, 16) for _ in range(2)]
+    slots, starts = int32(range(queries)), int32([1] * queries)
+    expected = torch.zeros_like(caches[0])
+    for i in whole:
+        count = bounds[i + 1] - bounds[i]
+        expected[i, :, 1 : 1 + count] = key[bounds[i] : bounds[i + 1]].transpose(0, 1)
+    with ops.entered():
+        ops.insert_kv(key, key, *caches, int32(bounds), slots, starts, zero_padding=True)
+        full = torch.ones_like(expected)
+        out, _ = ops.extract_kv(full, full, int32(bounds), slots, starts, total_tokens=6)
+    for cache in caches:
+        assert_same_bits(cache, expected)
+    copied = torch.zeros(6, dtype=torch.bool)
+    for i in whole:
+        copied[bounds[i] : bounds[i + 1]] = True
+    assert (out[copied] == 1).all() and out[~copied].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["append_kv", "move_kv"])

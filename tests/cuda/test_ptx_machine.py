@@ -42,15 +42,15 @@ def test_copies_and_merge(case):
             assert_same_bits(x, y)
 
 
-# Query lengths, lengths, (num_heads, num_kv_heads), head_dim, options. Rows of up to eight vectors
-# (or sixteen, of larger groups) go to the decode kernel, longer ones to prefill; more than 512
-# columns are split and merged.
+# Query lengths, lengths, (num_heads, num_kv_heads), head_dim, options. Rows of one token go to the
+# decode kernel, of several to prefill; more than 256 columns of the former and more than 512 of the
+# latter are split and merged.
 ATTENTION = {
-    "decode": ([1, 1, 2], [90, 33, 17], (4, 2), 64, {"return_lse": True}),
+    "decode": ([1, 1, 1], [90, 33, 17], (4, 2), 64, {"return_lse": True}),
     "decode, large group": ([1, 1], [70, 9], (12, 1), 96, {}),
     "decode, split": ([1], [700], (8, 2), 128, {"return_lse": True}),
     "decode, head_dim 80": ([1], [40], (3, 1), 80, {"window": 21, "softcap": 5.0}),
-    "decode, head_dim 256": ([2], [75], (4, 2), 256, {}),
+    "decode, head_dim 256": ([1], [75], (4, 2), 256, {}),
     "prefill": ([40, 9], [60, 25], (4, 2), 64, {"return_lse": True}),
     "prefill, head_dim 80": ([17], [40], (4, 2), 80, {"window": 13}),
     "prefill, split": ([20], [530], (2, 1), 128, {}),

@@ -16,13 +16,6 @@ from baton_kernels.testing import (
     random_rows,
 )
 
-
-@pytest.fixture(autouse=True)
-def _only_where_the_rules_hold(request):
-    if "cuda" in request.node.callspec.params["ops"].name:
-        pytest.skip("the CUDA kernels do not have these rules yet")
-
-
 # Query tokens, length, (num_heads, num_kv_heads), head_dim, options, the poisoned key.
 HIDDEN = {
     "prefill": (30, 30, (2, 1), 64, {}, 25),

@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "cuda/device/chunk.h"
+#include "cuda/device/find_query.h"
 
 namespace baton::cuda {
 
@@ -47,27 +48,6 @@ constexpr int kCopyThreads = 128, kCopyMaxThreads = 256;
 // runs spread the cost of finding the query.
 constexpr int64_t kCopyBlocks = 2 * 148;
 constexpr int64_t kMaxRun = 32, kMinRun = 2 * kCopyUnroll;
-
-// The query that token t belongs to, if any: how many queries end before it or with it. All lanes
-// of the warp ask for the same token, and look at 32 ends at a time.
-__device__ __forceinline__ int32_t find_query(const int32_t* cu_seqlens, int32_t num_queries,
-                                              int32_t t) {
-  const int32_t place = threadIdx.x % 32 + 1;
-  int32_t found = 0, left = num_queries;
-  const auto ended = [&](int32_t i) {
-    const bool is = i <= left && static_cast<int32_t>(load_4(cu_seqlens + found + i)) <= t;
-    return __popc(__ballot_sync(~0u, is));
-  };
-  while (left > 32) {
-    const int32_t step = (left + 31) / 32, passed = ended(place * step) * step;
-    found += passed;
-    // The last of the next `step` ends is known to come later, if there are so many.
-    left = min(left - passed, step - 1);
-  }
-  // A lone query needs no search, and is the most frequent case of all.
-  if (left > 1) found += ended(place);
-  return found;
-}
 
 // So many items of a run; all loads of kAtOnce come before the first store.
 template <int kBytes, int kAtOnce = kCopyUnroll>
@@ -128,7 +108,7 @@ __device__ __forceinline__ bool fits(const CopyTokensArgs& a, int32_t slot, int3
   // As unsigned numbers, negative ones are too large.
   const unsigned length = unsigned(end) - unsigned(begin), capacity = a.capacity;
   return unsigned(slot) < unsigned(a.num_slots) && length <= capacity &&
-         unsigned(start) <= capacity - length;
+         unsigned(start) <= capacity - length && end <= a.total_tokens;
 }
 
 // kSame: the strides of keys are those of values, which saves half of the address arithmetic.
@@ -137,8 +117,9 @@ __device__ __forceinline__ void copy_tile(const CopyTokensArgs& a, int32_t block
   const CopyPlace place(a, kBytes, block, a.num_tiles);
   int32_t t = place.tile * a.tile_tokens;
   hide(t);
+  if (a.num_queries > 32 && !ascends(a.cu_seqlens, a.num_queries)) return;
   // Of the warp's first tile; the others advance from there.
-  int32_t query = find_query(a.cu_seqlens, a.num_queries, __shfl_sync(~0u, t, 0));
+  int32_t query = find_query<true>(a.cu_seqlens, a.num_queries, __shfl_sync(~0u, t, 0));
   if (!place.exists) return;
   const int32_t end = t + min(a.tile_tokens, a.total_tokens - t);
   while (true) {
@@ -154,8 +135,8 @@ __device__ __forceinline__ void copy_tile(const CopyTokensArgs& a, int32_t block
     const auto slot = static_cast<int32_t>(load_4(a.slots + query));
     const auto start = static_cast<int32_t>(load_4(a.starts + query));
     const int32_t tokens = min(end, next) - t;
-    // Bounds that do not ascend are none.
-    if (begin <= t && fits(a, slot, start, begin, next)) {
+    // Bounds that do not ascend are none, nor is a negative one, which is too large as unsigned.
+    if (unsigned(begin) <= unsigned(t) && fits(a, slot, start, begin, next)) {
       const auto in_cache = [&](const CopySide& x) {
         return place.address(x, start + (t - begin)) + slot * x.slot_stride;
       };

@@ -36,6 +36,20 @@ constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
 // Blocks of a grid along y, and along z.
 constexpr int64_t kMaxGridYZ = 65535;
 
+// Of the current device.
+inline int multiprocessors() {
+#if defined(__CUDACC__)
+  int device = 0, count = 0;
+  // Neither waits for the device, and a launch finds out if there is none.
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  return count > 0 ? count : 1;
+#else
+  return emulation::kMultiprocessors;
+#endif
+}
+
 // Every launch goes through here. Returns the launch's own error and leaves errors of earlier work
 // to whoever looks for them.
 template <typename... Params, typename... Args>

@@ -1,7 +1,7 @@
-// ragged_attention of rows with few query vectors per KV head (a decode step), on tensor cores.
+// ragged_attention of rows that decode one token, on tensor cores.
 //
-// A block of four warps has one (row, KV head, split) and all query vectors of it: 8 per column
-// tile, kTiles of them. A warp takes 16 keys at a time, every fourth 16 of the split:
+// A block of four warps takes one (row, KV head, split) after another and all query vectors of it:
+// 8 per column tile, kTiles of them. A warp takes 16 keys at a time, every fourth 16 of the split:
 //   S^T = K Q^T    [16 keys, 8 vectors], summed over head_dim
 //   O^T += V^T P^T [head_dim, 8 vectors], summed over 16 keys
 // so that keys, then dims, fill the 16 rows of m16n8k16 and vectors its 8 columns. With g = lane /
@@ -25,17 +25,6 @@
 
 namespace baton::cuda {
 
-// Blocks per SM that the registers have to leave room for, of 65536 / (128 threads x registers).
-constexpr int decode_blocks(int head_dim, int tiles) {
-  // Keys and values of one step, sums and queries of a column tile, and what addresses, maxima and
-  // temporaries were seen to need. Bytes on their way per SM at best: blocks x 4 warps x 64
-  // head_dim.
-  const int registers = head_dim / 2 + tiles * (head_dim / 4 + head_dim / 8) + 56;
-  if (registers <= 128) return 4;  // 64 to 80 KB
-  if (registers <= 168) return 3;  // 48 to 96 KB
-  return 2;  // 48 to 128 KB; no thread has more than 255, which is why 256 dims keep no queries
-}
-
 // Where the sums of all warps meet.
 template <int kHeadDim, int kTiles>
 struct DecodeShared {
@@ -43,7 +32,7 @@ struct DecodeShared {
   static constexpr int kQuads = (kHeadDim / 8 + 3) / 4;
   float4 out[kAttentionWarps][kTiles][kQuads][2][32];  // four dims of vector 2 t or 2 t + 1
   float2 stats[kAttentionWarps][8 * kTiles];           // maximum and sum
-  uint4 queries[decode_queries_in_shared(kHeadDim) ? kHeadDim : 1];
+  uint4 queries[kTiles * kHeadDim];
 
   // Place of a lane's four dims of vector 2 t + c. Warps write all lanes with one c, and read
   // neighboring vectors, then neighboring g, of those that exist: the eight that one wavefront
@@ -61,90 +50,106 @@ __global__ void __launch_bounds__(kAttentionThreads, decode_blocks(kHeadDim, kTi
   auto& shared = *reinterpret_cast<Shared*>(memory);
   using Warp = DecodeWarp<T, kHeadDim, kTiles>;
   constexpr int kProducts = kHeadDim / 16;
-  AttentionRow row;
-  if (!row.load(a, blockIdx.x) || row.vectors > 8 * kTiles) return;
-  const int32_t splits = num_splits(row.vectors, row.length), split = blockIdx.z;
-  if (split >= splits) return;
-  const TileKeys keys(a, row, 0, row.query_length - 1, split, splits);
-  Warp x(a, row, keys);
-  x.load_queries(shared.queries);
-
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto publish = [&](int n, int c, int quad, float4 dims) {
-    store_16(&shared.out[warp][n][quad][c][Shared::place(lane, c)], dims);
-  };
-  const int32_t first = keys.begin + static_cast<int32_t>(warp) * kStepKeys;
-  if (first < keys.end) {
-    x.run(first);
-    x.add_up();
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      if (lane < 4) {
-        store_16(&shared.stats[warp][8 * n + 2 * lane],
-                 float4{x.maximum[n][0], x.sum[n][0], x.maximum[n][1], x.sum[n][1]});
-      }
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-#pragma unroll
-        for (int q = 0; q < Shared::kQuads; ++q) {
-          // Rows g and g + 8 of a product are two dims; 80 dims end with half a quad.
-          const float (&low)[4] = x.out[n][2 * q];
-          const float (&high)[4] = x.out[n][2 * q + 1 < kProducts ? 2 * q + 1 : 2 * q];
-          publish(n, c, q, float4{low[c], low[c + 2], high[c], high[c + 2]});
-        }
-      }
-    }
-  } else {
-    // Apart from the other, so that its registers need no zeros for this.
-    if (lane < 4 * kTiles) {
-      store_16(&shared.stats[warp][2 * lane], float4{kNoScore, 0.0f, kNoScore, 0.0f});
-    }
-#pragma unroll
-    for (int q = 0; q < 2 * kTiles * Shared::kQuads; ++q) {
-      publish(q / 2 / Shared::kQuads, q % 2, q / 2 % Shared::kQuads, float4{});
-    }
-  }
-  __syncthreads();
-
-  // A thread sums its g's dims of one vector over all warps, in order. Vectors come first, as many
-  // as a power of two; a group of four takes one warp.
   constexpr int kWhole = kHeadDim / 64, kRest = kHeadDim % 64;
   static_assert(kRest == 0 || kRest == 16 || kRest == 32);
-  const unsigned g = threadIdx.x >> a.decode_shift, vector = threadIdx.x - (g << a.decode_shift);
-  if (g >= 8 || vector >= unsigned(row.vectors)) return;
-  float2 stats[kAttentionWarps];
-  float top = kNoScore, sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kAttentionWarps; ++w) {
-    const uint2 bits = load_8(&shared.stats[w][vector]);
-    stats[w] = {__uint_as_float(bits.x), __uint_as_float(bits.y)};
-    top = fmaxf(top, stats[w].x);
-  }
-  float4 out[Shared::kQuads] = {};
-  const unsigned place = Shared::place(4 * g + vector / 2 % 4, vector % 2);
-#pragma unroll
-  for (int w = 0; w < kAttentionWarps; ++w) {
-    // Of a warp without keys: 0, or 1 of nothing.
-    const float weight = exp2_fast(stats[w].x - top);
-    sum = fmaf(stats[w].y, weight, sum);
-#pragma unroll
-    for (int q = 0; q < Shared::kQuads; ++q) {
-      const float4 x = as_floats(load_16(&shared.out[w][vector / 8][q][vector % 2][place]));
-      out[q].x = fmaf(x.x, weight, out[q].x);
-      out[q].y = fmaf(x.y, weight, out[q].y);
-      out[q].z = fmaf(x.z, weight, out[q].z);
-      out[q].w = fmaf(x.w, weight, out[q].w);
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Where every item has a block, nobody looks for it: the splits of one row lie side by side, and
+  // blocks of splits that a row does not have find nothing.
+  AttentionRow row;
+  for (int32_t round = 0; item_of(round) < a.decode_items; ++round) {
+    int32_t index, split;
+    if (a.decode_items <= static_cast<int32_t>(gridDim.x)) {
+      index = static_cast<int32_t>(blockIdx.x / unsigned(a.max_splits));
+      split = static_cast<int32_t>(blockIdx.x) - index * a.max_splits;
+    } else if (!find_row<int32_t>(a, item_of(round), 8 * kTiles, true, false, index, split)) {
+      return;
     }
-  }
-  VectorWriter<T> writer(a, row, vector, x.token_of(vector), x.head_of(vector), blockIdx.y, split,
-                         splits, top, sum, g == 0);
+    // One tile has all vectors of a row of one token.
+    if (!row.load(a, index) || row.query_length > 1) return;
+    const int32_t splits = decode_splits(row.length);
+    if (split >= splits) return;
+    const TileKeys keys(a, row, 0, 0, split, splits);
+    // Nobody merges the partial result of a split that nobody sees.
+    if (splits > 1 && keys.begin >= keys.end) continue;
+    Warp x(a, row, keys);
+    const int32_t first = keys.begin + static_cast<int32_t>(warp) * kStepKeys;
+    // Asked for before the queries are waited for.
+    if (first < keys.end) x.load_keys(first);
+    x.load_queries(shared.queries);
+    const auto publish = [&](int n, int c, int quad, float4 dims) {
+      store_16(&shared.out[warp][n][quad][c][Shared::place(lane, c)], dims);
+    };
+    if (first < keys.end) {
+      x.run(first);
+      x.add_up();
 #pragma unroll
-  for (int i = 0; i < kWhole; ++i) writer.put_8(64 * i + 8 * g, out[2 * i], out[2 * i + 1]);
-  const float4& last = out[Shared::kQuads - 1];
-  if constexpr (kRest == 32) {
-    writer.put_4(64 * kWhole + 4 * g, last.x, last.y, last.z, last.w);
-  } else if constexpr (kRest == 16) {
-    writer.put_2(64 * kWhole + 2 * g, last.x, last.y);
+      for (int n = 0; n < kTiles; ++n) {
+        if (lane < 4) {
+          store_16(&shared.stats[warp][8 * n + 2 * lane],
+                   float4{x.maximum[n][0], x.sum[n][0], x.maximum[n][1], x.sum[n][1]});
+        }
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+#pragma unroll
+          for (int q = 0; q < Shared::kQuads; ++q) {
+            // Rows g and g + 8 of a product are two dims; 80 dims end with half a quad.
+            const float (&low)[4] = x.out[n][2 * q];
+            const float (&high)[4] = x.out[n][2 * q + 1 < kProducts ? 2 * q + 1 : 2 * q];
+            publish(n, c, q, float4{low[c], low[c + 2], high[c], high[c + 2]});
+          }
+        }
+      }
+    } else {
+      // Apart from the other, so that its registers need no zeros for this.
+      if (lane < 4 * kTiles) {
+        store_16(&shared.stats[warp][2 * lane], float4{kNoScore, 0.0f, kNoScore, 0.0f});
+      }
+#pragma unroll
+      for (int q = 0; q < 2 * kTiles * Shared::kQuads; ++q) {
+        publish(q / 2 / Shared::kQuads, q % 2, q / 2 % Shared::kQuads, float4{});
+      }
+    }
+    // The next item's sums are not published before its queries, which all wait for together.
+    __syncthreads();
+
+    // A thread sums its g's dims of one vector over all warps, in order. Vectors come first, as
+    // many as a power of two; a group of four takes one warp.
+    const unsigned g = threadIdx.x >> a.decode_shift, vector = threadIdx.x - (g << a.decode_shift);
+    if (g >= 8 || vector >= unsigned(row.vectors)) continue;
+    float2 stats[kAttentionWarps];
+    float top = kNoScore, sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; ++w) {
+      const uint2 bits = load_8(&shared.stats[w][vector]);
+      stats[w] = {__uint_as_float(bits.x), __uint_as_float(bits.y)};
+      top = fmaxf(top, stats[w].x);
+    }
+    float4 out[Shared::kQuads] = {};
+    const unsigned place = Shared::place(4 * g + vector / 2 % 4, vector % 2);
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; ++w) {
+      // Of a warp without keys: 0, or 1 of nothing.
+      const float weight = exp2_fast(stats[w].x - top);
+      sum = fmaf(stats[w].y, weight, sum);
+#pragma unroll
+      for (int q = 0; q < Shared::kQuads; ++q) {
+        const float4 x = as_floats(load_16(&shared.out[w][vector / 8][q][vector % 2][place]));
+        out[q].x = fmaf(x.x, weight, out[q].x);
+        out[q].y = fmaf(x.y, weight, out[q].y);
+        out[q].z = fmaf(x.z, weight, out[q].z);
+        out[q].w = fmaf(x.w, weight, out[q].w);
+      }
+    }
+    VectorWriter<T> writer(a, row, vector, 0, x.head_of(vector), blockIdx.y, split, splits, top,
+                           sum, g == 0);
+#pragma unroll
+    for (int i = 0; i < kWhole; ++i) writer.put_8(64 * i + 8 * g, out[2 * i], out[2 * i + 1]);
+    const float4& last = out[Shared::kQuads - 1];
+    if constexpr (kRest == 32) {
+      writer.put_4(64 * kWhole + 4 * g, last.x, last.y, last.z, last.w);
+    } else if constexpr (kRest == 16) {
+      writer.put_2(64 * kWhole + 2 * g, last.x, last.y);
+    }
   }
 }
 
@@ -152,7 +157,7 @@ template <typename T>
 cudaError_t launch_decode(const AttentionArgs& args, dim3 grid, cudaStream_t stream) {
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_int<64, 80, 96, 128, 256>(args.p.sizes.head_dim, [&]<int kHeadDim>() {
-    dispatch_int<8, 16>(args.decode_vectors, [&]<int kVectors>() {
+    dispatch_int<8, 16>(decode_vectors(kHeadDim, args.group), [&]<int kVectors>() {
       constexpr int kTiles = kVectors / 8;
       if constexpr (decode_vectors(kHeadDim, kVectors) == kVectors) {
         error =

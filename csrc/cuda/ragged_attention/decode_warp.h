@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/ragged_attention/mma.h"
-#include "cuda/ragged_attention/rows.h"
+#include "cuda/ragged_attention/results.h"
 
 namespace baton::cuda {
 
@@ -65,7 +65,7 @@ class DecodeWarp {
                                                  static_cast<uint32_t>(bytes));
   }
 
-  // Rows of K and Q alike: 16 bytes of every 64, then 8 of the last 32.
+  // Rows of K as of Q: 16 bytes of every 64, then 8 of the last 32.
   static __device__ __forceinline__ void load_row(uint32_t (&x)[kHeadDim / 8], const T* row,
                                                   int32_t t) {
     unroll<kHeadDim / 32>([&]<int j>() { put(x, 4 * j, load_16_once<64 * j>(row)); });
@@ -95,11 +95,8 @@ class DecodeWarp {
     }
   }
 
-  __device__ __forceinline__ int32_t token_of(int32_t vector) const {
-    return vector * a_.group_magic >> 16;
-  }
   __device__ __forceinline__ int32_t head_of(int32_t vector) const {
-    return kv_head_ * a_.group + vector - token_of(vector) * a_.group;
+    return kv_head_ * a_.group + vector;
   }
 
   // Columns without a vector repeat the last one; nobody asks for their sums.
@@ -107,31 +104,41 @@ class DecodeWarp {
     return min(vector, row_.vectors - 1);
   }
 
+  // Read once for all warps, a part by each: [16 bytes of every lane's row][lane], then the 8 bytes
+  // of the last 16 dims.
   __device__ __forceinline__ void load_queries(uint4* shared) {
-    const auto address = [&](int32_t vector) {
-      const TokenStrides& s = a_.p.query_strides;
-      const int32_t token = token_of(vector),
-                    head = kv_head_ * a_.group + vector - token * a_.group;
-      return static_cast<const T*>(a_.p.query) +
-             int64_t{row_.first_token + token} * s.token_stride + head * s.head_stride + 8 * t_;
+    constexpr int kWhole = kHeadDim / 32, kParts = kWhole + kHeadDim % 32 / 16;
+    const auto rest = [&](int n) {
+      return reinterpret_cast<uint2*>(shared + 32 * kTiles * kWhole) + 32 * n + lane_;
     };
-    if constexpr (kQueriesInShared) {
-      // [16 bytes of every lane's row][lane], the same for all warps, which load a part each.
-      static_assert(kTiles == 1);
-      for (int j = threadIdx.x / 32; j < kHeadDim / 32; j += kAttentionWarps) {
-        store_16(shared + 32 * j + lane_, load_16(address(existing(g_)) + 32 * j));
+    for (int part = threadIdx.x / 32; part < kTiles * kParts; part += kAttentionWarps) {
+      const int n = part / kParts, j = part % kParts;
+      const T* query = static_cast<const T*>(a_.p.query) +
+                       int64_t{row_.first_token} * a_.p.query_strides.token_stride +
+                       head_of(existing(g_ + 8 * n)) * a_.p.query_strides.head_stride;
+      if (j < kWhole) {
+        store_16(shared + 32 * (kWhole * n + j) + lane_, load_16_once(query + 8 * t_ + 32 * j));
+      } else {
+        store_8(rest(n), load_8_once(query + 4 * t_ + 32 * j));
       }
+    }
+    __syncthreads();
+    if constexpr (kQueriesInShared) {
+      static_assert(kTiles == 1);
       shared_queries_ = shared + lane_;
-      __syncthreads();
     } else {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        load_row(query_[n], address(existing(g_ + 8 * n)), t_);
+#pragma unroll
+        for (int j = 0; j < kWhole; ++j) {
+          put(query_[n], 4 * j, load_16(shared + 32 * (kWhole * n + j) + lane_));
+        }
+        if constexpr (kParts > kWhole) put(query_[n], 4 * kWhole, load_8(rest(n)));
       }
     }
   }
 
-  // Streams the keys of this warp, of which there are some.
+  // Streams the keys of this warp, the first of which have been asked for.
   __device__ __forceinline__ void run(int32_t begin) {
     int32_t first = begin;
 #pragma unroll
@@ -142,7 +149,6 @@ class DecodeWarp {
         clear(out[n][r][2], out[n][r][3]);
       }
     }
-    load_keys(first);
     while (true) {
       // The keys were asked for in the middle of the turn before; the values' registers are free
       // now. Left alone, ptxas waits for the keys first and asks for both afterwards: it moves no
@@ -209,9 +215,9 @@ class DecodeWarp {
   // Products [keys g, g + 8][vectors 2 t, 2 t + 1] to scores.
   __device__ __forceinline__ void finish_scores(int32_t first, float (&scores)[kTiles][4]) {
     if (!a_.plain_scores) {
+      const int32_t distance = row_.length - 1 - first - g_;
       for_each_vector([&](int n, int c, int32_t vector) {
         const float slope = slope_of(a_, head_of(vector));
-        const int32_t distance = row_.position(token_of(vector)) - first - g_;
         scores[n][c] = finish_score<true>(a_, scores[n][c], slope, distance);
         scores[n][c + 2] = finish_score<true>(a_, scores[n][c + 2], slope, distance - 8);
       });
@@ -222,14 +228,16 @@ class DecodeWarp {
         for (int i = 0; i < 4; ++i) scores[n][i] *= a_.score_scale;
       }
     }
-    if (first < keys_.full_begin || first + kStepKeys > keys_.full_end) {
-      for_each_vector([&](int n, int c, int32_t vector) {
-        const KeyRange range = row_.visible(a_, token_of(vector));
-        const int32_t begin = range.begin - first - g_;
-        const int32_t end = min(range.end, keys_.end) - first - g_;
-        if (begin > 0 || end <= 0) scores[n][c] = -INFINITY;
-        if (begin > 8 || end <= 8) scores[n][c + 2] = -INFINITY;
-      });
+    // All vectors are of the one token: they see the same keys.
+    if (first + kStepKeys > keys_.end) {
+      const int32_t left = keys_.end - first - g_;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (left <= i / 2 * 8) scores[n][i] = -INFINITY;
+        }
+      }
     }
   }
 

@@ -1,18 +1,21 @@
 // ragged_attention for every dtype, head_dim and alignment, on CUDA cores: float32, head dims
 // without a tensor core kernel, and rows that do not start at multiples of 16 bytes.
 //
-// A block of four warps has one item: kQueries query vectors of a row and KV head, and a split of
-// the keys. A lane has 8 consecutive dims of one key; the lanes of a key stand side by side, the
-// keys of a warp behind each other, the warps behind each other. Every group of lanes keeps a
-// running maximum, sum and sum of values per vector of its own; shuffles, then shared memory bring
-// them together.
+// A block of four warps takes one item after another: kQueries query vectors of a row and KV head,
+// and a split of the keys. A lane has 8 consecutive dims of one key; the lanes of a key stand side
+// by side, the keys of a warp behind each other, the warps behind each other. Every group of lanes
+// keeps a running maximum, sum and sum of values per vector of its own; at the end of a segment,
+// shuffles, then shared memory bring them together, and the warp that writes a vector has its
+// totals.
 #pragma once
 
-#include "cuda/ragged_attention/rows.h"
+#include "cuda/ragged_attention/results.h"
 
 namespace baton::cuda {
 
 constexpr int kLaneDims = 8;
+// Blocks per SM that the registers have to leave room for: four of 128 spill on sm_120.
+constexpr int kGenericBlocks = 3;
 
 inline std::size_t generic_shared_bytes(int64_t queries, int64_t head_dim) {
   return kAttentionWarps * queries * (head_dim + 2) * sizeof(float);
@@ -50,20 +53,17 @@ struct RunningSoftmax {
   // Adds what another one saw. Neither has to have seen anything.
   __device__ __forceinline__ void add(float other_maximum, float other_sum,
                                       const float (&other_values)[kLaneDims]) {
-    const float top = fmaxf(maximum, other_maximum);
-    const float mine = weight_of(maximum, top), theirs = weight_of(other_maximum, top);
-    maximum = top;
-    sum = fmaf(sum, mine, __fmul_rn(other_sum, theirs));
+    const Joint joint(maximum, other_maximum);
+    maximum = joint.top;
+    sum = joint.sum(sum, other_sum);
 #pragma unroll
-    for (int i = 0; i < kLaneDims; ++i) {
-      values[i] = fmaf(values[i], mine, __fmul_rn(other_values[i], theirs));
-    }
+    for (int i = 0; i < kLaneDims; ++i) values[i] = joint.sum(values[i], other_values[i]);
   }
 };
 
 // The item's result, or its partial result when the row is split. sums: [head_dim].
 template <typename T>
-__device__ __forceinline__ void write_vector(const AttentionArgs& a, const AttentionItem32& item,
+__device__ __forceinline__ void write_vector(const AttentionArgs& a, const AttentionItem& item,
                                              int32_t vector, int32_t kv_head, int32_t dim,
                                              const RunningSoftmax& x) {
   const int64_t head_dim = a.p.sizes.head_dim;
@@ -79,141 +79,161 @@ __device__ __forceinline__ void write_vector(const AttentionArgs& a, const Atten
     }
     return;
   }
-  const Finished finished = finish_vector(a, head, x.maximum, x.sum);
+  const Finished finished = finish_vector(a, head, item.row.position(token) >= 0, x.maximum, x.sum);
   const int64_t index = result_index(a, item.row, token, head);
   T* out = static_cast<T*>(a.p.out) + index * head_dim + dim;
 #pragma unroll
-  for (int i = 0; i < kLaneDims; ++i) out[i] = from_float<T>(x.values[i] * finished.factor);
+  for (int i = 0; i < kLaneDims; ++i)
+    out[i] = from_float<T>(finish_element(x.values[i], finished.factor));
   if (dim == 0 && a.p.lse) a.p.lse[index] = finish_lse(a, head, x.sum, finished);
 }
 
 template <typename T, int kQueries, bool kAligned>
-__global__ void __launch_bounds__(kAttentionThreads, 3)  // 168 registers: 128 spill on sm_120
+__global__ void __launch_bounds__(kAttentionThreads, kGenericBlocks)
     ragged_attention_generic_kernel(const __grid_constant__ AttentionArgs a) {
+  static_assert(kQueries <= kAttentionWarps, "a warp has the totals of one vector");
   BATON_DYNAMIC_SHARED(shared);
   const RaggedAttentionParams& p = a.p;
-  AttentionItem32 item;
-  if (!find_item(a, blockIdx.x, kQueries, a.decode_vectors, item)) return;
-  const AttentionRow& row = item.row;
-  const int32_t kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t head_dim = static_cast<int32_t>(p.sizes.head_dim);
-  const int32_t first = item.tile * kQueries, count = min(kQueries, row.vectors - first);
+  AttentionItem item;
+  for (int32_t round = 0; find_item(a, item_of(round), kQueries, true, item); ++round) {
+    const AttentionRow& row = item.row;
+    const int32_t kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int32_t head_dim = static_cast<int32_t>(p.sizes.head_dim);
+    const int32_t first = item.tile * kQueries, count = min(kQueries, row.vectors - first);
+    const TileKeys keys(a, row, first / a.group, (first + count - 1) / a.group, item.split,
+                        item.splits);
+    // Nobody merges the partial result of a split that nobody sees.
+    if (item.splits > 1 && keys.begin >= keys.end) continue;
 
-  // A power of two of lanes share a key, some of which may have no dims.
-  int32_t key_lanes = 1;
-  while (key_lanes * kLaneDims < head_dim) key_lanes *= 2;
-  const int32_t warp_keys = 32 / key_lanes, dim = lane % key_lanes * kLaneDims;
-  const bool has_dims = dim < head_dim;
+    // A power of two of lanes share a key, some of which may have no dims.
+    int32_t key_lanes = 1;
+    while (key_lanes * kLaneDims < head_dim) key_lanes *= 2;
+    const int32_t warp_keys = 32 / key_lanes, dim = lane % key_lanes * kLaneDims;
+    const bool has_dims = dim < head_dim;
 
-  float query[kQueries][kLaneDims], slope[kQueries];
-  int32_t position[kQueries];
-  KeyRange range[kQueries];
-  RunningSoftmax softmax[kQueries];
-#pragma unroll
-  for (int m = 0; m < kQueries; ++m) {
-    softmax[m].reset();
-#pragma unroll
-    for (int i = 0; i < kLaneDims; ++i) query[m][i] = 0.0f;
-    slope[m] = 0.0f;
-    position[m] = 0;
-    range[m] = {0, 0};
-    if (m < count) {
-      const int32_t token = (first + m) / a.group;
-      const int32_t head = kv_head * a.group + (first + m) % a.group;
-      if (has_dims) {
-        const int64_t index = int64_t{row.first_token} + token;
-        load_dims<T, kAligned>(static_cast<const T*>(p.query) +
-                                   index * p.query_strides.token_stride +
-                                   head * p.query_strides.head_stride + dim,
-                               query[m]);
-      }
-      slope[m] = slope_of(a, head);
-      position[m] = row.position(token);
-      range[m] = row.visible(a, token);
-    }
-  }
-  const TileKeys keys(a, row, first / a.group, (first + count - 1) / a.group, item.split,
-                      item.splits);
-  const T* key_base = static_cast<const T*>(p.key_cache) +
-                      row.slot * p.key_cache_strides.slot_stride +
-                      kv_head * p.key_cache_strides.head_stride +
-                      row.start * p.key_cache_strides.column_stride + dim;
-  const T* value_base = static_cast<const T*>(p.value_cache) +
-                        row.slot * p.value_cache_strides.slot_stride +
-                        kv_head * p.value_cache_strides.head_stride +
-                        row.start * p.value_cache_strides.column_stride + dim;
-
-  // Steps begin at multiples of their own length, whichever vectors share this item: who adds a key
-  // depends on the key alone.
-  const int32_t step = kAttentionWarps * warp_keys;
-  for (int64_t base = keys.begin / step * step; base < keys.end; base += step) {
-    const int32_t k = static_cast<int32_t>(base) + warp * warp_keys + lane / key_lanes;
-    const bool valid = k >= keys.begin && k < keys.end;
-    float key[kLaneDims] = {}, value[kLaneDims] = {}, score[kQueries];
-    if (valid && has_dims) {
-      load_dims<T, kAligned>(key_base + k * p.key_cache_strides.column_stride, key);
-      load_dims<T, kAligned>(value_base + k * p.value_cache_strides.column_stride, value);
-    }
-#pragma unroll
-    for (int m = 0; m < kQueries; ++m) {
-      score[m] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kLaneDims; ++i) score[m] = fmaf(query[m][i], key[i], score[m]);
-    }
-    for (int32_t offset = key_lanes / 2; offset > 0; offset /= 2) {
-#pragma unroll
-      for (int m = 0; m < kQueries; ++m) score[m] += __shfl_xor_sync(~0u, score[m], offset);
-    }
-#pragma unroll
-    for (int m = 0; m < kQueries; ++m) {
-      // A hidden key is skipped, not multiplied by zero.
-      if (!valid || k < range[m].begin || k >= range[m].end) continue;
-      const float x = finish_score<false>(a, score[m], slope[m], position[m] - k);
-      softmax[m].add(x, 1.0f, value);
-    }
-  }
-
-  // Groups of lanes of the warp, then warps in order.
-  for (int32_t offset = key_lanes; offset < 32; offset *= 2) {
-#pragma unroll
-    for (int m = 0; m < kQueries; ++m) {
-      RunningSoftmax& mine = softmax[m];
-      const float maximum = __shfl_xor_sync(~0u, mine.maximum, offset);
-      const float sum = __shfl_xor_sync(~0u, mine.sum, offset);
-      float values[kLaneDims];
-#pragma unroll
-      for (int i = 0; i < kLaneDims; ++i) values[i] = __shfl_xor_sync(~0u, mine.values[i], offset);
-      mine.add(maximum, sum, values);
-    }
-  }
-  float* const results = reinterpret_cast<float*>(shared);  // [warp][vector]: values, maximum, sum
-  const int32_t result_size = head_dim + 2;
-  if (lane < key_lanes && has_dims) {
-#pragma unroll
-    for (int m = 0; m < kQueries; ++m) {
-      float* result = results + (warp * kQueries + m) * result_size;
-#pragma unroll
-      for (int i = 0; i < kLaneDims; ++i) result[dim + i] = softmax[m].values[i];
-      if (dim == 0) {
-        result[head_dim] = softmax[m].maximum;
-        result[head_dim + 1] = softmax[m].sum;
-      }
-    }
-  }
-  __syncthreads();
-  if (lane >= key_lanes || !has_dims) return;
-  // One warp per vector.
-  for (int m = warp; m < count; m += kAttentionWarps) {
-    RunningSoftmax total;
+    float query[kQueries][kLaneDims], slope[kQueries];
+    int32_t position[kQueries];
+    KeyRange range[kQueries];
+    RunningSoftmax softmax[kQueries], total;
     total.reset();
-    for (int w = 0; w < kAttentionWarps; ++w) {
-      const float* result = results + (w * kQueries + m) * result_size;
-      float values[kLaneDims];
 #pragma unroll
-      for (int i = 0; i < kLaneDims; ++i) values[i] = result[dim + i];
-      total.add(result[head_dim], result[head_dim + 1], values);
+    for (int m = 0; m < kQueries; ++m) {
+#pragma unroll
+      for (int i = 0; i < kLaneDims; ++i) query[m][i] = 0.0f;
+      slope[m] = 0.0f;
+      position[m] = 0;
+      range[m] = {0, 0};
+      if (m < count) {
+        const int32_t token = (first + m) / a.group;
+        const int32_t head = kv_head * a.group + (first + m) % a.group;
+        if (has_dims) {
+          const int64_t index = int64_t{row.first_token} + token;
+          load_dims<T, kAligned>(static_cast<const T*>(p.query) +
+                                     index * p.query_strides.token_stride +
+                                     head * p.query_strides.head_stride + dim,
+                                 query[m]);
+        }
+        slope[m] = slope_of(a, head);
+        position[m] = row.position(token);
+        range[m] = row.visible(a, token);
+      }
     }
-    write_vector<T>(a, item, first + m, kv_head, dim, total);
+    const T* key_base = static_cast<const T*>(p.key_cache) +
+                        row.slot * p.key_cache_strides.slot_stride +
+                        kv_head * p.key_cache_strides.head_stride +
+                        row.start * p.key_cache_strides.column_stride + dim;
+    const T* value_base = static_cast<const T*>(p.value_cache) +
+                          row.slot * p.value_cache_strides.slot_stride +
+                          kv_head * p.value_cache_strides.head_stride +
+                          row.start * p.value_cache_strides.column_stride + dim;
+    float* const results =
+        reinterpret_cast<float*>(shared);  // [warp][vector]: values, maximum, sum
+    const int32_t result_size = head_dim + 2;
+
+    int32_t begin = keys.begin;
+    while (begin < keys.end) {
+      // All segments of a row that is not split, one after another.
+      const int32_t end =
+          item.splits > 1 ? keys.end : min(keys.end, segment_begin(num_segments(begin + 1)));
+#pragma unroll
+      for (int m = 0; m < kQueries; ++m) softmax[m].reset();
+      // Steps begin at multiples of their own length, whichever vectors share this item: who adds a
+      // key depends on the key alone.
+      const int32_t step = kAttentionWarps * warp_keys;
+      for (int64_t base = begin / step * step; base < end; base += step) {
+        const int32_t k = static_cast<int32_t>(base) + warp * warp_keys + lane / key_lanes;
+        const bool valid = k >= begin && k < end;
+        float key[kLaneDims] = {}, value[kLaneDims] = {}, score[kQueries];
+        if (valid && has_dims) {
+          load_dims<T, kAligned>(key_base + k * p.key_cache_strides.column_stride, key);
+          load_dims<T, kAligned>(value_base + k * p.value_cache_strides.column_stride, value);
+        }
+#pragma unroll
+        for (int m = 0; m < kQueries; ++m) {
+          score[m] = 0.0f;
+#pragma unroll
+          for (int i = 0; i < kLaneDims; ++i) score[m] = fmaf(query[m][i], key[i], score[m]);
+        }
+        for (int32_t offset = key_lanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+          for (int m = 0; m < kQueries; ++m) score[m] += __shfl_xor_sync(~0u, score[m], offset);
+        }
+#pragma unroll
+        for (int m = 0; m < kQueries; ++m) {
+          // A hidden key is skipped, not multiplied by zero.
+          if (!valid || k < range[m].begin || k >= range[m].end) continue;
+          const float x = finish_score<false>(a, score[m], slope[m], position[m] - k);
+          softmax[m].add(x, 1.0f, value);
+        }
+      }
+
+      // Groups of lanes of the warp, then warps in order.
+      for (int32_t offset = key_lanes; offset < 32; offset *= 2) {
+#pragma unroll
+        for (int m = 0; m < kQueries; ++m) {
+          RunningSoftmax& mine = softmax[m];
+          const float maximum = __shfl_xor_sync(~0u, mine.maximum, offset);
+          const float sum = __shfl_xor_sync(~0u, mine.sum, offset);
+          float values[kLaneDims];
+#pragma unroll
+          for (int i = 0; i < kLaneDims; ++i) {
+            values[i] = __shfl_xor_sync(~0u, mine.values[i], offset);
+          }
+          mine.add(maximum, sum, values);
+        }
+      }
+      if (lane < key_lanes && has_dims) {
+#pragma unroll
+        for (int m = 0; m < kQueries; ++m) {
+          float* result = results + (warp * kQueries + m) * result_size;
+#pragma unroll
+          for (int i = 0; i < kLaneDims; ++i) result[dim + i] = softmax[m].values[i];
+          if (dim == 0) {
+            result[head_dim] = softmax[m].maximum;
+            result[head_dim + 1] = softmax[m].sum;
+          }
+        }
+      }
+      __syncthreads();
+      if (warp < count && lane < key_lanes && has_dims) {
+        RunningSoftmax segment;
+        segment.reset();
+        for (int w = 0; w < kAttentionWarps; ++w) {
+          const float* result = results + (w * kQueries + warp) * result_size;
+          float values[kLaneDims];
+#pragma unroll
+          for (int i = 0; i < kLaneDims; ++i) values[i] = result[dim + i];
+          segment.add(result[head_dim], result[head_dim + 1], values);
+        }
+        total.add(segment.maximum, segment.sum, segment.values);
+      }
+      // Before the next segment's, or the next item's.
+      __syncthreads();
+      begin = end;
+    }
+    if (warp < count && lane < key_lanes && has_dims) {
+      write_vector<T>(a, item, first + warp, kv_head, dim, total);
+    }
   }
 }
 

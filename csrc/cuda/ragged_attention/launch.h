@@ -23,15 +23,45 @@ inline bool has_tensor_core_kernel(const RaggedAttentionParams& p) {
          strides_fit && loads_16_bytes(p);
 }
 
-// Query vectors that the decode kernel takes for this group. A second column tile doubles the
-// products, which only groups that need it pay. 0: rows of such a group go to the prefill kernel.
+// Query vectors of a tile of the prefill kernel.
+constexpr int kTileVectors = 16 * kAttentionWarps;
+
+// Columns that the decode kernel has for the vectors of this group. A second tile of them doubles
+// the products, which only groups that need it pay. 0: rows of one token go to the prefill kernel.
 constexpr int32_t decode_vectors(int64_t head_dim, int64_t group) {
   if (group <= 8) return 8;
   // Sums and queries of two column tiles of 256 dims are more registers than a thread has.
   return group <= 16 && head_dim <= 128 ? 16 : 0;
 }
 
-// T is __half or __nv_bfloat16. Grids: (rows, KV heads, splits) and (items, KV heads).
+// Blocks per SM that the registers of the kernels have to leave room for, of 65536 / (128 threads x
+// registers).
+constexpr int decode_blocks(int head_dim, int tiles) {
+  // Keys and values of one step, sums and queries of a column tile, and what addresses, maxima and
+  // temporaries were seen to need. Bytes on their way per SM at best: blocks x 4 warps x 64
+  // head_dim.
+  const int registers = head_dim / 2 + tiles * (head_dim / 4 + head_dim / 8) + 56;
+  if (registers <= 128) return 4;  // 64 to 80 KB
+  if (registers <= 168) return 3;  // 48 to 96 KB
+  return 2;  // 48 to 128 KB; no thread has more than 255, which is why 256 dims keep no queries
+}
+constexpr int prefill_blocks(int head_dim) {
+  // Sums and queries of 96 dims take 72 registers and leave room for three blocks; those of 256,
+  // 192.
+  return head_dim <= 96 ? 3 : 2;
+}
+
+// Whether the prefill kernel splits rows of several tokens at the segments of their keys. Sums of
+// 256 dims leave no registers for what joining segments takes: there a block reads all keys of a
+// tile from the first to the last, in an order that depends on no cut either.
+constexpr bool prefill_has_segments(int64_t head_dim) { return head_dim <= 128; }
+
+// Totals of a block of the prefill kernel, in floats: of 64 vectors, and what is kept of each.
+constexpr int64_t prefill_totals(int64_t head_dim) {
+  return kAttentionThreads * (head_dim / 2 + 4);
+}
+
+// T is __half or __nv_bfloat16. Blocks along y are KV heads; those along x share the items.
 template <typename T>
 cudaError_t launch_decode(const AttentionArgs& args, dim3 grid, cudaStream_t stream);
 template <typename T>

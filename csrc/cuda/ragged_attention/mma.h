@@ -40,6 +40,14 @@ __device__ __forceinline__ void multiply_16(float (&sums)[4], const uint32_t (&a
 #endif
 }
 
+// Not zero if one of two 16-bit elements is NaN or infinite: an exponent of ones, which any more
+// carries into the sign.
+template <typename T>
+__device__ __forceinline__ uint32_t non_finite(uint32_t pair) {
+  constexpr uint32_t kLowest = std::is_same_v<T, __half> ? 0x04000400 : 0x00800080;
+  return ((pair & 0x7fff7fff) + kLowest) & 0x80008000;
+}
+
 // Running maximum of a vector that has seen nothing: finite, since -inf - -inf is NaN, and so far
 // down that what is relative to it vanishes beside any score.
 constexpr float kNoScore = -3.0e38f;

@@ -1,9 +1,13 @@
 // ragged_attention: softmax(scale q k^T) v of every query token over the valid columns of its row.
 //
 // One call launches up to three kernels, each of which takes the rows that are its own and leaves
-// the others: decode (few query vectors per KV head), prefill (tiles of 64), and the merge of split
-// rows. float32 and what the tensor core kernels cannot load take the generic kernel in place of
-// both. How blocks, warps and lanes divide the work stands in the kernels' own files.
+// the others: decode (rows of one token), prefill (the others, in tiles of 64 vectors), and the
+// merge of split rows. float32 and what the tensor core kernels cannot load take the generic kernel
+// in place of both. No grid has more blocks than the device holds at a time or the call has
+// vectors: blocks take one item after another, in an order that follows from their number. How
+// blocks, warps and lanes divide the work stands in the kernels' own files.
+#include <algorithm>
+
 #include "cuda/kernels.h"
 #include "cuda/ragged_attention/generic.h"
 #include "cuda/ragged_attention/launch.h"
@@ -19,40 +23,74 @@ constexpr int kGenericQueries = 4;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The host's bounds: what it was told, and no more than there is.
-struct Bounds {
-  int64_t group, query_length, length, vectors, splits, split_vectors, partial_vectors;
-  bool partials_by_token;
+// What the host knows: bounds of what the rows are, and what follows from them for all kernels.
+struct Plan {
+  int64_t group, query_length, length, vectors, kv_heads, splits, split_vectors, partial_vectors;
+  // The generic kernel's vectors of an item; the tensor core kernels' where it is 0.
+  int generic_queries;
+  bool has_decode;
 
-  explicit Bounds(const RaggedAttentionParams& p) {
-    group = p.num_heads / p.sizes.num_kv_heads;
+  explicit Plan(const RaggedAttentionParams& p) {
+    kv_heads = p.sizes.num_kv_heads;
+    group = p.num_heads / kv_heads;
     query_length = smaller(p.max_query_length, p.total_queries);
     length = smaller(p.max_length, p.sizes.capacity);
     vectors = smaller(p.total_queries, p.num_rows * query_length) * group;
-    // The shortest row that is split has the fewest vectors.
-    splits = num_splits(1, static_cast<int32_t>(smaller(length, INT32_MAX)));
-    split_vectors = smaller(query_length * group, kSplitVectors);
-    partials_by_token = p.total_queries * group <= p.num_rows * split_vectors;
-    partial_vectors =
-        splits == 1 ? 0 : smaller(p.total_queries * group, p.num_rows * split_vectors);
+    const bool tensor_cores = has_tensor_core_kernel(p);
+    // A lone vector needs no more than its own registers; the bits are the same.
+    generic_queries = tensor_cores ? 0 : query_length * group == 1 ? 1 : kGenericQueries;
+    has_decode = tensor_cores && decode_vectors(p.sizes.head_dim, group) > 0;
+
+    const auto longest = static_cast<int32_t>(smaller(length, INT32_MAX));
+    splits = decode_splits(longest);
+    split_vectors = 0;
+    // Places by the number of the row.
+    partial_vectors = splits > 1 ? p.num_rows * group : 0;
+    const int64_t segments = num_segments(longest);
+    const bool has_segments = !tensor_cores || prefill_has_segments(p.sizes.head_dim);
+    if (has_segments && query_length > 1 && segments > 1 &&
+        p.total_queries * group * kv_heads <= kSplitTilesOfAll * kTileVectors) {
+      splits = std::max(splits, segments);
+      split_vectors = smaller(kSplitTiles * kTileVectors / kv_heads, query_length * group);
+      partial_vectors = p.total_queries * group;
+    }
   }
-  // Items of all rows in tiles of so many vectors.
-  int64_t items(int64_t num_rows, int64_t tile_vectors) const {
+  // Items of a KV head: of the rows of one token, and of all.
+  int64_t decode_items(const RaggedAttentionParams& p) const {
+    return smaller(p.num_rows, p.total_queries) * splits;
+  }
+  int64_t items(const RaggedAttentionParams& p, int64_t tile_vectors) const {
     const int64_t row_tiles = divide_up(query_length * group, tile_vectors);
-    const int64_t tiles = smaller(vectors / tile_vectors + num_rows, num_rows * row_tiles);
-    const int64_t split_tiles = smaller(tiles, num_rows * divide_up(split_vectors, tile_vectors));
-    return tiles + (splits - 1) * split_tiles;
+    return smaller(vectors / tile_vectors + p.num_rows, p.num_rows * row_tiles) * splits;
+  }
+  // Blocks for so many items, of which the device holds so many per multiprocessor.
+  dim3 grid(int64_t items, int per_multiprocessor) const {
+    const int64_t held = divide_up(int64_t{multiprocessors()} * per_multiprocessor, kv_heads);
+    return dim3(static_cast<unsigned>(smaller(items, held)), static_cast<unsigned>(kv_heads));
+  }
+  dim3 prefill_grid(const RaggedAttentionParams& p) const {
+    return grid(items(p, kTileVectors), prefill_blocks(static_cast<int>(p.sizes.head_dim)));
+  }
+  // Whether rows of several tokens, or of more vectors than the decode kernel has columns for,
+  // exist.
+  bool has_prefill() const { return generic_queries == 0 && (query_length > 1 || !has_decode); }
+  // Floats of the workspace: sums and stats of partial results, then totals of blocks.
+  int64_t partials() const { return partial_vectors * kv_heads * splits; }
+  int64_t totals(const RaggedAttentionParams& p) const {
+    if (!has_prefill() || !prefill_has_segments(p.sizes.head_dim) ||
+        length <= attention_segment_keys(0)) {
+      return 0;
+    }
+    const dim3 blocks = prefill_grid(p);
+    return int64_t{blocks.x} * blocks.y * prefill_totals(p.sizes.head_dim);
   }
 };
 
 template <typename T>
-cudaError_t launch_generic(const AttentionArgs& args, const Bounds& bounds, cudaStream_t stream) {
+cudaError_t launch_generic(const AttentionArgs& args, const Plan& plan, cudaStream_t stream) {
   const bool aligned = loads_16_bytes(args.p);
-  // A lone vector needs no more than its own registers; the bits are the same.
-  const int queries = bounds.query_length * bounds.group == 1 ? 1 : kGenericQueries;
-  const int64_t items = bounds.items(args.p.num_rows, queries);
-  if (items > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const dim3 grid(static_cast<unsigned>(items), static_cast<unsigned>(args.p.sizes.num_kv_heads));
+  const int queries = plan.generic_queries;
+  const dim3 grid = plan.grid(plan.items(args.p, queries), kGenericBlocks);
   const std::size_t shared = generic_shared_bytes(queries, args.p.sizes.head_dim);
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_int<1, kGenericQueries>(queries, [&]<int kQueries>() {
@@ -65,46 +103,42 @@ cudaError_t launch_generic(const AttentionArgs& args, const Bounds& bounds, cuda
 }
 
 template <typename T>
-cudaError_t launch_tensor_core(AttentionArgs& args, const Bounds& bounds, cudaStream_t stream) {
+cudaError_t launch_tensor_core(AttentionArgs& args, const Plan& plan, cudaStream_t stream) {
   const RaggedAttentionParams& p = args.p;
-  const auto kv_heads = static_cast<unsigned>(p.sizes.num_kv_heads);
   args.key_column_bytes =
       static_cast<int32_t>(in_bytes(p.key_cache_strides, p.dtype).column_stride);
   args.value_column_bytes =
       static_cast<int32_t>(in_bytes(p.value_cache_strides, p.dtype).column_stride);
-  args.decode_vectors = decode_vectors(p.sizes.head_dim, bounds.group);
-  if (args.decode_vectors > 0) {
-    const int64_t vectors = smaller(bounds.query_length * bounds.group, args.decode_vectors);
-    while (int64_t{1} << args.decode_shift < vectors) ++args.decode_shift;
-    const dim3 grid(static_cast<unsigned>(p.num_rows), kv_heads,
-                    static_cast<unsigned>(bounds.splits));
-    const cudaError_t error = launch_decode<T>(args, grid, stream);
+  if (plan.has_decode) {
+    const auto head_dim = static_cast<int>(p.sizes.head_dim);
+    const int blocks = decode_blocks(head_dim, decode_vectors(head_dim, plan.group) / 8);
+    const cudaError_t error =
+        launch_decode<T>(args, plan.grid(plan.decode_items(p), blocks), stream);
     if (error != cudaSuccess) return error;
   }
-  if (bounds.query_length * bounds.group <= args.decode_vectors) return cudaSuccess;
-  const int64_t items = bounds.items(p.num_rows, kSplitVectors);
-  if (items > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return launch_prefill<T>(args, dim3(static_cast<unsigned>(items), kv_heads), stream);
+  return plan.has_prefill() ? launch_prefill<T>(args, plan.prefill_grid(p), stream) : cudaSuccess;
 }
 
-AttentionArgs make_args(const RaggedAttentionParams& p, const Bounds& bounds) {
+AttentionArgs make_args(const RaggedAttentionParams& p, const Plan& plan) {
   AttentionArgs args{};
   args.p = p;
-  args.group = static_cast<int32_t>(bounds.group);
-  // Only numbers of vectors of a decode row are divided so.
-  args.group_magic = static_cast<int32_t>(65535 / bounds.group + 1);
-  args.max_splits = static_cast<int32_t>(bounds.splits);
-  args.max_split_vectors = static_cast<int32_t>(bounds.split_vectors);
-  args.partials_by_token = bounds.partials_by_token;
+  args.group = static_cast<int32_t>(plan.group);
+  args.has_decode = plan.has_decode;
+  while (int64_t{1} << args.decode_shift < plan.group) ++args.decode_shift;
+  args.max_splits = static_cast<int32_t>(plan.splits);
+  args.decode_items = static_cast<int32_t>(smaller(p.num_rows * plan.splits, INT32_MAX / 2));
+  args.max_split_vectors = static_cast<int32_t>(plan.split_vectors);
+  args.partial_vectors = static_cast<int32_t>(plan.partial_vectors);
+  // What is read in 16 bytes comes first.
   args.partial_sums = p.workspace;
-  const int64_t partials = bounds.partial_vectors * p.sizes.num_kv_heads * bounds.splits;
-  args.partial_stats = p.workspace + partials * p.sizes.head_dim;
+  args.totals = args.partial_sums + plan.partials() * p.sizes.head_dim;
+  args.partial_stats = args.totals + plan.totals(p);
   const auto narrow = [](int64_t x) { return static_cast<int32_t>(smaller(x, INT32_MAX)); };
   args.num_slots = narrow(p.sizes.num_slots);
   args.capacity = narrow(p.sizes.capacity);
   args.total_queries = narrow(p.total_queries);
-  args.max_query_length = narrow(bounds.query_length);
-  args.max_length = narrow(bounds.length);
+  args.max_query_length = narrow(plan.query_length);
+  args.max_length = narrow(plan.length);
   args.window = p.window > 0 ? narrow(p.window) : INT32_MAX;
   args.score_scale = static_cast<float>(p.scale / kLn2);
   args.log_unit = args.score_scale == 0.0f ? kLn2 : double{p.scale} / args.score_scale;
@@ -121,29 +155,30 @@ AttentionArgs make_args(const RaggedAttentionParams& p, const Bounds& bounds) {
 }  // namespace
 
 int64_t ragged_attention_workspace(const RaggedAttentionParams& p) {
-  const Bounds bounds(p);
-  return bounds.partial_vectors * p.sizes.num_kv_heads * bounds.splits * (p.sizes.head_dim + 2);
+  const Plan plan(p);
+  return plan.partials() * (p.sizes.head_dim + 2) + plan.totals(p);
 }
 
 cudaError_t ragged_attention(const RaggedAttentionParams& p, cudaStream_t stream) {
   if (p.num_rows == 0 || p.total_queries == 0 || p.max_query_length == 0) return cudaSuccess;
-  const Bounds bounds(p);
-  if (p.sizes.num_kv_heads > kMaxGridYZ || p.num_rows > INT32_MAX ||
-      bounds.query_length * bounds.group > INT32_MAX || bounds.length > INT32_MAX - kSplitUnit) {
+  const Plan plan(p);
+  if (plan.kv_heads > kMaxGridYZ || p.num_rows > INT32_MAX / 64 / plan.group ||
+      plan.query_length * plan.group > INT32_MAX || plan.length > INT32_MAX - kSplitUnit ||
+      plan.items(p, std::max(plan.generic_queries, 1)) > INT32_MAX / 2) {
     return cudaErrorInvalidConfiguration;
   }
-  AttentionArgs args = make_args(p, bounds);
+  AttentionArgs args = make_args(p, plan);
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_dtype(p.dtype, [&]<typename Storage>() {
     using T = device_t<Storage>;
-    if (has_tensor_core_kernel(p)) {
-      if constexpr (sizeof(T) == 2) error = launch_tensor_core<T>(args, bounds, stream);
+    if (plan.generic_queries == 0) {
+      if constexpr (sizeof(T) == 2) error = launch_tensor_core<T>(args, plan, stream);
     } else {
-      error = launch_generic<T>(args, bounds, stream);
+      error = launch_generic<T>(args, plan, stream);
     }
-    if (error == cudaSuccess && bounds.splits > 1) {
-      const dim3 grid(static_cast<unsigned>(p.num_rows),
-                      static_cast<unsigned>(p.sizes.num_kv_heads));
+    if (error == cudaSuccess && plan.partial_vectors > 0) {
+      const dim3 grid(static_cast<unsigned>(divide_up(plan.partial_vectors, kAttentionWarps)),
+                      static_cast<unsigned>(plan.kv_heads));
       error =
           launch(ragged_attention_merge_kernel<T>, grid, dim3(kAttentionThreads), 0, stream, args);
     }

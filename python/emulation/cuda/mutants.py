@@ -27,7 +27,7 @@ SPOILT = [
         "warps of a block share one partial result",
     ),
     (
-        "prefill.h", "(2 * stage + which)", "(WRONG ? which : 2 * stage + which)",
+        "prefill_tile.h", "(2 * stage + which)", "(WRONG ? which : 2 * stage + which)",
         "all tiles share one stage",
     ),
 ]  # fmt: skip

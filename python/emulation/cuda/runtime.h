@@ -45,6 +45,8 @@ void clear_regions();
 
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
+// So few that blocks of a grid that is sized by them have several items each.
+constexpr int kMultiprocessors = 2;
 // As on sm_90 and sm_100: the most a block may ask for.
 constexpr std::size_t kMaxSharedBytes = 227 * 1024;
 

@@ -149,11 +149,11 @@ class DecodeCounts:
 
 def count_decode(length: int = 512) -> DecodeCounts:
     """The loop is what twice the keys of an unsplit row add."""
-    ((_, short),) = run_on_ptx(decode_case(256)).machines
-    ((_, long),) = run_on_ptx(decode_case(512)).machines
+    ((_, short),) = run_on_ptx(decode_case(128)).machines
+    ((_, long),) = run_on_ptx(decode_case(256)).machines
     case = decode_case(length)
     machines = [machine for _, machine in run_on_ptx(case).machines]
-    lines = decode_case(256).payload / 128
+    lines = decode_case(128).payload / 128
 
     def loop(figure) -> float:
         return (figure(long) - figure(short)) / lines

@@ -46,8 +46,12 @@ class Machine:
 
     def __init__(self, ptx: str, kernel: str) -> None:
         ptx = re.sub(r"//.*", "", ptx)
+        # Inline assembly may end with a brace at the beginning of a line too; behind that of a
+        # kernel comes a directive or nothing.
         found = re.search(
-            rf"\.entry (\w*{kernel}\w*)\((.*?)\)[^{{;]*\{{(.*?)^\}}", ptx, re.DOTALL | re.MULTILINE
+            rf"\.entry (\w*{kernel}\w*)\((.*?)\)[^{{;]*\{{(.*?)^\}}(?=\s*(\.|\Z))",
+            ptx,
+            re.DOTALL | re.MULTILINE,
         )
         if not found:
             raise KeyError(f"no kernel {kernel} in this PTX")

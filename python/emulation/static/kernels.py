@@ -135,7 +135,7 @@ class Kernel:
         return self.count("HMMA") > 0
 
     def product_loop(self) -> list[Line]:
-        """The longest loop with tensor core products, without what its branches may skip and that
+        """The innermost loop with tensor core products, without what its branches may skip and that
         has neither products nor wide loads: masks, rescaling, options."""
         place = {line.address: i for i, line in enumerate(self.lines)}
         target_of = {}
@@ -147,8 +147,22 @@ class Kernel:
         def matters(lines: list[Line]) -> bool:
             return any(x.opcode.startswith("HMMA") or x.loaded_bytes() >= 8 for x in lines)
 
-        loops = [(i - first, first, i) for i, first in target_of.items() if first < i]
-        _, i, last = max(loop for loop in loops if matters(self.lines[loop[1] : loop[2]]))
+        def multiplies(first: int, last: int) -> bool:
+            return any(x.opcode.startswith("HMMA") for x in self.lines[first:last])
+
+        # A loop ends with the last branch back to its beginning.
+        ends: dict[int, int] = {}
+        for i, first in target_of.items():
+            if first < i:
+                ends[first] = max(ends.get(first, 0), i)
+        loops = [(first, end) for first, end in ends.items() if multiplies(first, end)]
+        # Around the loop over keys is the one over a block's items; beside an unrolled loop is the
+        # short one for what its turns leave over.
+        innermost = [
+            (first, end) for first, end in loops
+            if not any(first < other and last <= end for other, last in loops)
+        ]  # fmt: skip
+        i, last = max(innermost, key=lambda loop: loop[1] - loop[0])
         body = []
         while i <= last:
             body.append(self.lines[i])
@@ -322,14 +336,14 @@ def dynamic_shared(name: str) -> int:
         return 0
     head_dim = int(found[2])
     if found[1] == "decode":
-        # Sums of all warps in fours, maxima and sums, and the queries of 256 dims.
+        # Sums of all warps in fours, maxima and sums, and the queries.
         tiles, quads = int(found[3]), math.ceil(head_dim / 32)
-        queries = 16 * head_dim if head_dim > 128 else 16
-        return 4 * tiles * (quads * 2 * 32 * 16 + 8 * 8) + queries
-    # Two stages of keys and values, and three quarters of the queries of 256 dims.
+        return 4 * tiles * (quads * 2 * 32 * 16 + 8 * 8) + 16 * head_dim * tiles
+    # Two stages of keys and values, three quarters of the queries of 256 dims, and 16 bytes of each
+    # thread.
     keys = 64 if head_dim <= 64 else 32 if head_dim <= 128 else 16
-    queries = 64 * (192 + 8) if head_dim > 128 else 0
-    return 2 * (2 * 2 * keys * (head_dim + 8) + queries)
+    queries = 64 * (224 + 8) if head_dim > 128 else 0
+    return 2 * (2 * 2 * keys * (head_dim + 8) + queries) + 16 * 128
 
 
 def kilobytes(threads: int, levels: Sequence[float]) -> str:

@@ -1,0 +1,175 @@
+"""How ragged_attention's CUDA kernels divide rows and share a device, and that neither is seen in a
+result.
+
+| property | test |
+| --- | --- |
+| a row's segments have the same bits in blocks of their own and one after another | streamed |
+| rows of many vectors are split, a row that is alone in enough pieces | pieces |
+| no grid grows with the capacity or with rows that are not there | grids |
+"""
+
+import pytest
+import torch
+
+from baton_kernels.testing import (
+    Row,
+    assert_accurate,
+    assert_same_bits,
+    attention_problem,
+    int32,
+    random_rows,
+)
+from emulation import build
+from emulation.cuda.backends import EMULATED
+from emulation.cuda.ops import EmulatedOps
+from emulation.ptx.ops import kernel_names
+
+# As many query vectors of all KV heads as make the host leave rows of several tokens whole.
+MANY = 128 * 64
+
+
+class WatchedOps(EmulatedOps):
+    """Knows the launches and the partial results of the last call."""
+
+    def __init__(self) -> None:
+        super().__init__(build.FAST)
+        self.launches: list[tuple[str, tuple[int, int, int]]] = []
+        self.workspace = torch.empty(0)
+
+    def run(self, op, inputs, outputs, **fields):
+        launches = self.module.record(
+            lambda: super(WatchedOps, self).run(op, inputs, outputs, **fields)
+        )
+        if op == "ragged_attention":
+            names = kernel_names(self.module.__file__)
+            self.launches = [
+                (names[offset].partition("_kernel")[0].removeprefix("ragged_attention_"), grid)
+                for offset, grid, *_ in launches
+            ]
+            self.workspace = outputs["workspace"]
+
+    def partial_results(self, head_dim: int) -> int:
+        """How many have been written: the workspace began as NaN, and sums are as many as stats."""
+        return int((~self.workspace.isnan()).sum()) // (head_dim + 2)
+
+
+# Query tokens, length, (num_heads, num_kv_heads), head_dim, dtype, options.
+STREAMED = {
+    "bfloat16": (20, 1100, (8, 2), 64, torch.bfloat16, {}),
+    "tile ends in two segments": (40, 1040, (4, 2), 128, torch.float16, {}),
+    "head_dim 96": (9, 700, (2, 2), 96, torch.bfloat16, {}),
+    "window": (24, 1200, (4, 1), 80, torch.float16, {"window": 300}),
+    "both ways": (20, 1100, (4, 2), 64, torch.bfloat16, {"causal": False, "softcap": 3.0}),
+    "float32": (9, 1100, (4, 2), 64, torch.float32, {}),
+    "head_dim 24": (9, 1100, (4, 2), 24, torch.bfloat16, {"window": 530}),
+}
+
+
+def with_idle_row(problem, num_heads: int):
+    """The call with one more row, of so many tokens that no row of several is split; slot -1."""
+    tokens = MANY // num_heads + 1
+    query = torch.cat([problem.query, problem.query.new_zeros(tokens, *problem.query.shape[1:])])
+    bounds = [*problem.cu_seqlens_q.tolist(), len(query)]
+    shape = (problem.slots, -1), (problem.starts, 0), (problem.lengths, 1)
+    more = [int32([*x.tolist(), of_idle]) for x, of_idle in shape]
+    return query, problem.key_cache, problem.value_cache, int32(bounds), *more
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_streamed_segments_have_the_bits_of_split_ones(name):
+    tokens, length, (num_heads, num_kv_heads), head_dim, dtype, options = STREAMED[name]
+    rows = random_rows(
+        [tokens, 1], [length, 600], num_heads=num_heads, num_kv_heads=num_kv_heads,
+        head_dim=head_dim, dtype=dtype,
+    )  # fmt: skip
+    problem = attention_problem(rows)
+    options = {**options, "return_lse": True}
+    ops = WatchedOps()
+    with ops.entered():
+        split = ops.ragged_attention(*problem.args, **options)
+        vectors = ops.partial_results(head_dim)
+        streamed = ops.ragged_attention(*with_idle_row(problem, num_heads), **options)
+    assert vectors > num_heads * tokens
+    assert_accurate(split, "ragged_attention", *problem.args, **options)
+    for got, want in zip(streamed, split, strict=True):
+        assert_same_bits(got[: len(want)], want)
+
+
+# Query tokens, length, (num_heads, num_kv_heads), head_dim, pieces of each vector's keys.
+PIECES = {
+    "one token": (1, 2048, (8, 2), 64, 8),
+    "one token of many heads": (1, 1100, (128, 1), 64, 5),
+    "chunk of 160 vectors": (40, 1100, (8, 2), 64, 3),
+    "short": (1, 256, (8, 2), 64, 0),
+    "chunk in one segment": (3, 512, (8, 2), 64, 0),
+    "chunk of 256 dims": (3, 1100, (8, 2), 256, 0),
+    "in 16 as long as they are not longer than 512": (1, 8192, (2, 1), 64, 16),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_rows_are_read_in_pieces(name):
+    tokens, length, (num_heads, num_kv_heads), head_dim, pieces = PIECES[name]
+    (row,) = random_rows(
+        [tokens], [length], num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    ops, problem = WatchedOps(), attention_problem([row])
+    with ops.entered():
+        actual = ops.ragged_attention(*problem.args)
+    assert_accurate(actual, "ragged_attention", *problem.args)
+    assert ops.partial_results(head_dim) == pieces * tokens * num_heads
+
+
+def shape_of(rows: int, capacity: int, query_length: int):
+    """Rows of one slot; nothing in it is long."""
+    cache = torch.zeros(1, 1, 2, 1, 64, dtype=torch.bfloat16).expand(-1, -1, -1, capacity, -1)[0]
+    query = torch.zeros(rows * query_length, 8, 64, dtype=torch.bfloat16)
+    return query, cache, cache, int32(range(0, rows * query_length + 1, query_length)), *(
+        int32([x] * rows) for x in (0, 0, query_length)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("query_length", [1, 3])
+def test_grids_do_not_grow_with_the_capacity(query_length):
+    """What a graph captured without bounds launches: blocks for 2 multiprocessors, and a warp for
+    each vector that may be split."""
+    ops, grids = WatchedOps(), []
+    for capacity in (4096, 2**20):
+        with ops.entered():
+            ops.ragged_attention(*shape_of(40, capacity, query_length))
+        grids.append(dict(ops.launches))
+    assert grids[0] == grids[1]
+    # Two KV heads; 4 blocks of decode and 3 of prefill fit a multiprocessor.
+    assert grids[0]["decode"] == (4, 2, 1) and grids[0]["prefill"] == (3, 2, 1)
+    assert grids[0]["merge"] == (40 * query_length, 2, 1)
+
+
+def test_bounds_and_default_bounds_leave_launches_out():
+    ops = WatchedOps()
+    query, key, value, bounds, *rest = shape_of(40, 4096, 1)
+    with ops.entered():
+        ops.ragged_attention(query, key, value, bounds, *rest, max_query_length=1)
+        assert [name for name, _ in ops.launches] == ["decode", "merge"]
+        ops.ragged_attention(query, key, value, bounds, *rest, max_query_length=1, max_length=256)
+        assert [name for name, _ in ops.launches] == ["decode"]
+
+
+@pytest.mark.parametrize("backend", EMULATED)
+def test_more_rows_than_a_warp_looks_at_together(backend):
+    """Rows of both kinds, split or not, some out of range: 70 of them."""
+    lengths = [(37 * i) % 600 + 4 for i in range(70)]
+    counts = [1 if i % 3 else 3 for i in range(70)]
+    rows = random_rows(
+        counts, lengths, num_heads=2, num_kv_heads=1, head_dim=64, dtype=torch.bfloat16
+    )
+    alone = Row(rows[69].query, rows[69].key, rows[69].value)
+    problem = attention_problem(rows)
+    ops = EMULATED[backend]
+    with ops.entered():
+        actual = ops.ragged_attention(*problem.args)
+        (last,) = attention_problem([alone]).split(
+            ops.ragged_attention(*attention_problem([alone]).args)
+        )
+    assert_accurate(actual, "ragged_attention", *problem.args)
+    assert_same_bits(problem.split(actual)[69], last)
