@@ -9,7 +9,13 @@ import triton.language as tl
 from baton_kernels.ops.checks import default_cu_seqlens, default_slots, default_starts
 from baton_kernels.ops.insert_kv import check_arguments
 from baton_kernels.triton import common
-from baton_kernels.triton.tokens import cache_places, locate_tokens, split_program, token_places
+from baton_kernels.triton.tokens import (
+    cache_places,
+    count_descents,
+    locate_tokens,
+    split_program,
+    token_places,
+)
 
 # 32 tokens x 128 numbers are 4 16-byte accesses per thread and cache: enough to hide the look-up.
 BLOCK_TOKENS = 32
@@ -53,8 +59,9 @@ def run(key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padd
         blocks = common.ceil_div(capacity, BLOCK_TOKENS)
         common.launch(
             clear_padding_kernel, num_queries * blocks * planes, key.device,
-            key_cache, value_cache, slots, starts,
-            blocks, num_layers, num_kv_heads, num_slots, capacity, *strides[0], *strides[1],
+            key_cache, value_cache, cu_seqlens, slots, starts,
+            total_tokens, num_queries, blocks, num_layers, num_kv_heads, num_slots, capacity,
+            *strides[0], *strides[1],
             HEAD_DIM=head_dim, BLOCK_D=common.power_of_2(head_dim), BLOCK_TOKENS=BLOCK_TOKENS,
         )  # fmt: skip
     common.launch(
@@ -108,11 +115,11 @@ def insert_kv_kernel(
     tl.store(value_cache_ptr + value_to, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["blocks", "num_slots"])
+@triton.jit(do_not_specialize=["total_tokens", "num_queries", "blocks", "num_slots"])
 def clear_padding_kernel(
     key_cache_ptr, value_cache_ptr,  # [num_layers, num_slots, num_kv_heads, capacity, HEAD_DIM]
-    slots_ptr, starts_ptr,  # [num_queries]
-    blocks, num_layers, num_kv_heads, num_slots, capacity,
+    cu_seqlens_ptr, slots_ptr, starts_ptr,  # [num_queries + 1], [num_queries], [num_queries]
+    total_tokens, num_queries, blocks, num_layers, num_kv_heads, num_slots, capacity,
     key_cache_layer_stride, key_cache_slot_stride, key_cache_head_stride, key_cache_column_stride,
     value_cache_layer_stride, value_cache_slot_stride, value_cache_head_stride,
     value_cache_column_stride,
@@ -122,8 +129,15 @@ def clear_padding_kernel(
     query = block // blocks
     first = block % blocks * BLOCK_TOKENS
     slot = tl.load(slots_ptr + query).to(tl.int64)
-    start = tl.load(starts_ptr + query)
-    if (first >= start) | (start > capacity) | (slot < 0) | (slot >= num_slots):
+    start = tl.load(starts_ptr + query).to(tl.int64)
+    begin = tl.load(cu_seqlens_ptr + query)
+    end = tl.load(cu_seqlens_ptr + query + 1)
+    if (first >= start) | (slot < 0) | (slot >= num_slots):
+        return
+    # The padding of a query that is not copied stays as it is.
+    if (begin < 0) | (end > total_tokens) | (start + (end - begin) > capacity):
+        return
+    if count_descents(cu_seqlens_ptr, num_queries) > 0:
         return
     column = first + tl.arange(0, BLOCK_TOKENS)
     d = tl.arange(0, BLOCK_D)

@@ -3,6 +3,22 @@
 import triton
 import triton.language as tl
 
+# Bounds of queries that a program looks at together.
+BLOCK_QUERIES = tl.constexpr(128)
+
+
+@triton.jit
+def count_descents(cu_seqlens_ptr, num_queries):
+    """How many bounds of queries are below the one before. Where any is, tokens belong to several
+    queries or to none, and no query is whole."""
+    descents = tl.zeros([BLOCK_QUERIES], tl.int32)
+    for first in range(0, num_queries, BLOCK_QUERIES):
+        query = first + tl.arange(0, BLOCK_QUERIES)
+        begins = tl.load(cu_seqlens_ptr + query, mask=query < num_queries, other=0)
+        ends = tl.load(cu_seqlens_ptr + query + 1, mask=query < num_queries, other=0)
+        descents += (begins > ends).to(tl.int32)
+    return tl.sum(descents, 0)
+
 
 @triton.jit
 def locate_tokens(
@@ -12,7 +28,8 @@ def locate_tokens(
     """Slot and column (int64) of each token, and which tokens have a place.
 
     cu_seqlens is on the device, so which query a token belongs to is found there: the last one that
-    begins at or before it, by bisection. Index values out of range give no place.
+    begins at or before it, by bisection. A query has places for all of its tokens or for none: none
+    where an index value is out of range or bounds do not ascend.
     """
     low = tl.zeros_like(token)
     high = low + num_queries
@@ -26,8 +43,10 @@ def locate_tokens(
     slot = tl.load(slots_ptr + low).to(tl.int64)
     start = tl.load(starts_ptr + low).to(tl.int64)
     column = start + (token - first)
-    has_place = (token < total_tokens) & (first >= 0) & (first <= token) & (token < last)
-    has_place &= (slot >= 0) & (slot < num_slots) & (start >= 0) & (column < capacity)
+    has_place = (first >= 0) & (first <= token) & (token < last) & (last <= total_tokens)
+    has_place &= (slot >= 0) & (slot < num_slots) & (start >= 0)
+    has_place &= start + (last - first) <= capacity
+    has_place &= tl.zeros_like(token) + count_descents(cu_seqlens_ptr, num_queries) == 0
     return slot, column, has_place
 
 

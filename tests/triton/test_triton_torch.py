@@ -113,8 +113,6 @@ def test_triton_tokens_out_of_range_are_left_out(slot, column):
         expected[2, :, 3:5] = tokens[:2].transpose(0, 1)
         if zero_padding:
             expected[2, :, :3] = 0
-            if slot == 1 and column == 8:
-                expected[1] = 0
         baton_kernels.triton.insert_kv(
             tokens, tokens, keys, values, int32([0, 2, 5]), slots, columns,
             zero_padding=zero_padding,
@@ -139,16 +137,37 @@ def test_triton_tokens_out_of_range_are_left_out(slot, column):
         assert_same_bits(storage(keys), storage(cache))
 
 
-@pytest.mark.parametrize("cu_seqlens", [[0, 9, 5], [0, -3, 5], [7, 2, 9]])
-def test_triton_bad_cu_seqlens_touch_nothing_else(cu_seqlens):
-    cache = embed(torch.zeros(4, 2, 8, 16))
-    tokens = torch.randn(5, 2, 16)
-    keys, values = twin(cache), twin(cache)
-    places = int32(cu_seqlens), int32([2, 1]), int32([3, 0])
-    baton_kernels.triton.insert_kv(tokens, tokens, keys, values, *places)
-    assert_same_bits(keys[0], cache[0])
-    assert_same_bits(keys[3], cache[3])
-    baton_kernels.triton.extract_kv(cache, cache, *places, total_tokens=5)
+# Bounds of queries, and those that are whole: no other is copied, not even in part.
+WHOLE = [
+    ([0, 3, 2], []), ([0, 4, 2, 6], []), ([0, 3, 9], [0]), ([-2, 3, 6], [1]), ([1, 3, 6], [0, 1]),
+    ([4, 1], []), ([0, *range(0, 7), 5, 6], []), ([*[0] * 140, 4, 3, 6], []), ([0, 9, 5], []),
+    ([0, -3, 5], []), ([7, 2, 9], []), ([0, 1, 6], [0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bounds", "whole"), WHOLE)
+def test_triton_queries_are_copied_whole_or_not_at_all(bounds, whole):
+    """Row 1 of the last case would end behind the capacity."""
+    queries = len(bounds) - 1
+    tokens = torch.randn(6, 2, 16)
+    cache = embed(torch.randn(queries, 2, 6, 16))
+    keys, values, expected = twin(cache), twin(cache), twin(cache)
+    starts = [2 if bounds == [0, 1, 6] else 1] * queries
+    places = int32(bounds), int32(range(queries)), int32(starts)
+    out = torch.full((2, 6, 2, 16), float("nan"))
+    full = torch.ones(queries, 2, 6, 16)
+    copied = torch.zeros(6, dtype=torch.bool)
+    for i in whole:
+        count = bounds[i + 1] - bounds[i]
+        expected[i, :, : starts[i]] = 0
+        of_query = tokens[bounds[i] : bounds[i + 1]].transpose(0, 1)
+        expected[i, :, starts[i] : starts[i] + count] = of_query
+        copied[bounds[i] : bounds[i + 1]] = True
+    baton_kernels.triton.insert_kv(tokens, tokens, keys, values, *places, zero_padding=True)
+    assert_same_bits(storage(keys), storage(expected))
+    assert_same_bits(storage(values), storage(expected))
+    baton_kernels.triton.extract_kv(full, full, *places, total_tokens=6, out=tuple(out))
+    assert (out[:, copied] == 1).all() and out[:, ~copied].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["slots", "starts", "lengths"])
