@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PACKED = (*FLOATS, torch.int8)
 OTHER_DTYPES = (
     torch.float64, torch.int64, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
     torch.int32, *FLOATS,
@@ -245,6 +246,8 @@ def _bias(r: Random, outputs: int, dtype: torch.dtype) -> Arguments:
 
 def _panels(outputs: int, wide: int, dtype: torch.dtype) -> Described:
     panels = -(-outputs // 48)
+    if dtype == torch.int8:
+        return Described([panels, -(-wide // 4), 48, 4], dtype)
     if dtype == torch.bfloat16:
         return Described([panels, -(-wide // 2), 48, 2], dtype)
     return Described([panels, wide, 48], dtype)
@@ -252,22 +255,29 @@ def _panels(outputs: int, wide: int, dtype: torch.dtype) -> Described:
 
 def linear_packed(r: Random) -> tuple[str, Arguments]:
     rows, wide, outputs = r.choice((0, 1, 2, 5, 18)), r.choice((0, 1, 7, 33)), r.randrange(0, 110)
-    dtype = r.choice(FLOATS)
-    return "default", {
-        "x": Described([rows, wide], dtype, layout=r.choice(LAYOUTS)),
-        "panels": _panels(outputs, wide, dtype), "out_features": outputs,
-        **_bias(r, outputs, dtype),
-    }  # fmt: skip
+    dtype, overload = r.choice(FLOATS), r.choice(("default", "int8"))
+    arguments = {"x": Described([rows, wide], dtype, layout=r.choice(LAYOUTS))}
+    if overload == "int8":
+        arguments["panels"] = _panels(outputs, wide, torch.int8)
+        arguments["scales"] = Described([outputs], torch.float32)
+    else:
+        arguments["panels"] = _panels(outputs, wide, dtype)
+    return overload, arguments | {"out_features": outputs, **_bias(r, outputs, dtype)}
+
+
+def quantize_linear(r: Random) -> tuple[str, Arguments]:
+    shape = [r.randrange(0, 110), r.choice((0, 1, 7, 33))]
+    return "default", {"weight": Described(shape, r.choice(FLOATS), layout=r.choice(LAYOUTS))}
 
 
 def pack_linear(r: Random) -> tuple[str, Arguments]:
-    wide, outputs, dtype = r.choice((0, 1, 7, 33)), r.randrange(0, 110), r.choice(FLOATS)
+    wide, outputs, dtype = r.choice((0, 1, 7, 33)), r.randrange(0, 110), r.choice(PACKED)
     weight = Described([outputs, wide], dtype, layout=r.choice(LAYOUTS))
     return "default", {"weight": weight, "panels": _panels(outputs, wide, dtype)}
 
 
 def unpack_linear(r: Random) -> tuple[str, Arguments]:
-    wide, outputs, dtype = r.choice((0, 1, 7, 33)), r.randrange(0, 110), r.choice(FLOATS)
+    wide, outputs, dtype = r.choice((0, 1, 7, 33)), r.randrange(0, 110), r.choice(PACKED)
     arguments = {
         "panels": _panels(outputs, wide, dtype), "out_features": outputs, "in_features": wide,
     }  # fmt: skip
@@ -280,8 +290,8 @@ OPS = {
     f.__name__: f
     for f in (
         insert_kv, append_kv, move_kv, extract_kv, ragged_attention, merge_attention,
-        attention_mask, masked_softmax, rms_norm, silu_and_mul, linear, linear_packed, pack_linear,
-        unpack_linear,
+        attention_mask, masked_softmax, rms_norm, silu_and_mul, linear, linear_packed,
+        quantize_linear, pack_linear, unpack_linear,
     )
 }  # fmt: skip
 
