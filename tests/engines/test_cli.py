@@ -1,5 +1,6 @@
 """The command line on a tiny random Llama: what goes in, what comes out, and how it ends."""
 
+import inspect
 import json
 import os
 import signal
@@ -218,6 +219,36 @@ def test_the_options_reach_the_relay(folder, monkeypatch):
     )
     assert result.exit_code == 1
     assert "must fit the KV budget of 5242 bytes" in lines_of(result)[1]["error"]
+
+
+def test_generate_and_serve_make_the_same_relay(folder, monkeypatch):
+    """Every option of batching reaches `Relay` from both commands, with another value each."""
+    taken = []
+
+    def relay(model, **options):
+        taken.append(options)
+        raise RuntimeError("enough")
+
+    def serve(model, tokenizer, name, *, host, port, **options):
+        relay(model, **options)
+
+    monkeypatch.setattr("baton_engines.relay.Relay", relay)
+    monkeypatch.setattr("baton_engines.serve.server.serve", serve)
+    options = ["--slots", 3, "--max-slots", 5, "--kv-budget", 1, "--prefix-cache", 2]
+    options += ["--capacity", 64, "--weights", "int8", "--prefill", "overlapped"]
+    for command in (["generate", "--prompt", "a"], ["serve"]):
+        result = run(*command, "--model", folder, *options)
+        assert result.exit_code == 2 and "enough" in result.output
+    wanted = {
+        "num_slots": 3, "max_slots": 5, "kv_budget": 2**20, "prefix_cache": 2 * 2**20,
+        "capacity": 64, "weight_dtype": "int8",
+    }  # fmt: skip
+    for options in taken:
+        assert {name: options[name] for name in wanted} == wanted
+        assert options["policy"].name == "baton" and options["prefill"].name == "overlapped"
+    ours = set(inspect.signature(Relay).parameters) - {"model", "tokenizer", "generation_config"}
+    # Shapes that measure what others cost are for programs.
+    assert ours - set(taken[1]) <= {"aligned", "shaping", "clock"}, ours
 
 
 def test_standard_input(folder):

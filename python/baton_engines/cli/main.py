@@ -70,32 +70,21 @@ def _open_relay(
     Raises:
         CommandError: what stands against it.
     """
-    from .. import prefill as prefills
     from ..relay import Relay
 
-    threads = {} if batching.prefill_threads is None else {"threads": batching.prefill_threads}
     try:
         return Relay(
             model,
-            batching.slots,
-            batching.capacity,
-            policy,
-            prefill=prefills.get(batching.prefill, **threads),
+            capacity=batching.capacity,
+            policy=policy,
             tokenizer=tokenizer,
             generation_config=generation_config,
-            max_slots=batching.max_slots,
-            kv_budget=_bytes(batching.kv_budget),
-            prefix_cache=_bytes(batching.prefix_cache),
-            weight_dtype=batching.weight_dtype,
+            **batching.relay_options(),
         )
     # No Llama, or one with something that the patch does not know; a process that cannot start; no
     # package for the mode.
     except (ImportError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
-
-
-def _bytes(mib: float | None) -> int | None:
-    return None if mib is None else int(mib * 2**20)
 
 
 def _empty_generation_config(model: Any) -> Any:

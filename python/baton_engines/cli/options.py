@@ -111,6 +111,10 @@ class Queries:
     ] = False
 
 
+def _bytes(mib: float | None) -> int | None:
+    return None if mib is None else int(mib * 2**20)
+
+
 @dataclass(frozen=True)
 class Batching:
     """How queries are batched, on which cache and cores."""
@@ -185,10 +189,23 @@ class Batching:
     ] = None
     threads: ThreadsOption = None
 
-    @property
-    def weight_dtype(self) -> str | None:
-        """Of the weights in use, as `Relay` takes it."""
-        return None if self.weights is None else self.weights.value
+    def relay_options(self) -> dict[str, Any]:
+        """What `Relay` takes of these options, without capacity and policy.
+
+        Raises:
+            ImportError, ValueError: the mode of prefill cannot be had.
+        """
+        from .. import prefill
+
+        threads = {} if self.prefill_threads is None else {"threads": self.prefill_threads}
+        return {
+            "num_slots": self.slots,
+            "prefill": prefill.get(self.prefill, **threads),
+            "max_slots": self.max_slots,
+            "kv_budget": _bytes(self.kv_budget),
+            "prefix_cache": _bytes(self.prefix_cache),
+            "weight_dtype": None if self.weights is None else self.weights.value,
+        }
 
     def make_policy(self) -> Any:
         """The policy, with the options that were given.

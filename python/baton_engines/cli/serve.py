@@ -10,8 +10,6 @@ import typer
 from . import options
 from .errors import CommandError
 
-_BYTES_PER_MIB = 2**20
-
 
 @dataclass(frozen=True)
 class Listening:
@@ -36,7 +34,6 @@ def serve(listening: Listening, batching: options.Batching) -> None:
     import torch
 
     from ..llama import load_model
-    from ..prefill import get as get_prefiller
 
     try:
         from ..serve.server import serve as run
@@ -51,7 +48,6 @@ def serve(listening: Listening, batching: options.Batching) -> None:
     model, tokenizer = load_model(listening.model, batching.dtype.value)
     if tokenizer is None:
         raise CommandError(f"model must have a tokenizer, got none in {listening.model}")
-    budget, threads = batching.kv_budget, batching.prefill_threads
     try:
         run(
             model,
@@ -59,15 +55,9 @@ def serve(listening: Listening, batching: options.Batching) -> None:
             listening.model,
             host=listening.host,
             port=listening.port,
-            num_slots=batching.slots,
             capacity=batching.capacity,
             policy=policy,
-            prefill=get_prefiller(
-                batching.prefill, **({} if threads is None else {"threads": threads})
-            ),
-            max_slots=batching.max_slots,
-            kv_budget=None if budget is None else int(budget * _BYTES_PER_MIB),
-            weight_dtype=batching.weight_dtype,
+            **batching.relay_options(),
         )
     # No Llama, or one with something that the patch does not know; a process that cannot start; no
     # package for the mode.
