@@ -102,7 +102,7 @@ class Machine:
         self.count = len(thread)
         self.lane = (thread % np.uint32(32)).astype(np.int64)
         self.values = {"%laneid": thread % np.uint32(32)}
-        self.memory = Memory(self, arguments, tensors, blocks, shared_bytes)
+        self.memory = self._memory(arguments, tensors, blocks, shared_bytes)
         for of, index, sizes in (("tid", thread, block), ("ctaid", self.block, grid)):
             x, y, z = (np.uint32(n) for n in sizes)
             self.values[f"%{of}.x"] = index % x
@@ -112,19 +112,29 @@ class Machine:
                 self.values[f"%n{of}.{axis}"] = np.full(self.count, n, np.uint32)
         for name in self.symbols:
             self.values[name] = np.zeros((), np.uint32)
-        with np.errstate(all="ignore"):
-            self._run(thread < size, per_block)
-
-    def _run(self, alive: np.ndarray, per_block: int) -> None:
+        self.per_block = per_block
         end = len(self.code)
-        pc = np.where(alive, 0, end)
+        with np.errstate(all="ignore"):
+            self._run(np.where(thread < size, 0, end), end)
+
+    def _memory(self, arguments, tensors, blocks: int, shared_bytes: int) -> Memory:
+        return Memory(self, arguments, tensors, blocks, shared_bytes)
+
+    def _run(self, pc: np.ndarray, until: int) -> None:
+        """Runs every thread from its place in the code to ``until``, or to its end."""
+        end, per_block = len(self.code), self.per_block
         waiting = np.zeros(self.count, bool)  # at a barrier
+        held = np.zeros(self.count, bool)  # at an instruction that names lanes still to come
         stops = set(self.labels.values())
         while True:
-            at = int(np.where(waiting, end, pc).min())
+            at = int(np.where(waiting | held | (pc == until), end, pc).min())
             if at == end:
+                if held.any():
+                    opcode = self.code[int(pc[held].min())].opcode
+                    raise RuntimeError(f"{opcode} without all of the lanes that it names")
                 return
             mask = (pc == at) & ~waiting
+            held &= ~mask
             full = bool(mask.all())
             warps = int(mask.reshape(-1, 32).any(1).sum())
             while True:
@@ -137,8 +147,7 @@ class Machine:
                     self.counts[x.opcode] += warps
                 at += 1
                 if x.name == "bra":
-                    pc[mask] = at
-                    pc[active] = self.labels[x.operands[0]]
+                    self._branch(x, pc, mask, active, at)
                     break
                 if x.name in ("ret", "exit"):
                     pc[mask] = at
@@ -147,6 +156,16 @@ class Machine:
                     pc[mask] = at
                     waiting |= active
                 else:
+                    if not full and x.name in ptx_warp.INSTRUCTIONS:
+                        early = ptx_warp.incomplete(self, x, active)
+                        if early.any():
+                            held |= early
+                            pc[mask] = at - 1
+                            stops.add(at - 1)
+                            if not (mask & ~early).any():
+                                break
+                            mask, active = mask & ~early, active & ~early
+                            warps = int(mask.reshape(-1, 32).any(1).sum())
                     self._execute(x, None if every else active)
                     if at in stops:
                         pc[mask] = at
@@ -156,6 +175,10 @@ class Machine:
                 arrived = (waiting | (pc == end)).reshape(-1, per_block).all(1)
                 waiting &= ~np.repeat(arrived, per_block)
                 break
+
+    def _branch(self, x: Instruction, pc: np.ndarray, mask, active, following: int) -> None:
+        pc[mask] = following
+        pc[active] = self.labels[x.operands[0]]
 
     # Operands. A register holds raw bits of its declared width, a predicate bools.
 

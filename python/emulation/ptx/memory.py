@@ -65,7 +65,7 @@ class Memory:
         self.shared_bytes = shared_bytes
         self.shared = np.full(max(16, blocks * self.pitch), 0xFF, np.uint8)
         # cp.async: copies that have not arrived, and the groups that each thread has committed.
-        self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        self.copies: list[tuple[np.ndarray, ...]] = []
         self.groups = np.zeros(machine.count, np.int64)
 
     def _address(self, operand: str) -> np.ndarray:
@@ -161,7 +161,7 @@ class Memory:
         self.copies.append((active.copy(), self.groups.copy(), to, start))
 
     def _arrive(self, active: np.ndarray, left: int) -> None:
-        for pending, group, to, start in self.copies:
+        for pending, group, to, start, *_ in self.copies:
             done = pending & active & (group < self.groups - left)
             data = self.bytes.view(np.uint64).reshape(-1, 2)[start[done] // 16]
             data[start[done] < 0] = 0

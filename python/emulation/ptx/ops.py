@@ -55,6 +55,9 @@ class PtxOps(EmulatedOps):
         self.written: dict[str, torch.Tensor] = {}
         self.emulated: dict[str, torch.Tensor] = {}
 
+    def machine(self, op: str, kernel: str) -> Machine:
+        return Machine(ptx_of(op, kernel, self.architecture, self.sources), kernel)
+
     def run(self, op: str, inputs: dict, outputs: dict, **fields) -> None:
         self.written = written = {name: x for name, x in outputs.items() if x is not None}
         before = {name: x.clone() for name, x in written.items()}
@@ -67,6 +70,6 @@ class PtxOps(EmulatedOps):
         tensors = [x for x in (inputs | outputs).values() if x is not None and x.numel()]
         for offset, grid, block, shared_bytes, arguments in launches:
             kernel = kernel_names(self.module.__file__)[offset]
-            machine = Machine(ptx_of(op, kernel, self.architecture, self.sources), kernel)
+            machine = self.machine(op, kernel)
             machine.launch(grid, block, arguments, tensors, shared_bytes)
             self.machines.append((kernel, machine))

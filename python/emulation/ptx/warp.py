@@ -21,17 +21,26 @@ def registers(operand: str) -> list[str]:
     return re.findall(r"[%\w]+", operand)
 
 
-def _together(machine: Lanes, x: Instruction, mask, members=None) -> None:
-    """All lanes that an instruction names must execute it at the same time."""
-    if mask is None:
-        return
+def _absent(machine: Lanes, mask: np.ndarray, members: str | None) -> np.ndarray:
+    """Per warp, whether a lane that an instruction names does not execute it with the others."""
     warps = mask.reshape(-1, 32)
     named = np.full(len(warps), 0xFFFFFFFF, np.uint32)
     if members is not None:
         of_lanes = np.broadcast_to(machine.get(members, "u32"), machine.count)
         named = np.bitwise_or.reduce(np.where(mask, of_lanes, 0).reshape(-1, 32), axis=1)
     missing = named[:, None] >> LANE.astype(np.uint32) & np.uint32(1) & ~warps
-    if missing[warps.any(1)].any():
+    return missing.any(1) & warps.any(1)
+
+
+def incomplete(machine: Lanes, x: Instruction, mask: np.ndarray) -> np.ndarray:
+    """Lanes of a mask that an instruction keeps waiting for others of their warp."""
+    members = x.operands[-1] if x.name in ("shfl", "vote", "bar") else None
+    return mask & np.repeat(_absent(machine, mask, members), 32)
+
+
+def _together(machine: Lanes, x: Instruction, mask, members=None) -> None:
+    """All lanes that an instruction names must execute it at the same time."""
+    if mask is not None and _absent(machine, mask, members).any():
         raise RuntimeError(f"{x.opcode} without all of the lanes that it names")
 
 

@@ -1,0 +1,267 @@
+"""insert_kv, extract_kv, move_kv and append_kv on terms: what is written is a leaf, or is rotated.
+
+A copy's statements are one: every element of the target has the term of the element that belongs
+there, and every other keeps its own. Influence of anything else, or of the batch, would be another
+term.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from baton_kernels.testing import cumulative, int32
+from emulation.prove.attention import leaves
+from emulation.prove.claims import BATCH, COPY, HIDDEN, OUTSIDE, Prover, look_at_reads
+
+# dtype, head_dim and elements of nobody behind a head: chunks of 16, 4 and 2 bytes.
+WIDTHS = [
+    (torch.bfloat16, 64, 0), (torch.bfloat16, 16, 2), (torch.bfloat16, 16, 1),
+    (torch.float32, 16, 0),
+]  # fmt: skip
+Widths = Sequence[tuple[torch.dtype, int, int]]
+HEADS = 2
+
+
+class Tensors:
+    """Caches and packed tokens whose elements are leaves, with and without layers."""
+
+    def __init__(self, prover: Prover, width: tuple[torch.dtype, int, int], layers: int) -> None:
+        self.prover, self.ops = prover, prover.ops
+        self.dtype, self.head_dim, self.behind = width
+        self.leading = (layers,) if layers else ()
+        self.ops.forget()
+
+    def leaf(self, name: str, shape: Sequence[int], used: Callable = lambda *_: True):
+        """A tensor, and the terms of its elements; those that are not used are padding."""
+        width = self.head_dim + self.behind
+        x = torch.zeros(*self.leading, *shape, width, dtype=self.dtype)[..., : self.head_dim]
+
+        def named(*index: int):
+            inside = index[len(self.leading) : -1]
+            return (name, *index), name if used(*inside) else "padding"
+
+        leaves(self.ops, x, name, named)
+        return x, self.ops.terms_of(x).copy()
+
+    def compare(self, claim, x: torch.Tensor, expected: np.ndarray, what: str) -> None:
+        terms = self.ops.terms_of(x)
+        evidence = ""
+        if not np.array_equal(terms, expected):
+            place = tuple(int(i) for i in np.argwhere(terms != expected)[0])
+            text = self.prover.terms.text
+            evidence = f"{what}{place[:-1]} is {text(terms[place])}, not {text(expected[place])}"
+        claim.check(not evidence, evidence)
+
+
+def prove_insert(
+    prover: Prover, lengths: Sequence[int], starts: Sequence[int], widths: Widths = WIDTHS
+) -> None:
+    rows, capacity = len(lengths), max(map(sum, zip(lengths, starts, strict=True))) + 2
+    slots = list(reversed(range(rows)))
+    grid = f"lengths {list(lengths)}, 0 and 2 layers, {len(widths)} kinds of chunks"
+    copy, outside = (prover.claim("insert_kv", s, grid) for s in (COPY, OUTSIDE))
+    for width, layers, zero in itertools.product(widths, (0, 2), (False, True)):
+        t = Tensors(prover, width, layers)
+        packed = [t.leaf(name, (sum(lengths), HEADS)) for name in ("key", "value")]
+        caches = [
+            t.leaf(name, (rows, HEADS, capacity), lambda *_: False)
+            for name in ("key_cache", "value_cache")
+        ]
+        with t.ops.entered():
+            t.ops.insert_kv(
+                packed[0][0], packed[1][0], caches[0][0], caches[1][0], cumulative(lengths),
+                int32(slots), int32(starts), zero_padding=zero,
+            )  # fmt: skip
+        for (_, tokens), (cache, expected) in zip(packed, caches, strict=True):
+            done = 0
+            for length, slot, start in zip(lengths, slots, starts, strict=True):
+                part = np.moveaxis(tokens[..., done : done + length, :, :, :], -4, -3)
+                expected[..., slot, :, start : start + length, :, :] = part
+                if zero:
+                    expected[..., slot, :, :start, :, :] = 0
+                done += length
+            t.compare(copy, cache, expected, "cache")
+        look_at_reads(prover, outside)
+    prover.keep_coverage()
+
+
+def prove_extract(
+    prover: Prover, lengths: Sequence[int], starts: Sequence[int], widths: Widths = WIDTHS
+) -> None:
+    rows, capacity = len(lengths), max(map(sum, zip(lengths, starts, strict=True))) + 2
+    slots = list(reversed(range(rows)))
+    grid = f"lengths {list(lengths)}, 0 and 2 layers, {len(widths)} kinds of chunks"
+    copy, outside = (prover.claim("extract_kv", s, grid) for s in (COPY, OUTSIDE))
+    of_slot = dict(zip(slots, zip(lengths, starts, strict=True), strict=True))
+
+    def used(slot: int, head: int, column: int) -> bool:
+        length, start = of_slot[slot]
+        return start <= column < start + length
+
+    for width, layers in itertools.product(widths, (0, 2)):
+        t = Tensors(prover, width, layers)
+        caches = [
+            t.leaf(name, (rows, HEADS, capacity), used) for name in ("key_cache", "value_cache")
+        ]
+        with t.ops.entered():
+            out = t.ops.extract_kv(
+                caches[0][0], caches[1][0], cumulative(lengths), int32(slots), int32(starts),
+                total_tokens=sum(lengths),
+            )  # fmt: skip
+        for x, (_, terms) in zip(out, caches, strict=True):
+            parts = [
+                np.moveaxis(terms[..., slot, :, start : start + length, :, :], -4, -3)
+                for slot, (length, start) in of_slot.items()
+            ]
+            t.compare(copy, x, np.concatenate(parts, -4), "token")
+        look_at_reads(prover, outside)
+    prover.keep_coverage()
+
+
+def prove_move(
+    prover: Prover, moves: Sequence[tuple[int, int, int, int, int]], widths: Widths = WIDTHS
+) -> None:
+    """Moves: source slot and start, target slot and start, length."""
+    grid = f"{len(moves)} moves, 0 and 2 layers, {len(widths)} kinds of chunks"
+    copy, outside = (prover.claim("move_kv", s, grid) for s in (COPY, OUTSIDE))
+    num_slots = 1 + max(slot for move in moves for slot in (move[0], move[2]))
+    capacity = max(max(move[1], move[3]) + move[4] for move in moves) + 1
+
+    def used(slot: int, head: int, column: int) -> bool:
+        return any(slot == m[0] and m[1] <= column < m[1] + m[4] for m in moves)
+
+    for width, layers in itertools.product(widths, (0, 2)):
+        t = Tensors(prover, width, layers)
+        caches = [
+            t.leaf(name, (num_slots, HEADS, capacity), used)
+            for name in ("key_cache", "value_cache")
+        ]
+        with t.ops.entered():
+            t.ops.move_kv(
+                caches[0][0], caches[1][0], *(int32(column) for column in zip(*moves, strict=True))
+            )
+        for cache, terms in caches:
+            expected = terms.copy()
+            for source, first, target, to, length in moves:
+                expected[..., target, :, to : to + length, :, :] = terms[
+                    ..., source, :, first : first + length, :, :
+                ]
+            t.compare(copy, cache, expected, "cache")
+        look_at_reads(prover, outside)
+    prover.keep_coverage()
+
+
+def append(prover: Prover, tags: str, width, angles: torch.dtype | None, half: int):
+    """Terms of row A's key, value and rotated query, and classes that they may not reach."""
+    ops, rows, (dtype, head_dim, behind) = prover.ops, len(tags), width
+    ops.forget()
+
+    def named(tensor: str):
+        return lambda row, *index: ((tensor, tags[row], *index), ("token", tags[row]))
+
+    def tensor(name: str, *shape: int, of=dtype) -> torch.Tensor:
+        x = torch.zeros(rows, *shape[:-1], shape[-1] + behind, dtype=of)[..., : shape[-1]]
+        leaves(ops, x, name, named(name))
+        return x
+
+    key, value = (tensor(name, HEADS, head_dim) for name in ("key", "value"))
+    caches = []
+    for name in ("key_cache", "value_cache"):
+        cache = torch.zeros(rows, HEADS, 4, head_dim + behind, dtype=dtype)[..., :head_dim]
+        caches.append(cache)
+        leaves(ops, caches[-1], name, lambda *index, name=name: ((name, *index), "padding"))
+    query = cos = sin = None
+    if angles:
+        query = tensor("query", 2 * HEADS, head_dim)
+        cos, sin = (tensor(name, half, of=angles) for name in ("cos", "sin"))
+    slots = list(reversed(range(rows)))
+    with ops.entered():
+        rotated = ops.append_kv(
+            key, value, *caches, int32(slots), int32([row % 3 for row in range(rows)]),
+            query=query, cos=cos, sin=sin,
+        )  # fmt: skip
+    row = tags.index("A")
+    written = [ops.terms_of(cache)[slots[row], :, row % 3] for cache in caches]
+    if rotated is not None:
+        written.append(ops.terms_of(rotated)[row])
+    unchanged = all(
+        prover.terms.nodes[term][0] == "leaf" and prover.terms.class_of(term) == "padding"
+        for i, cache in enumerate(caches)
+        for other, column in itertools.product(range(rows), range(4))
+        if (other, column) not in {(slots[r], r % 3) for r in range(rows)}
+        for term in ops.terms_of(cache)[other, :, column].reshape(-1).tolist()
+    )
+    return np.concatenate([x.reshape(-1) for x in written]), unchanged
+
+
+def prove_append(prover: Prover, companies: Sequence[str], widths: Widths = WIDTHS) -> None:
+    """Row A in several companies; plain, and with rotary of whole and of half a head's angles."""
+    for angles in (None, torch.float32, torch.bfloat16):
+        what = "plain" if angles is None else f"rotary, {str(angles).removeprefix('torch.')} angles"
+        grid = f"{what}; {len(companies)} companies"
+        hidden, outside, batch = (
+            prover.claim("append_kv", s, grid) for s in (HIDDEN, OUTSIDE, BATCH)
+        )
+        for width in widths:
+            if angles is torch.bfloat16 and width[0] is torch.float32:
+                continue
+            for half in (width[1] // 2, width[1]) if angles else (0,):
+                alone = None
+                for tags in companies:
+                    terms, unchanged = append(prover, tags, width, angles, half)
+                    allowed = prover.terms.class_bits([("token", "A")])
+                    strange = [t for t in terms.tolist() if prover.terms.reach[t] & ~allowed]
+                    hidden.check(
+                        unchanged and not strange, prover.influence(strange, allowed, tags)
+                    )
+                    look_at_reads(prover, outside)
+                    if alone is not None:
+                        batch.check(np.array_equal(alone, terms), f"rows {tags}: another term")
+                    alone = terms if alone is None else alone
+    prover.keep_coverage()
+
+
+def prove_merge(prover: Prover, companies: Sequence[str], widths: Widths = WIDTHS) -> None:
+    """merge_attention of token A in several companies: leaves of its own head alone."""
+    table, ops = prover.terms, prover.ops
+    hidden, outside, batch = (
+        prover.claim(
+            "merge_attention", s, f"{len(companies)} companies; {len(widths)} kinds of chunks"
+        )
+        for s in (HIDDEN, OUTSIDE, BATCH)
+    )
+    for dtype, head_dim, behind in widths:
+        alone = None
+        for tags in companies:
+            ops.forget()
+            given = {}
+            for side in "ab":
+                shape = (len(tags), HEADS, head_dim + behind)
+                given[f"out_{side}"] = torch.zeros(shape, dtype=dtype)[..., :head_dim]
+                given[f"lse_{side}"] = torch.zeros(len(tags), HEADS)
+            for name, x in given.items():
+                leaves(
+                    ops, x, name,
+                    lambda token, head, *dim, name=name, tags=tags: (
+                        (name, tags[token], head, *dim), ("token", tags[token], head)
+                    ),
+                )  # fmt: skip
+            with ops.entered():
+                out, lse = ops.merge_attention(**given)
+            row = tags.index("A")
+            parts = []
+            for head in range(HEADS):
+                terms = [*ops.terms_of(out)[row, head].reshape(-1), *ops.terms_of(lse)[row, head]]
+                allowed = table.class_bits([("token", "A", head)])
+                strange = [t for t in terms if table.reach[t] & ~allowed]
+                hidden.check(not strange, prover.influence(strange, allowed, tags))
+                parts += terms
+            look_at_reads(prover, outside)
+            if alone is not None:
+                batch.check(alone == parts, f"tokens {tags}: another term")
+            alone = alone or parts
+    prover.keep_coverage()

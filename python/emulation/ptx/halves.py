@@ -1,0 +1,204 @@
+"""Functions of 16 bits that bitwise code computes, as tables of their 65,536 results.
+
+What a kernel asks of the bits of an element (whether it is finite; the element, or 0 where it is
+not) comes in many spellings. A table is the same for all of them, and answers for every value of
+the element what would else need reasoning. Registers hold pairs of elements; an operation is
+followed where no bit crosses from one half to the other, for all values of both.
+
+Terms: ``of N(x)`` is the table N of the 16-bit term x, ``bit N(x)`` is a predicate, and
+``or16(...)`` is the bitwise or of a set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from emulation.ptx.terms import Terms
+
+ONES = 0xFFFF
+NUMBERS = np.arange(1 << 16, dtype=np.uint32)
+IDENTITY = 0  # the number of the table that changes nothing
+_EXPONENT = {"f16": 0x7C00, "bf16": 0x7F80}
+
+
+def _not_finite(table: np.ndarray, ones: int) -> np.ndarray:
+    return (table & ones) == ones
+
+
+# What may be done to a table, given a number.
+_MAPS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "not": lambda table, _: table ^ ONES,
+    "add": np.add,
+    "shr": np.right_shift,
+    "mul": np.multiply,
+    "is not 0": lambda table, _: table != 0,
+    "is negative": lambda table, _: table > 0x7FFF,
+    "not finite": _not_finite,
+    "finite or 0": lambda table, ones: np.where(_not_finite(table, ones), 0, table),
+}
+
+
+_OPERATIONS = {
+    "and.b32": "and", "or.b32": "or", "not.b32": "not", "add.s32": "add", "mul.lo.s32": "mul",
+    "shr.u32": "shr", "setp.ne.s32": "is not 0", "setp.lt.s32": "is negative",
+}  # fmt: skip
+
+
+class Halves:
+    """Tables of a table of terms."""
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.tables: list[np.ndarray] = []
+        self._numbers: dict[bytes, int] = {}
+        self._mapped: dict[tuple, int] = {}
+        self._number(NUMBERS)
+
+    def _number(self, table: np.ndarray) -> int:
+        table = (table & ONES).astype(np.uint32)
+        number = self._numbers.setdefault(table.tobytes(), len(self.tables))
+        if number == len(self.tables):
+            self.tables.append(table)
+        return number
+
+    def take(self, x: int) -> tuple[int, int]:
+        """A 16-bit term as a table of another one."""
+        if value := self.terms.value(x):
+            return x, self._number(np.full_like(NUMBERS, value[0]))
+        node = self.terms.nodes[x]
+        return (node[1], int(node[0][3:])) if node[0].startswith("of ") else (x, IDENTITY)
+
+    def put(self, base: int, number: int, kind: str = "of", width: int = 16) -> int:
+        table = self.tables[number]
+        if value := self.terms.value(base):
+            return self.terms.constant(int(table[value[0]]), width)
+        if (table == table[0]).all():
+            return self.terms.constant(int(table[0]), width)
+        if kind == "of" and number == IDENTITY:
+            return base
+        return self.terms.group(f"{kind} {number}", (base,))
+
+    def mapped(self, number: int, name: str, value: int = 0) -> int:
+        key = (number, name, value)
+        if key not in self._mapped:
+            table = _MAPS[name](self.tables[number], np.uint32(value))
+            self._mapped[key] = self._number(table.astype(np.uint32))
+        return self._mapped[key]
+
+    def _map(self, x: int, name: str, value: int = 0) -> int:
+        base, number = self.take(x)
+        return self.put(base, self.mapped(number, name, value))
+
+    def _test(self, x: int, name: str, value: int = 0) -> int:
+        base, number = self.take(x)
+        return self.put(base, self.mapped(number, name, value), "bit", 1)
+
+    # What is known of an element.
+
+    def not_finite(self, x: int, kind: str) -> int:
+        """The predicate that an element is NaN or infinite."""
+        return self._test(x, "not finite", _EXPONENT[kind])
+
+    def finite_or_zero(self, x: int, kind: str) -> int:
+        return self._map(x, "finite or 0", _EXPONENT[kind])
+
+    # Operations on registers.
+
+    def members(self, x: int) -> tuple[int, ...]:
+        node = self.terms.nodes[x]
+        return node[1:] if node[0] == "or16" else (x,)
+
+    def _union(self, terms: set[int]) -> int:
+        zero = self.terms.constant(0, 16)
+        terms = terms - {zero} or {zero}
+        return terms.pop() if len(terms) == 1 else self.terms.group("or16", sorted(terms))
+
+    def _split(self, x: int, any_register: bool = False) -> tuple[int, int] | None:
+        """The halves of a register, if it is made of two."""
+        node = self.terms.nodes[x]
+        if any_register or node[0] in ("pair", "constant"):
+            return self.terms.one("lo", x), self.terms.one("hi", x)
+        return None
+
+    def simplified(self, operation: str, arguments: tuple[int, ...]) -> int | None:
+        """The term of an operation on a register of two elements, or None."""
+        values = [self.terms.value(x) for x in arguments]
+        number = values[-1][0] if values[-1] else None
+        if operation == "setp.lt.s16":
+            known = self.terms.nodes[arguments[0]][0].startswith("of ")
+            return self._test(arguments[0], "is negative") if known and number == 0 else None
+        if operation not in _OPERATIONS or all(values):
+            return None
+        if values[0]:
+            arguments, number = arguments[::-1], values[0][0]  # of operations in either order
+            if operation not in ("and.b32", "or.b32", "add.s32"):
+                return None
+        # Beside a number, any register is two halves.
+        is_bitwise = operation in ("and.b32", "or.b32")
+        halves = self._split(arguments[0], is_bitwise and number is not None)
+        if halves is None:
+            return None
+        if is_bitwise:
+            other = self._split(arguments[1])
+            rule = self._and if operation == "and.b32" else self._or
+            if other is None:
+                return None
+            return self._pair([rule(x, y) for x, y in zip(halves, other, strict=True)])
+        if operation == "setp.ne.s32":
+            members = [x for half in halves for x in self.members(half)]
+            return (
+                self.terms.any(self._test(x, "is not 0") for x in members) if not number else None
+            )
+        if any(self.terms.nodes[half][0] == "or16" for half in halves):
+            return None
+        if operation == "setp.lt.s32":
+            return self._test(halves[1], "is negative") if number == 0 else None
+        if operation == "not.b32":
+            return self._pair([self._map(half, "not") for half in halves])
+        return self._arithmetic(_OPERATIONS[operation], halves, number)
+
+    def _arithmetic(self, name: str, halves: Sequence[int], number: int | None) -> int | None:
+        """add, mul or shr by a number, if nothing crosses from a half to the other."""
+        if number is None or number > ONES and name != "add" or number > 15 and name == "shr":
+            return None
+        low, high = (self.tables[self.take(half)[1]] for half in halves)
+        crosses = {
+            "add": int(low.max()) + (number & ONES) > ONES,
+            "mul": int(low.max()) * number > ONES,
+            "shr": bool((high & ((1 << number % 16) - 1)).any()),
+        }
+        if crosses[name]:
+            return None
+        parts = (number & ONES, number >> 16) if name == "add" else (number, number)
+        return self._pair(
+            [self._map(half, name, part) for half, part in zip(halves, parts, strict=True)]
+        )
+
+    def _pair(self, halves: Sequence[int | None]) -> int | None:
+        known = [half for half in halves if half is not None]
+        return self.terms.one("pair", *known) if len(known) == 2 else None
+
+    def _and(self, x: int, y: int) -> int | None:
+        if self.terms.value(x):
+            x, y = y, x
+        if value := self.terms.value(y):
+            return self._union({self._map(member, "and", value[0]) for member in self.members(x)})
+        (base, a), (other, b) = self.take(x), self.take(y)
+        if base != other or self.terms.nodes[base][0] == "or16":
+            return None
+        return self.put(base, self._number(self.tables[a] & self.tables[b]))
+
+    def _or(self, x: int, y: int) -> int | None:
+        if self.terms.value(x):
+            x, y = y, x
+        if (value := self.terms.value(y)) and value[0]:
+            if value[0] == ONES:
+                return y
+            return None if self.terms.nodes[x][0] == "or16" else self._map(x, "or", value[0])
+        return self._union({*self.members(x), *self.members(y)})

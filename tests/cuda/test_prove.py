@@ -1,0 +1,145 @@
+"""Statements about all values of the data, proved on nvcc's PTX with values as terms."""
+
+import numpy as np
+import pytest
+import torch
+
+from emulation.prove.attention import leaves
+from emulation.prove.claims import Prover
+from emulation.prove.defects import DEFECTS, examine
+from emulation.prove.everything import is_expected, prove_all
+from emulation.ptx.machine import compile_ptx
+from emulation.ptx.symbolic import SymbolicMachine
+from emulation.ptx.symbolic_memory import SymbolicError
+from emulation.ptx.terms import Terms
+
+
+@pytest.mark.parametrize("architecture", [80, 75])
+def test_quick_proofs(architecture):
+    """What `python -m emulation.prove --quick` prints: nothing is refuted but what has to be."""
+    prover = prove_all(Prover(architecture), quick=True)
+    unexpected = [claim for claim in prover.claims if not is_expected(claim)]
+    assert not unexpected, unexpected
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects_are_refuted(defect):
+    claims = {claim.statement: claim for claim in examine(defect)}
+    refuted = {statement for statement, claim in claims.items() if claim.evidence}
+    assert refuted >= set(DEFECTS[defect])
+    assert bool(refuted) == bool(DEFECTS[defect])
+
+
+# The machine, on kernels of a few lines.
+
+
+def run(tmp_path, body: str) -> tuple[Prover, list[str], SymbolicMachine]:
+    """`f(float* x)` of this body on 32 leaves; what x holds afterwards."""
+    source = tmp_path / "kernel.cu"
+    source.write_text(
+        f"extern __shared__ float shared[]; __global__ void f_kernel(float* x) {{ {body} }}"
+    )
+    prover = Prover(80)
+    machine = SymbolicMachine(compile_ptx(source, 80), "f_kernel", prover.terms)
+    machine.shadow = prover.ops.shadow
+    x = torch.zeros(32)
+    leaves(prover.ops, x, "x", lambda i: (("x", i), i))
+    pointer = np.array(x.data_ptr(), np.uint64).tobytes()
+    machine.launch((1, 1, 1), (32, 1, 1), [pointer], [x], 256)
+    halves = prover.ops.terms_of(x)
+    whole = prover.terms.apply("pair", halves[:, 0], halves[:, 1])
+    return prover, [prover.terms.text(int(term), 4) for term in whole], machine
+
+
+def test_both_ways_of_a_branch(tmp_path):
+    """Each way stores something else; the memory that one of them writes is joined too."""
+    _, texts, machine = run(tmp_path, """
+        const float y = x[threadIdx.x];
+        if (y > 2) { x[threadIdx.x] = sqrtf(y); shared[threadIdx.x] = 1; }
+        else if (threadIdx.x < 5) x[threadIdx.x] = y + 3;""")  # fmt: skip
+    assert machine.forks
+    assert texts[7].startswith("pair(ite(setp.")
+    assert "sqrt.rn.f32" in texts[7] and "add.f32" not in texts[7]
+    assert "sqrt.rn.f32" in texts[3] and "add.f32" in texts[3]
+
+
+def test_what_data_may_not_decide(tmp_path):
+    with pytest.raises(SymbolicError, match="address depends on data"):
+        run(tmp_path, "x[static_cast<int>(__float_as_int(x[threadIdx.x])) & 31] = 1;")
+    with pytest.raises(SymbolicError, match="loop's end depends on data"):
+        run(tmp_path, """
+            float y = x[threadIdx.x];
+            while (y > 1) y = sqrtf(y);
+            x[threadIdx.x] = y;""")  # fmt: skip
+
+
+def test_rules_hold_for_all_values():
+    """Those that drop something: for the numbers that tell right from wrong."""
+    terms = Terms()
+    x, y = (terms.leaf((name,), name) for name in "xy")
+    bottom, low = terms.constant(0xFF800000, 32), terms.constant(0xC0000000, 32)
+    zero, one = terms.constant(0, 32), terms.constant(0x3F800000, 32)
+    # NaN gives way to -inf: max(x, -inf) is not x.
+    assert terms.one("max.f32", x, bottom) != x
+    top = terms.one("max.f32", x, low)
+    assert terms.one("max.f32", terms.one("max.f32", bottom, low), x) == top
+    # A finite member makes a maximum a number above -inf; without one it may be NaN or -inf.
+    assert terms.one("sub.f32", bottom, top) == bottom
+    assert terms.one("sub.f32", bottom, x) != bottom
+    # x + 0 is not x when x is -0.
+    assert terms.one("add.f32", x, zero) != x
+    power = terms.one("ex2.approx.ftz.f32", x)
+    assert terms.one("add.f32", power, zero) == power
+    # 0 x is not 0 when x is infinite or NaN.
+    assert terms.one("mul.f32", x, zero) != zero
+    # Scaling where the factor is not one is scaling; another factor's test says nothing.
+    total, tested = terms.one("add.f32", x, y), terms.one("setp.neu.f32", y, one)
+    scaled = terms.one("mul.f32", total, y)
+    assert terms.one("ite", tested, scaled, total) == scaled
+    assert terms.one("ite", terms.one("setp.neu.f32", x, one), scaled, total) != scaled
+    assert terms.one("ite", tested, terms.one("mul.f32", x, y), x) != terms.one("mul.f32", x, y)
+    # 0 2^(c - m) is 0 where 2^(c - m) is a number, which c > m does not make it.
+    for c, known in ((low, True), (one, False)):
+        factor = terms.one("ex2.approx.ftz.f32", terms.one("sub.f32", c, top))
+        assert (terms.one("mul.f32", zero, factor) == zero) == known
+
+
+def test_choices_that_others_imply():
+    terms = Terms()
+    p, q, r, x, y, base = (terms.leaf((name,), name) for name in ("p", "q", "r", "x", "y", "base"))
+    above = terms.one("ite", p, x, terms.one("ite", q, y, base))
+    assert terms.one("ite", terms.any([p, q, r]), above, base) == above
+    assert terms.one("ite", terms.any([p, r]), above, base) != above
+    assert terms.one("ite", terms.any([p, q, r]), above, x) != above
+
+
+def test_what_is_asked_of_halves():
+    """Code for "finite, or 0" in two spellings; a carry from one half to the other is no half's."""
+    terms = Terms()
+    x, y = (terms.leaf((name,), name) for name in "xy")
+    register = terms.one("pair", x, y)
+
+    def number(bits):
+        return terms.constant(bits, 32)
+
+    found = terms.one("and.b32", register, number(0x7FFF7FFF))
+    found = terms.one(
+        "and.b32", terms.one("add.s32", found, number(0x00800080)), number(0x80008000)
+    )
+    ones = terms.one("mul.lo.s32", terms.one("shr.u32", found, number(15)), number(0xFFFF))
+    kept = terms.one("and.b32", register, terms.one("not.b32", ones))
+    halves = [terms.halves.finite_or_zero(half, "bf16") for half in (x, y)]
+    assert kept == terms.one("pair", *halves)
+    tests = [terms.halves.not_finite(half, "bf16") for half in (x, y)]
+    assert terms.one("setp.ne.s32", found, number(0)) == terms.any(tests)
+    assert terms.one("setp.lt.s32", found, number(0)) == tests[1]
+    assert terms.value(terms.halves.not_finite(halves[0], "bf16")) == (0, 1)
+    assert terms.halves.not_finite(halves[0], "f16") != terms.constant(0, 1)
+    crossing = terms.one("add.s32", register, number(1))
+    assert terms.nodes[crossing][0] == "add.s32"
+    # Only finite elements vanish beside a weight of 0.
+    zero = terms.constant(0, 16)
+    assert terms.without_hidden([zero, x], [halves[0], y], "bf16") == terms.group(
+        "vector", [zero, y]
+    )
+    assert terms.without_hidden([zero, x], [x, y], "bf16") == terms.group("vector", [x, y])
