@@ -7,24 +7,19 @@ that raises leaves both as they were.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from baton_kernels.batch_shape import BatchShape, Moves, checked_int
+from baton_kernels.cache_memory import CacheMemory
 from baton_kernels.ops.checks import FLOATS, Checker, dtype_name
 from baton_kernels.ops.extract_kv import extract_kv
 from baton_kernels.ops.insert_kv import insert_kv
 from baton_kernels.ops.move_kv import move_kv
-from baton_kernels.slot_memory import SlotMemory
-
-# What a copy of a cache makes anew.
-_MEMORIES = ("_key_memory", "_value_memory")
 
 
-class KVCache:
+class KVCache(CacheMemory):
     """Keys and values of all layers for a running batch, and its shape.
 
     Token t of the query in `slot` is `keys[:, slot, :, shape.start(slot) + t]`, likewise
@@ -384,63 +379,12 @@ class KVCache:
         """
         return sum(m.committed(self._touched) for m in (self._key_memory, self._value_memory))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        """An independent cache with the same rows. Padding is not copied."""
-        copied = copy.copy(self)
-        memo[id(self)] = copied
-        return copied
-
-    def __copy__(self) -> KVCache:
-        """As `copy.deepcopy`: two caches never share rows that either of them may change."""
-        copied = self.__class__.__new__(self.__class__)
-        copied._restore(self.__dict__, self._rows())
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle: the sizes, the shape, and the rows without their padding."""
-        state = {name: value for name, value in self.__dict__.items() if name not in _MEMORIES}
-        # A view would be pickled together with all the memory that it is a view of.
-        return {**state, "rows": [(key.clone(), value.clone()) for key, value in self._rows()]}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._restore(state, state["rows"])
-
     def __repr__(self) -> str:
         return (
             f"KVCache(num_layers={self._num_layers}, num_kv_heads={self._num_kv_heads}, "
             f"head_dim={self._head_dim}, dtype={self._dtype}, device={self._device}, "
             f"shape={self._shape})"
         )
-
-    def _rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Views of the valid columns of every row in use, in the order of the slots."""
-        for slot in self._shape.used:
-            columns = slice(self._shape.start(slot), self._shape.end(slot))
-            yield self.keys[:, slot, :, columns], self.values[:, slot, :, columns]
-
-    def _restore(
-        self, state: Mapping[str, Any], rows: Iterable[tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
-        """Becomes a cache of this state with these rows, in new memory."""
-        own = {name: value for name, value in state.items() if name not in (*_MEMORIES, "rows")}
-        self.__dict__.update(own)
-        self._shape = own["_shape"].copy()
-        self._key_memory, self._value_memory = self._new_memory(self._shape.num_slots)
-        self._touched = [(0, 0)] * self._shape.num_slots
-        for (key, value), (own_key, own_value) in zip(rows, self._rows(), strict=True):
-            own_key.copy_(key)
-            own_value.copy_(value)
-        for slot in self._shape.used:
-            self._touch(slot, self._shape)
-
-    def _new_memory(self, num_slots: int) -> tuple[SlotMemory, SlotMemory]:
-        capacity = self._shape.capacity
-        sizes = (self._num_layers, num_slots, self._num_kv_heads, capacity, self._head_dim)
-        keys, values = (
-            SlotMemory(sizes, self._dtype, self._device, huge_pages=self._huge_pages)
-            for _ in range(2)
-        )
-        return keys, values
 
     def _index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=self._device)
@@ -462,9 +406,3 @@ class KVCache:
         self._shape.assign(planned)
         for slot in planned.used:
             self._touch(slot, planned)
-
-    def _touch(self, slot: int, shape: BatchShape) -> None:
-        start, end = shape.start(slot), shape.end(slot)
-        low, high = self._touched[slot]
-        if start < end:
-            self._touched[slot] = (min(low, start), max(high, end)) if low < high else (start, end)

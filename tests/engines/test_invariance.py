@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.server
+import itertools
 import json
 import threading
 import time
@@ -281,7 +282,7 @@ def server(respond):
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
-            for event in (first, *events):
+            for event in itertools.chain((first,), events):
                 text = event if isinstance(event, str) else json.dumps(event)
                 try:
                     self.wfile.write(f"data: {text}\n\n".encode())

@@ -234,7 +234,7 @@ def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
     found: defaultdict[int, list[nn.Module]] = defaultdict(list)
     others = set()
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if name == "weight":
                 found[id(parameter)].append(module)
             else:

@@ -11,13 +11,10 @@ Terms: ``of N(x)`` is the table N of the 16-bit term x, ``bit N(x)`` is a predic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from emulation.ptx.terms import Terms
 
 ONES = 0xFFFF
 NUMBERS = np.arange(1 << 16, dtype=np.uint32)
@@ -50,10 +47,22 @@ _OPERATIONS = {
 }  # fmt: skip
 
 
+class TermTable(Protocol):
+    """What is used here of `terms.Terms`, which is made of this."""
+
+    nodes: list[tuple]
+
+    def constant(self, bits: int, width: int) -> int: ...
+    def value(self, term: int) -> tuple[int, int] | None: ...
+    def one(self, operation: str, *arguments: int) -> int: ...
+    def group(self, operation: str, members: Sequence[int]) -> int: ...
+    def any(self, predicates: Iterable[int]) -> int: ...
+
+
 class Halves:
     """Tables of a table of terms."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: TermTable) -> None:
         self.terms = terms
         self.tables: list[np.ndarray] = []
         self._numbers: dict[bytes, int] = {}
