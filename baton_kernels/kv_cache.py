@@ -7,24 +7,20 @@ that raises leaves both as they were.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from baton_kernels.batch_shape import BatchShape, Moves, checked_int
-from baton_kernels.ops.checks import FLOATS, Checker, dtype_name
+from baton_kernels.ops.checks import EIGHT_BITS, FLOATS, Checker, dtype_name
 from baton_kernels.ops.extract_kv import extract_kv
 from baton_kernels.ops.insert_kv import insert_kv
 from baton_kernels.ops.move_kv import move_kv
-from baton_kernels.slot_memory import SlotMemory
-
-# What a copy of a cache makes anew.
-_MEMORIES = ("_key_memory", "_value_memory")
+from baton_kernels.row_copies import RowCopies
+from baton_kernels.slot_memory import KVMemory, Scales
 
 
-class KVCache:
+class KVCache(RowCopies):
     """Keys and values of all layers for a running batch, and its shape.
 
     Token t of the query in `slot` is `keys[:, slot, :, shape.start(slot) + t]`, likewise
@@ -44,7 +40,8 @@ class KVCache:
         num_kv_heads: int, at least 1.
         capacity: int, at least 1; columns of a slot.
         head_dim: int, a multiple of 8 from 16 to 256.
-        dtype: float32, float16 or bfloat16.
+        dtype: float32, float16 or bfloat16; on the CPU also int8 or float8_e4m3fn: elements of
+            eight bits, and a float32 scale for each token and head (`insert_kv` has the formula).
         device: where keys and values live.
         aligned: bool; whether all rows end in the same column, see `BatchShape`.
         huge_pages: bool; CPU: requests huge pages from Linux, in which attention reads a few
@@ -56,11 +53,13 @@ class KVCache:
         keys: `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`, last dimension
             contiguous.
         values: the same.
+        key_scales: of eight bits `[num_layers, num_slots, num_kv_heads, capacity]`, else None.
+        value_scales: the same.
 
     Raises:
-        TypeError: a size is not an integer, or dtype is another than these three.
+        TypeError: a size is not an integer, or dtype is another than these.
         ValueError: a size is below 1.
-        NotImplementedError: the ops do not support head_dim.
+        NotImplementedError: the ops do not support head_dim, or eight bits on this device.
         MemoryError: the address space could not be reserved.
 
     Undefined: the content of padding, fresh or left behind by a query.
@@ -86,16 +85,19 @@ class KVCache:
         self._num_kv_heads = checked_int("KVCache", "num_kv_heads", num_kv_heads, 1)
         self._head_dim = checked_int("KVCache", "head_dim", head_dim, 1)
         check = Checker("KVCache")
-        if dtype not in FLOATS:
-            check.fail("dtype", "float32, float16 or bfloat16", dtype_name(dtype), TypeError)
+        if dtype not in (*FLOATS, *EIGHT_BITS):
+            expected = "float32, float16, bfloat16, int8 or float8_e4m3fn"
+            check.fail("dtype", expected, dtype_name(dtype), TypeError)
         # The ops' own checks of such a cache, before memory is requested.
-        column = torch.empty(1, 1, 1, 1, self._head_dim, dtype=dtype, device="meta")
+        column = torch.empty(1, 1, 1, 1, self._head_dim, dtype=torch.float32, device="meta")
         check.caches(column, column, with_layers=True, written=True)
         self._dtype = dtype
         self._device = torch.device(device)
+        if dtype in EIGHT_BITS and self._device.type != "cpu":
+            check.fail("device", f"cpu with {dtype_name(dtype)}", device, NotImplementedError)
         self._huge_pages = huge_pages
         self._shape = BatchShape(num_slots, capacity, aligned=aligned)
-        self._key_memory, self._value_memory = self._new_memory(self._shape.num_slots)
+        self._memory = self._new_memory(self._shape.num_slots)
         # With its index: "cuda" would follow the current device, and the tensors do not.
         self._device = self.keys.device
         # Per slot, the columns [low, high) that may have been written.
@@ -105,12 +107,22 @@ class KVCache:
     @property
     def keys(self) -> torch.Tensor:
         """Keys `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`."""
-        return self._key_memory.tensor
+        return self._memory.keys
 
     @property
     def values(self) -> torch.Tensor:
         """Values `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`."""
-        return self._value_memory.tensor
+        return self._memory.values
+
+    @property
+    def key_scales(self) -> torch.Tensor | None:
+        """Scales `[num_layers, num_slots, num_kv_heads, capacity]` of keys of eight bits."""
+        return self._memory.key_scales
+
+    @property
+    def value_scales(self) -> torch.Tensor | None:
+        """Scales `[num_layers, num_slots, num_kv_heads, capacity]` of values of eight bits."""
+        return self._memory.value_scales
 
     @property
     def shape(self) -> BatchShape:
@@ -130,6 +142,27 @@ class KVCache:
         """
         index = checked_int("KVCache.layer", "index", index, 0, self._num_layers - 1)
         return self.keys[index], self.values[index]
+
+    def scales(self, index: int | None = None) -> Scales:
+        """What the ops take as key_scale and value_scale with the layer's caches.
+
+        Args:
+            index: int, 0 to num_layers - 1; None for all layers, with `keys` and `values`.
+
+        Returns:
+            Keyword arguments: both, `[num_slots, num_kv_heads, capacity]`, all layers' with a
+            leading num_layers; none at all unless the cache is of eight bits.
+
+        Raises:
+            ValueError: index is out of range.
+        """
+        key, value = self.key_scales, self.value_scales
+        if key is None or value is None:
+            return {}
+        if index is not None:
+            index = checked_int("KVCache.scales", "index", index, 0, self._num_layers - 1)
+            key, value = key[index], value[index]
+        return {"key_scale": key, "value_scale": value}
 
     def allocate(self, length: int, slot: int | None = None) -> int:
         """Takes a free slot for `length` tokens, whose keys and values the caller writes.
@@ -179,7 +212,8 @@ class KVCache:
 
         Args:
             key: `[num_layers, tokens, num_kv_heads, head_dim]`, the cache's dtype and device,
-                last dimension contiguous.
+                last dimension contiguous. For a cache of eight bits float32, float16 or bfloat16,
+                or tokens as `extract` gives them.
             value: the same.
             slot: int, the free slot to take; None takes the lowest.
 
@@ -196,6 +230,7 @@ class KVCache:
         check = Checker("KVCache.insert")
         check.tokens("key", key, self.keys)
         check.tokens("value", value, self.keys)
+        check.dtype_as("value", value, "key", key)
         check.shape("value", value, key.shape)
         tokens = key.shape[1]
         planned = self._shape.copy()
@@ -203,14 +238,20 @@ class KVCache:
         index = self._index([0, tokens, slot, planned.start(slot)])
         # First into the free slot, which no row can see yet, then the moves: whichever op refuses,
         # no row is changed.
-        insert_kv(key, value, self.keys, self.values, index[:2], index[2:3], index[3:])
+        insert_kv(
+            key, value, self.keys, self.values, index[:2], index[2:3], index[3:], **self.scales()
+        )  # fmt: skip
         self._touch(slot, planned)
         self._move(moves)
         self._commit(planned)
         return slot
 
     def extract(
-        self, slot: int, out: tuple[torch.Tensor, torch.Tensor] | None = None
+        self,
+        slot: int,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies the row in `slot` out, unpadded.
 
@@ -219,6 +260,8 @@ class KVCache:
         Args:
             slot: int, a slot in use.
             out: key and value to write instead of new ones; see `extract_kv`. Written.
+            dtype: of a cache of eight bits: the floats to return; None for the tokens as they are,
+                `[..., head_dim + 4]`.
 
         Returns:
             key, value: `[num_layers, tokens, num_kv_heads, head_dim]`, what `insert` takes.
@@ -231,8 +274,9 @@ class KVCache:
         tokens = self._shape.length(slot)
         index = self._index([0, tokens, slot, self._shape.start(slot)])
         return extract_kv(
-            self.keys, self.values, index[:2], index[2:3], index[3:], total_tokens=tokens, out=out
-        )
+            self.keys, self.values, index[:2], index[2:3], index[3:], total_tokens=tokens, out=out,
+            dtype=dtype, **self.scales(),
+        )  # fmt: skip
 
     def copy_row(self, slot: int, target: int | None = None, *, length: int | None = None) -> int:
         """Copies the row in `slot` into a free slot, e.g. to sample several answers to one prompt.
@@ -262,7 +306,8 @@ class KVCache:
         places = (slot, self._shape.start(slot), target, planned.start(target), tokens)
         # As in `insert`: first the free slot, which no row can see yet, then the moves.
         if tokens:
-            move_kv(self.keys, self.values, *self._index([[place] for place in places]))
+            index = self._index([[place] for place in places])
+            move_kv(self.keys, self.values, *index, **self.scales())
         self._touch(target, planned)
         self._move(moves)
         self._commit(planned)
@@ -309,13 +354,11 @@ class KVCache:
         planned.resize(num_slots)
         if planned == self._shape:
             return
-        memories = self._new_memory(planned.num_slots)
-        for old, new in zip((self.keys, self.values), memories, strict=True):
-            for slot in planned.used:
-                columns = slice(planned.start(slot), planned.end(slot))
-                new.tensor[:, slot, :, columns].copy_(old[:, slot, :, columns])
+        memory = self._new_memory(planned.num_slots)
+        for slot in planned.used:
+            memory.copy_row(slot, slice(planned.start(slot), planned.end(slot)), self._memory)
         self._bytes_moved += self.bytes_in_use
-        self._key_memory, self._value_memory = memories
+        self._memory = memory
         self._touched = [(0, 0)] * planned.num_slots
         self._commit(planned)
 
@@ -327,19 +370,19 @@ class KVCache:
         Undefined: the content of free slots, before and after.
         """
         for slot in set(range(self._shape.num_slots)).difference(self._shape.used):
-            self._key_memory.release(slot)
-            self._value_memory.release(slot)
+            self._memory.release(slot)
             self._touched[slot] = (0, 0)
 
     @property
     def bytes_reserved(self) -> int:
-        """Bytes of address space (CPU) or of device memory that keys and values take."""
-        return self._key_memory.num_bytes + self._value_memory.num_bytes
+        """Bytes of address space (CPU) or of device memory that keys and values take, scales
+        included."""
+        return self._memory.num_bytes
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values, all layers."""
-        return 2 * self._num_layers * self._num_kv_heads * self._head_dim * self._dtype.itemsize
+        """Bytes of one token's keys and values, all layers, scales included."""
+        return self._num_layers * self._num_kv_heads * self._memory.head_bytes
 
     @property
     def bytes_in_use(self) -> int:
@@ -359,28 +402,7 @@ class KVCache:
         CPU: the pages between the lowest and the highest column that each slot has had in use since
         the cache was made or resized, or the slot released. Other devices: `bytes_reserved`.
         """
-        return sum(m.committed(self._touched) for m in (self._key_memory, self._value_memory))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        """An independent cache with the same rows. Padding is not copied."""
-        copied = copy.copy(self)
-        memo[id(self)] = copied
-        return copied
-
-    def __copy__(self) -> KVCache:
-        """As `copy.deepcopy`: two caches never share rows that either of them may change."""
-        copied = self.__class__.__new__(self.__class__)
-        copied._restore(self.__dict__, self._rows())
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle: the sizes, the shape, and the rows without their padding."""
-        state = {name: value for name, value in self.__dict__.items() if name not in _MEMORIES}
-        # A view would be pickled together with all the memory that it is a view of.
-        return {**state, "rows": [(key.clone(), value.clone()) for key, value in self._rows()]}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._restore(state, state["rows"])
+        return self._memory.committed(self._touched)
 
     def __repr__(self) -> str:
         return (
@@ -389,35 +411,10 @@ class KVCache:
             f"shape={self._shape})"
         )
 
-    def _rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Views of the valid columns of every row in use, in the order of the slots."""
-        for slot in self._shape.used:
-            columns = slice(self._shape.start(slot), self._shape.end(slot))
-            yield self.keys[:, slot, :, columns], self.values[:, slot, :, columns]
-
-    def _restore(
-        self, state: Mapping[str, Any], rows: Iterable[tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
-        """Becomes a cache of this state with these rows, in new memory."""
-        own = {name: value for name, value in state.items() if name not in (*_MEMORIES, "rows")}
-        self.__dict__.update(own)
-        self._shape = own["_shape"].copy()
-        self._key_memory, self._value_memory = self._new_memory(self._shape.num_slots)
-        self._touched = [(0, 0)] * self._shape.num_slots
-        for (key, value), (own_key, own_value) in zip(rows, self._rows(), strict=True):
-            own_key.copy_(key)
-            own_value.copy_(value)
-        for slot in self._shape.used:
-            self._touch(slot, self._shape)
-
-    def _new_memory(self, num_slots: int) -> tuple[SlotMemory, SlotMemory]:
+    def _new_memory(self, num_slots: int) -> KVMemory:
         capacity = self._shape.capacity
         sizes = (self._num_layers, num_slots, self._num_kv_heads, capacity, self._head_dim)
-        keys, values = (
-            SlotMemory(sizes, self._dtype, self._device, huge_pages=self._huge_pages)
-            for _ in range(2)
-        )
-        return keys, values
+        return KVMemory(sizes, self._dtype, self._device, huge_pages=self._huge_pages)
 
     def _index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=self._device)
@@ -432,7 +429,7 @@ class KVCache:
                 moves.lengths,
             )
             # One tensor and views of its rows: one copy to a device instead of five.
-            move_kv(self.keys, self.values, *self._index(index))
+            move_kv(self.keys, self.values, *self._index(index), **self.scales())
             self._bytes_moved += self.bytes_per_token * sum(moves.lengths)
 
     def _commit(self, planned: BatchShape) -> None:

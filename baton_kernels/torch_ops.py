@@ -44,9 +44,44 @@ class _AppendKvQuery(Protocol):
     ) -> Tensor: ...
 
 
+class _AppendKvScaled(Protocol):
+    def __call__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        key_scale: Tensor,
+        value_scale: Tensor,
+        slots: Tensor | None,
+        columns: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> None: ...
+
+
+class _AppendKvScaledQuery(Protocol):
+    def __call__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        key_scale: Tensor,
+        value_scale: Tensor,
+        slots: Tensor | None,
+        columns: Tensor,
+        query: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 class _AppendKvOverloads(_AppendKv, Protocol):
     default: _AppendKv
     query: _AppendKvQuery
+    scaled: _AppendKvScaled
+    scaled_query: _AppendKvScaledQuery
 
 
 class _AttentionMask(Protocol):
@@ -91,9 +126,26 @@ class _ExtractKvOut(Protocol):
     ) -> None: ...
 
 
+class _ExtractKvScaledOut(Protocol):
+    def __call__(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        key_scale: Tensor,
+        value_scale: Tensor,
+        cu_seqlens: Tensor | None,
+        slots: Tensor | None,
+        starts: Tensor | None,
+        total_tokens: int,
+        key: Tensor,
+        value: Tensor,
+    ) -> None: ...
+
+
 class _ExtractKvOverloads(_ExtractKv, Protocol):
     default: _ExtractKv
     out: _ExtractKvOut
+    scaled_out: _ExtractKvScaledOut
 
 
 class _InsertKv(Protocol):
@@ -110,8 +162,25 @@ class _InsertKv(Protocol):
     ) -> None: ...
 
 
+class _InsertKvScaled(Protocol):
+    def __call__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        key_scale: Tensor,
+        value_scale: Tensor,
+        cu_seqlens: Tensor | None,
+        slots: Tensor | None,
+        starts: Tensor | None,
+        zero_padding: bool = False,
+    ) -> None: ...
+
+
 class _InsertKvOverloads(_InsertKv, Protocol):
     default: _InsertKv
+    scaled: _InsertKvScaled
 
 
 class _Linear(Protocol):
@@ -170,8 +239,24 @@ class _MoveKv(Protocol):
     ) -> None: ...
 
 
+class _MoveKvScaled(Protocol):
+    def __call__(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        key_scale: Tensor,
+        value_scale: Tensor,
+        source_slots: Tensor | None,
+        source_starts: Tensor | None,
+        target_slots: Tensor | None,
+        target_starts: Tensor | None,
+        lengths: Tensor,
+    ) -> None: ...
+
+
 class _MoveKvOverloads(_MoveKv, Protocol):
     default: _MoveKv
+    scaled: _MoveKvScaled
 
 
 class _PackLinear(Protocol):
@@ -214,6 +299,8 @@ class _RaggedAttentionOptions(Protocol):
         max_query_length: int | None = None,
         max_length: int | None = None,
         block_table: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -236,6 +323,8 @@ class _RaggedAttentionLse(Protocol):
         max_query_length: int | None = None,
         max_length: int | None = None,
         block_table: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -258,6 +347,8 @@ class _RaggedAttentionOut(Protocol):
         max_query_length: int | None = None,
         max_length: int | None = None,
         block_table: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
         *,
         out: Tensor,
     ) -> None: ...
@@ -282,6 +373,8 @@ class _RaggedAttentionLseOut(Protocol):
         max_query_length: int | None = None,
         max_length: int | None = None,
         block_table: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
         *,
         out: Tensor,
         lse: Tensor,
@@ -350,8 +443,7 @@ class TorchOps(Protocol):
 
     def set_cpu_isa(self, name: str, force: bool = False) -> None: ...
     def cpu_isas(self) -> str: ...
-    # Of the CUDA library.
-    def cuda_build(self) -> str: ...
+    def cuda_build(self) -> str: ...  # of the CUDA library
 
 
 # torch's own type of a namespace knows no op.

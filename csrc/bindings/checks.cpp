@@ -37,6 +37,8 @@ const char* name_of(ScalarType type) {
       return "int8";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Bool:
       return "bool";
     default:
@@ -130,8 +132,9 @@ std::pair<const char*, const char*> extent_of(const Tensor& tensor) {
   const Sizes sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = 0;
   for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-  const int64_t size = tensor.dtype_code() == kCodes.float32 ? 4 : 2;
-  return {begin, begin + (last + 1) * size};
+  const int32_t code = tensor.dtype_code();
+  const bool is_byte = code == kCodes.int8 || code == kCodes.float8;
+  return {begin, begin + (last + 1) * (is_byte ? 1 : code == kCodes.float32 ? 4 : 2)};
 }
 
 }  // namespace
@@ -170,9 +173,53 @@ const int32_t* Checker::index_rows(const char* name, const Tensor& tensor, int64
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
+Dtype Checker::cache_dtype(const Tensor& cache) const {
+  const int32_t code = cache.dtype_code();
+  if (code == kCodes.int8) return Dtype::kInt8;
+  return code == kCodes.float8 ? Dtype::kFloat8 : floating("key_cache", cache);
+}
+
+KvScales Checker::scales(const Tensor& key_scale, const Tensor& value_scale,
+                         const Tensor& key_cache, bool written) const {
+  const Sizes sizes = key_cache.sizes();
+  const Sizes expected(sizes.data(), sizes.size() - 1);
+  KvScales result;
+  const auto take = [&](const char* name, const Tensor& scale, float*& data,
+                        CacheStrides& strides) {
+    float32(name, scale);
+    shape(name, scale, expected);
+    if (written) not_expanded(name, scale);
+    const int64_t* s = scale.strides().data() + (expected.size() - 3);
+    strides = {expected.size() == 4 ? s[-1] : 0, s[0], s[1], s[2]};
+    data = written ? static_cast<float*>(scale.mutable_data_ptr())
+                   : const_cast<float*>(static_cast<const float*>(scale.const_data_ptr()));
+  };
+  take("key_scale", key_scale, result.key, result.key_strides);
+  take("value_scale", value_scale, result.value, result.value_strides);
+  return result;
+}
+
 CacheSizes Checker::caches(const Tensor& key_cache, const Tensor& value_cache, bool with_layers,
-                           bool written) const {
-  floating("key_cache", key_cache);
+                           bool written, bool has_scales) const {
+  if (has_scales) {
+    on_device("key_cache", key_cache);
+    const int32_t code = key_cache.dtype_code();
+    if (type_ != DeviceType::CPU) {
+      fail("key_cache",
+           "float32, float16 or bfloat16 with the CUDA kernels (those of the CPU take "
+           "eight bits and scales)",
+           "key_scale and value_scale");
+    }
+    if (code != kCodes.int8 && code != kCodes.float8) {
+      fail("key_cache", "int8 or float8_e4m3fn with key_scale and value_scale",
+           name_of(key_cache.scalar_type()));
+    }
+  } else if (key_cache.dtype_code() == kCodes.int8 || key_cache.dtype_code() == kCodes.float8) {
+    fail("key_scale and value_scale",
+         format("given with a cache of ", name_of(key_cache.scalar_type())), "None");
+  } else {
+    floating("key_cache", key_cache);
+  }
   dtype_as("value_cache", value_cache, "key_cache", key_cache);
   const Sizes sizes = key_cache.sizes();
   const size_t dims = sizes.size();

@@ -12,10 +12,10 @@ ExtractKvParams checked_extract_kv(const Checker& check, const Tensor& key_cache
                                    const std::optional<Tensor>& cu_seqlens,
                                    const std::optional<Tensor>& slots,
                                    const std::optional<Tensor>& starts, int64_t total_tokens,
-                                   IndexArguments<Device>& indices) {
+                                   IndexArguments<Device>& indices, bool has_scales = false) {
   ExtractKvParams p{};
-  p.sizes = check.caches(key_cache, value_cache, true, false);
-  p.dtype = check.floating("key_cache", key_cache);
+  p.sizes = check.caches(key_cache, value_cache, true, false, has_scales);
+  p.dtype = p.cache_dtype = check.cache_dtype(key_cache);
   if (total_tokens < 0) check.fail("total_tokens", "at least 0", format(total_tokens));
   check.fits_int32("total_tokens", total_tokens);
   p.total_tokens = total_tokens;
@@ -72,6 +72,38 @@ void extract_kv_out(const Tensor& key_cache, const Tensor& value_cache,
   const TokenShape shape(p.sizes, total_tokens, key_cache.dim() - 1);
   for (const auto& [name, tensor] : {std::pair{"out[0]", &key}, {"out[1]", &value}}) {
     check.dtype_as(name, *tensor, "key_cache", key_cache);
+    check.shape(name, *tensor, shape.sizes());
+    check.last_contiguous(name, *tensor);
+    check.not_expanded(name, *tensor);
+  }
+  const Device device(check, key_cache);
+  p.reuses_memory = true;
+  run_extract_kv(device, p, key_cache, value_cache, key, value);
+}
+
+// Of a cache of eight bits: key and value are floats, or the tokens as they are, with scales.
+template <typename Device>
+void extract_kv_scaled_out(const Tensor& key_cache, const Tensor& value_cache,
+                           const Tensor& key_scale, const Tensor& value_scale,
+                           const std::optional<Tensor>& cu_seqlens,
+                           const std::optional<Tensor>& slots, const std::optional<Tensor>& starts,
+                           int64_t total_tokens, const Tensor& key, const Tensor& value) {
+  const Checker check("extract_kv", Device::kType, key_cache);
+  IndexArguments<Device> indices(check, key_cache,
+                                 count_rows(slots, starts, cu_seqlens, total_tokens));
+  ExtractKvParams p = checked_extract_kv<Device>(check, key_cache, value_cache, cu_seqlens, slots,
+                                                 starts, total_tokens, indices, true);
+  p.scales = check.scales(key_scale, value_scale, key_cache, false);
+  check.on_device("out[0]", key);
+  CacheSizes sizes = p.sizes;
+  if (key.dtype_code() == key_cache.dtype_code()) {
+    sizes.head_dim += kScaleBytes;
+  } else {
+    p.dtype = check.floating("out[0]", key);
+  }
+  check.dtype_as("out[1]", value, "out[0]", key);
+  const TokenShape shape(sizes, total_tokens, key_cache.dim() - 1);
+  for (const auto& [name, tensor] : {std::pair{"out[0]", &key}, {"out[1]", &value}}) {
     check.shape(name, *tensor, shape.sizes());
     check.last_contiguous(name, *tensor);
     check.not_expanded(name, *tensor);

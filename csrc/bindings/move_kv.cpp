@@ -67,6 +67,7 @@ struct Cpu : CpuDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("move_kv", box<&move_kv<Cpu>>);
+  library.impl("move_kv.scaled", box<&move_kv_scaled<Cpu>>);
 }
 
 }  // namespace baton::bindings

@@ -6,15 +6,18 @@
 
 namespace baton::bindings {
 
+// The scales are those of a cache of eight bits.
 template <typename Device>
-void move_kv(const Tensor& key_cache, const Tensor& value_cache,
-             const std::optional<Tensor>& source_slots, const std::optional<Tensor>& source_starts,
-             const std::optional<Tensor>& target_slots, const std::optional<Tensor>& target_starts,
-             const Tensor& lengths) {
+void run_move_kv(const Tensor& key_cache, const Tensor& value_cache, const Tensor* key_scale,
+                 const Tensor* value_scale, const std::optional<Tensor>& source_slots,
+                 const std::optional<Tensor>& source_starts,
+                 const std::optional<Tensor>& target_slots,
+                 const std::optional<Tensor>& target_starts, const Tensor& lengths) {
   const Checker check("move_kv", Device::kType, key_cache);
   MoveKvParams p{};
-  p.sizes = check.caches(key_cache, value_cache, true, true);
-  p.dtype = check.floating("key_cache", key_cache);
+  p.sizes = check.caches(key_cache, value_cache, true, true, key_scale != nullptr);
+  p.dtype = check.cache_dtype(key_cache);
+  if (key_scale) p.scales = check.scales(*key_scale, *value_scale, key_cache, true);
   p.num_moves =
       count_rows({&source_slots, &source_starts, &target_slots, &target_starts}, lengths.numel());
   IndexArguments<Device> indices(check, key_cache, p.num_moves);
@@ -31,6 +34,25 @@ void move_kv(const Tensor& key_cache, const Tensor& value_cache,
   p.key_cache_strides = cache_strides(key_cache);
   p.value_cache_strides = cache_strides(value_cache);
   device.run(p, key_cache);
+}
+
+template <typename Device>
+void move_kv(const Tensor& key_cache, const Tensor& value_cache,
+             const std::optional<Tensor>& source_slots, const std::optional<Tensor>& source_starts,
+             const std::optional<Tensor>& target_slots, const std::optional<Tensor>& target_starts,
+             const Tensor& lengths) {
+  run_move_kv<Device>(key_cache, value_cache, nullptr, nullptr, source_slots, source_starts,
+                      target_slots, target_starts, lengths);
+}
+
+template <typename Device>
+void move_kv_scaled(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key_scale,
+                    const Tensor& value_scale, const std::optional<Tensor>& source_slots,
+                    const std::optional<Tensor>& source_starts,
+                    const std::optional<Tensor>& target_slots,
+                    const std::optional<Tensor>& target_starts, const Tensor& lengths) {
+  run_move_kv<Device>(key_cache, value_cache, &key_scale, &value_scale, source_slots, source_starts,
+                      target_slots, target_starts, lengths);
 }
 
 }  // namespace baton::bindings

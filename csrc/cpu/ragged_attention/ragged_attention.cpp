@@ -3,12 +3,17 @@
 // so that scores exist for one block only. Padding columns are never loaded; hidden ones are
 // skipped where a whole block is hidden.
 //
+// Keys and values of eight bits are widened to query's type, which represents each of their
+// elements, a block at a time; their scales multiply scores and probabilities. The products are
+// then those of that type.
+//
 // Blocks and segments begin at fixed keys of the row, and whatever is decided per query vector is
 // decided from its own scores: a token has the same bits however its row is cut into calls, items
 // and tiles.
 #include "cpu/kernels.h"
 #include "cpu/ragged_attention/softmax.h"
 #include "cpu/ragged_attention/tile_amx.h"
+#include "cpu/simd/eight_bit.h"
 
 namespace baton::cpu::BATON_ISA {
 
@@ -59,6 +64,44 @@ __attribute__((noinline)) Rows<T> copied_rows(const Stream<T>& from, int64_t blo
   return {copy, dim, first, end, dim, ask};
 }
 
+// Rows of eight bits, S, as rows of T.
+template <typename S, typename T>
+BATON_INLINE void widen_rows(const Stream<Int8>& from, int64_t block, int64_t first, int64_t end,
+                             int64_t dim, const Ask<Int8>& ask, T* out) {
+  int64_t k = first;
+  from.for_each_run(block + first, end - first, [&](const Int8* rows, int64_t count) {
+    for (; count > 0; --count, ++k, rows += from.stride()) {
+      ask.template used<1, 0>(k - first, dim);
+      widen(reinterpret_cast<const S*>(rows), dim, out + k * dim);
+    }
+  });
+}
+
+template <typename T>
+__attribute__((noinline)) Rows<T> widened_rows(Dtype dtype, const Stream<Int8>& from, int64_t block,
+                                               int64_t first, int64_t end, int64_t dim,
+                                               const Ask<Int8>& ask, AttentionScratch& scratch) {
+  T* out = reinterpret_cast<T*>(scratch.copy);
+  dispatch_eight_bit(dtype,
+                     [&]<typename S>() { widen_rows<S>(from, block, first, end, dim, ask, out); });
+  return {out, dim, first, end, dim, {}};
+}
+
+// The scales of keys or values [first, end) of the block.
+static void load_scales(const Stream<float>& from, int64_t block, int64_t first, int64_t end,
+                        float (&scales)[kBlockKeys]) {
+  for (int64_t k = 0; k < kBlockKeys; k += kLanes) store(scales + k, zero());
+  float* next = scales + first;
+  from.for_each_run(block + first, end - first, [&](const float* run, int64_t count) {
+    if (from.stride() == 1) {
+      __builtin_memcpy(next, run, count * sizeof(float));
+      next += count;
+      return;
+    }
+    for (; count > 0; --count, run += from.stride()) *next++ = *run;
+  });
+}
+
 // The places of these rows.
 template <typename T>
 BATON_INLINE ScatteredRows<T> scattered_rows(const Stream<T>& from, int64_t block, int64_t first,
@@ -107,11 +150,13 @@ __attribute__((noinline)) void weigh_visible(const View* views, int count, int64
 }
 
 // Streams keys [begin, end) of the tile from nothing; leaves sums, maxima and totals in scratch.
-// `ahead` asks for what will be streamed next; null where that has been streamed before.
-template <typename T, bool kCareful>
-void stream(const RaggedAttentionParams& p, const TileQueries<T>& queries, const Streams<T>& from,
-            Range keys, ReadAhead<T>* ahead, AttentionScratch& scratch) {
+// `ahead` asks for what will be streamed next; null where that has been streamed before. S: T, or
+// Int8 for elements of eight bits of either kind.
+template <typename T, typename S, bool kCareful>
+void stream(const RaggedAttentionParams& p, const TileQueries<T>& queries, const Streams<S>& from,
+            Range keys, ReadAhead<S>* ahead, AttentionScratch& scratch) {
   typedef AttentionProducts<T> Products;
+  constexpr bool kWidens = sizeof(S) == 1;
   const int64_t dim = p.sizes.head_dim;
   const int count = queries.count;
   for (int m = 0; m < count; ++m) {
@@ -123,18 +168,26 @@ void stream(const RaggedAttentionParams& p, const TileQueries<T>& queries, const
   for (int64_t block = keys.begin - first; block < keys.end; block += kBlockKeys, first = 0) {
     const int64_t end = keys.end - block < kBlockKeys ? keys.end - block : kBlockKeys;
     // Calls use(rows) with the block's keys or values.
-    const auto with_rows = [&](const Stream<T>& of, const auto& use) BATON_INLINE_LAMBDA {
-      const Ask<T> ask = ahead ? ahead->step(end - first) : Ask<T>{};
-      const Run<T> run = of.run(block + first, end - first);
-      const bool is_one_run = run.count == end - first;
-      if constexpr (Products::kHasScatteredRows) {
-        if (!is_one_run && Products::uses_block_in_place(count)) {
-          return use(scattered_rows(of, block, first, end, dim, ask, scratch));
+    const auto with_rows = [&](const Stream<S>& of, const auto& use) BATON_INLINE_LAMBDA {
+      const Ask<S> ask = ahead ? ahead->step(end - first) : Ask<S>{};
+      if constexpr (kWidens) {
+        use(widened_rows<T>(p.cache_dtype, of, block, first, end, dim, ask, scratch));
+      } else {
+        const Run<T> run = of.run(block + first, end - first);
+        const bool is_one_run = run.count == end - first;
+        if constexpr (Products::kHasScatteredRows) {
+          if (!is_one_run && Products::uses_block_in_place(count)) {
+            return use(scattered_rows(of, block, first, end, dim, ask, scratch));
+          }
         }
+        use(is_one_run ? Rows<T>{run.data - first * of.stride(), of.stride(), first, end, dim, ask}
+                       : copied_rows(of, block, first, end, dim, ask, scratch));
       }
-      use(is_one_run ? Rows<T>{run.data - first * of.stride(), of.stride(), first, end, dim, ask}
-                     : copied_rows(of, block, first, end, dim, ask, scratch));
     };
+    if constexpr (kWidens) {
+      load_scales(from.key_scales, block, first, end, scratch.key_scales);
+      load_scales(from.value_scales, block, first, end, scratch.value_scales);
+    }
     with_rows(from.keys,
               [&](const auto& keys) BATON_INLINE_LAMBDA { Products::score(count, keys, scratch); });
     BlockSoftmax<Products> softmax(p, queries.views, count, block, end, scratch);
@@ -159,15 +212,15 @@ static bool has_nan(int count, int64_t dim, const AttentionScratch& scratch) {
   return any(found);
 }
 
-template <typename T>
+template <typename T, typename S>
 void stream_segment(const RaggedAttentionParams& p, const TileQueries<T>& queries,
-                    const Streams<T>& from, Range keys, ReadAhead<T>* ahead,
+                    const Streams<S>& from, Range keys, ReadAhead<S>* ahead,
                     AttentionScratch& scratch) {
-  stream<T, false>(p, queries, from, keys, ahead, scratch);
+  stream<T, S, false>(p, queries, from, keys, ahead, scratch);
   // Products take whole blocks, and a hidden value that is not finite has left a NaN.
   if (queries.some_hides(keys.begin, keys.end) &&
       has_nan(queries.count, p.sizes.head_dim, scratch)) {
-    stream<T, true>(p, queries, from, keys, nullptr, scratch);
+    stream<T, S, true>(p, queries, from, keys, nullptr, scratch);
   }
 }
 
@@ -231,14 +284,14 @@ static void write_partial(const AttentionScratch& scratch, int m, int64_t dim, f
   partial[num_sums + 1] = reduce_add(load(scratch.sum[m]));
 }
 
-template <typename T>
+template <typename T, typename S>
 void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
-              const AttentionRowPlan& plan, const Tile& tile, ReadAhead<T>* ahead,
+              const AttentionRowPlan& plan, const Tile& tile, ReadAhead<S>* ahead,
               AttentionScratch& scratch) {
   const int64_t dim = p.sizes.head_dim, num_sums = attention_sums(dim);
   const TileQueries<T> queries(p, tile);
   const int count = queries.count;
-  const Streams<T> from(p, tile.row, item.kv_head);
+  const Streams<S> from(p, tile.row, item.kv_head);
   AttentionProducts<T>::load_queries(queries.query, count, dim, scratch);
   const auto segment_sum = [&](int m) { return reduce_add(load(scratch.sum[m])); };
   // Calls write(m, token, head) for every query vector.
@@ -258,7 +311,7 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
   const bool is_split = plan.num_splits > 1;
   const int64_t segment_end = attention_segment_begin(attention_segment_of(tile.begin) + 1);
   if (is_split || tile.end <= segment_end) {
-    stream_segment<T>(p, queries, from, {tile.begin, tile.end}, ahead, scratch);
+    stream_segment<T, S>(p, queries, from, {tile.begin, tile.end}, ahead, scratch);
     if (!is_split) {
       return result(
           [&](int m) { return Merged{scratch.out[m], scratch.maximum[m], segment_sum(m)}; });
@@ -277,7 +330,7 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
   for (int64_t begin = tile.begin; begin < tile.end;) {
     const int64_t next = attention_segment_begin(attention_segment_of(begin) + 1);
     const int64_t end = next < tile.end ? next : tile.end;
-    stream_segment<T>(p, queries, from, {begin, end}, ahead, scratch);
+    stream_segment<T, S>(p, queries, from, {begin, end}, ahead, scratch);
     for (int m = 0; m < count; ++m) {
       merged[m].add(scratch.out[m], scratch.maximum[m], segment_sum(m), num_sums);
     }
@@ -287,9 +340,9 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
 }
 
 // One split of rows that have it in the same place.
-template <typename T>
+template <typename T, typename S>
 void run_shared_item(const RaggedAttentionParams& p, const AttentionWork& work,
-                     const AttentionItem& item, ReadAhead<T>& ahead, AttentionScratch& scratch) {
+                     const AttentionItem& item, ReadAhead<S>& ahead, AttentionScratch& scratch) {
   const int64_t group = p.num_heads / p.sizes.num_kv_heads, first_head = item.kv_head * group;
   const int32_t* rows = work.sharers + item.first_sharer;
   TileQueries<T> queries;
@@ -306,7 +359,7 @@ void run_shared_item(const RaggedAttentionParams& p, const AttentionWork& work,
     if (i == 0 || tile.end > keys.end) keys.end = tile.end;
   }
   AttentionProducts<T>::load_queries(queries.query, queries.count, p.sizes.head_dim, scratch);
-  stream_segment<T>(p, queries, Streams<T>(p, rows[0], item.kv_head), keys, &ahead, scratch);
+  stream_segment<T, S>(p, queries, Streams<S>(p, rows[0], item.kv_head), keys, &ahead, scratch);
   int m = 0;
   for (int i = 0; i < item.num_sharers; ++i) {
     const int64_t num_splits = row_plan(p, rows[i]).num_splits;
@@ -320,10 +373,10 @@ void run_shared_item(const RaggedAttentionParams& p, const AttentionWork& work,
   }
 }
 
-template <typename T>
+template <typename T, typename S>
 void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
-              ReadAhead<T>& ahead, AttentionScratch& scratch) {
-  if (item.num_sharers > 0) return run_shared_item<T>(p, work, item, ahead, scratch);
+              ReadAhead<S>& ahead, AttentionScratch& scratch) {
+  if (item.num_sharers > 0) return run_shared_item<T, S>(p, work, item, ahead, scratch);
   const AttentionRowPlan plan = row_plan(p, item.row);
   Tile tile = make_tile(p, item, plan);
   // Groups wider than a tile are taken in parts; their keys and values are then in the core's
@@ -333,7 +386,7 @@ void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const A
     tile.first_head = item.kv_head * group + head;
     tile.num_heads = group - head < kAttentionTileQueries ? group - head : kAttentionTileQueries;
     tile.count = tile.num_tokens * tile.num_heads;
-    run_tile<T>(p, work, item, plan, tile, head == 0 ? &ahead : nullptr, scratch);
+    run_tile<T, S>(p, work, item, plan, tile, head == 0 ? &ahead : nullptr, scratch);
   }
 }
 
@@ -359,11 +412,15 @@ void ragged_attention(const RaggedAttentionParams& p, const AttentionWork& work,
   AttentionScratch scratch(p.sizes.head_dim);
   dispatch_dtype(p.dtype, [&]<typename T>() {
     [[maybe_unused]] const typename AttentionProducts<T>::Scope scope;
-    ReadAhead<T> ahead(p, work, begin, end);
-    for (int64_t i = begin; i < end; ++i) {
-      ahead.begin(i);
-      run_item<T>(p, work, work.items[i], ahead, scratch);
-    }
+    const auto run = [&]<typename S>() {
+      ReadAhead<S> ahead(p, work, begin, end);
+      for (int64_t i = begin; i < end; ++i) {
+        ahead.begin(i);
+        run_item<T, S>(p, work, work.items[i], ahead, scratch);
+      }
+    };
+    if (is_eight_bit(p.cache_dtype)) return run.template operator()<Int8>();
+    run.template operator()<T>();
   });
 }
 

@@ -85,6 +85,7 @@ def _open_relay(
             generation_config=generation_config,
             max_slots=batching.max_slots,
             kv_budget=_bytes(batching.kv_budget),
+            kv_dtype=batching.kv_dtype and batching.kv_dtype.value,
             prefix_cache=_bytes(batching.prefix_cache),
         )
     # No Llama, or one with something that the patch does not know; a process that cannot start; no

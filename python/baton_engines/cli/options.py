@@ -26,6 +26,13 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class KVDtype(str, Enum):
+    """Types of keys and values other than the model's own."""
+
+    int8 = "int8"
+    float8_e4m3fn = "float8_e4m3fn"
+
+
 def _check_policy(name: str) -> str:
     # Imported here, as in all checks: help must not wait for torch.
     from ..policies import NAMES
@@ -167,6 +174,10 @@ class Batching:
         typer.Option(
             min=0.0, help="Most MiB of keys and values kept for prompts that begin alike."
         ),
+    ] = None
+    kv_dtype: Annotated[
+        KVDtype | None,
+        typer.Option(help="Type of cached keys and values of eight bits, on a CPU."),
     ] = None
     capacity: CapacityOption = None
     dtype: DtypeOption = Dtype.auto

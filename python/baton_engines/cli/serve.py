@@ -67,6 +67,7 @@ def serve(listening: Listening, batching: options.Batching) -> None:
             ),
             max_slots=batching.max_slots,
             kv_budget=None if budget is None else int(budget * _BYTES_PER_MIB),
+            kv_dtype=batching.kv_dtype and batching.kv_dtype.value,
         )
     # No Llama, or one with something that the patch does not know; a process that cannot start; no
     # package for the mode.

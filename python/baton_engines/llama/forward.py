@@ -124,6 +124,7 @@ class PatchedLlama(ModelHandle):
         self.head_dim = attention.head_dim
         self.vocab_size = decoder.lm_head.out_features
         self.dtype = decoder.lm_head.weight.dtype
+        self.takes_eight_bits = True
         self.device = decoder.lm_head.weight.device
         self._scale = attention.scaling
         # Granite multiplies by constants; everywhere else they are 1.
@@ -207,7 +208,8 @@ class PatchedLlama(ModelHandle):
         residual = _scaled(hidden, self._embedding_multiplier)
         hidden = kernels.rms_norm(residual, *self._layers[0].attention_norm)
         caches = zip(cache.keys.unbind(0), cache.values.unbind(0), strict=True)
-        for layer, (key_cache, value_cache) in zip(self._layers, caches, strict=True):
+        for index, (key_cache, value_cache) in enumerate(caches):
+            layer, scales = self._layers[index], cache.scales(index)
             if layer is not self._layers[0]:
                 hidden, residual = kernels.rms_norm(
                     hidden, *layer.attention_norm, residual=residual
@@ -219,9 +221,9 @@ class PatchedLlama(ModelHandle):
                 key = kernels.rms_norm(key, *layer.key_norm)
             places = (key, value, key_cache, value_cache, batch.token_slots, batch.token_columns)
             if layer.rotates:
-                query = kernels.append_kv(*places, query=query, cos=cos, sin=sin)
+                query = kernels.append_kv(*places, query=query, cos=cos, sin=sin, **scales)
             else:
-                kernels.append_kv(*places)
+                kernels.append_kv(*places, **scales)
             hidden = kernels.ragged_attention(
                 query,
                 key_cache,
@@ -234,6 +236,7 @@ class PatchedLlama(ModelHandle):
                 window=layer.window,
                 max_query_length=batch.max_query_length,
                 max_length=batch.max_length,
+                **scales,
             )
             hidden = project(hidden.view(total_tokens, -1), *layer.output)
             hidden = _scaled(hidden, self._residual_multiplier)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
+
 from baton_kernels.batch_shape import checked_int
 
 from .. import policies
@@ -59,6 +61,9 @@ class Relay(RelayState):
             admission first, and go on later without recomputing. Padding that aligns rows is not
             counted, nor what is parked (`parked_bytes`), nor a prompt computed elsewhere until it
             enters; room for it is kept.
+        kv_dtype: torch.int8 or torch.float8_e4m3fn, or its name: keys and values of eight bits and
+            a scale for each token and head, on a CPU, for models that `patch_llama` supports;
+            answers change as rounding changes them. None: the model's own dtype.
         prefix_cache: bytes of keys and values that are kept of prompts and answers; a query that
             begins with the same tokens copies them instead of computing them, in steps of 32
             tokens. The least recently used go first. They are not counted in kv_budget. None, the
@@ -76,7 +81,8 @@ class Relay(RelayState):
         ValueError: num_slots, capacity, kv_budget or prefix_cache is below 1, max_slots below
             num_slots, or there is no such policy, shaping or prefill mode, or they do not go with
             the kind of cache.
-        NotImplementedError: the generation config has a setting that only `generate` knows.
+        NotImplementedError: the generation config has a setting that only `generate` knows; or
+            kv_dtype with another model, device or prefill mode than "serial".
         Exception: what `huggingface.adapt` raises for a model that cannot be computed exactly.
 
     Source: BATON, dynamic re-batching.
@@ -94,6 +100,7 @@ class Relay(RelayState):
         aligned: bool = False,
         shaping: str = "in_place",
         kv_budget: int | None = None,
+        kv_dtype: torch.dtype | str | None = None,
         prefix_cache: int | None = None,
         max_slots: int | None = None,
         prefill: str | Prefiller = "serial",
@@ -116,6 +123,7 @@ class Relay(RelayState):
                 aligned=aligned,
                 shaping=shaping,
                 kv_budget=kv_budget,
+                kv_dtype=kv_dtype,
                 prefix_cache=prefix_cache,
                 max_slots=max_slots,
                 prefill=prefill,
