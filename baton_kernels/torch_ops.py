@@ -12,6 +12,15 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from baton_kernels.torch_ops_scaled import (
+    AppendKvScaled,
+    AppendKvScaledQuery,
+    ExtractKvScaled,
+    ExtractKvScaledOut,
+    InsertKvScaled,
+    MoveKvScaled,
+)
+
 __all__ = ["TorchOps", "ops"]
 
 
@@ -44,44 +53,11 @@ class _AppendKvQuery(Protocol):
     ) -> Tensor: ...
 
 
-class _AppendKvScaled(Protocol):
-    def __call__(
-        self,
-        key: Tensor,
-        value: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        key_scale: Tensor,
-        value_scale: Tensor,
-        slots: Tensor | None,
-        columns: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-    ) -> None: ...
-
-
-class _AppendKvScaledQuery(Protocol):
-    def __call__(
-        self,
-        key: Tensor,
-        value: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        key_scale: Tensor,
-        value_scale: Tensor,
-        slots: Tensor | None,
-        columns: Tensor,
-        query: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-    ) -> Tensor: ...
-
-
 class _AppendKvOverloads(_AppendKv, Protocol):
     default: _AppendKv
     query: _AppendKvQuery
-    scaled: _AppendKvScaled
-    scaled_query: _AppendKvScaledQuery
+    scaled: AppendKvScaled
+    scaled_query: AppendKvScaledQuery
 
 
 class _AttentionMask(Protocol):
@@ -126,26 +102,11 @@ class _ExtractKvOut(Protocol):
     ) -> None: ...
 
 
-class _ExtractKvScaledOut(Protocol):
-    def __call__(
-        self,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        key_scale: Tensor,
-        value_scale: Tensor,
-        cu_seqlens: Tensor | None,
-        slots: Tensor | None,
-        starts: Tensor | None,
-        total_tokens: int,
-        key: Tensor,
-        value: Tensor,
-    ) -> None: ...
-
-
 class _ExtractKvOverloads(_ExtractKv, Protocol):
     default: _ExtractKv
     out: _ExtractKvOut
-    scaled_out: _ExtractKvScaledOut
+    scaled: ExtractKvScaled
+    scaled_out: ExtractKvScaledOut
 
 
 class _InsertKv(Protocol):
@@ -162,25 +123,9 @@ class _InsertKv(Protocol):
     ) -> None: ...
 
 
-class _InsertKvScaled(Protocol):
-    def __call__(
-        self,
-        key: Tensor,
-        value: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        key_scale: Tensor,
-        value_scale: Tensor,
-        cu_seqlens: Tensor | None,
-        slots: Tensor | None,
-        starts: Tensor | None,
-        zero_padding: bool = False,
-    ) -> None: ...
-
-
 class _InsertKvOverloads(_InsertKv, Protocol):
     default: _InsertKv
-    scaled: _InsertKvScaled
+    scaled: InsertKvScaled
 
 
 class _Linear(Protocol):
@@ -239,24 +184,9 @@ class _MoveKv(Protocol):
     ) -> None: ...
 
 
-class _MoveKvScaled(Protocol):
-    def __call__(
-        self,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        key_scale: Tensor,
-        value_scale: Tensor,
-        source_slots: Tensor | None,
-        source_starts: Tensor | None,
-        target_slots: Tensor | None,
-        target_starts: Tensor | None,
-        lengths: Tensor,
-    ) -> None: ...
-
-
 class _MoveKvOverloads(_MoveKv, Protocol):
     default: _MoveKv
-    scaled: _MoveKvScaled
+    scaled: MoveKvScaled
 
 
 class _PackLinear(Protocol):

@@ -129,10 +129,15 @@ def append_kv(
     # An option at its default costs less where torch fills it in.
     rotary = () if cos is None and sin is None else (cos, sin)
     if key_scale is not None or value_scale is not None:
-        return _append_scaled(
-            key, value, key_cache, value_cache, key_scale, value_scale, slots, columns, query,
-            rotary,
-        )  # fmt: skip
+        rows = key, value, key_cache, value_cache, slots, columns
+        scales = key_scale, value_scale
+        if key_scale is None or value_scale is None:
+            check_arguments(*rows, query, cos, sin, *scales)
+        if query is None:
+            return call("append_kv", _native_scaled, _check_without_query, *rows, cos, sin, *scales)
+        return call(
+            "append_kv", _native_scaled_query, check_arguments, *rows, query, cos, sin, *scales
+        )
     if query is None:
         return call(
             "append_kv", _native, _check_without_query,
@@ -144,28 +149,10 @@ def append_kv(
     )  # fmt: skip
 
 
-def _append_scaled(
-    key, value, key_cache, value_cache, key_scale, value_scale, slots, columns, query, rotary
-):
-    places = key, value, key_cache, value_cache, key_scale, value_scale, slots, columns
-    if key_scale is None or value_scale is None:
-        _check_scaled(*places, *rotary)
-    if query is None:
-        return call("append_kv", _native_scaled, _check_scaled, *places, *rotary)
-    return call("append_kv", _native_scaled_query, check_scaled, *places, query, *rotary)
-
-
 def check_arguments(
-    key, value, key_cache, value_cache, slots, columns, query=None, cos=None, sin=None
-) -> None:
-    check_scaled(key, value, key_cache, value_cache, None, None, slots, columns, query, cos, sin)
-
-
-def check_scaled(
-    key, value, key_cache, value_cache, key_scale, value_scale, slots, columns, query=None,
-    cos=None, sin=None,
+    key, value, key_cache, value_cache, slots, columns, query=None, cos=None, sin=None,
+    key_scale=None, value_scale=None,
 ) -> None:  # fmt: skip
-    """The same with scales, which are None unless the caches are of eight bits."""
     check = Checker("append_kv")
     check.caches(
         key_cache, value_cache, with_layers=False, written=True, key_scale=key_scale,
@@ -196,16 +183,11 @@ def check_scaled(
 
 
 def _check_without_query(
-    key, value, key_cache, value_cache, slots, columns, cos=None, sin=None
-) -> None:
-    check_arguments(key, value, key_cache, value_cache, slots, columns, None, cos, sin)
-
-
-def _check_scaled(
-    key, value, key_cache, value_cache, key_scale, value_scale, slots, columns, cos=None, sin=None
-) -> None:
-    check_scaled(
-        key, value, key_cache, value_cache, key_scale, value_scale, slots, columns, None, cos, sin
+    key, value, key_cache, value_cache, slots, columns, cos=None, sin=None, key_scale=None,
+    value_scale=None,
+) -> None:  # fmt: skip
+    check_arguments(
+        key, value, key_cache, value_cache, slots, columns, None, cos, sin, key_scale, value_scale
     )
 
 
@@ -224,29 +206,24 @@ def _check_rotary(check: Checker, name: str, tensor: torch.Tensor, key: torch.Te
 
 
 @torch.library.register_fake("baton_kernels::append_kv")
+@torch.library.register_fake("baton_kernels::append_kv.scaled")
 def _fake(*args, **kwargs) -> None:
     _check_without_query(*args, **kwargs)
 
 
+_fake_scaled = _fake
+
+
 @torch.library.register_fake("baton_kernels::append_kv.query")
-def _fake_query(
-    key, value, key_cache, value_cache, slots, columns, query, cos=None, sin=None
-) -> torch.Tensor:
-    check_arguments(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
-    return query.new_empty(query.shape)
-
-
-@torch.library.register_fake("baton_kernels::append_kv.scaled")
-def _fake_scaled(*args, **kwargs) -> None:
-    _check_scaled(*args, **kwargs)
-
-
 @torch.library.register_fake("baton_kernels::append_kv.scaled_query")
-def _fake_scaled_query(
-    key, value, key_cache, value_cache, key_scale, value_scale, slots, columns, query, cos=None,
-    sin=None,
+def _fake_query(
+    key, value, key_cache, value_cache, slots, columns, query, cos=None, sin=None, key_scale=None,
+    value_scale=None,
 ) -> torch.Tensor:  # fmt: skip
-    check_scaled(
-        key, value, key_cache, value_cache, key_scale, value_scale, slots, columns, query, cos, sin
+    check_arguments(
+        key, value, key_cache, value_cache, slots, columns, query, cos, sin, key_scale, value_scale
     )
     return query.new_empty(query.shape)
+
+
+_fake_scaled_query = _fake_query

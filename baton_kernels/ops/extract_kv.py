@@ -7,6 +7,7 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import (
     EIGHT_BITS,
+    FLOATS,
     SCALE_BYTES,
     Checker,
     call,
@@ -16,6 +17,7 @@ from baton_kernels.ops.checks import (
 
 _native = ops.extract_kv.default
 _native_out = ops.extract_kv.out
+_native_scaled = ops.extract_kv.scaled
 _native_scaled_out = ops.extract_kv.scaled_out
 
 
@@ -97,36 +99,40 @@ def _extract_scaled(
     key_cache, value_cache, key_scale, value_scale, cu_seqlens, slots, starts, total_tokens, out,
     dtype,
 ):  # fmt: skip
-    rows = cu_seqlens, slots, starts, total_tokens
-    caches = key_cache, value_cache, key_scale, value_scale
-    check = Checker("extract_kv")
-    if dtype is not None:
-        if key_scale is None:
-            check.fail("dtype", "None with a cache of floats", dtype, TypeError)
-        check.floating("dtype", torch.empty(0, dtype=dtype, device="meta"))
-    if key_scale is None or value_scale is None or out is None:
-        check_scaled(*caches, *rows)
+    given = (
+        key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key_scale, value_scale
+    )  # fmt: skip
+    if key_scale is None or value_scale is None:
+        _check_scaled(*given, dtype)
     if out is None:
-        *layers, _, num_kv_heads, _, head_dim = key_cache.shape
-        size = head_dim + SCALE_BYTES if dtype is None else head_dim
-        shape = (*layers, total_tokens, num_kv_heads, size)
-        like = {"dtype": dtype or key_cache.dtype, "device": key_cache.device}
-        out = torch.empty(shape, **like), torch.empty(shape, **like)
-    elif dtype is not None and out[0].dtype != dtype:
-        check.fail("out[0]", f"{dtype_name(dtype)} as dtype", dtype_name(out[0].dtype), TypeError)
-    call("extract_kv", _native_scaled_out, check_scaled_out, *caches, *rows, *out)
+        return call("extract_kv", _native_scaled, _check_scaled, *given, dtype)
+    if dtype is not None and out[0].dtype != dtype:
+        expected = f"{dtype_name(dtype)} as dtype"
+        Checker("extract_kv").fail("out[0]", expected, dtype_name(out[0].dtype), TypeError)
+    call("extract_kv", _native_scaled_out, check_scaled_out, *given, *out)
     return out
 
 
-def check_arguments(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens) -> int:
+def _check_scaled(
+    key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key_scale, value_scale,
+    dtype=None,
+) -> None:  # fmt: skip
+    check = Checker("extract_kv")
+    if dtype is not None:
+        if key_scale is None and value_scale is None:
+            check.fail("dtype", "None with a cache of floats", dtype, TypeError)
+        if dtype not in FLOATS:
+            check.fail("dtype", "float32, float16 or bfloat16", dtype_name(dtype), TypeError)
+    check_arguments(
+        key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key_scale, value_scale
+    )
+
+
+def check_arguments(
+    key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key_scale=None,
+    value_scale=None,
+) -> int:  # fmt: skip
     """The number of queries, when the arguments fit."""
-    return check_scaled(key_cache, value_cache, None, None, cu_seqlens, slots, starts, total_tokens)
-
-
-def check_scaled(
-    key_cache, value_cache, key_scale, value_scale, cu_seqlens, slots, starts, total_tokens
-) -> int:
-    """The same with scales, which are None unless the caches are of eight bits."""
     check = Checker("extract_kv")
     check.caches(
         key_cache, value_cache, with_layers=True, written=False, key_scale=key_scale,
@@ -157,12 +163,12 @@ def check_out_arguments(
 
 
 def check_scaled_out(
-    key_cache, value_cache, key_scale, value_scale, cu_seqlens, slots, starts, total_tokens, key,
+    key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key_scale, value_scale, key,
     value,
 ) -> int:  # fmt: skip
     """The number of queries, when the arguments fit."""
-    num_queries = check_scaled(
-        key_cache, value_cache, key_scale, value_scale, cu_seqlens, slots, starts, total_tokens
+    num_queries = check_arguments(
+        key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key_scale, value_scale
     )
     check = Checker("extract_kv")
     *layers, _, num_kv_heads, _, head_dim = key_cache.shape
@@ -196,3 +202,18 @@ def _fake(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
     *layers, _, num_kv_heads, _, head_dim = key_cache.shape
     shape = [*layers, total_tokens, num_kv_heads, head_dim]
     return key_cache.new_empty(shape), key_cache.new_empty(shape)
+
+
+@torch.library.register_fake("baton_kernels::extract_kv.scaled")
+def _fake_scaled(
+    key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key_scale, value_scale,
+    dtype=None,
+):  # fmt: skip
+    _check_scaled(
+        key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key_scale, value_scale,
+        dtype,
+    )  # fmt: skip
+    *layers, _, num_kv_heads, _, head_dim = key_cache.shape
+    shape = [*layers, total_tokens, num_kv_heads, head_dim + (SCALE_BYTES if dtype is None else 0)]
+    dtype = key_cache.dtype if dtype is None else dtype
+    return key_cache.new_empty(shape, dtype=dtype), key_cache.new_empty(shape, dtype=dtype)

@@ -76,16 +76,14 @@ def insert_kv(
 
     Source: BATON (arXiv 2410.18701), embedding of prefilled keys and values in the running batch.
     """
-    if key_scale is not None and value_scale is not None:
-        return call(
-            "insert_kv", _native_scaled, check_scaled_arguments,
-            key, value, key_cache, value_cache, key_scale, value_scale, cu_seqlens, slots, starts,
-            zero_padding,
-        )  # fmt: skip
     if key_scale is not None or value_scale is not None:
-        check_scaled_arguments(
-            key, value, key_cache, value_cache, key_scale, value_scale, cu_seqlens, slots, starts
-        )
+        given = (
+            key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding, key_scale,
+            value_scale,
+        )  # fmt: skip
+        if key_scale is None or value_scale is None:
+            check_arguments(*given)
+        return call("insert_kv", _native_scaled, check_arguments, *given)
     call(
         "insert_kv", _native, check_arguments,
         key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding,
@@ -93,19 +91,10 @@ def insert_kv(
 
 
 def check_arguments(
-    key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False
-) -> int:
-    """The number of queries, when the arguments fit."""
-    return check_scaled_arguments(
-        key, value, key_cache, value_cache, None, None, cu_seqlens, slots, starts, zero_padding
-    )
-
-
-def check_scaled_arguments(
-    key, value, key_cache, value_cache, key_scale, value_scale, cu_seqlens, slots, starts,
-    zero_padding=False,
+    key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False,
+    key_scale=None, value_scale=None,
 ) -> int:  # fmt: skip
-    """The same with scales, which are None unless the caches are of eight bits."""
+    """The number of queries, when the arguments fit."""
     check = Checker("insert_kv")
     check.caches(
         key_cache, value_cache, with_layers=True, written=True, key_scale=key_scale,
@@ -127,10 +116,9 @@ def check_scaled_arguments(
 
 
 @torch.library.register_fake("baton_kernels::insert_kv")
+@torch.library.register_fake("baton_kernels::insert_kv.scaled")
 def _fake(*args, **kwargs) -> None:
     check_arguments(*args, **kwargs)
 
 
-@torch.library.register_fake("baton_kernels::insert_kv.scaled")
-def _fake_scaled(*args, **kwargs) -> None:
-    check_scaled_arguments(*args, **kwargs)
+_fake_scaled = _fake

@@ -64,28 +64,23 @@ def move_kv(
     Source: BATON (arXiv 2410.18701), shaping of the running batch and removal of finished rows.
     """
     if key_scale is not None or value_scale is not None:
-        places = source_slots, source_starts, target_slots, target_starts, lengths
-        if key_scale is None or value_scale is None:
-            check_scaled(key_cache, value_cache, key_scale, value_scale, *places)
-        return call(
-            "move_kv", _native_scaled, check_scaled,
-            key_cache, value_cache, key_scale, value_scale, *places,
+        given = (
+            key_cache, value_cache, source_slots, source_starts, target_slots, target_starts,
+            lengths, key_scale, value_scale,
         )  # fmt: skip
+        if key_scale is None or value_scale is None:
+            check_arguments(*given)
+        return call("move_kv", _native_scaled, check_arguments, *given)
     call(
         "move_kv", _native, check_arguments,
         key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths,
     )  # fmt: skip
 
 
-def check_arguments(key_cache, value_cache, *places) -> None:
-    check_scaled(key_cache, value_cache, None, None, *places)
-
-
-def check_scaled(
-    key_cache, value_cache, key_scale, value_scale, source_slots, source_starts, target_slots,
-    target_starts, lengths,
+def check_arguments(
+    key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths,
+    key_scale=None, value_scale=None,
 ) -> None:  # fmt: skip
-    """The same with scales, which are None unless the caches are of eight bits."""
     check = Checker("move_kv")
     check.caches(
         key_cache, value_cache, with_layers=True, written=True, key_scale=key_scale,
@@ -105,10 +100,9 @@ def check_scaled(
 
 
 @torch.library.register_fake("baton_kernels::move_kv")
+@torch.library.register_fake("baton_kernels::move_kv.scaled")
 def _fake(*args) -> None:
     check_arguments(*args)
 
 
-@torch.library.register_fake("baton_kernels::move_kv.scaled")
-def _fake_scaled(*args) -> None:
-    check_scaled(*args)
+_fake_scaled = _fake

@@ -1,6 +1,6 @@
 import torch
 
-from .eight_bit import from_tokens
+from ._eight_bit import from_tokens
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 import torch
 
-from .eight_bit import as_they_are, dequantize
+from ._eight_bit import as_they_are, dequantize
 
 
 def extract_kv(

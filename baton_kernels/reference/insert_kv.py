@@ -1,6 +1,6 @@
 import torch
 
-from .eight_bit import from_tokens
+from ._eight_bit import from_tokens
 
 
 def insert_kv(

@@ -1,6 +1,6 @@
 import torch
 
-from .eight_bit import dequantize
+from ._eight_bit import dequantize
 
 
 def ragged_attention(

@@ -119,19 +119,20 @@ Tensor append_kv_query(const Tensor& key, const Tensor& value, const Tensor& key
 
 template <typename Device>
 void append_kv_scaled(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                      const Tensor& value_cache, const Tensor& key_scale, const Tensor& value_scale,
-                      const std::optional<Tensor>& slots, const Tensor& columns,
-                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
+                      const Tensor& value_cache, const std::optional<Tensor>& slots,
+                      const Tensor& columns, const std::optional<Tensor>& cos,
+                      const std::optional<Tensor>& sin, const Tensor& key_scale,
+                      const Tensor& value_scale) {
   run_append_kv<Device>(key, value, key_cache, value_cache, &key_scale, &value_scale, slots,
                         columns, nullptr, cos, sin);
 }
 
 template <typename Device>
 Tensor append_kv_scaled_query(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                              const Tensor& value_cache, const Tensor& key_scale,
-                              const Tensor& value_scale, const std::optional<Tensor>& slots,
+                              const Tensor& value_cache, const std::optional<Tensor>& slots,
                               const Tensor& columns, const Tensor& query,
-                              const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
+                              const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                              const Tensor& key_scale, const Tensor& value_scale) {
   return *run_append_kv<Device>(key, value, key_cache, value_cache, &key_scale, &value_scale, slots,
                                 columns, &query, cos, sin);
 }

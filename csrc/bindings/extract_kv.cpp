@@ -35,6 +35,7 @@ struct Cpu : CpuDevice {
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("extract_kv", box<&extract_kv<Cpu>>);
   library.impl("extract_kv.out", box<&extract_kv_out<Cpu>>);
+  library.impl("extract_kv.scaled", box<&extract_kv_scaled<Cpu>>);
   library.impl("extract_kv.scaled_out", box<&extract_kv_scaled_out<Cpu>>);
 }
 

@@ -84,10 +84,10 @@ void extract_kv_out(const Tensor& key_cache, const Tensor& value_cache,
 // Of a cache of eight bits: key and value are floats, or the tokens as they are, with scales.
 template <typename Device>
 void extract_kv_scaled_out(const Tensor& key_cache, const Tensor& value_cache,
-                           const Tensor& key_scale, const Tensor& value_scale,
                            const std::optional<Tensor>& cu_seqlens,
                            const std::optional<Tensor>& slots, const std::optional<Tensor>& starts,
-                           int64_t total_tokens, const Tensor& key, const Tensor& value) {
+                           int64_t total_tokens, const Tensor& key_scale, const Tensor& value_scale,
+                           const Tensor& key, const Tensor& value) {
   const Checker check("extract_kv", Device::kType, key_cache);
   IndexArguments<Device> indices(check, key_cache,
                                  count_rows(slots, starts, cu_seqlens, total_tokens));
@@ -111,6 +111,40 @@ void extract_kv_scaled_out(const Tensor& key_cache, const Tensor& value_cache,
   const Device device(check, key_cache);
   p.reuses_memory = true;
   run_extract_kv(device, p, key_cache, value_cache, key, value);
+}
+
+// The shim's number of a float's dtype; without one that of the cache.
+inline int32_t code_of(const Checker& check, const std::optional<ScalarType>& dtype,
+                       const Tensor& cache) {
+  if (!dtype) return cache.dtype_code();
+  switch (*dtype) {
+    case ScalarType::Float:
+      return kCodes.float32;
+    case ScalarType::Half:
+      return kCodes.float16;
+    case ScalarType::BFloat16:
+      return kCodes.bfloat16;
+    default:
+      check.fail("dtype", "float32, float16 or bfloat16", name_of(*dtype));
+  }
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> extract_kv_scaled(
+    const Tensor& key_cache, const Tensor& value_cache, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& slots, const std::optional<Tensor>& starts, int64_t total_tokens,
+    const Tensor& key_scale, const Tensor& value_scale, std::optional<ScalarType> dtype) {
+  const Checker check("extract_kv", Device::kType, key_cache);
+  const int32_t code = code_of(check, dtype, key_cache);
+  CacheSizes sizes = check.caches(key_cache, value_cache, true, false, true);
+  if (total_tokens < 0) check.fail("total_tokens", "at least 0", format(total_tokens));
+  if (!dtype) sizes.head_dim += kScaleBytes;
+  const TokenShape shape(sizes, total_tokens, key_cache.dim() - 1);
+  Tensor key = allocate(key_cache, shape.sizes(), code);
+  Tensor value = allocate(key_cache, shape.sizes(), code);
+  extract_kv_scaled_out<Device>(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens,
+                                key_scale, value_scale, key, value);
+  return {std::move(key), std::move(value)};
 }
 
 }  // namespace baton::bindings

@@ -70,9 +70,9 @@ void insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
 
 template <typename Device>
 void insert_kv_scaled(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                      const Tensor& value_cache, const Tensor& key_scale, const Tensor& value_scale,
-                      const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& slots,
-                      const std::optional<Tensor>& starts, bool zero_padding) {
+                      const Tensor& value_cache, const std::optional<Tensor>& cu_seqlens,
+                      const std::optional<Tensor>& slots, const std::optional<Tensor>& starts,
+                      bool zero_padding, const Tensor& key_scale, const Tensor& value_scale) {
   run_insert_kv<Device>(key, value, key_cache, value_cache, &key_scale, &value_scale, cu_seqlens,
                         slots, starts, zero_padding);
 }

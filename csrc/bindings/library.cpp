@@ -15,8 +15,8 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "Tensor? cu_seqlens, Tensor? slots, Tensor? starts, bool zero_padding=False) -> ()");
   library.def(
       "insert_kv.scaled(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor(c!) key_scale, Tensor(d!) value_scale, Tensor? cu_seqlens, Tensor? slots, "
-      "Tensor? starts, bool zero_padding=False) -> ()");
+      "Tensor? cu_seqlens, Tensor? slots, Tensor? starts, bool zero_padding, "
+      "Tensor(c!) key_scale, Tensor(d!) value_scale) -> ()");
   library.def(
       "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor? slots, Tensor columns, Tensor? cos=None, Tensor? sin=None) -> ()");
@@ -25,19 +25,19 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "Tensor? slots, Tensor columns, Tensor query, Tensor? cos=None, Tensor? sin=None) -> Tensor");
   library.def(
       "append_kv.scaled(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor(c!) key_scale, Tensor(d!) value_scale, Tensor? slots, Tensor columns, "
-      "Tensor? cos=None, Tensor? sin=None) -> ()");
+      "Tensor? slots, Tensor columns, Tensor? cos, Tensor? sin, Tensor(c!) key_scale, "
+      "Tensor(d!) value_scale) -> ()");
   library.def(
       "append_kv.scaled_query(Tensor key, Tensor value, Tensor(a!) key_cache, "
-      "Tensor(b!) value_cache, Tensor(c!) key_scale, Tensor(d!) value_scale, Tensor? slots, "
-      "Tensor columns, Tensor query, Tensor? cos=None, Tensor? sin=None) -> Tensor");
+      "Tensor(b!) value_cache, Tensor? slots, Tensor columns, Tensor query, Tensor? cos, "
+      "Tensor? sin, Tensor(c!) key_scale, Tensor(d!) value_scale) -> Tensor");
   library.def(
       "move_kv(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? source_slots, "
       "Tensor? source_starts, Tensor? target_slots, Tensor? target_starts, Tensor lengths) -> ()");
   library.def(
-      "move_kv.scaled(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) key_scale, "
-      "Tensor(d!) value_scale, Tensor? source_slots, Tensor? source_starts, Tensor? target_slots, "
-      "Tensor? target_starts, Tensor lengths) -> ()");
+      "move_kv.scaled(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? source_slots, "
+      "Tensor? source_starts, Tensor? target_slots, Tensor? target_starts, Tensor lengths, "
+      "Tensor(c!) key_scale, Tensor(d!) value_scale) -> ()");
   library.def(
       "extract_kv(Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens, Tensor? slots, "
       "Tensor? starts, SymInt total_tokens) -> (Tensor, Tensor)");
@@ -45,9 +45,13 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "extract_kv.out(Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens, Tensor? slots, "
       "Tensor? starts, SymInt total_tokens, Tensor(a!) key, Tensor(b!) value) -> ()");
   library.def(
-      "extract_kv.scaled_out(Tensor key_cache, Tensor value_cache, Tensor key_scale, "
-      "Tensor value_scale, Tensor? cu_seqlens, Tensor? slots, Tensor? starts, "
-      "SymInt total_tokens, Tensor(a!) key, Tensor(b!) value) -> ()");
+      "extract_kv.scaled(Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens, Tensor? slots, "
+      "Tensor? starts, SymInt total_tokens, Tensor key_scale, Tensor value_scale, "
+      "ScalarType? dtype=None) -> (Tensor, Tensor)");
+  library.def(
+      "extract_kv.scaled_out(Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens, "
+      "Tensor? slots, Tensor? starts, SymInt total_tokens, Tensor key_scale, Tensor value_scale, "
+      "Tensor(a!) key, Tensor(b!) value) -> ()");
   library.def(
       "ragged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens_q, "
       "Tensor? slots, Tensor? starts, Tensor lengths) -> Tensor");

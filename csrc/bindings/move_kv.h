@@ -46,11 +46,12 @@ void move_kv(const Tensor& key_cache, const Tensor& value_cache,
 }
 
 template <typename Device>
-void move_kv_scaled(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key_scale,
-                    const Tensor& value_scale, const std::optional<Tensor>& source_slots,
+void move_kv_scaled(const Tensor& key_cache, const Tensor& value_cache,
+                    const std::optional<Tensor>& source_slots,
                     const std::optional<Tensor>& source_starts,
                     const std::optional<Tensor>& target_slots,
-                    const std::optional<Tensor>& target_starts, const Tensor& lengths) {
+                    const std::optional<Tensor>& target_starts, const Tensor& lengths,
+                    const Tensor& key_scale, const Tensor& value_scale) {
   run_move_kv<Device>(key_cache, value_cache, &key_scale, &value_scale, source_slots, source_starts,
                       target_slots, target_starts, lengths);
 }

@@ -8,7 +8,7 @@ import torch
 from eight_bit import EIGHT_BITS
 
 from baton_kernels import KVCache
-from baton_kernels.reference.eight_bit import as_they_are, dequantize, quantize
+from baton_kernels.reference._eight_bit import as_they_are, dequantize, quantize
 from baton_kernels.testing import assert_same_bits
 
 BOTH = pytest.mark.parametrize("aligned", [False, True], ids=["ragged", "aligned"])

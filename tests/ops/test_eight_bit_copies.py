@@ -8,7 +8,7 @@ from eight_bit import EIGHT_BITS, embed_bits, poison_eight, skip_elsewhere
 
 import baton_kernels
 from baton_kernels import reference
-from baton_kernels.reference.eight_bit import dequantize
+from baton_kernels.reference._eight_bit import dequantize, quantize
 from baton_kernels.testing import (
     DTYPES,
     Refusal,
@@ -221,7 +221,7 @@ def test_quantizing_errs_by_half_a_step():
     """What an element stands for is at most half a step from the number, the largest is exact."""
     key, _ = tokens(40, torch.float32)
     for stored in EIGHT_BITS:
-        elements, scale = reference.eight_bit.quantize(key, stored)
+        elements, scale = quantize(key, stored)
         error = (dequantize(elements, scale, torch.float32) - key).abs()
         top = key.abs().amax(-1, keepdim=True)
         if stored == torch.int8:
@@ -323,12 +323,19 @@ def test_bad_extracts():
 
 @pytest.mark.parametrize("op, overload", [
     ("insert_kv", "scaled"), ("append_kv", "scaled"), ("append_kv", "scaled_query"),
-    ("move_kv", "scaled"), ("extract_kv", "scaled_out"),
+    ("move_kv", "scaled"), ("extract_kv", "scaled"), ("extract_kv", "scaled_out"),
 ])  # fmt: skip
 def test_opcheck(op, overload):
     arguments = spoiled(op)
     if overload == "scaled_query":
         arguments["query"] = tokens(5, torch.float32, heads=4)[0]
+    if op == "insert_kv":
+        arguments["zero_padding"] = True
+    if op == "append_kv":
+        arguments |= {"cos": None, "sin": None}
+    if (op, overload) == ("extract_kv", "scaled"):
+        arguments = {name: x for name, x in arguments.items() if name not in ("key", "value")}
+        arguments["dtype"] = torch.float16
     torch.library.opcheck(getattr(getattr(torch.ops.baton_kernels, op), overload), (), arguments)
 
 

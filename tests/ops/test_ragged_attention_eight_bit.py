@@ -8,7 +8,7 @@ import torch
 from eight_bit import EIGHT_BITS, eight_bit_problem, pages_of, skip_elsewhere
 
 import baton_kernels
-from baton_kernels.reference.eight_bit import dequantize
+from baton_kernels.reference._eight_bit import dequantize
 from baton_kernels.testing import (
     DTYPES,
     Accuracy,

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from baton_kernels.reference.eight_bit import quantize
+from baton_kernels.reference._eight_bit import quantize
 from baton_kernels.testing import AttentionProblem, embed
 
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
