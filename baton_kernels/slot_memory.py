@@ -16,8 +16,6 @@ from typing import TypedDict
 
 import torch
 
-from baton_kernels.ops.checks import EIGHT_BITS
-
 # Address space for a long capacity may exceed memory and swap together; by default Linux refuses
 # such a private mapping unless it is told that most of it will never be written. Python's own
 # constant came with 3.11.
@@ -181,7 +179,7 @@ class KVMemory:
         self._memories = [SlotMemory(sizes, dtype, device, huge_pages=huge_pages) for _ in range(2)]
         self.key_scales: torch.Tensor | None = None
         self.value_scales: torch.Tensor | None = None
-        if dtype in EIGHT_BITS:
+        if dtype.itemsize == 1:
             scales = [SlotMemory((*sizes[:-1], 1), torch.float32, device) for _ in range(2)]
             self.key_scales, self.value_scales = (memory.tensor[..., 0] for memory in scales)
             self._memories += scales

@@ -239,9 +239,9 @@ def spoiled(op):
     places = {"slots": int32([0, 1, 2, 3, 0]), "columns": int32([0, 1, 2, 3, 4])}
     if op == "insert_kv":
         return {"key": key, "value": value, **stored, "slots": None, "starts": None,
-                "cu_seqlens": int32([0, 2, 5])}  # fmt: skip
+                "cu_seqlens": int32([0, 2, 5]), "zero_padding": False}  # fmt: skip
     if op == "append_kv":
-        return {"key": key, "value": value, **stored, **places}
+        return {"key": key, "value": value, **stored, **places, "cos": None, "sin": None}
     if op == "move_kv":
         names = ("source_slots", "source_starts", "target_slots", "target_starts")
         return {**stored, **dict.fromkeys(names, None), "lengths": int32([4]),
@@ -329,10 +329,6 @@ def test_opcheck(op, overload):
     arguments = spoiled(op)
     if overload == "scaled_query":
         arguments["query"] = tokens(5, torch.float32, heads=4)[0]
-    if op == "insert_kv":
-        arguments["zero_padding"] = True
-    if op == "append_kv":
-        arguments |= {"cos": None, "sin": None}
     if (op, overload) == ("extract_kv", "scaled"):
         arguments = {name: x for name, x in arguments.items() if name not in ("key", "value")}
         arguments["dtype"] = torch.float16
