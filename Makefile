@@ -13,7 +13,7 @@ FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels
   $(foreach kind,h cpp cu,$(EMULATION)/*/*.$(kind) $(EMULATION)/*/*/*.$(kind)))
 
 .PHONY: setup demo test test-full test-quick test-engines test-transformers lint format docs wheel \
-  test-wheel test-cuda-build gpu gpu-carry bench bench-engines bench-kernels bench-peers clean
+  test-wheel test-cuda-build gpu gpu-carry soak bench bench-engines bench-kernels bench-peers clean
 
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
 setup: $(VENV)/.ready
@@ -88,6 +88,13 @@ test-transformers-%: .venv-transformers-%/.ready
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install \
 	  transformers==$*.* kernels==0.17.2 kernel-abi-check==0.14.1
 	touch $@
+
+# The random tests at length, hours: hostile calls of the ops. Everything follows from the seed;
+# SOAK_SECONDS ends it early, and it says how far it came.
+SEED ?= 19
+SOAK_SECONDS ?= 0
+soak: setup
+	$(BIN)/python scripts/soak.py hostile --calls 1000000 --seed $(SEED) --seconds $(SOAK_SECONDS)
 
 wheel: setup
 	rm -rf dist

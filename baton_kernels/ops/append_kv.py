@@ -99,7 +99,8 @@ def append_kv(
 
     Raises:
         ValueError: A shape, stride, device or index value does not fit, two rows name one place,
-            or only one of cos and sin is given. Nothing is written then.
+            only one of cos and sin is given, or a cache shares memory with another argument.
+            Nothing is written then.
         TypeError: A dtype is not supported, or differs between tensors of the cache's dtype.
         NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
 

@@ -47,8 +47,9 @@ def insert_kv(
         zero_padding: Also clear columns `[0, starts[i])`, for consumers that multiply padding.
 
     Raises:
-        ValueError: A shape, stride, device or index value does not fit, or two queries' targets
-            overlap (columns that zero_padding clears included). Nothing is written then.
+        ValueError: A shape, stride, device or index value does not fit, two queries' targets
+            overlap (columns that zero_padding clears included), or a cache shares memory with
+            another argument. Nothing is written then.
         TypeError: A dtype is not supported, or differs between tensors of the cache's dtype.
         NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
 

@@ -43,8 +43,9 @@ def move_kv(
         lengths: `[num_moves]`, int32: columns to move. Required.
 
     Raises:
-        ValueError: A shape, stride, device or index value does not fit, two targets overlap, or a
-            target overlaps the source of another move. Nothing is written then.
+        ValueError: A shape, stride, device or index value does not fit, two targets overlap, a
+            target overlaps the source of another move, or a cache shares memory with another
+            argument. Nothing is written then.
         TypeError: A dtype is not supported.
         NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
 

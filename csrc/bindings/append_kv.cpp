@@ -54,4 +54,9 @@ STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("append_kv.query", box<&append_kv_query<Cpu>>);
 }
 
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, Negative, library) {
+  library.impl("append_kv", box_lazy<&append_kv<Cpu>>);
+  library.impl("append_kv.query", box_lazy<&append_kv_query<Cpu>>);
+}
+
 }  // namespace baton::bindings

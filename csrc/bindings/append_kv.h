@@ -64,6 +64,15 @@ std::optional<Tensor> run_append_kv(const Tensor& key, const Tensor& value, cons
   IndexArguments<Device> indices(check, key_cache, p.num_rows);
   p.slots = indices.slots("slots", slots);
   p.columns = check.index("columns", columns, p.num_rows);
+  check.written_apart(
+      {{"key_cache", extent_of(key_cache)}, {"value_cache", extent_of(value_cache)}},
+      {{"key", &key},
+       {"value", &value},
+       {"slots", if_given(slots)},
+       {"columns", &columns},
+       {"query", query},
+       {"cos", if_given(cos)},
+       {"sin", if_given(sin)}});
   Device::check_values(check, p);
 
   const Device device(check, key_cache);

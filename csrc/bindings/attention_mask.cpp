@@ -60,7 +60,8 @@ Tensor attention_mask(const std::optional<Tensor>& starts, const Tensor& lengths
   p.mask = mask.mutable_data_ptr();
   p.query_length = query_length;
   p.key_length = key_length;
-  p.window = window ? *window : 0;
+  p.window = clamped_window(window);
+  if (mask.numel() == 0) return mask;
   const auto& kernel = cpu::kernels().attention_mask;
   for_each_item(
       attention_mask_work(p), attention_mask_work(p) * key_length * p.element_size,

@@ -66,6 +66,22 @@ struct Boxed<kFunction> {
 
 }  // namespace boxing
 
+// Of lazily negated arguments torch makes copies, and writes what becomes of them back. It cannot
+// do so where an op also returns something, and fails after the op has written.
+template <auto kFunction>
+struct Lazy;
+template <typename Result, typename... Arguments, Result (*kFunction)(Arguments...)>
+struct Lazy<kFunction> {
+  static Result refuse(Arguments...) {
+    throw std::invalid_argument(
+        "baton_kernels: tensors of an op that writes must hold their values, got one that is "
+        "negated lazily: resolve_neg() it");
+  }
+};
+
+template <auto kFunction>
+constexpr auto box_lazy = &boxing::Boxed<&Lazy<kFunction>::refuse>::run;
+
 template <auto kFunction>
 constexpr auto box = &boxing::Boxed<kFunction>::run;
 

@@ -2,6 +2,7 @@
 #include "bindings/checks.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace baton::bindings {
 
@@ -123,26 +124,71 @@ void Checker::not_expanded(const char* name, const Tensor& tensor) const {
 
 namespace {
 
-// The bytes from a tensor's first to its last element.
-std::pair<const char*, const char*> extent_of(const Tensor& tensor) {
+int64_t bytes_of(const Tensor& tensor) {
+  const int32_t code = tensor.dtype_code();
+  return code == kCodes.float32 || code == kCodes.int32 ? 4 : 2;
+}
+
+// Whether some sum of steps[i].first * k with |k| < steps[i].second is `distance`. Each stride is
+// longer than all before it together (Checker::not_expanded), so two values of k are to be tried.
+bool reaches(const std::pair<int64_t, int64_t>* steps, size_t count, int64_t distance) {
+  if (count == 0) return distance == 0;
+  const auto [stride, size] = steps[count - 1];
+  const int64_t down = distance / stride - (distance % stride < 0);
+  for (const int64_t k : {down, down + 1}) {
+    if (std::abs(k) < size && reaches(steps, count - 1, distance - k * stride)) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+Extent extent_of(const Tensor& tensor) {
   const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
   if (tensor.numel() == 0) return {begin, begin};
   const Sizes sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = 0;
   for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-  const int64_t size = tensor.dtype_code() == kCodes.float32 ? 4 : 2;
-  return {begin, begin + (last + 1) * size};
+  return {begin, begin + (last + 1) * bytes_of(tensor)};
 }
 
-}  // namespace
-
-void Checker::apart(const char* name, const Tensor& tensor, const char* other_name,
+void Checker::apart(const char* name, const Extent& extent, const char* other_name,
                     const Tensor& other) const {
-  const auto [begin, end] = extent_of(tensor);
-  const auto [other_begin, other_end] = extent_of(other);
-  if (begin < other_end && other_begin < end) {
-    fail(name, format("in memory apart from ", other_name, "'s"), "overlapping memory");
+  if (extent.meets(extent_of(other))) overlap(name, other_name);
+}
+
+void Checker::written_apart(const Extents& written,
+                            std::initializer_list<NamedTensor> others) const {
+  for (const auto& [name, tensor] : others) {
+    if (!tensor) continue;
+    const Extent extent = extent_of(*tensor);
+    for (const auto& [written_name, written_extent] : written) {
+      if (extent.meets(written_extent)) overlap(name, written_name);
+    }
   }
+}
+
+void Checker::overlap(const char* name, const char* other_name) const {
+  fail(name, format("in memory apart from ", other_name, "'s"), "overlapping memory");
+}
+
+void Checker::interleaved(const char* name, const Tensor& tensor, const char* other_name,
+                          const Tensor& other) const {
+  if (!extent_of(tensor).meets(extent_of(other))) return;
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides(), others = other.strides();
+  std::pair<int64_t, int64_t> steps[kMaxCacheDims + 1];  // in bytes, by rising stride
+  const int64_t bytes = bytes_of(tensor);
+  steps[0] = {1, bytes};
+  size_t count = 1;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] <= 1) continue;
+    if (strides[d] != others[d]) overlap(name, other_name);
+    steps[count++] = {strides[d] * bytes, sizes[d]};
+  }
+  std::sort(steps, steps + count);
+  const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+  const auto* other_begin = static_cast<const char*>(other.const_data_ptr());
+  if (reaches(steps, count, other_begin - begin)) overlap(name, other_name);
 }
 
 const int32_t* Checker::index(const char* name, const Tensor& tensor, int64_t size) const {
@@ -201,6 +247,7 @@ CacheSizes Checker::caches(const Tensor& key_cache, const Tensor& value_cache, b
   if (written) {
     not_expanded("key_cache", key_cache);
     not_expanded("value_cache", value_cache);
+    interleaved("value_cache", value_cache, "key_cache", key_cache);
   }
   return result;
 }

@@ -12,6 +12,7 @@
 // only when they fail.
 #pragma once
 
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -36,6 +37,21 @@ const char* name_of(ScalarType type);
 
 // [num_layers, num_slots, num_kv_heads, capacity, head_dim]
 constexpr size_t kMaxCacheDims = 5;
+
+// The bytes from a tensor's first to its last element.
+struct Extent {
+  const char *begin, *end;
+
+  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
+Extent extent_of(const Tensor& tensor);
+
+// What a call writes, and what it reads: null stands for an argument that is left out.
+using Extents = std::initializer_list<std::pair<const char*, Extent>>;
+using NamedTensor = std::pair<const char*, const Tensor*>;
+inline const Tensor* if_given(const std::optional<Tensor>& tensor) {
+  return tensor ? &*tensor : nullptr;
+}
 
 class Checker {
  public:
@@ -69,8 +85,19 @@ class Checker {
   void not_expanded(const char* name, const Tensor& tensor) const;
 
   // No byte between the first and the last element of one tensor is between those of the other.
-  void apart(const char* name, const Tensor& tensor, const char* other_name,
+  void apart(const char* name, const Extent& extent, const char* other_name,
              const Tensor& other) const;
+
+  // The same of everything that a call reads, where there is such a tensor, and everything that it
+  // writes. Index values too: they have been checked before the first byte is written, and are read
+  // again after it.
+  void written_apart(const Extents& written, std::initializer_list<NamedTensor> others) const;
+
+  // Tensors of one shape have no byte in common: they may be views of one tensor that lie between
+  // each other's elements, such as keys and values of a page, if their strides are the same. Both
+  // have the dimensions of a cache and are not expanded.
+  void interleaved(const char* name, const Tensor& tensor, const char* other_name,
+                   const Tensor& other) const;
 
   // A contiguous int32 vector of `size` elements (any size with -1).
   const int32_t* index(const char* name, const Tensor& tensor, int64_t size) const;
@@ -98,6 +125,8 @@ class Checker {
                   const char* total_name) const;
 
  private:
+  [[noreturn]] void overlap(const char* name, const char* other_name) const;
+
   const char* op_;
   DeviceType type_ = DeviceType::CPU;
   int32_t index_ = -1;

@@ -37,4 +37,8 @@ STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("extract_kv.out", box<&extract_kv_out<Cpu>>);
 }
 
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, Negative, library) {
+  library.impl("extract_kv.out", box_lazy<&extract_kv_out<Cpu>>);
+}
+
 }  // namespace baton::bindings

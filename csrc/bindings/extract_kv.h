@@ -76,6 +76,13 @@ void extract_kv_out(const Tensor& key_cache, const Tensor& value_cache,
     check.last_contiguous(name, *tensor);
     check.not_expanded(name, *tensor);
   }
+  check.interleaved("out[1]", value, "out[0]", key);
+  check.written_apart({{"out[0]", extent_of(key)}, {"out[1]", extent_of(value)}},
+                      {{"key_cache", &key_cache},
+                       {"value_cache", &value_cache},
+                       {"cu_seqlens", if_given(cu_seqlens)},
+                       {"slots", if_given(slots)},
+                       {"starts", if_given(starts)}});
   const Device device(check, key_cache);
   p.reuses_memory = true;
   run_extract_kv(device, p, key_cache, value_cache, key, value);

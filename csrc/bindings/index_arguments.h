@@ -55,6 +55,12 @@ class IndexArguments {
   std::optional<Tensor> memory_;
 };
 
+// A window as the kernels count: 0 for none. Lengths are below 2^31, so a wider window hides
+// nothing; positions minus 2^63 would overflow.
+inline int64_t clamped_window(const std::optional<int64_t>& window) {
+  return std::min<int64_t>(window.value_or(0), INT32_MAX);
+}
+
 // How many rows a call has: as many as the first of these that is given, `otherwise` if none is.
 inline int64_t count_rows(std::initializer_list<const std::optional<Tensor>*> given,
                           int64_t otherwise) {

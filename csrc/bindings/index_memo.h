@@ -35,6 +35,8 @@ class IndexMemo {
   }
 
   void keep(std::initializer_list<int64_t> limits, std::initializer_list<Values> values) {
+    // Holds nothing until all values are there: memory may run out in between.
+    limits_.clear();
     values_.clear();
     for (const auto& [data, count] : values) {
       if (values_.size() + count > kMaxValues) return forget();

@@ -44,4 +44,8 @@ STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("insert_kv", box<&insert_kv<Cpu>>);
 }
 
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, Negative, library) {
+  library.impl("insert_kv", box_lazy<&insert_kv<Cpu>>);
+}
+
 }  // namespace baton::bindings

@@ -31,7 +31,15 @@ void insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
   p.starts = indices.starts("starts", starts);
   p.cu_seqlens = indices.cu_seqlens("cu_seqlens", cu_seqlens, p.total_tokens);
   p.zero_padding = zero_padding;
+  check.written_apart(
+      {{"key_cache", extent_of(key_cache)}, {"value_cache", extent_of(value_cache)}},
+      {{"key", &key},
+       {"value", &value},
+       {"cu_seqlens", if_given(cu_seqlens)},
+       {"slots", if_given(slots)},
+       {"starts", if_given(starts)}});
   Device::check_values(check, p);
+  if (key_cache.numel() == 0) return;
 
   const Device device(check, key_cache);
   p.key = key.const_data_ptr();

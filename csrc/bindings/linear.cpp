@@ -28,6 +28,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   }
 
   Tensor y = allocate(x, {p.num_rows, p.out_features});
+  if (y.numel() == 0) return y;
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;

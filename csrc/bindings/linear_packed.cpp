@@ -53,6 +53,7 @@ Tensor linear_packed(const Tensor& x, const Tensor& panels, int64_t out_features
   }
 
   Tensor y = allocate(x, {p.num_rows, out_features});
+  if (y.numel() == 0) return y;
   p.x = x.const_data_ptr();
   p.panels = panels.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;
@@ -81,8 +82,9 @@ void pack_linear(const Tensor& weight, const Tensor& panels) {
   p.out_features = weight.sizes()[0];
   p.in_features = weight.sizes()[1];
   check_panels(check, panels, p.dtype, p.out_features, p.in_features);
-  check.apart("panels", panels, "weight", weight);
+  check.apart("panels", extent_of(panels), "weight", weight);
 
+  if (panels.numel() == 0) return;
   p.weight = weight.const_data_ptr();
   p.panels = panels.mutable_data_ptr();
   p.weight_row_stride = weight.strides()[0];
@@ -109,6 +111,7 @@ Tensor unpack_linear(const Tensor& panels, int64_t out_features, int64_t in_feat
   }
 
   Tensor weight = allocate(panels, {p.num_outputs, in_features});
+  if (weight.numel() == 0) return weight;
   p.panels = panels.const_data_ptr();
   p.weight = weight.mutable_data_ptr();
   p.in_features = in_features;
@@ -123,6 +126,10 @@ STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("linear_packed", box<&linear_packed>);
   library.impl("pack_linear", box<&pack_linear>);
   library.impl("unpack_linear", box<&unpack_linear>);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, Negative, library) {
+  library.impl("pack_linear", box_lazy<&pack_linear>);
 }
 
 }  // namespace baton::bindings

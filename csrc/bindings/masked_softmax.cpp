@@ -39,7 +39,8 @@ Tensor masked_softmax(const Tensor& scores, const std::optional<Tensor>& starts,
   p.query_stride = strides[2];
   p.weights = weights.mutable_data_ptr();
   p.scale = static_cast<float>(scale);
-  p.window = window ? *window : 0;
+  p.window = clamped_window(window);
+  if (weights.numel() == 0) return weights;
   const auto& kernel = cpu::kernels().masked_softmax;
   for_each_item(
       masked_softmax_work(p), scores.numel() * size_of(p.dtype) * 2,

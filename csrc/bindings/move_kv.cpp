@@ -69,4 +69,8 @@ STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("move_kv", box<&move_kv<Cpu>>);
 }
 
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, Negative, library) {
+  library.impl("move_kv", box_lazy<&move_kv<Cpu>>);
+}
+
 }  // namespace baton::bindings

@@ -23,7 +23,15 @@ void move_kv(const Tensor& key_cache, const Tensor& value_cache,
   p.target_slots = indices.slots("target_slots", target_slots);
   p.target_starts = indices.starts("target_starts", target_starts);
   p.lengths = check.index("lengths", lengths, p.num_moves);
+  check.written_apart(
+      {{"key_cache", extent_of(key_cache)}, {"value_cache", extent_of(value_cache)}},
+      {{"source_slots", if_given(source_slots)},
+       {"source_starts", if_given(source_starts)},
+       {"target_slots", if_given(target_slots)},
+       {"target_starts", if_given(target_starts)},
+       {"lengths", &lengths}});
   Device::check_values(check, p);
+  if (key_cache.numel() == 0) return;
 
   const Device device(check, key_cache);
   p.key_cache = key_cache.mutable_data_ptr();

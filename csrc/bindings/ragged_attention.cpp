@@ -128,4 +128,9 @@ STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("ragged_attention.lse_out", box<&RaggedAttention<Cpu>::lse_out>);
 }
 
+STABLE_TORCH_LIBRARY_IMPL(baton_kernels, Negative, library) {
+  library.impl("ragged_attention.out", box_lazy<&RaggedAttention<Cpu>::out>);
+  library.impl("ragged_attention.lse_out", box_lazy<&RaggedAttention<Cpu>::lse_out>);
+}
+
 }  // namespace baton::bindings

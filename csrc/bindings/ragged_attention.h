@@ -117,9 +117,20 @@ inline void check_result(const Checker& check, const char* name, const Tensor& r
                          const AttentionArguments& a) {
   check.shape(name, result, sizes);
   check.contiguous(name, result);
-  check.apart(name, result, "query", a.query);
-  check.apart(name, result, "key_cache", a.key_cache);
-  check.apart(name, result, "value_cache", a.value_cache);
+  // Messages name the result: it is what a caller can move.
+  const Extent extent = extent_of(result);
+  for (const auto& [other_name, other] : {NamedTensor{"query", &a.query},
+                                          {"key_cache", &a.key_cache},
+                                          {"value_cache", &a.value_cache},
+                                          {"cu_seqlens_q", if_given(a.cu_seqlens_q)},
+                                          {"slots", a.block_table ? nullptr : if_given(a.slots)},
+                                          {"starts", if_given(a.starts)},
+                                          {"lengths", &a.lengths},
+                                          {"alibi_slopes", if_given(a.alibi_slopes)},
+                                          {"sinks", if_given(a.sinks)},
+                                          {"block_table", if_given(a.block_table)}}) {
+    if (other) check.apart(name, extent, other_name, *other);
+  }
 }
 
 // Writes out, and lse if there is one.
@@ -133,7 +144,7 @@ void attend_into(const AttentionArguments& a, const Tensor& out, const Tensor* l
   if (lse) {
     check.float32("lse", *lse);
     check_result(check, "lse", *lse, {p.total_queries, p.num_heads}, a);
-    check.apart("lse", *lse, "out", out);
+    check.apart("lse", extent_of(*lse), "out", out);
     p.lse = static_cast<float*>(lse->mutable_data_ptr());
   }
   const Device device(check, a.query);

@@ -23,6 +23,7 @@ Tensor silu_and_mul(const Tensor& x) {
   p.x = x.const_data_ptr();
   p.x_row_stride = x.strides()[0];
   p.y = y.mutable_data_ptr();
+  if (y.numel() == 0) return y;
   const auto& kernel = cpu::kernels().silu_and_mul;
   for_each_item(
       silu_and_mul_work(p), 2 * p.num_rows * p.size * size_of(p.dtype),

@@ -49,7 +49,10 @@ class Tensor {
   template <typename T, AOTITorchError (*kQuestion)(AtenTensorHandle, T*)>
   T ask() const {
     T answer;
-    TORCH_ERROR_CODE_CHECK(kQuestion(handle_, &answer));
+    if (kQuestion(handle_, &answer) != AOTI_TORCH_SUCCESS) {
+      throw std::invalid_argument(
+          "baton_kernels: tensors must have strides, got one without: sparse, nested or another");
+    }
     return answer;
   }
 

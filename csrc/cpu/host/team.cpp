@@ -154,6 +154,8 @@ class Team {
     } catch (const std::system_error&) {
       // The process may have no more threads: these will do.
       can_start_ = false;
+    } catch (const std::bad_alloc&) {
+      // Those that have started will do until there is memory.
     }
     sigprocmask(SIG_SETMASK, &before, nullptr);
   }
@@ -300,7 +302,13 @@ class Pool {
 
   Team* take() {
     const std::lock_guard lock(mutex_);
-    if (free_.empty()) return new Team;
+    if (free_.empty()) {
+      // So that giving it back takes no memory: a thread that ends cannot fail.
+      free_.reserve(num_teams_ + 1);
+      Team* made = new Team;
+      ++num_teams_;
+      return made;
+    }
     Team* team = free_.back();
     free_.pop_back();
     return team;
@@ -314,6 +322,7 @@ class Pool {
  private:
   std::mutex mutex_;
   std::vector<Team*> free_;
+  size_t num_teams_ = 0;
 };
 
 struct Lease {
@@ -324,8 +333,14 @@ struct Lease {
 }  // namespace
 
 void run_on_team(int helpers, bool wakes, TeamWork work, const void* argument) noexcept {
-  thread_local Lease lease;
-  lease.team->run(helpers, wakes, work, argument);
+  Team* team;
+  try {
+    thread_local Lease lease;
+    team = lease.team;
+  } catch (const std::bad_alloc&) {
+    return work(argument);  // no memory for a team: alone
+  }
+  team->run(helpers, wakes, work, argument);
 }
 
 }  // namespace baton::cpu

@@ -2,15 +2,16 @@
 
 One iteration (`Relay.step`): the policy says who enters, and what is computed; newcomers prefill
 straight into their slots, parked queries are copied back, and all running queries decode one token,
-in the same forward or in the next one. A relay belongs to one thread. Its methods may be called
-from callbacks: `submit`, `cancel`, `preempt`, `resume` and `resize` take effect at once, in the
-middle of a step too.
+in the same forward or in the next one. A relay belongs to one thread: a call that comes while
+another thread is in one raises RuntimeError. Its methods may be called from callbacks: `submit`,
+`cancel`, `preempt`, `resume` and `resize` take effect at once, in the middle of a step too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import operator
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from .. import policies
 from ..prefill import Prefiller
 from ..query import Query, SharedPrompt
 from ..query.callbacks import give_text
+from .one_thread import one_thread
 from .opening import open_loop
 from .state import RelayState
 from .streams import text_of, tokens_of
@@ -99,6 +101,7 @@ class Relay(RelayState):
         prefill: str | Prefiller = "serial",
         clock: Callable[[], float] = time.perf_counter,
     ):
+        self._in_use = threading.RLock()
         self.policy = policies.get(policy)
         self.more_to_come = False
         self._clock = clock
@@ -136,6 +139,7 @@ class Relay(RelayState):
         # A relay that is dropped leaves no patch behind. At the end of the program nobody minds.
         weakref.finalize(self, self._undo.close).atexit = False
 
+    @one_thread
     def submit(
         self,
         token_ids,
@@ -242,6 +246,7 @@ class Relay(RelayState):
             self._batch.wait(query)
         return query
 
+    @one_thread
     def submit_n(
         self, token_ids, n: int, *, seed: int | None = None, **options: Any
     ) -> list[Query]:
@@ -270,6 +275,7 @@ class Relay(RelayState):
             SharedPrompt(alive)
         return queries
 
+    @one_thread
     def step(self) -> bool:
         """One iteration: admit, compute newcomers' prompts or a part of them, and one decode step
         of all running queries.
@@ -286,6 +292,7 @@ class Relay(RelayState):
         self._held.clear()
         return self._loop.iterate(self.more_to_come)
 
+    @one_thread
     def run(self, progress: Callable[[Relay], object] | None = None) -> list[Query]:
         """Step until nothing is left to do.
 
@@ -337,6 +344,7 @@ class Relay(RelayState):
             raise ValueError("Relay.stream_text: relay must have a tokenizer, got none")
         return text_of(query, self._tokenizer, lambda: self._step_for(query))
 
+    @one_thread
     def cancel(self, query: Query) -> bool:
         """End the query now, without another token, and free its slot. False if it had ended."""
         if self._batch.place(query) is None:
@@ -349,6 +357,7 @@ class Relay(RelayState):
             self._batch.end(query, "cancelled", "cancelled")
         return True
 
+    @one_thread
     def preempt(self, query: Query) -> bool:
         """Park the query until `resume`; its keys and values are kept in host memory.
 
@@ -361,6 +370,7 @@ class Relay(RelayState):
         self._batch.park(query)
         return True
 
+    @one_thread
     def resume(self, query: Query) -> bool:
         """Let a parked query wait for a slot again, in its order of submission.
 
@@ -371,6 +381,7 @@ class Relay(RelayState):
         self._batch.unpark(query)
         return True
 
+    @one_thread
     def resize(self, num_slots: int) -> None:
         """Change the number of slots.
 
@@ -385,6 +396,7 @@ class Relay(RelayState):
             raise ValueError(f"Relay.resize: num_slots must be >= 1, got {num_slots}")
         self._batch.resize(num_slots)
 
+    @one_thread
     def close(self) -> None:
         """Cancel what has not ended, give the cache's memory back, undo the relay's own patch."""
         self._between_steps("close")
