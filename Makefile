@@ -13,7 +13,7 @@ FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels
   $(foreach kind,h cpp cu,$(EMULATION)/*/*.$(kind) $(EMULATION)/*/*/*.$(kind)))
 
 .PHONY: setup demo test test-full test-quick test-engines test-transformers lint format docs wheel \
-  test-wheel test-cuda-build gpu gpu-carry soak bench bench-engines bench-kernels bench-peers clean
+  test-wheel test-cuda-build gpu gpu-carry soak coverage bench bench-engines bench-kernels bench-peers clean
 
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
 setup: $(VENV)/.ready
@@ -95,6 +95,14 @@ SEED ?= 19
 SOAK_SECONDS ?= 0
 soak: setup
 	$(BIN)/python scripts/soak.py hostile --calls 1000000 --seed $(SEED) --seconds $(SOAK_SECONDS)
+	$(BIN)/python scripts/soak.py operations --operations 1000000 --faults 10000 --seed $(SEED) \
+	  --seconds $(SOAK_SECONDS)
+
+# Lines and branches of csrc/common, csrc/bindings and baton_kernels/ops that tests execute, and those
+# that they do not. TESTS chooses others. Needs the package `coverage`.
+TESTS ?=
+coverage: setup
+	$(BIN)/python scripts/measure_coverage.py $(TESTS)
 
 wheel: setup
 	rm -rf dist

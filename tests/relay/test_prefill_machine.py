@@ -4,7 +4,7 @@ import hypothesis
 import policy_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
-from relay_machine import BYTES_PER_TOKEN, CAPACITY, RelayMachine
+from relay_machine import BYTES_PER_TOKEN, CAPACITY, INJECTED, RelayMachine
 
 from baton_engines import policies
 from baton_engines.relay import Relay
@@ -32,6 +32,7 @@ class PrefillMachine(RelayMachine):
 
     def prefill_fault(self):
         if self.faults and self.faults.pop():
+            INJECTED["prefill"] += 1
             raise OSError("worker")
 
     @rule(count=st.integers(1, 3))

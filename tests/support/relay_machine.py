@@ -4,6 +4,7 @@ After every rule nobody holds a slot who should not, and the accounting agrees w
 the end nothing is left.
 """
 
+import collections
 import itertools
 
 import policy_settings
@@ -28,6 +29,10 @@ PROMPTS = st.builds(
 )
 
 
+# Kind -> how many faults all machines of this process have injected; `make soak` prints them.
+INJECTED: collections.Counter[str] = collections.Counter()
+
+
 class CallbackError(Exception):
     pass
 
@@ -47,7 +52,7 @@ class RelayMachine(RuleBasedStateMachine):
         self.model = FakeLlama()
         self.flaky = itertools.repeat(False)
         self.model.fault = self.fault
-        self.model.bad_row = lambda tokens: tokens[0] == BAD and len(tokens) > 6
+        self.model.bad_row = self.bad_row
         self.relay = Relay(self.model, capacity=CAPACITY, **settings)
         policy_settings.watch_budget(self.relay, settings["kv_budget"])
         self.prefix_bytes = 0
@@ -60,11 +65,18 @@ class RelayMachine(RuleBasedStateMachine):
         self.heard: dict[int, list[int]] = {}
         self.doomed: dict[int, type[Exception]] = {}
 
+    def bad_row(self, tokens):
+        is_bad = tokens[0] == BAD and len(tokens) > 6
+        INJECTED["logits"] += is_bad
+        return is_bad
+
     def fault(self, rows):
         if any(tokens[0] == POISON for tokens in rows):
+            INJECTED["forward"] += 1
             raise RuntimeError("poison")
         # A fault that goes away when it is tried again strikes where there are several to blame.
         if len(rows) > 1 and next(self.flaky):
+            INJECTED["forward, for now"] += 1
             raise MemoryError("for now")
 
     def add(self, prompt, on_token=None, **options) -> Query:
@@ -98,6 +110,7 @@ class RelayMachine(RuleBasedStateMachine):
     def submit_raising(self, prompt, count, at):
         def raise_at(query):
             if len(query.tokens) == at:
+                INJECTED["callback"] += 1
                 raise CallbackError("mine")
 
         query = self.add(prompt, on_token=raise_at, max_new_tokens=count)
@@ -161,6 +174,7 @@ class RelayMachine(RuleBasedStateMachine):
         def interrupt(rows):
             fault(rows)
             if next(forwards) == at:
+                INJECTED["Ctrl-C"] += 1
                 raise KeyboardInterrupt
 
         self.model.fault = interrupt
