@@ -1,45 +1,87 @@
 """vLLM on its own attention and on ours, in turns; `make test-engines` makes the environment.
 
-`python -m bench.vllm` loads both, and a third with `BATON_VLLM=invariant`, whose linear layers are
-ours too; serves each workload once in float32 and compares the answers of the first two, token by
-token; then measures. No figure is given where an answer differs. `--dtype bfloat16` measures in
-bfloat16 after that comparison, which needs float32.
+`python -m bench.vllm` starts vLLM three times, side by side and once for all workloads: on its own
+attention, on ours, and with `BATON_VLLM=invariant`, whose linear layers are ours too. They serve
+the same requests in turns, through vLLM's engine. In float32 the answers of the first two are
+compared token by token, and no figure is given where one differs; `--dtype bfloat16` measures after
+such a comparison in float32. `--quick` is for a first look.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .evaluation.engines import ENGINES, ROOT, Engine, EngineProcess
 from .evaluation.run import Job, Run, make_jobs
 from .workloads import Request
 
-CUSTOM = {"attention_backend": "CUSTOM"}
+THEIRS, OURS, INVARIANT = "vLLM's", "ours", "ours, batch-invariant"
+_CACHING = {"enable_prefix_caching": True}
+_CUSTOM = {**_CACHING, "attention_backend": "CUSTOM"}
 BACKENDS = {
-    "vLLM's": ENGINES["vllm"],
-    "ours": dataclasses.replace(ENGINES["vllm"], options=CUSTOM),
-    "ours, batch-invariant": dataclasses.replace(
-        ENGINES["vllm"], options=CUSTOM, variables={"BATON_VLLM": "invariant"}
+    THEIRS: dataclasses.replace(ENGINES["vllm"], options=_CACHING),
+    OURS: dataclasses.replace(ENGINES["vllm"], options=_CUSTOM),
+    INVARIANT: dataclasses.replace(
+        ENGINES["vllm"], options=_CUSTOM, variables={"BATON_VLLM": "invariant"}
     ),
 }
-# Requests, prompt tokens, output tokens. Of the second kind half are long prompts.
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is served at each turn, all there at once.
+
+    Attributes:
+        requests: prompt and output lengths.
+        cached: whether every turn has the same prompts, which the prefix cache holds after a first
+            turn that does not count; otherwise no two turns share one.
+        least: what tokens/s should be at least, of vLLM's.
+    """
+
+    requests: list[Request]
+    cached: bool = False
+    least: float = 0.97
+
+
 WORKLOADS = {
-    "decode": [Request(0.0, 64 + 32 * (i % 4), 128) for i in range(16)],
-    "mixed": [Request(0.0, (64, 512)[i % 2], (96, 16)[i % 2]) for i in range(16)],
+    "decode": Workload([Request(0.0, 64 + 32 * (i % 4), 128) for i in range(16)], least=1.3),
+    # A page has 128 tokens: all of a prompt but the last ones comes from the cache.
+    "decode, long": Workload([Request(0.0, 1540, 64) for _ in range(8)], cached=True, least=1.3),
+    # Half are long prompts with short answers.
+    "mixed": Workload([Request(0.0, (64, 512)[i % 2], (96, 16)[i % 2]) for i in range(16)]),
 }
-COLUMNS = ("tokens/s", "ttft p50", "ttft p99", "tpot p50", "tpot p99")
+FIGURES = {
+    "tokens/s": "output_tokens_per_second",
+    "ttft p50": "ttft_p50",
+    "ttft p99": "ttft_p99",
+    "tpot p50": "time_per_token_p50",
+    "tpot p99": "time_per_token_p99",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A part of the jobs, which every engine serves before the next turn."""
+
+    workload: str
+    begin: int
+    end: int
+    counts: bool = True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compares, then measures and prints. 1 when answers differ."""
+    """Measures, compares and prints. 1 when answers differ."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.vllm",
         description=__doc__,
@@ -49,21 +91,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workloads", nargs="+", choices=tuple(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--backends", nargs="+", choices=tuple(BACKENDS), default=list(BACKENDS))
     parser.add_argument("--slots", type=int, default=8, help="requests at a time; %(default)s")
-    parser.add_argument("--turns", type=int, default=3, help="of each backend; %(default)s")
+    parser.add_argument("--turns", type=int, help="of each backend; default: 3, 1 with --quick")
+    parser.add_argument("--quick", action="store_true", help="fewer, shorter answers")
     arguments = parser.parse_args(argv)
     backends = {name: BACKENDS[name] for name in arguments.backends}
+    chosen = {name: WORKLOADS[name] for name in arguments.workloads}
+    if arguments.quick:
+        chosen = {name: shortened(workload) for name, workload in chosen.items()}
+    turns = 1 if arguments.quick else 3
+    turns = turns if arguments.turns is None else arguments.turns
     with tempfile.TemporaryDirectory() as folder:
         make_entry_points(Path(folder))
-        for name in arguments.workloads:
-            jobs = make_jobs(WORKLOADS[name], range(100, 10_000))
-            fault = compare(backends, jobs, arguments.slots)
+        if arguments.dtype != "float32":
+            # Its rounding turns near ties.
+            compared = {name: backends[name] for name in backends if name != INVARIANT}
+            jobs, plan = make_plan(chosen, 1)
+            with started(compared, jobs, "float32", arguments.slots) as processes:
+                fault = differences(serve(processes, plan))
             if fault is not None:
-                print(f"{name}: {fault}; no figure is given", file=sys.stderr)
+                print(f"{fault}; no figure is given", file=sys.stderr)
                 return 1
-            runs = measure(backends, jobs, arguments.dtype, arguments.slots, arguments.turns)
-            print(f"\n{name}, {arguments.dtype}, {arguments.slots} slots\n")
-            print(table(runs))
+        jobs, plan = make_plan(chosen, turns)
+        with started(backends, jobs, arguments.dtype, arguments.slots) as processes:
+            runs = serve(processes, plan)
+    fault = differences(runs)
+    if fault is not None and arguments.dtype == "float32":
+        print(f"{fault}; no figure is given", file=sys.stderr)
+        return 1
+    for name, workload in chosen.items():
+        given = {
+            backend: [run for turn, run in served if turn.workload == name and turn.counts]
+            for backend, served in runs.items()
+        }
+        print(f"\n{name}, {arguments.dtype}, {arguments.slots} slots\n")
+        print(table(given))
+        print("\n" + "\n".join(verdicts(given, workload.least)), flush=True)
     return 0
+
+
+def shortened(workload: Workload) -> Workload:
+    """A fraction of it, for a first look."""
+    requests = [
+        dataclasses.replace(request, output_tokens=request.output_tokens // 4)
+        for request in workload.requests[:8]
+    ]
+    return dataclasses.replace(workload, requests=requests)
+
+
+def make_plan(workloads: dict[str, Workload], turns: int) -> tuple[list[Job], list[Turn]]:
+    """All jobs, and which of them each turn serves."""
+    requests: list[Request] = []
+    plan: list[Turn] = []
+    for name, workload in workloads.items():
+        for turn in range(turns + workload.cached):
+            if not (workload.cached and turn):
+                begin = len(requests)
+                requests += workload.requests
+            # The first one fills the cache.
+            counts = not workload.cached or turn > 0
+            plan.append(Turn(name, begin, len(requests), counts))
+    return make_jobs(requests, range(100, 20_000)), plan
 
 
 def make_entry_points(folder: Path) -> None:
@@ -73,62 +160,102 @@ def make_entry_points(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "python", folder)))
 
 
-def compare(backends: dict[str, Engine], jobs: Sequence[Job], slots: int) -> str | None:
-    """What is wrong: a backend does not run, or answers of float32 differ; None if nothing is.
+@contextlib.contextmanager
+def started(
+    backends: dict[str, Engine], jobs: Sequence[Job], dtype: str, slots: int
+) -> Iterator[dict[str, EngineProcess]]:
+    """The engines, loaded side by side; a start is mostly one thread's work.
+
+    Raises:
+        RuntimeError: one does not start, or has the attention that it should not.
+    """
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(len(backends)) as pool:
+        futures = {
+            name: pool.submit(EngineProcess, engine, jobs, dtype, slots)
+            for name, engine in backends.items()
+        }
+    try:
+        processes = {name: future.result() for name, future in futures.items()}
+        for name, process in processes.items():
+            attention = process.about["attention"]
+            if (attention == ["baton_engines.vllm.backend"]) != (name != THEIRS):
+                raise RuntimeError(f"bench.vllm: attention of {name} must not be {attention}")
+        print(f"{dtype}: loaded in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+        yield processes
+    finally:
+        for future in futures.values():
+            if future.exception() is None:
+                future.result().close()
+
+
+def serve(
+    processes: dict[str, EngineProcess], plan: Sequence[Turn]
+) -> dict[str, list[tuple[Turn, Run]]]:
+    """The turns in order, each by every engine."""
+    runs: dict[str, list[tuple[Turn, Run]]] = {name: [] for name in processes}
+    for turn in plan:
+        for name, process in processes.items():
+            run = process.run(turn.begin, turn.end)
+            runs[name].append((turn, run))
+            print(f"{turn.workload}: {name}: {run.figures['seconds']:.1f} s", file=sys.stderr)
+    return runs
+
+
+def differences(runs: dict[str, list[tuple[Turn, Run]]]) -> str | None:
+    """Where answers on our attention and on vLLM's differ; None if they do nowhere.
 
     The batch-invariant one sums in another order, so that a near tie may fall otherwise: its tokens
     are not compared here, but from batch to batch by the tests.
     """
-    answers = {}
-    for name, engine in backends.items():
-        process = EngineProcess(engine, jobs, "float32", slots)
-        try:
-            attention, answers[name] = process.about["attention"], process.run().tokens
-        finally:
-            process.close()
-        if (attention == ["baton_engines.vllm.backend"]) != bool(engine.options):
-            return f"{name}: attention must not be {attention}"
-    if {"ours", "vLLM's"} <= set(answers) and answers["ours"] != answers["vLLM's"]:
-        return "answers differ"
+    pairs = zip(runs.get(OURS, ()), runs.get(THEIRS, ()), strict=False)
+    for (turn, ours), (_, theirs) in pairs:
+        differ = sum(a != b for a, b in zip(ours.tokens, theirs.tokens, strict=True))
+        if differ:
+            return f"{turn.workload}: {differ} of {len(ours.tokens)} answers differ"
     return None
-
-
-def measure(
-    backends: dict[str, Engine], jobs: Sequence[Job], dtype: str, slots: int, turns: int
-) -> dict[str, list[Run]]:
-    """Runs in turns, all engines loaded meanwhile."""
-    processes: dict[str, EngineProcess] = {}
-    try:
-        for name, engine in backends.items():
-            processes[name] = EngineProcess(engine, jobs, dtype, slots)
-        runs: dict[str, list[Run]] = {name: [] for name in backends}
-        for _ in range(turns):
-            for name, process in processes.items():
-                runs[name].append(process.run())
-        return runs
-    finally:
-        for process in processes.values():
-            process.close()
 
 
 def table(runs: dict[str, list[Run]]) -> str:
     """Medians over the turns in Markdown: tokens per second, and milliseconds."""
-    names = ("output_tokens_per_second", "ttft_p50", "ttft_p99", "time_per_token_p50",
-             "time_per_token_p99")  # fmt: skip
     lines = [
-        f"| attention | {' | '.join(COLUMNS)} | tokens/s, of vLLM's, turn by turn |",
-        f"| --- |{' ---: |' * (len(COLUMNS) + 1)}",
+        f"| attention | {' | '.join(FIGURES)} | tokens/s, of vLLM's, turn by turn |",
+        f"| --- |{' ---: |' * (len(FIGURES) + 1)}",
     ]
     for backend, given in runs.items():
-        medians = [statistics.median(run.figures[name] for run in given) for name in names]
-        cells = [f"{medians[0]:.1f}", *(f"{1000 * value:.0f}" for value in medians[1:])]
-        ratios = [
-            run.figures[names[0]] / base.figures[names[0]]
-            for run, base in zip(given, runs.get("vLLM's", ()), strict=False)
+        medians = [
+            statistics.median(run.figures[name] for run in given) for name in FIGURES.values()
         ]
-        cells.append(f"{statistics.median(ratios):.2f}" if ratios else "-")
+        cells = [f"{medians[0]:.1f}", *(f"{1000 * value:.0f}" for value in medians[1:])]
+        share = ratio(runs, backend, THEIRS)
+        cells.append("-" if share is None else f"{share:.2f}")
         lines.append(f"| {backend} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def verdicts(runs: dict[str, list[Run]], least: float) -> list[str]:
+    """What the figures say about the goals."""
+    lines = []
+    share = ratio(runs, OURS, THEIRS)
+    if share is not None:
+        met = "met" if share >= least else "missed"
+        lines.append(f"Ours: {share:.2f} of vLLM's tokens/s; goal >= {least}: {met}.")
+    share = ratio(runs, INVARIANT, OURS)
+    if share is not None:
+        cost = 100 * (1 - share)
+        met = "met" if cost <= 3 else "missed"
+        lines.append(f"Batch invariance costs {cost:.1f} % of ours; goal <= 3 %: {met}.")
+    return lines
+
+
+def ratio(runs: dict[str, list[Run]], backend: str, base: str) -> float | None:
+    """Median over the turns of tokens/s in terms of another backend's; None without one."""
+    name = FIGURES["tokens/s"]
+    ratios = [
+        run.figures[name] / other.figures[name]
+        for run, other in zip(runs.get(backend, ()), runs.get(base, ()), strict=False)
+    ]
+    return statistics.median(ratios) if ratios else None
 
 
 if __name__ == "__main__":

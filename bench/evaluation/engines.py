@@ -90,7 +90,7 @@ class EngineProcess:
 
     Args:
         engine: which.
-        jobs: what it serves at each turn; all there at once.
+        jobs: what it serves at each turn, or parts of which; all there at once.
         dtype: of weights and computation.
         slots: the most queries at a time.
 
@@ -135,17 +135,18 @@ class EngineProcess:
         )
         self.about: dict[str, Any] = self._read()
 
-    def run(self) -> Run:
-        """Serve the jobs once.
+    def run(self, begin: int = 0, end: int | None = None) -> Run:
+        """Serve the jobs from `begin` to before `end` once; default: all of them.
 
         Raises:
             RuntimeError: the process has ended.
         """
-        print(file=self._process.stdin, flush=True)
+        print(json.dumps([begin, end]), file=self._process.stdin, flush=True)
         answer = self._read()
+        requests = self._requests[begin:end]
         figures = {
-            **rates(self._requests, answer["seconds"]),
-            **latencies(self._requests, answer["times"]),
+            **rates(requests, answer["seconds"]),
+            **latencies(requests, answer["times"]),
         }
         return Run(answer["tokens"], figures)
 

@@ -370,6 +370,9 @@ def test_engine_in_a_process_of_its_own(engine):
         done = process.run()
         assert done.tokens == [[7] * 4, [7]]
         assert 0 < done.figures["seconds"] < 10
+    part = process.run(1, 2)
+    assert part.tokens == [[7]]
+    assert part.figures["queries_per_second"] == pytest.approx(1 / part.figures["seconds"])
     process.close()
 
 

@@ -75,6 +75,7 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
         temperature=0.0,
         max_tokens=work["max_tokens"],
         logprobs=0,
+        prompt_logprobs=0 if work.get("prompt_logprobs") else None,
         ignore_eos=True,
         detokenize=False,
     )
@@ -92,6 +93,15 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
                         entry[token].logprob
                         for token, entry in zip(
                             output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True
+                        )
+                    ],
+                    # The first token has none.
+                    "prompt_logprobs": [
+                        entry[token].logprob
+                        for token, entry in zip(
+                            output.prompt_token_ids[1:],
+                            (output.prompt_logprobs or [None])[1:],
+                            strict=output.prompt_logprobs is not None,
                         )
                     ],
                 }

@@ -2,8 +2,9 @@
 
 The process is started with a JSON file: model folder, dtype, slots, threads, and the jobs, each a
 list of token ids and a number of output tokens. It loads, warms up, and prints `ready`, a line of
-JSON about itself. For each line on its standard input it serves all jobs once and prints a line:
-tokens of every job, and when each token was there, in seconds.
+JSON about itself. For each line on its standard input, `[begin, end]`, it serves those jobs once,
+all from `begin` on if `end` is null, and prints a line: tokens of every job, and when each token
+was there, in seconds.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[list
     # Enough tokens for every row to be busy at once.
     run([(ids, 4) for ids, _ in work["jobs"][: work["slots"]]])
     print(json.dumps(about), file=_OUT)
-    for _ in sys.stdin:
-        result = run(work["jobs"])
+    for line in sys.stdin:
+        begin, end = json.loads(line)
+        result = run(work["jobs"][begin:end])
         seconds = time.perf_counter() - result.begin
         answer = {"tokens": result.tokens, "times": result.times, "seconds": seconds}
         print(json.dumps(answer), file=_OUT)

@@ -26,9 +26,8 @@ def start(work: dict[str, Any]):
         dtype=work["dtype"],
         max_num_seqs=work["slots"],
         max_model_len=max(len(ids) + count for ids, count in work["jobs"]),
-        enable_prefix_caching=False,
         skip_tokenizer_init=True,
-        **work["options"],
+        **{"enable_prefix_caching": False, **work["options"]},
     ).llm_engine
     layers = engine.vllm_config.compilation_config.static_forward_context.values()
     attention = {

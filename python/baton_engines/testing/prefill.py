@@ -73,10 +73,10 @@ class ProcessFault:
     begins with one of its tokens.
 
     Args:
-        struck: a file that is written when one hangs; after it none hangs any more.
+        struck: a file that is written when one hangs or pauses; after it none hangs any more.
     """
 
-    RAISE, DIE, HANG = 41, 42, 43
+    PAUSE, RAISE, DIE, HANG = 40, 41, 42, 43
 
     def __init__(self, struck: Path):
         self._home = os.getpid()
@@ -93,3 +93,6 @@ class ProcessFault:
         if self.HANG in first and not self._struck.exists():
             self._struck.touch()
             time.sleep(1000)
+        if self.PAUSE in first:
+            self._struck.touch()
+            time.sleep(1)
