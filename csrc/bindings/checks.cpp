@@ -151,7 +151,8 @@ bool reaches(const std::pair<int64_t, int64_t>* steps, size_t count, int64_t dis
 
 Extent extent_of(const Tensor& tensor) {
   const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
-  if (tensor.numel() == 0) return {begin, begin};
+  // A wrapper that only claims a device has no memory, and shares none.
+  if (tensor.numel() == 0 || !begin) return {begin, begin};
   const Sizes sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = 0;
   for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
