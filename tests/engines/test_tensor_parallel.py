@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hf_models import generate, make, prompts
 
 RANK = Path(__file__).parents[1] / "support" / "hf_tensor_parallel.py"
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_tokens_of_one_process(tmp_path):
     model, (ids, mask) = make("qwen3"), prompts()
     model.save_pretrained(tmp_path)

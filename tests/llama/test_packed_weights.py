@@ -227,6 +227,7 @@ def measured(mode: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_peak_while_packing_and_undoing():
     """At most one layer beyond the weights; kept parameters cost the weights once more."""

@@ -55,6 +55,7 @@ def _nothing_is_left():
     assert descriptors() == files
 
 
+@pytest.mark.slow
 def test_logits_have_the_bits_of_a_prefill_in_the_loop():
     """A real model with two workers, queries that come, go and are preempted, both layouts."""
     model = small_llama()
@@ -135,6 +136,7 @@ def test_a_worker_that_is_killed_is_replaced():
         assert [psutil.pid_exists(process) for process in processes] == [False, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.alone  # a worker that does not answer for five seconds is killed
 def test_faults_inside_a_worker_end_no_query(tmp_path):
     """One prompt raises and one kills every process that tries it: the loop computes them. One
