@@ -89,7 +89,7 @@ test-transformers-%: .venv-transformers-%/.ready
 	  transformers==$*.* kernels==0.17.2 kernel-abi-check==0.14.1
 	touch $@
 
-# The random tests at length, hours: hostile calls of the ops. Everything follows from the seed;
+# The random tests at length: a million hostile calls of the ops, many minutes. Everything follows from the seed;
 # SOAK_SECONDS ends it early, and it says how far it came.
 SEED ?= 19
 SOAK_SECONDS ?= 0
