@@ -4,6 +4,7 @@ compiled ahead of time. Its own sources, which are most of it, stay here."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,14 @@ def pack(target: Path, build: Path, download: Callable[..., list[Path]]) -> None
             archive.write(library, f"flashinfer/data/aot/{library.stem}/{library.name}")
 
 
+def runtime_folders() -> list[str]:
+    """Where nvcc links the CUDA runtime from: FlashInfer guesses it from the compiler's own path,
+    which need not lie next to it."""
+    command = [shutil.which("nvcc") or "nvcc", "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    return re.findall(r'"-L([^"]+)"', "".join(re.findall(r"LIBRARIES=.*", said)))
+
+
 def compile_modules(site: Path, build: Path) -> None:
     """Compiles the modules, which takes minutes, and keeps the libraries."""
     here = build / "here"
@@ -83,7 +92,7 @@ def compile_modules(site: Path, build: Path) -> None:
     subprocess.run(command, check=True)
     environment = {
         **os.environ,
-        "LIBRARY_PATH": str(stubs),
+        "LIBRARY_PATH": os.pathsep.join([str(stubs), *runtime_folders()]),
         "PYTHONPATH": f"{here}{os.pathsep}{site}",
         "FLASHINFER_CUDA_ARCH_LIST": ARCHITECTURE,
         "FLASHINFER_WORKSPACE_BASE": str(build / "cache"),
