@@ -89,12 +89,15 @@ test-transformers-%: .venv-transformers-%/.ready
 	  transformers==$*.* kernels==0.17.2 kernel-abi-check==0.14.1
 	touch $@
 
-# The random tests at length: a million hostile calls of the ops, many minutes. Everything follows from the seed;
-# SOAK_SECONDS ends it early, and it says how far it came.
+# The random tests at length: a million hostile calls of the ops, and a million operations of caches
+# and relays with ten thousand faults. Many minutes each. Everything follows from the seed;
+# SOAK_SECONDS ends each early, and it says how far it came.
 SEED ?= 19
 SOAK_SECONDS ?= 0
 soak: setup
 	$(BIN)/python scripts/soak.py hostile --calls 1000000 --seed $(SEED) --seconds $(SOAK_SECONDS)
+	$(BIN)/python scripts/soak.py operations --operations 1000000 --faults 10000 --jobs 2 \
+	  --seed $(SEED) --seconds $(SOAK_SECONDS)
 
 wheel: setup
 	rm -rf dist

@@ -1,12 +1,13 @@
-"""The long version of a random test: hostile calls of the ops.
+"""The long versions of the random tests: hostile calls of the ops, operations of caches and relays.
 
     python scripts/soak.py hostile --calls 1000000 --seed 19
     python scripts/soak.py hostile --seed 19 --only 3624   # one call again
     python scripts/soak.py corpus                          # save a call of each kind anew
+    python scripts/soak.py operations --operations 1000000 --seed 19
 
 Everything that is drawn depends on the seed, which is printed with what was done; the exit status
 is 1 where something was wrong. `--seconds` ends a run early: it says how far it came. Run from a
-checkout: the generator is that of the tests.
+checkout: the generators and the state machines are those of the tests.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests" / "support"))
+sys.path += [str(ROOT / "tests" / folder) for folder in ("support", "cache", "relay")]
 SEED = 19
 
 
@@ -35,12 +36,21 @@ def main() -> None:
     hostile.add_argument("--plant", action="store_true", help="with each planted defect in turn")
     corpus = commands.add_parser("corpus", help="save the first call of each kind of outcome")
     corpus.add_argument("--calls", type=int, default=20_000)
-    for command in (hostile, corpus):
+    operations = commands.add_parser("operations", help="state machines of caches and relays")
+    operations.add_argument("--operations", type=int, default=1_000_000)
+    operations.add_argument("--faults", type=int, default=0, help="go on until so many")
+    operations.add_argument("--begin", type=int, default=0, help="number of the first shard")
+    operations.add_argument("--machine", action="append", help="this one (default: all)")
+    operations.add_argument("--examples", type=int, default=10, help="of a machine in a shard")
+    operations.add_argument("--jobs", type=int, default=1, help="processes")
+    for command in (hostile, corpus, operations):
         command.add_argument("--seed", type=int, default=SEED)
         command.add_argument("--seconds", type=float, default=0.0)
     arguments = parser.parse_args()
     started = time.monotonic()
-    is_right = {"hostile": hostile_calls, "corpus": save_corpus}[arguments.command](arguments)
+    is_right = {
+        "hostile": hostile_calls, "corpus": save_corpus, "operations": run_machines,
+    }[arguments.command](arguments)  # fmt: skip
     print(f"{time.monotonic() - started:.0f} s")
     sys.exit(not is_right)
 
@@ -95,6 +105,35 @@ def save_corpus(arguments: argparse.Namespace) -> bool:
         + "\n"
     )
     print(f"{len(indices)} calls of {report.calls:,} in {hostile_run.CORPUS}")
+    return not report.wrong
+
+
+def run_machines(arguments: argparse.Namespace) -> bool:
+    """Runs shards of the state machines and prints what came of them."""
+    import machine_run
+
+    def say(report: machine_run.Report) -> None:
+        print(
+            f"  {report.operations.total():,} operations, {report.faults.total():,} faults, "
+            f"{len(report.wrong)} wrong",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    report = machine_run.run(
+        arguments.seed, arguments.operations, arguments.faults, names=arguments.machine,
+        begin=arguments.begin, examples=arguments.examples, seconds=arguments.seconds,
+        jobs=arguments.jobs, say=say,
+    )  # fmt: skip
+    print(
+        f"operations, seed {arguments.seed}: {report.operations.total():,} made in "
+        f"{report.shards} shards, {report.faults.total():,} faults injected, "
+        f"{len(report.wrong)} wrong"
+    )
+    for name, number in report.operations.items():
+        print(f"  {name}: {number:,} operations")
+    print("  faults: " + ", ".join(f"{kind} {n:,}" for kind, n in report.faults.most_common()))
+    for what in report.wrong:
+        print(f"  {what}")
     return not report.wrong
 
 

@@ -1,7 +1,15 @@
-"""A KV cache driven at random against a model of plain lists, its padding always NaN."""
+"""A KV cache driven at random against a model of plain lists, its padding always NaN.
+
+A cache of another kind (eight bits) is one more subclass of KVCacheMachine, with the `vectors` that
+its rows hold; `scripts/soak.py operations` runs every machine of MACHINES.
+"""
+
+import copy
+import pickle
 
 import pytest
 import torch
+from faulty_llama import INJECTED
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -217,9 +225,32 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.place(target, tokens, None)
         self.free(slot)
 
-    @rule(data=st.data())
-    def attend(self, data):
-        """The last tokens of some rows, in any order: each has the bits of a cache of its own."""
+    @rule(data=st.data(), wanted=WANTED_SLOT, whole=st.booleans())
+    def copy_row(self, data, wanted, whole):
+        slot = self.some_row(data)
+        row = self.rows.get(slot, [])
+        length = None if whole else data.draw(st.integers(0, len(row)))
+        tokens = row if whole else row[:length]
+        # A row moves into a free slot in one piece, where it ends as all do.
+        if slot not in self.rows or not self.placeable(len(row), wanted):
+            self.refused(lambda: self.cache.copy_row(slot, wanted, length=length))
+            return
+        self.place(self.cache.copy_row(slot, wanted, length=length), list(tokens), wanted)
+
+    @rule(through_pickle=st.booleans())
+    def replace_by_a_copy(self, through_pickle):
+        """A copy has the rows; whatever happens to the cache that it was made of."""
+        old = self.cache
+        self.cache = pickle.loads(pickle.dumps(old)) if through_pickle else copy.deepcopy(old)
+        assert self.cache.shape == old.shape
+        old.keys.fill_(float("nan"))
+
+    @rule(data=st.data(), paged=st.booleans())
+    def attend(self, data, paged):
+        """The last tokens of some rows, in any order: each has the bits of a cache of its own.
+
+        Paged, each slot is a page that a block table names, among entries that name none.
+        """
         slots = data.draw(st.permutations([slot for slot, row in self.rows.items() if row]))
         slots = slots[: data.draw(st.integers(0, len(slots)))]
         if not slots:
@@ -230,9 +261,15 @@ class KVCacheMachine(RuleBasedStateMachine):
             [self.vectors(self.rows[s][-n:])[0][0] for s, n in zip(slots, counts, strict=True)]
         ).repeat_interleave(2, 1)
         index = [int32(list(map(of, slots))) for of in (int, shape.start, shape.length)]
+        table = {}
+        if paged and self.ops is baton_kernels:
+            anything = torch.full((len(slots), 2), -(2**31), dtype=torch.int32)
+            anything[:, 0] = index[0]
+            index[0], table = None, {"block_table": anything}
         out, lse = self.ops.ragged_attention(
-            query, *self.cache.layer(LAYERS - 1), cumulative(counts), *index, return_lse=True
-        )
+            query, *self.cache.layer(LAYERS - 1), cumulative(counts), *index, return_lse=True,
+            **table,
+        )  # fmt: skip
         place = slots.index(data.draw(st.sampled_from(slots)))
         mine = slice(sum(counts[:place]), sum(counts[: place + 1]))
         key, value = (x[-1].transpose(0, 1)[None] for x in self.vectors(self.rows[slots[place]]))
@@ -291,6 +328,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         shape = self.cache.shape.copy()
 
         def broken(*_, **__):
+            INJECTED["op of the cache"] += 1
             raise BrokenOpError
 
         whole = getattr(kv_cache, op)
@@ -371,6 +409,11 @@ class HalfAlignedMachine(AlignedMachine):
     dtype = torch.bfloat16
 
 
+MACHINES = {
+    "cache, ragged": KVCacheMachine,
+    "cache, aligned": AlignedMachine,
+    "cache, aligned, bfloat16": HalfAlignedMachine,
+}
 MANY = settings(
     max_examples=80, stateful_step_count=50, deadline=None, derandomize=True, database=None
 )

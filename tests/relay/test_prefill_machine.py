@@ -1,12 +1,17 @@
 """The relay's state machine with prompts that are computed elsewhere, late or not at all."""
 
+import os
+import signal
+
 import hypothesis
 import policy_settings
+from faulty_llama import DIE, INJECTED, RAISE
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
-from relay_machine import BYTES_PER_TOKEN, CAPACITY, RelayMachine
+from relay_machine import BYTES_PER_TOKEN, CAPACITY, PROMPTS, RelayMachine
 
 from baton_engines import policies
+from baton_engines.prefill.apart import Apart
 from baton_engines.relay import Relay
 from baton_engines.testing.prefill import ManualPrefiller
 
@@ -32,6 +37,7 @@ class PrefillMachine(RelayMachine):
 
     def prefill_fault(self):
         if self.faults and self.faults.pop():
+            INJECTED["prefill"] += 1
             raise OSError("worker")
 
     @rule(count=st.integers(1, 3))
@@ -52,6 +58,47 @@ class PrefillMachine(RelayMachine):
         if hasattr(self, "relay"):
             assert not self.relay._loop.in_flight
             self.relay.close()
+
+
+class ProcessMachine(RelayMachine):
+    """Prompts are computed by real processes, which raise, end in a job, or are killed.
+
+    `make soak` runs it; a process takes seconds to start again.
+    """
+
+    @initialize(
+        settings=st.sampled_from(policies.NAMES).flatmap(
+            lambda name: policy_settings.settings(name, CAPACITY, BYTES_PER_TOKEN)
+        ),
+        always=st.booleans(),
+        workers=st.integers(1, 2),
+    )
+    def start(self, settings, always, workers):
+        super().start(settings, None)
+        self.prefill = Apart(workers, 1, always)
+        self.relay = Relay(self.model, capacity=CAPACITY, prefill=self.prefill, **settings)
+        policy_settings.watch_budget(self.relay, settings["kv_budget"])
+
+    @rule(prompt=PROMPTS, count=st.integers(1, 10), first=st.sampled_from([RAISE] * 9 + [DIE]))
+    def submit_failing_elsewhere(self, prompt, count, first):
+        self.add([first, *prompt], max_new_tokens=count)
+
+    @rule(chosen=st.integers(0, 9))
+    def kill_a_process(self, chosen):
+        processes = self.prefill.process_ids
+        if chosen < len(processes):
+            INJECTED["prefill process, killed"] += 1
+            os.kill(processes[chosen], signal.SIGKILL)
+
+    def teardown(self):
+        if not hasattr(self, "relay"):
+            return
+        try:
+            super().teardown()
+            INJECTED["prefill process"] += self.relay.counters.prefill_faults
+        finally:
+            self.relay.close()
+        assert self.prefill.process_ids == []
 
 
 PrefillMachine.TestCase.settings = hypothesis.settings(

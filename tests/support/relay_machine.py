@@ -7,6 +7,7 @@ the end nothing is left.
 import itertools
 
 import policy_settings
+from faulty_llama import BAD, INJECTED, POISON, FaultyLlama
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -15,7 +16,6 @@ from baton_engines.relay import Query, Relay
 from baton_engines.slots.prefix_cache import PrefixCache
 from baton_engines.testing import FakeLlama
 
-POISON, BAD = 48, 49
 CAPACITY, BYTES_PER_TOKEN = 32, 256
 INDEX = st.integers(0, 1000)
 # Prompts that begin alike, and what is kept of them: blocks of a few tokens, not many of them.
@@ -33,8 +33,7 @@ class CallbackError(Exception):
 
 
 class RelayMachine(RuleBasedStateMachine):
-    """Queries whose prompt begins with POISON make every forward of theirs raise; those with BAD
-    have NaN logits as soon as they have three tokens."""
+    """Queries of a FaultyLlama: the first token of a prompt says what its forwards do."""
 
     @initialize(
         settings=st.sampled_from(policies.NAMES).flatmap(
@@ -44,10 +43,7 @@ class RelayMachine(RuleBasedStateMachine):
     )
     def start(self, settings, blocks):
         self.settings = settings
-        self.model = FakeLlama()
-        self.flaky = itertools.repeat(False)
-        self.model.fault = self.fault
-        self.model.bad_row = lambda tokens: tokens[0] == BAD and len(tokens) > 6
+        self.model = FaultyLlama()
         self.relay = Relay(self.model, capacity=CAPACITY, **settings)
         policy_settings.watch_budget(self.relay, settings["kv_budget"])
         self.prefix_bytes = 0
@@ -59,13 +55,6 @@ class RelayMachine(RuleBasedStateMachine):
         self.options: dict[int, dict] = {}
         self.heard: dict[int, list[int]] = {}
         self.doomed: dict[int, type[Exception]] = {}
-
-    def fault(self, rows):
-        if any(tokens[0] == POISON for tokens in rows):
-            raise RuntimeError("poison")
-        # A fault that goes away when it is tried again strikes where there are several to blame.
-        if len(rows) > 1 and next(self.flaky):
-            raise MemoryError("for now")
 
     def add(self, prompt, on_token=None, **options) -> Query:
         def callback(query, token):
@@ -98,6 +87,7 @@ class RelayMachine(RuleBasedStateMachine):
     def submit_raising(self, prompt, count, at):
         def raise_at(query):
             if len(query.tokens) == at:
+                INJECTED["callback"] += 1
                 raise CallbackError("mine")
 
         query = self.add(prompt, on_token=raise_at, max_new_tokens=count)
@@ -130,7 +120,7 @@ class RelayMachine(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 4), flaky=st.lists(st.booleans(), max_size=4))
     def step(self, steps, flaky):
-        self.flaky = itertools.chain(flaky, itertools.repeat(False))
+        self.model.flaky = itertools.chain(flaky, itertools.repeat(False))
         for _ in range(steps):
             self.relay.step()
 
@@ -161,6 +151,7 @@ class RelayMachine(RuleBasedStateMachine):
         def interrupt(rows):
             fault(rows)
             if next(forwards) == at:
+                INJECTED["Ctrl-C"] += 1
                 raise KeyboardInterrupt
 
         self.model.fault = interrupt

@@ -1,0 +1,68 @@
+"""`scripts/soak.py operations`, and that what it runs finds planted defects."""
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import machine_run
+import pytest
+
+from baton_engines.relay.batch import Batch
+from baton_kernels import kv_cache
+
+ROOT = Path(__file__).resolve().parents[2]
+# Machines that are tests of their own are imported as `make soak` does.
+pytestmark = pytest.mark.usefixtures("_tests_are_importable")
+
+
+@pytest.fixture
+def _tests_are_importable(monkeypatch):
+    for folder in ("cache", "relay"):
+        monkeypatch.syspath_prepend(str(ROOT / "tests" / folder))
+
+
+def test_operations_of_every_machine():
+    seed = random.randrange(2**32)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "soak.py", "operations", "--operations", "1",
+         "--seed", str(seed), "--examples", "1"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"operations, seed {seed}:" in done.stdout
+    counts = dict(re.findall(r"^  (.*): ([\d,]+) operations$", done.stdout, re.M))
+    assert set(counts) == set(machine_run.machines())
+    assert sum(int(count.replace(",", "")) for count in counts.values()) > 150
+
+
+def test_a_shard_is_its_seed():
+    names = ["cache, aligned", "relay"]
+    reports = [machine_run.run_shard(seed, names, 2) for seed in (7, 7, 8)]
+    assert reports[0] == reports[1] != reports[2]
+
+
+def test_a_row_that_moves_without_its_last_token_is_found(monkeypatch):
+    whole = kv_cache.move_kv
+
+    def lossy(*arguments):
+        whole(*arguments[:-1], (arguments[-1] - 1).clamp_(min=0))
+
+    monkeypatch.setattr(kv_cache, "move_kv", lossy)
+    for name in ("cache, ragged", "cache, aligned"):
+        (wrong,) = machine_run.run_shard(0, [name], shrinks=False).wrong
+        assert "AssertionError" in wrong
+
+
+def test_a_row_that_a_cancelled_query_keeps_is_found(monkeypatch):
+    end = Batch.end
+
+    def keeping(self, query, status, *rest):
+        with monkeypatch.context() as patch:
+            if status == "cancelled":
+                patch.setattr(self.slots, "leave", lambda query: None)
+            end(self, query, status, *rest)
+
+    monkeypatch.setattr(Batch, "end", keeping)
+    assert len(machine_run.run_shard(0, ["relay"], shrinks=False).wrong) == 1
