@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: no other test runs at the same time")
     config.addinivalue_line("markers", "slow: left out by --quick")
-    config.addinivalue_line("markers", "full: left out but by --full")
+    config.addinivalue_line("markers", "full(where): left out but by --full; all cases, or some")
     config.addinivalue_line("markers", "long: comes first, so that no process ends with it")
 
 
@@ -77,10 +77,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     without --full, combinations of cases that others stand for."""
     kept = items
     if not config.getoption("full"):
-        kept = [
-            item for item in judged.without_the_other_half(items)
-            if not item.get_closest_marker("full")
-        ]  # fmt: skip
+        kept = judged.without_the_other_half(
+            [item for item in items if not judged.is_left_to_full(item)]
+        )
     if config.getoption("quick"):
         kept = quick.chosen(kept, f"cpu-{baton_kernels.build_info()['cpu']['isa_used']}")
     name = config.getoption("backend")
@@ -115,6 +114,12 @@ def ops(request: pytest.FixtureRequest) -> Iterator[object]:
     """The ops of one backend: ``ops.insert_kv(...)``."""
     with request.param.enter():
         yield request.param.ops
+
+
+@pytest.fixture(scope="session")
+def every_case(request: pytest.FixtureRequest) -> bool:
+    """Whether a test that stands for many runs all of them."""
+    return request.config.getoption("full")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from judged import judged
 
 import baton_kernels
 from baton_kernels.testing import (
@@ -85,14 +86,9 @@ CASES = {
 def case(name, dtype=torch.float32, **placement):
     query_lengths, lengths, (num_heads, num_kv_heads), head_dim, options = CASES[name]
     problem = random_attention_problem(
-        query_lengths,
-        lengths,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        **placement,
-    )
+        query_lengths, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        dtype=dtype, **placement,
+    )  # fmt: skip
     options = dict(options)
     if options.pop("alibi", False):
         options["alibi_slopes"] = slopes(num_heads)
@@ -108,6 +104,8 @@ def accuracy_of(name, dtype):
     return Accuracy("ragged_attention", *problem.args, **options)
 
 
+# A scale decides no access.
+@pytest.mark.full(where=judged(lambda name: name == "long row, flat"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_matches_reference(ops, name, dtype):
@@ -248,6 +246,8 @@ def test_nothing_is_loaded_from_behind_the_arguments(
     assert_same_bits(ops.ragged_attention(*problem.args), expected)
 
 
+# The other rows' accesses are judged above; bits are those of cuda-emulated (test_emulation.py).
+@pytest.mark.full(where=judged(lambda name: name != "mixture"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["decode", "mixture", "thirds", "everything and alibi"])
 def test_batch_invariance(ops, name, dtype):

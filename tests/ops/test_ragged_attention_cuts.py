@@ -128,6 +128,15 @@ def test_cuts(ops, name, dtype, decodes_as_it_prefills):
             assert_same_bits(together, want, f"{what} cut into {cut}")
 
 
+def longest_on_the_emulator(case):
+    """Where segments end is the same for every dtype; bfloat16 or float16 runs them."""
+    return case["ops"].name == "cuda-emulated" and (case["end"], case["dtype"]) == (
+        82000,
+        torch.float32,
+    )
+
+
+@pytest.mark.full(where=longest_on_the_emulator)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("end", [16400, 82000])
 def test_cuts_of_a_long_row(ops, end, dtype, decodes_as_it_prefills):
