@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import save_tiny_model
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "examples"
 PROGRAMS = sorted(path.name for path in FOLDER.glob("*.py"))
@@ -75,9 +76,13 @@ def code_lines(program: str) -> list[str]:
     return (FOLDER / program).read_text().split('"""', 2)[2].splitlines()
 
 
-def test_a_static_batch_becomes_a_running_one():
+@pytest.mark.parametrize(
+    "model", ["tiny", pytest.param("the programs' own", marks=pytest.mark.full)]
+)
+def test_a_static_batch_becomes_a_running_one(model, tmp_path):
     """The same answers in fewer steps, by lines that are added and the ones that the docs show."""
-    static, running = run("static_batch.py"), run("rebatching.py")
+    arguments = [save_tiny_model(tmp_path)] if model == "tiny" else []
+    static, running = run("static_batch.py", *arguments), run("rebatching.py", *arguments)
     assert (static.returncode, running.returncode) == (0, 0), static.stderr + running.stderr
     *answers, steps = static.stdout.splitlines()
     *same, fewer = running.stdout.splitlines()
