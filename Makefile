@@ -49,7 +49,9 @@ format: setup
 	$(BIN)/clang-format -i $(FORMATTED)
 
 # Every processor, but no more processes than memory is sure to hold; they share what is compiled.
-WORKERS := -n logical --maxprocesses 4 --dist worksteal
+# PROCESSES=3 on two processors fills the time in which tests wait, and imports torch once more.
+PROCESSES ?= logical
+WORKERS := -n $(PROCESSES) --maxprocesses 4 --dist worksteal
 
 # Every process of a run, and tests start many, reads the modules that the first one has compiled.
 test test-full test-quick: export PYTHONDONTWRITEBYTECODE =

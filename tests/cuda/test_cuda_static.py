@@ -5,12 +5,19 @@ import re
 import pytest
 
 from emulation import build
-from emulation.artifacts import run_compiler, run_nvcc
+from emulation.artifacts import ROOT, run_compiler, run_nvcc
 from emulation.cuda.ops import EmulatedOps
 from emulation.ptx import counts as cuda_counts
 from emulation.ptx.counts import append_case, extract_case, insert_case, merge_case, move_case
 from emulation.static import kernels as cuda_static
-from emulation.static.kernels import ARCHITECTURES, CARDS, Kernel, compile_kernels
+from emulation.static.kernels import (
+    CARDS,
+    FRONT_END,
+    Kernel,
+    compile_kernels,
+    first_architectures,
+    other_architectures,
+)
 from emulation.tools import tool
 
 # Threads of a block, by the beginning of the kernel's name.
@@ -25,6 +32,16 @@ COPIES = [
 COPIES += [source for source in cuda_static.SOURCES if source.stem == "merge_attention"]
 
 
+def compiled(sources):
+    """For each source the architectures that stand for the others; with --full the others too."""
+    cases = []
+    for source in sources:
+        first, others = first_architectures(source), other_architectures(source)
+        cases.append(pytest.param(source, first, id=source.stem))
+        cases.append(pytest.param(source, others, id=f"{source.stem}-rest", marks=pytest.mark.full))
+    return pytest.mark.parametrize(("source", "architectures"), cases)
+
+
 def is_wide(kernel: Kernel) -> bool:
     """Whether its chunks have 16 bytes: 16, eight 16-bit elements or four floats."""
     name = kernel.name
@@ -32,27 +49,52 @@ def is_wide(kernel: Kernel) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("source", cuda_static.SOURCES, ids=lambda source: source.stem)
-def test_compiles_without_spills_or_local_memory(source):
-    kernels = compile_kernels(source)
-    assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
+@compiled(cuda_static.SOURCES)
+def test_compiles_without_spills_or_local_memory(source, architectures):
+    kernels = compile_kernels(source, architectures)
+    assert {kernel.architecture for kernel in kernels} == set(architectures)
     for kernel in kernels:
         assert kernel.spills == 0 and kernel.stack == 0, kernel
         assert kernel.opcodes and kernel.count(r"LDL|STL") == 0, kernel.name
 
 
-@pytest.mark.parametrize("source", COPIES, ids=lambda source: source.stem)
-def test_copies_move_16_bytes_at_a_time(source):
-    wide = [kernel for kernel in compile_kernels(source) if is_wide(kernel)]
-    assert {kernel.architecture for kernel in wide} == set(ARCHITECTURES)
+def test_sources_tell_no_architectures_apart_that_share_a_front_end():
+    """Else one PTX would not do for both: sm_80 is the only border that they know."""
+    headers = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu")]
+    text = "\n".join(path.read_text() for path in headers)
+    borders = re.findall(r"(?:__CUDA_ARCH__|BATON_ARCH) *([<>=!]+) *(\d+)", text)
+    assert set(borders) == {(">=", "800"), ("==", "0")}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("source", cuda_static.SOURCES, ids=lambda source: source.stem)
+def test_architectures_of_one_front_end_have_the_same_ptx(source, tmp_path):
+    def ptx(architecture):
+        path = tmp_path / f"{architecture}.ptx"
+        run_nvcc(
+            "-std=c++20", "-O3", "-I", "csrc", "-ptx", f"-arch=compute_{architecture}", source,
+            "-o", path,
+        )  # fmt: skip
+        return re.sub(r"\.target sm_\d+", "", path.read_text())
+
+    first = {front_end: ptx(front_end) for front_end in set(FRONT_END.values())}
+    for architecture, front_end in FRONT_END.items():
+        if architecture != front_end:
+            assert ptx(architecture) == first[front_end], architecture
+
+
+@compiled(COPIES)
+def test_copies_move_16_bytes_at_a_time(source, architectures):
+    wide = [kernel for kernel in compile_kernels(source, architectures) if is_wide(kernel)]
+    assert {kernel.architecture for kernel in wide} == set(architectures)
     for kernel in wide:
         assert kernel.count(r"LDG\..*128") >= 1 and kernel.count(r"STG\..*128") >= 1, kernel.name
 
 
-@pytest.mark.parametrize("source", COPIES, ids=lambda source: source.stem)
-def test_enough_bytes_in_flight(source):
+@compiled(COPIES)
+def test_enough_bytes_in_flight(source, architectures):
     """Little's law for each card, with all of an SM's resident threads loading."""
-    for kernel in compile_kernels(source):
+    for kernel in compile_kernels(source, architectures):
         assert kernel.blocks_per_sm(128) >= 2, kernel
         for card in CARDS:
             # A merge is launched on what a decode step has just left in the L2 cache.
@@ -117,10 +159,10 @@ def test_decode_step_meets_its_targets():
 ATTENTION = [s for s in cuda_static.SOURCES if s.parent.name == "ragged_attention"]
 
 
-@pytest.mark.parametrize("source", cuda_static.SOURCES, ids=lambda source: source.stem)
-def test_tensor_cores_where_they_are_meant(source):
+@compiled(cuda_static.SOURCES)
+def test_tensor_cores_where_they_are_meant(source, architectures):
     """sm_75 has none for bfloat16."""
-    for kernel in compile_kernels(source):
+    for kernel in compile_kernels(source, architectures):
         meant = re.search(r"(decode|prefill)_kernel<(\w+)", kernel.name)
         expected = meant and (kernel.architecture > 75 or meant[2] == "__half")
         assert (kernel.count("HMMA") > 0) == bool(expected), kernel.name
@@ -128,10 +170,10 @@ def test_tensor_cores_where_they_are_meant(source):
             assert kernel.count(r"LDG\..*128|LDGSTS\..*128") >= 1, kernel.name
 
 
-@pytest.mark.parametrize("source", ATTENTION, ids=lambda source: source.stem)
-def test_attention_fits_the_occupancy_it_was_cut_for(source):
+@compiled(ATTENTION)
+def test_attention_fits_the_occupancy_it_was_cut_for(source, architectures):
     """Blocks per SM that decode_blocks() and prefill_blocks() leave registers for."""
-    for kernel in compile_kernels(source):
+    for kernel in compile_kernels(source, architectures):
         found = re.search(r"(decode|prefill)_kernel<\w+, (\d+)(?:, (\d+))?>", kernel.name)
         if not found:
             continue
@@ -154,10 +196,8 @@ def test_decode_has_loads_on_their_way_all_the_time():
     together have none in flight just then, and 32 KB on average, which is what an A100 and an
     H100 need and more."""
     source = next(s for s in cuda_static.SOURCES if s.stem == "bfloat16")
-    for kernel in compile_kernels(source):
-        if kernel.architecture in (80, 90, 100) and re.search(
-            r"decode_kernel<\w+, 128, 1>", kernel.name
-        ):
+    for kernel in compile_kernels(source, (80, 90, 100)):
+        if re.search(r"decode_kernel<\w+, 128, 1>", kernel.name):
             shared = cuda_static.dynamic_shared(kernel.name)
             threads = 128 * kernel.blocks_per_sm(128, shared)
             allowed, real = kernel.loop_flight(), kernel.loop_waits()

@@ -17,7 +17,7 @@ from emulation import build
 from emulation.artifacts import ROOT
 from emulation.cuda.ops import EmulatedOps
 from emulation.ptx.machine import Machine, compile_ptx
-from emulation.static.kernels import PTX_ARCHITECTURES, SOURCES, compiled
+from emulation.static.kernels import PTX_ARCHITECTURES, SOURCES, compiled, first_architectures
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def ptx_of(op: str, kernel: str, architecture: int, source: Path) -> str:
     folder = source / op if (source / op).is_dir() else source
     path = folder / f"{files[of_dtype[2]] if of_dtype else op}.cu"
     if path in SOURCES and architecture in PTX_ARCHITECTURES:
-        return compiled(path).ptx[architecture]
+        return compiled(path, first_architectures(path)).ptx[architecture]
     return compile_ptx(path, architecture, source.parent)
 
 
