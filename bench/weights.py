@@ -1,22 +1,27 @@
-"""Weights rounded to int8: perplexity, equal greedy tokens, bytes, beside the model's own dtype.
+"""Weights rounded to int8 beside the model's own dtype: perplexity, greedy tokens, bytes, speed.
 
 Perplexity is that of a text that lies in bench/data, or of any other, in windows of the same
 length; each token but a window's first counts once. Greedy tokens are compared where both models
-have seen the same ones before: the likeliest next token after each token of the text.
+have seen the same ones before: the likeliest next token after each token of the text. With --rows
+decode steps are timed as well, one of each dtype in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import math
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from baton_engines import PackedBatch, load_model, patch_llama
+from baton_engines import PackedBatch, Relay, load_model, patch_llama
 
 from . import describe_run
 
@@ -64,6 +69,36 @@ def read(model: Any, token_ids: torch.Tensor, window: int, weight_dtype: str | N
     return Reading(torch.cat(losses), torch.cat(likeliest), weight_bytes)
 
 
+def step_seconds(models: Sequence[Any], rows: int, columns: int, steps: int) -> list[float]:
+    """Seconds of a decode step of each model, which take turns; medians.
+
+    Args:
+        models: patched ones.
+        rows: queries that decode.
+        columns: tokens of each, when the first of the steps begins.
+        steps: that are timed.
+    """
+    with contextlib.ExitStack() as stack:
+        relays = []
+        for model in models:
+            relay = stack.enter_context(Relay(model, rows, columns + steps + 4))
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(rows):
+                ids = torch.randint(model.vocab_size, (columns,), generator=generator)
+                relay.submit(ids, max_new_tokens=steps + 4, eos=None)
+            while relay.waiting or any(query.prompt_left for query in relay.running):
+                relay.step()
+            relay.step()
+            relays.append(relay)
+        times: list[list[float]] = [[] for _ in relays]
+        for _ in range(steps):
+            for relay, taken in zip(relays, times, strict=True):
+                begin = time.perf_counter()
+                relay.step()
+                taken.append(time.perf_counter() - begin)
+    return [statistics.median(taken) for taken in times]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(
@@ -75,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--rows", type=int, nargs="+", default=[], help="of decode steps to time")
+    parser.add_argument("--columns", type=int, default=128, help="of each of these rows")
+    parser.add_argument("--steps", type=int, default=40, help="of each dtype")
     arguments = parser.parse_args(argv)
     if arguments.window < 2:
         parser.error(f"--window must be at least 2, got {arguments.window}")
@@ -94,6 +132,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     same = (exact.likeliest == rounded.likeliest).double().mean().item()
     change = rounded.perplexity / exact.perplexity - 1
     print(f"perplexity {change:+.2%}, the same likeliest token after {same:.1%} of the tokens")
+    if arguments.rows:
+        with (
+            patch_llama(copy.deepcopy(model)) as own,
+            patch_llama(model, weight_dtype="int8") as low,
+        ):
+            for rows in arguments.rows:
+                seconds = step_seconds([own, low], rows, arguments.columns, arguments.steps)
+                own_ms, low_ms = (1e3 * x for x in seconds)
+                print(
+                    f"{rows} rows of {arguments.columns} columns: {own_ms:.2f} and {low_ms:.2f} ms "
+                    f"a step, int8 {own_ms / low_ms:.2f}x the tokens/s"
+                )
     return 0
 
 

@@ -23,10 +23,11 @@ def linear(
     used as they are, row-major, or as `pack_linear` has packed them, which CPUs read faster, and
     read once per 96 rows. Packed ones are summed in another order, so their last bits differ.
 
-    Weights packed to int8 multiply rows of x that are rounded to int8 too, with a scale per row as
-    `pack_linear` says; a row with NaN or infinity gives NaN throughout. `y = float32(sum of
-    products) * (scale of x * scale of the weight) + bias`: the sum is exact, so all CPUs have the
-    same bits.
+    Weights packed to int8 multiply rows of x that are rounded to int8 too, with a scale for each 64
+    elements, because a few are often many times as large as the others. `y = (sum over groups of
+    float32(sum of the group's products) * scale of the group) * scale of the weight + bias`: sums
+    of a group are exact and groups are added up in float32 in their order, so all CPUs have the
+    same bits. A row with NaN or infinity gives NaN throughout.
 
     Args:
         x: `[rows, in_features]`, float32, float16 or bfloat16, last dimension contiguous.

@@ -11,8 +11,6 @@ from baton_kernels.ops.checks import FLOATS, Checker, call, dtype_name
 PANEL_OUTPUTS = 48
 # Elements that a panel holds of one output in succession; one of other dtypes.
 _TERMS = {torch.bfloat16: 2, torch.int8: 4}
-# Sums of as many products of int8 fit in int32.
-MAX_INT8_FEATURES = 131072
 
 _linear = ops.linear_packed.default
 _linear_int8 = ops.linear_packed.int8
@@ -100,18 +98,11 @@ def _check_linear_int8(x, panels, scales, out_features, bias=None) -> None:
     check.device("panels", panels, x.device)
     if panels.dtype != torch.int8:
         check.fail("panels", "int8", dtype_name(panels.dtype), TypeError)
-    check_int8_features(check, "x", x)
     _check_panels(check, panels, torch.int8, out_features, x.shape[1])
     check.float32("scales", scales, x.device)
     check.shape("scales", scales, [out_features])
     check.contiguous("scales", scales)
     _check_bias(check, bias, x, out_features)
-
-
-def check_int8_features(check: Checker, name: str, x: torch.Tensor) -> None:
-    """Refuse rows whose products with int8 might not fit in int32."""
-    if x.shape[1] > MAX_INT8_FEATURES:
-        check.fail(name, f"at most {MAX_INT8_FEATURES} wide in int8", x.shape[1])
 
 
 def _check_bias(check: Checker, bias, x, out_features) -> None:
@@ -126,7 +117,6 @@ def _check_quantize(weight) -> None:
     check.floating("weight", weight)
     check.dims("weight", weight, 2)
     check.last_contiguous("weight", weight)
-    check_int8_features(check, "weight", weight)
 
 
 def _check_layout(check: Checker, name: str, tensor) -> None:

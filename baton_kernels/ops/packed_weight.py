@@ -10,13 +10,7 @@ from typing import NamedTuple
 import torch
 
 from baton_kernels.ops.checks import Checker, dtype_name
-from baton_kernels.ops.linear_packed import (
-    check_int8_features,
-    pack_into,
-    panel_shape,
-    quantize,
-    unpack,
-)
+from baton_kernels.ops.linear_packed import pack_into, panel_shape, quantize, unpack
 from baton_kernels.slot_memory import huge_page_bytes
 
 # Panels begin on a small page: a stream of reads then crosses as few as it can.
@@ -85,8 +79,9 @@ def pack_linear(
 
     With `dtype=torch.int8` each output's row is rounded to `round(row / scale)`, from -127 to 127,
     ties to even, where `scale` is its largest magnitude / 127: half of bfloat16's bytes. `linear`
-    rounds each row of x in the same way. An output whose row holds NaN or infinity gives NaN; one
-    whose largest magnitude is below 127 / 3.4e38 counts as 0.
+    rounds x in the same way, each 64 elements of a row with a scale of their own. An output whose
+    row holds NaN or infinity gives NaN; one whose largest magnitude is below 127 / 3.4e38 counts as
+    0.
 
     Args:
         weight: `[out_features, in_features]`, float32, float16 or bfloat16, last dimension
@@ -99,13 +94,12 @@ def pack_linear(
         The `PackedWeight`, which `linear` takes in place of `weight`.
 
     Raises:
-        ValueError: The shape or a stride does not fit, or memory has no room left; int8 rows are
-            wider than 131072, whose sums could leave int32.
+        ValueError: The shape or a stride does not fit, or memory has no room left.
         TypeError: A dtype is not supported.
         NotImplementedError: int8 on another device than the CPU.
 
-    Source: the packed operands of BLAS libraries (BLIS, oneDNN), kept; int8 by row as in LLM.int8
-    (arXiv 2208.07339), without its separate outliers.
+    Source: the packed operands of BLAS libraries (BLIS, oneDNN), kept; int8 with scales for
+    blocks of elements as in ggml's Q8_0, here of x alone.
     """
     check = Checker("pack_linear")
     check.floating("weight", weight)
@@ -118,8 +112,6 @@ def pack_linear(
             check.fail("weight", "on the cpu for int8", str(weight.device), NotImplementedError)
         return PackedWeight(weight, out_features, in_features)
     scales = None
-    if kind != weight.dtype:
-        check_int8_features(check, "weight", weight)
     if memory is None:
         memory = PanelMemory(panel_bytes(weight, dtype=kind))
     panels = memory.take(panel_shape(kind, out_features, in_features), kind)

@@ -1,5 +1,10 @@
 import torch
 
+# Elements of a row of x that share a scale.
+GROUP = 64
+# Keeps sums of x times 127 within float32.
+HEADROOM = 128.0
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias``."""
@@ -27,13 +32,17 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def linear_int8(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`linear` of rows and of a weight that are rounded to int8: exact sums, both scales, bias.
+    """`linear` of x and of a weight that are rounded to int8: a scale for each 64 elements of a row
+    of x, and one for each output. Sums of 64 are exact, and added up in float32 in their order.
 
     Not only the values but the bits of `baton_kernels.linear`, on every CPU.
     """
-    rows, row_scales = quantize_rows(x)
     outputs, output_scales = quantize_rows(weight)
-    # float64 holds every sum.
-    sums = (rows.double() @ outputs.double().T).float()
-    y = sums * (row_scales[:, None] * output_scales)
+    y = torch.zeros(len(x), len(weight), device=x.device)
+    for group, of_outputs in zip(x.split(GROUP, 1), outputs.split(GROUP, 1), strict=True):
+        rows, row_scales = quantize_rows(group)
+        # float64 holds every sum.
+        sums = (rows.double() @ of_outputs.double().T).float()
+        y = y + sums * (row_scales / HEADROOM)[:, None]
+    y = y * output_scales * HEADROOM
     return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -48,18 +48,14 @@ void check_scales(const Checker& check, const Tensor& scales, int64_t out_featur
   check.contiguous("scales", scales);
 }
 
-void check_int8_features(const Checker& check, const char* name, int64_t in_features) {
-  if (in_features > kMaxInt8Features) {
-    check.fail(name, format("at most ", kMaxInt8Features, " wide in int8"), format(in_features));
-  }
-}
-
 // Rows of x rounded to int8; owns them while a kernel reads them.
 class Int8Rows {
  public:
   Int8Rows(const Tensor& x, const LinearPackedParams& p)
       : stride_(int8_row_stride(p.in_features)),
-        memory_(allocate(x, {p.num_rows, stride_ + static_cast<int64_t>(sizeof(QuantizedRow))},
+        memory_(allocate(x,
+                         {p.num_rows, stride_ + num_int8_groups(p.in_features) *
+                                                    static_cast<int64_t>(sizeof(QuantizedGroup))},
                          kCodes.int8)) {
     QuantizeLinearParams q{};
     q.dtype = p.dtype;
@@ -71,7 +67,7 @@ class Int8Rows {
     q.row_size = int8_row_size(p.in_features);
     q.rounded_row_stride = stride_;
     // Behind all rows, which are whole lines.
-    q.scales = reinterpret_cast<QuantizedRow*>(q.rounded + p.num_rows * stride_);
+    q.groups = reinterpret_cast<QuantizedGroup*>(q.rounded + p.num_rows * stride_);
     const auto& kernel = cpu::kernels().quantize_linear;
     for_each_item(
         p.num_rows, x.numel() * size_of(p.dtype),
@@ -81,8 +77,8 @@ class Int8Rows {
   void give_to(LinearPackedParams& p) const {
     p.x = memory_.const_data_ptr();
     p.x_row_stride = stride_;
-    p.x_scales =
-        reinterpret_cast<const QuantizedRow*>(static_cast<const char*>(p.x) + p.num_rows * stride_);
+    p.x_groups = reinterpret_cast<const QuantizedGroup*>(static_cast<const char*>(p.x) +
+                                                         p.num_rows * stride_);
   }
 
  private:
@@ -104,7 +100,6 @@ Tensor run_linear_packed(const Tensor& x, const Tensor& panels, const Tensor* sc
   p.out_features = out_features;
   if (scales) {
     check.int8("panels", panels);
-    check_int8_features(check, "x", p.in_features);
     check_panels(check, panels, kInt8Panels, out_features, p.in_features);
     check_scales(check, *scales, out_features);
   } else {
@@ -136,9 +131,10 @@ Tensor run_linear_packed(const Tensor& x, const Tensor& panels, const Tensor* sc
       linear_packed_work(p) < kPanelsPerThread * torch::stable::get_num_threads()) {
     p.parts = kernels.packed_parts;
   }
+  const auto& kernel = scales ? kernels.linear_packed_int8 : kernels.linear_packed;
   for_each_item(
       linear_packed_work(p), panels.numel() * (scales ? 1 : size_of(p.dtype)),
-      [&](int64_t begin, int64_t end) { kernels.linear_packed(p, begin, end); }, kNeighbors);
+      [&](int64_t begin, int64_t end) { kernel(p, begin, end); }, kNeighbors);
   return y;
 }
 
@@ -162,7 +158,6 @@ std::tuple<Tensor, Tensor> quantize_linear(const Tensor& weight) {
   check.last_contiguous("weight", weight);
   p.num_rows = weight.sizes()[0];
   p.in_features = weight.sizes()[1];
-  check_int8_features(check, "weight", p.in_features);
 
   Tensor rounded = allocate(weight, {p.num_rows, p.in_features}, kCodes.int8);
   Tensor scales = allocate(weight, {p.num_rows}, kCodes.float32);
@@ -170,7 +165,7 @@ std::tuple<Tensor, Tensor> quantize_linear(const Tensor& weight) {
   p.x_row_stride = weight.strides()[0];
   p.rounded = static_cast<int8_t*>(rounded.mutable_data_ptr());
   p.row_size = p.rounded_row_stride = p.in_features;
-  p.plain_scales = static_cast<float*>(scales.mutable_data_ptr());
+  p.scales = static_cast<float*>(scales.mutable_data_ptr());
   const auto& kernel = cpu::kernels().quantize_linear;
   for_each_item(
       p.num_rows, weight.numel() * size_of(p.dtype),

@@ -33,6 +33,7 @@ namespace baton::cpu {
   X(linear_pack, const LinearParams&)                                           \
   X(linear, const LinearParams&)                                                \
   X(linear_packed, const LinearPackedParams&)                                   \
+  X(linear_packed_int8, const LinearPackedParams&)                              \
   X(pack_linear, const PackLinearParams&)                                       \
   X(unpack_linear, const UnpackLinearParams&)                                   \
   X(quantize_linear, const QuantizeLinearParams&)

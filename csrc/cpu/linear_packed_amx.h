@@ -3,7 +3,8 @@
 // panel, or up to 16 rows by two.
 //
 // Every element is summed over steps of 32 in ascending order, whatever shares its tile: a row's
-// bits are its own. Those of int8 are exact.
+// bits are its own. Those of int8 are sums of steps of 64, a group of x each, which are exact; they
+// leave their tiles after each step, to be scaled and added up.
 #pragma once
 
 #include "common/linear_packed.h"
@@ -49,7 +50,6 @@ class PackedTiles {
 
  private:
   typedef typename P::Input Input;
-  typedef typename P::Output Output;
   static constexpr bool kInt8 = __is_same(Input, int8_t);
   static constexpr int kPanelTiles = kPanelOutputs / kAmxRows;
   static_assert(kPanelTiles == kPackedParts && kPackedRowBlock % (2 * kAmxRows) == 0);
@@ -60,6 +60,7 @@ class PackedTiles {
   static constexpr int64_t kStepBytes = kAmxRows * kPairBytes;
   // Steps ahead of their use that weights are asked for.
   static constexpr int64_t kAheadSteps = 4;
+  static_assert(!kInt8 || kStep == kInt8Group);
 
   // All rows by kTiles tiles, from `tile` on, of each of kPanels panels.
   template <int kPanels, int kTiles>
@@ -96,10 +97,35 @@ class PackedTiles {
     for (int i = 0; i < kRowTiles; ++i) {
       x[i] = static_cast<const Input*>(p_.x) + (row_ + rows[i]) * p_.x_row_stride;
     }
-    each_tile<kRowTiles * kColumns>([]<int kSum>() { tile_zero<kSum>(); });
+    // Of each tile its 16 rows. In bfloat16 the tiles hold the sums of all steps.
+    Vec results[kRowTiles * kColumns][kAmxRows];
+    const auto clear_tiles = [] {
+      each_tile<kRowTiles * kColumns>([]<int kSum>() { tile_zero<kSum>(); });
+    };
+    if constexpr (kInt8) {
+      for (auto& rows_of_tile : results) {
+        for (Vec& row : rows_of_tile) row = zero();
+      }
+    } else {
+      clear_tiles();
+    }
+    const auto add_group = [&](int64_t group) BATON_INLINE_LAMBDA {
+      const int64_t num_groups = num_int8_groups(p_.in_features);
+      each_tile<kRowTiles * kColumns>([&]<int kSum>() {
+        alignas(64) IntVec sums[kAmxRows];
+        tile_store<kSum>(sums, kAmxRowBytes);
+        const QuantizedGroup* groups =
+            p_.x_groups + (row_ + rows[kSum / kColumns]) * num_groups + group;
+        for (int m = 0; m < tile_rows_; ++m, groups += num_groups) {
+          results[kSum][m] = results[kSum][m] + Int8Panel::scaled(sums[m], *groups);
+        }
+      });
+    };
 
     // One step: load_rows(i) and load_pairs(panel, tile) fill their tiles.
-    const auto multiply_step = [&](auto&& load_rows, auto&& load_pairs) BATON_INLINE_LAMBDA {
+    const auto multiply_step = [&](int64_t step, auto&& load_rows,
+                                   auto&& load_pairs) BATON_INLINE_LAMBDA {
+      if constexpr (kInt8) clear_tiles();
       each_tile<kColumns>([&]<int kColumn>() {
         load_pairs(kColumn / kTiles, tile + kColumn % kTiles);
         // Back and forth, so that the rows at the turn are loaded once.
@@ -113,6 +139,7 @@ class PackedTiles {
           }
         });
       });
+      if constexpr (kInt8) add_group(step);
     };
     const int64_t steps = p_.in_features / kStep;
     const int64_t x_bytes = p_.x_row_stride * static_cast<int64_t>(sizeof(Input));
@@ -123,10 +150,11 @@ class PackedTiles {
           for (int64_t i = 0; i < kStepBytes; i += 64) __builtin_prefetch(next + i, 0, 2);
         }
       }
-      multiply_step([&](int i) { tile_load<kRows>(x[i] + step * kStep, x_bytes); },
-                    [&](int g, int64_t t) {
-                      tile_load<kPairs>(pairs + g * panel_bytes_ + t * kAmxRowBytes, kPairBytes);
-                    });
+      multiply_step(
+          step, [&](int i) { tile_load<kRows>(x[i] + step * kStep, x_bytes); },
+          [&](int g, int64_t t) {
+            tile_load<kPairs>(pairs + g * panel_bytes_ + t * kAmxRowBytes, kPairBytes);
+          });
     }
     if (const int64_t rest = p_.in_features % kStep; rest > 0) {
       // What follows in memory belongs to another row or panel, or to nobody; rows of int8 go on
@@ -151,16 +179,21 @@ class PackedTiles {
         }
         tile_load<kPairs>(pair_copy, kAmxRowBytes);
       };
-      multiply_step(load_rows, load_pairs);
+      multiply_step(steps, load_rows, load_pairs);
     }
 
-    alignas(64) typename P::Sum sums[kAmxRows];
     each_tile<kRowTiles * kColumns>([&]<int kSum>() {
       constexpr int kRow = kSum / kColumns, kColumn = kSum % kColumns;
-      tile_store<kSum>(sums, kAmxRowBytes);
       const int64_t output =
           (panel + kColumn / kTiles) * kPanelOutputs + (tile + kColumn % kTiles) * kAmxRows;
-      write_tile(sums, row_ + rows[kRow], output);
+      if constexpr (kInt8) {
+        const Vec scales = load_scales(p_, output);
+        for (int m = 0; m < tile_rows_; ++m)
+          results[kSum][m] = with_scales(results[kSum][m], scales);
+      } else {
+        tile_store<kSum>(results[kSum], kAmxRowBytes);
+      }
+      write_results(p_, row_ + rows[kRow], tile_rows_, output, results[kSum], 1);
     });
   }
 
@@ -170,24 +203,6 @@ class PackedTiles {
     if constexpr (kCount > 0) {
       each_tile<kCount - 1>(fn);
       fn.template operator()<kCount - 1>();
-    }
-  }
-
-  void write_tile(const typename P::Sum (&sums)[kAmxRows], int64_t row, int64_t output) const {
-    const int64_t rest = p_.out_features - output;
-    if (rest <= 0) return;
-    Vec bias = zero(), scales = zero();
-    if (p_.bias) bias = load_some(static_cast<const Output*>(p_.bias) + output, rest);
-    if constexpr (kInt8) scales = load_some(p_.weight_scales + output, rest);
-    Output* y = static_cast<Output*>(p_.y) + row * p_.out_features + output;
-    for (int m = 0; m < tile_rows_; ++m, y += p_.out_features) {
-      Vec result;
-      if constexpr (kInt8) {
-        result = dequantized(sums[m], p_.x_scales[row + m], scales);
-      } else {
-        result = sums[m];
-      }
-      store_some(y, p_.bias ? result + bias : result, rest);
     }
   }
 

@@ -17,8 +17,7 @@ namespace baton::cpu::BATON_ISA {
 // converted to float before (`Factor`).
 template <typename T>
 struct Panel {
-  typedef T Input;   // elements of x
-  typedef T Output;  // of y and bias
+  typedef T Input;  // elements of x
   typedef Vec Sum;
   static constexpr int kTerms = 1;
   static constexpr int64_t kVectorBytes = kLanes * sizeof(T);
@@ -45,7 +44,7 @@ struct Panel {
 
 template <>
 struct Panel<BFloat16> {
-  typedef BFloat16 Input, Output;
+  typedef BFloat16 Input;
   typedef Vec Sum;
   static constexpr int kTerms = 2;
   static constexpr int64_t kVectorBytes = kLanes * 4;
@@ -94,16 +93,17 @@ struct Panel<BFloat16> {
 #endif
 };
 
-// int8 with scales; T is the type of y. Integer sums are exact: chains here only keep a panel's
-// share in the cache.
-template <typename T>
+// Four elements of int8 for each output, and what rows of x in int8 multiply.
 struct Int8Panel {
   typedef int8_t Input, Factor;
-  typedef T Output;
   typedef IntVec Sum;
   static constexpr int kTerms = 4;
   static constexpr int64_t kVectorBytes = kLanes * 4;
+  // Groups of x are added up one after the other in any case: chains here only keep a panel's share
+  // in the cache.
   static constexpr int64_t kChainSteps = 512;
+  static constexpr int64_t kGroupSteps = kInt8Group / kTerms;
+  static_assert(kChainSteps % kGroupSteps == 0);
 
   template <int kRows, int kVectors>
   static BATON_INLINE void step(IntVec (&sums)[kRows][kVectors],
@@ -119,26 +119,46 @@ struct Int8Panel {
       for (int v = 0; v < kVectors; ++v) sums[m][v] = dot_bytes(sums[m][v], w[v], factor);
     }
   }
+
+  // A group's sums in float32. Not fused with the addition: see common/linear_packed.h.
+  static BATON_INLINE Vec scaled(IntVec sums, const QuantizedGroup& group) {
+    return to_float(sums) * set1(group.scale);
+  }
 };
 
-// y and bias of kLanes outputs, or of the first few.
-template <typename T>
-BATON_INLINE Vec load_some(const T* p, int64_t count) {
-  return count < kLanes ? load_partial(p, count) : load(p);
-}
-template <typename T>
-BATON_INLINE void store_some(T* p, Vec x, int64_t count) {
-  if (count < kLanes) {
-    store_partial(p, x, count);
-  } else {
-    store(p, x);
-  }
+// The weight's scales of kLanes outputs; anything where outputs do not exist.
+BATON_INLINE Vec load_scales(const LinearPackedParams& p, int64_t output) {
+  const int64_t rest = p.out_features - output;
+  if (rest <= 0) return zero();
+  return rest < kLanes ? load_partial(p.weight_scales + output, rest)
+                       : load(p.weight_scales + output);
 }
 
-// The products of a row with kLanes outputs: exact sums times both scales. No fused operation,
-// which not every CPU has.
-BATON_INLINE Vec dequantized(IntVec sums, const QuantizedRow& row, Vec weight_scales) {
-  return to_float(sums) * (set1(row.scale) * weight_scales);
+// What all groups add up to, with those.
+BATON_INLINE Vec with_scales(Vec total, Vec scales) { return total * scales * set1(kInt8Headroom); }
+
+// y of rows [row, row + num_rows) and kLanes outputs, from `output` on: results + bias, in y's
+// dtype. Rows of results are `stride` vectors apart; outputs that do not exist are left out.
+inline void write_results(const LinearPackedParams& p, int64_t row, int64_t num_rows,
+                          int64_t output, const Vec* results, int64_t stride) {
+  const int64_t rest = p.out_features - output;
+  if (rest <= 0) return;
+  dispatch_dtype(p.dtype, [&]<typename T>() {
+    T* y = static_cast<T*>(p.y) + row * p.out_features + output;
+    const T* bias = p.bias ? static_cast<const T*>(p.bias) + output : nullptr;
+    const auto write = [&](const auto& load_one, const auto& store_one) BATON_INLINE_LAMBDA {
+      const Vec more = bias ? load_one(bias) : zero();
+      for (int64_t m = 0; m < num_rows; ++m, y += p.out_features, results += stride) {
+        store_one(y, bias ? *results + more : *results);
+      }
+    };
+    if (rest >= kLanes) {
+      write([](const T* from) { return load(from); }, [](T* to, Vec x) { store(to, x); });
+    } else {
+      write([&](const T* from) { return load_partial(from, rest); },
+            [&](T* to, Vec x) { store_partial(to, x, rest); });
+    }
+  });
 }
 
 }  // namespace baton::cpu::BATON_ISA

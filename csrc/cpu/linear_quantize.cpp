@@ -1,5 +1,5 @@
-// quantize_linear on the CPU: rows to int8 with a scale per row (common/linear_packed.h). One work
-// item is one row, read twice from the core's own cache.
+// quantize_linear on the CPU: rows to int8, with a scale per row or per group of a row's elements
+// (common/linear_packed.h). One work item is one row, read twice from the core's own cache.
 //
 // Maxima and integers are exact and the rest is one operation per element, so every instruction set
 // has the same bits.
@@ -18,7 +18,7 @@ constexpr int32_t kRounderBits = 0x4b400000;
 
 // The bits of the largest magnitude: they are ordered as the magnitudes are, NaN behind infinity.
 template <typename T>
-uint32_t largest_bits(const T* x, int64_t size) {
+BATON_INLINE uint32_t largest_bits(const T* x, int64_t size) {
   const auto larger = [](IntVec most, Vec v) BATON_INLINE_LAMBDA {
     const IntVec bits = (IntVec)(as_bits(v) & 0x7fffffffu);
     return bits > most ? bits : most;
@@ -31,58 +31,73 @@ uint32_t largest_bits(const T* x, int64_t size) {
   }
   for (; k + kLanes <= size; k += kLanes) most[0] = larger(most[0], load(x + k));
   if (k < size) most[1] = larger(most[1], load_partial(x + k, size - k));
-  most[0] = most[0] > most[1] ? most[0] : most[1];
-  int32_t result = 0;
-  for (int i = 0; i < kLanes; ++i) result = most[0][i] > result ? most[0][i] : result;
-  return static_cast<uint32_t>(result);
+  return static_cast<uint32_t>(reduce_max(most[0] > most[1] ? most[0] : most[1]));
 }
 
-// The rounded elements; returns their sum.
+// The rounded elements; returns their sum, modulo 2^32 of more than a group.
 template <typename T>
-int32_t round_row(const T* x, int64_t size, float inverse, int8_t* rounded) {
+BATON_INLINE uint32_t round_elements(const T* x, int64_t size, float inverse, int8_t* rounded) {
   const Vec factor = set1(inverse), rounder = set1(kRounder);
   const auto nearest = [&](Vec v) BATON_INLINE_LAMBDA {
     return (IntVec)as_bits(v * factor + rounder) - kRounderBits;
   };
-  IntVec sums = {};
+  UintVec sums = {};
   int64_t k = 0;
   for (; k + kLanes <= size; k += kLanes) {
     const IntVec q = nearest(load(x + k));
-    sums += q;
+    sums += (UintVec)q;
     store_bytes(rounded + k, q);
   }
   if (const int64_t rest = size - k; rest > 0) {
     const IntVec q = nearest(load_partial(x + k, rest));
-    sums += q;
+    sums += (UintVec)q;
     int8_t buffer[kLanes];
     store_bytes(buffer, q);
     for (int64_t i = 0; i < rest; ++i) rounded[k + i] = buffer[i];
   }
-  int32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += sums[i];
-  return sum;
+  return reduce_sum(sums);
+}
+
+template <typename T>
+BATON_INLINE QuantizedGroup quantize_group(const T* x, int64_t size, int8_t* rounded) {
+  const uint32_t bits = largest_bits(x, size);
+  float largest;
+  __builtin_memcpy(&largest, &bits, sizeof(largest));
+  QuantizedGroup group{0.0f, 0};
+  if (bits >= kInfinityBits) {
+    group.scale = __builtin_nanf("");
+  } else if (const float inverse = kLargest / largest; inverse <= __FLT_MAX__) {
+    // Not of 0, nor of what is so near to it that the factor is infinite.
+    group.scale = largest / kLargest;
+    const uint32_t sum = round_elements(x, size, inverse, rounded);
+    group.first_sum = static_cast<int32_t>(0u - kByteOffset * sum);
+    return group;
+  }
+  __builtin_memset(rounded, 0, size);
+  return group;
+}
+
+template <typename T>
+BATON_INLINE QuantizedGroup with_headroom(const T* x, int64_t size, int8_t* rounded) {
+  QuantizedGroup group = quantize_group(x, size, rounded);
+  group.scale /= kInt8Headroom;
+  return group;
 }
 
 template <typename T>
 void quantize_row(const QuantizeLinearParams& p, int64_t row) {
   const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
   int8_t* rounded = p.rounded + row * p.rounded_row_stride;
-  const uint32_t bits = largest_bits(x, p.in_features);
-  float largest;
-  __builtin_memcpy(&largest, &bits, sizeof(largest));
-  QuantizedRow result{0.0f, 0};
-  int64_t written = 0;
-  if (bits >= kInfinityBits) {
-    result.scale = __builtin_nanf("");
-  } else if (const float inverse = kLargest / largest; inverse <= __FLT_MAX__) {
-    // Not of 0, nor of what is so near to it that the factor is infinite.
-    result.scale = largest / kLargest;
-    result.sum = round_row(x, p.in_features, inverse, rounded);
-    written = p.in_features;
+  if (p.scales) p.scales[row] = quantize_group(x, p.in_features, rounded).scale;
+  if (p.groups) {
+    QuantizedGroup* groups = p.groups + row * num_int8_groups(p.in_features);
+    int64_t k = 0;
+    for (; k + kInt8Group <= p.in_features; k += kInt8Group) {
+      *groups++ = with_headroom(x + k, kInt8Group, rounded + k);
+    }
+    if (k < p.in_features) *groups = with_headroom(x + k, p.in_features - k, rounded + k);
   }
-  __builtin_memset(rounded + written, 0, p.row_size - written);
-  if (p.scales) p.scales[row] = result;
-  if (p.plain_scales) p.plain_scales[row] = result.scale;
+  __builtin_memset(rounded + p.in_features, 0, p.row_size - p.in_features);
 }
 
 }  // namespace

@@ -10,7 +10,17 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from packed_linear import (
+    check_any_number_of_rows,
+    check_before_a_hole,
+    check_many_threads,
+    check_poison_in_a_row,
+    check_poison_in_an_output,
+    check_refusal,
+    problem,
+    project,
+    skip_without_panels,
+)
 
 import baton_kernels
 from baton_kernels import PanelMemory, pack_linear, panel_bytes
@@ -19,9 +29,6 @@ from baton_kernels.testing import (
     DTYPES,
     assert_accurate,
     assert_same_bits,
-    before_a_hole,
-    cpu_threads,
-    embed,
     nan_in_empty,
     storage,
     twin,
@@ -30,28 +37,7 @@ from baton_kernels.testing import (
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(request):
-    """The emulated CUDA kernels and devices have no panels."""
-    if "ops" in request.fixturenames and not request.node.callspec.params["ops"].name.startswith(
-        "cpu-"
-    ):
-        pytest.skip("the CPU's")
-
-
-def problem(rows, size_in, size_out, *, bias=False, dtype=torch.float32, margin=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def numbers(*shape):
-        x = torch.randn(shape, generator=generator).to(dtype)
-        return embed(x, [1] * (len(shape) - 1) + [margin])
-
-    arguments = {"x": numbers(rows, size_in), "weight": numbers(size_out, size_in)}
-    return arguments | {"bias": numbers(size_out)} if bias else arguments
-
-
-def project(ops, arguments):
-    """The product from a weight that is packed by the same instruction set."""
-    packed = pack_linear(arguments["weight"])
-    return ops.linear(**arguments | {"weight": packed})
+    skip_without_panels(request)
 
 
 def check(ops, arguments):
@@ -102,66 +88,31 @@ def test_nothing_to_do(ops, bias, sizes, dtype):
 @pytest.mark.parametrize("rows", [3, 7, 40])
 def test_poison_stays_in_its_row(ops, dtype, rows):
     arguments = problem(rows, 67, 35, dtype=dtype)
-    expected = project(ops, arguments)
-    arguments["x"][2] = torch.nan
-    y = project(ops, arguments)
-    assert y[2].isnan().all()
-    others = [i for i in range(rows) if i != 2]
-    assert_same_bits(y[others], expected[others])
+    check_poison_in_a_row(ops, arguments, None, lambda x: x[2].fill_(torch.nan))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_poison_stays_in_its_output(ops, dtype):
-    """A panel's neighbors, the next panel's included, and the halves of its last pair."""
+    """Halves of the last pair included."""
     arguments = problem(5, 67, 130, dtype=dtype)
-    expected = project(ops, arguments)
-    for output in (0, 47, 48, 129):
-        spoiled = arguments | {"weight": arguments["weight"].clone()}
-        spoiled["weight"][output] = torch.nan
-        y = project(ops, spoiled)
-        assert y[:, output].isnan().all()
-        others = [i for i in range(130) if i != output]
-        assert_same_bits(y[:, others], expected[:, others])
+    check_poison_in_an_output(ops, arguments, None, lambda row: row.fill_(torch.nan))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(1, 67, 35), (5, 64, 3), (17, 95, 32), (100, 40, 50)], ids=str)
 def test_nothing_is_loaded_from_behind_the_arguments(ops, sizes, dtype):
-    arguments = problem(*sizes, bias=True, dtype=dtype)
-    packed = pack_linear(before_a_hole(arguments["weight"]))
-    # Panels that end with their memory: nothing behind the last one is asked for by name.
-    packed = packed._replace(panels=before_a_hole(packed.panels))
-    x, bias = before_a_hole(arguments["x"]), before_a_hole(arguments["bias"])
-    assert_same_bits(ops.linear(x, packed, bias), project(ops, arguments))
-    assert_same_bits(packed.unpack(), arguments["weight"].contiguous())
+    check_before_a_hole(ops, problem(*sizes, bias=True, dtype=dtype), None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(576, 192), (1000, 35), (33, 250)], ids=str)
 def test_bits_for_any_number_of_rows(ops, dtype, sizes):
-    arguments = problem(130, *sizes, bias=True, dtype=dtype)
-    packed = pack_linear(arguments["weight"])
-    x, bias = arguments["x"], arguments["bias"]
-    with cpu_threads(1):
-        expected = ops.linear(x, packed, bias)
-        alone = torch.cat([ops.linear(x[i : i + 1], packed, bias) for i in range(130)])
-    assert_same_bits(alone, expected)
-    for rows in [*range(2, 35), 48, 64, 95, 96, 97, 129]:
-        with cpu_threads(1 + rows % 2):
-            assert_same_bits(ops.linear(x[:rows], packed, bias), expected[:rows], f"{rows} rows")
-            assert_same_bits(ops.linear(x[-rows:], packed, bias), expected[-rows:], f"{rows} rows")
+    check_any_number_of_rows(ops, problem(130, *sizes, bias=True, dtype=dtype), None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_with_many_threads(ops, dtype):
-    """So many that panels are shared out in parts."""
-    arguments = problem(40, 700, 100, dtype=dtype)
-    packed = pack_linear(arguments["weight"])
-    with cpu_threads(1):
-        expected = ops.linear(arguments["x"], packed)
-    for threads in (3, 8):
-        with cpu_threads(threads):
-            assert_same_bits(ops.linear(arguments["x"], packed), expected, f"{threads} threads")
+    check_many_threads(ops, problem(40, 700, 100, dtype=dtype), None)
 
 
 # 4. Packing.
@@ -242,9 +193,9 @@ def unpack_arguments():
 
 
 OPS = {
-    "linear_packed": (linear_packed, linear_arguments),
-    "pack_linear": (pack_into, pack_arguments),
-    "unpack_linear": (unpack, unpack_arguments),
+    "linear_packed": (linear_packed, "default", linear_arguments),
+    "pack_linear": (pack_into, "default", pack_arguments),
+    "unpack_linear": (unpack, "default", unpack_arguments),
 }
 # op, name of the argument in the message, error, changes
 BAD = {
@@ -304,29 +255,9 @@ BAD = {
 @pytest.mark.parametrize("route", ["python", "torch.ops", "fake"])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments(name, route):
-    op, argument, error, changes = BAD[name]
     if route == "fake" and "index" in name and name != "indices of int64":
         pytest.skip("fake tensors have no values")
-    function, make = OPS[op]
-    arguments = make() | changes
-    before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
-    expected = rf"{op}: {argument}(\[\d+\])? must be .+, got .+"
-    if route == "fake":
-        with FakeTensorMode() as mode, pytest.raises(error, match=expected):
-            function(
-                **{
-                    k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
-                    for k, v in arguments.items()
-                }
-            )
-    elif route == "torch.ops":
-        with pytest.raises(ValueError, match=expected):
-            getattr(torch.ops.baton_kernels, op)(**arguments)
-    else:
-        with pytest.raises(error, match=expected):
-            function(**arguments)
-    for key, bits in before.items():
-        assert_same_bits(arguments[key], bits, key)
+    check_refusal(BAD[name], OPS, route)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +289,7 @@ def test_opcheck(op, dtype):
     def cast(value):
         return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
-    arguments = {name: cast(value) for name, value in OPS[op][1]().items()}
+    arguments = {name: cast(value) for name, value in OPS[op][2]().items()}
     if dtype == torch.bfloat16:
         arguments["panels"] = arguments["panels"].view(1, 4, 2, -1).transpose(2, 3).contiguous()
     torch.library.opcheck(getattr(torch.ops.baton_kernels, op).default, tuple(arguments.values()))

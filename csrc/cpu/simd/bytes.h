@@ -9,7 +9,7 @@ namespace baton::cpu::BATON_ISA {
 #if defined(__AVX512VNNI__)
 
 // The CPU multiplies unsigned with signed bytes: the first operand is kByteOffset more than it was,
-// and a sum by kByteOffset times the sum of the second operand.
+// and a sum is more by kByteOffset times the sum of the second operand.
 constexpr int32_t kByteOffset = 128;
 
 typedef IntVec ByteWeights;
@@ -82,6 +82,26 @@ BATON_INLINE void store_bytes(int8_t* p, IntVec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(x[i]);
+#endif
+}
+
+// The largest lane, and the sum of all.
+BATON_INLINE int32_t reduce_max(IntVec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)x);
+#else
+  int32_t most = x[0];
+  for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
+}
+BATON_INLINE uint32_t reduce_sum(UintVec x) {
+#if defined(__AVX512F__)
+  return static_cast<uint32_t>(_mm512_reduce_add_epi32((__m512i)x));
+#else
+  uint32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
 #endif
 }
 
