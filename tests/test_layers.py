@@ -144,6 +144,7 @@ FOREIGN_PRIVATE = {
     "_forward_pre_hooks",
     "_dynamo",
     "_attn_implementation",
+    "_schema",
 }
 
 

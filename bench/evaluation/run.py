@@ -173,6 +173,7 @@ def run_relay(
         "joint_padding": summary["joint_padding"],
         "cache_padding_read": summary["cache_padding_read"],
         "steps": summary["steps"],
+        "replayed_steps": summary["replayed_steps"],
         "rows_per_step": summary["active_slot_steps"] / max(1, summary["steps"]),
         "shaping_bytes": summary["shaping_bytes"],
         "joint_share": summary["joint_seconds"] / seconds,

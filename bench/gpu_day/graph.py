@@ -1,4 +1,5 @@
-"""CUDA graphs: the tests of capture and replay, a cold capture, and one step again and again."""
+"""CUDA graphs: the tests of capture and replay, a cold capture, one step again and again, and a
+relay with graphs and without."""
 
 from __future__ import annotations
 
@@ -6,13 +7,17 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import baton_kernels
+from baton_engines import Relay, policies
+from baton_engines.testing.recorded_graphs import RecordedGraphs
 from baton_kernels.testing import assert_same_bits, int32
 
 from .device import Stage, run
+from .relay import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -80,6 +85,7 @@ def busy(stage: Stage, stop: threading.Event) -> None:
                 stream.synchronize()
 
 
+@torch.inference_mode()
 def repeat(stage: Stage) -> int:
     """The same step many times next to other work; how many, all with the same bits.
 
@@ -104,6 +110,64 @@ def repeat(stage: Stage) -> int:
     return count
 
 
+def answers(stage: Stage, model: Any, graphs: Any) -> tuple[dict[int, list[torch.Tensor]], int]:
+    """Logits of queries that come, go, pause and move, and how many steps were replayed."""
+    logits: dict[int, list[torch.Tensor]] = {}
+    count, slots = stage.pick((40, 12), (6, 3))
+    costs = policies.get("baton", costs=lambda work: 1e-3 * (10 + work.tokens))
+    with Relay(model, slots, 300, costs, cuda_graphs=graphs) as relay:
+        relay._batch.on_logits = lambda query, row: logits.setdefault(query.id, []).append(row)
+        for number in range(count):
+            prompt = [(31 * number + 7 * i) % 131 for i in range(1 + 23 * number % 200)]
+            relay.submit(prompt, max_new_tokens=8 + number, eos=None)
+        parked = None
+        for step in range(10**6):
+            if step == 5:
+                parked = relay.running[0]
+                relay.preempt(parked)
+            elif step == 9:
+                relay.resume(parked)
+                relay.resize(slots + 4)
+            if not relay.step():
+                break
+        return logits, relay.counters.replayed_steps
+
+
+def relay_with_graphs(stage: Stage) -> dict[str, int]:
+    """A small relay with graphs and without: the same bits, and no waiting for the device that
+    torch knows of.
+
+    Raises:
+        AssertionError: Some bits differ, or no step was replayed.
+    """
+    model = make_model(stage, "tiny")
+    graphs = True if stage.device == "cuda" else RecordedGraphs()
+    found, replayed = answers(stage, model, graphs)
+    expected, _ = answers(stage, model, False)
+    assert replayed and found.keys() == expected.keys(), (replayed, len(found), len(expected))
+    for id, rows in expected.items():
+        for one, other in zip(found[id], rows, strict=True):
+            assert_same_bits(one, other, f"query {id}")
+    return {"replayed_steps": replayed, "equal_logits": sum(map(len, expected.values()))}
+
+
+def waits_of_a_step(stage: Stage) -> None:
+    """A replayed step under torch's own watch over the host's waits.
+
+    Raises:
+        RuntimeError: Something in it waits for the device, but for the event of the step itself.
+    """
+    with Relay(make_model(stage, "tiny"), 4, 64) as relay:
+        relay.submit([1, 2, 3], max_new_tokens=9, eos=None)
+        for _ in range(3):
+            relay.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            relay.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def cold_capture() -> None:
     """A step that is captured before any kernel has run in this process."""
     step = Step("cuda", torch.bfloat16, 32, 2048)
@@ -117,19 +181,32 @@ def cold_capture() -> None:
     print("a cold capture gives the bits of a call")
 
 
-@torch.inference_mode()
+def result_of(row: dict[str, Any]) -> Any:
+    """Of a case, in a word."""
+    return next(
+        (row[key] for key in ("error", "last_line", "equal", "equal_logits") if row.get(key)), None
+    )
+
+
 def graph(stage: Stage) -> None:
     """The stage."""
     record = stage.record
     if record.wants("one step again and again"):
         with record.attempt("one step again and again"):
             record.add("one step again and again", equal=repeat(stage))
+    if record.wants("a relay with graphs", 2.0):
+        with record.attempt("a relay with graphs"):
+            record.add("a relay with graphs", **relay_with_graphs(stage))
+    if stage.device == "cuda" and record.wants("waits of a replayed step"):
+        with record.attempt("waits of a replayed step"):
+            waits_of_a_step(stage)
+            record.add("waits of a replayed step", equal="one event")
     commands = {}
     if stage.device == "cuda":
         files = [
             str(path)
             for path in (ROOT / "tests").rglob("test_*.py")
-            if path.name in ("test_cuda_graph.py", "test_relay_exactness.py")
+            if path.name in ("test_cuda_graph.py", "test_graphs.py", "test_relay_exactness.py")
         ]
         commands["cold capture"] = [sys.executable, "-m", "bench.gpu_day.graph", "--cold"]
         commands["tests of graphs and of the relay"] = [
@@ -146,10 +223,7 @@ def graph(stage: Stage) -> None:
             last = (done.stdout + done.stderr).strip().splitlines()[-1:]
             wrong = {} if done.returncode == 0 else {"error": f"ended with {done.returncode}"}
             record.add(name, last_line="".join(last), **wrong)
-    record.headline = "; ".join(
-        f"{row['case']}: {row.get('error') or row.get('last_line') or row.get('equal')}"
-        for row in record.rows
-    )
+    record.headline = "; ".join(f"{row['case']}: {result_of(row)}" for row in record.rows)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from baton_engines import policies
 from baton_engines.llama import patch_llama
 from baton_engines.relay import Relay
+from baton_engines.testing.recorded_graphs import RecordedGraphs
 from baton_engines.testing.small_llama import VOCAB_SIZE, small_llama
 
 CAPACITY = 40
@@ -87,6 +88,8 @@ def check(settings: dict, arrivals: list[tuple], more_to_come: bool) -> None:
 @hypothesis.given(data=st.data())
 def test_logits_are_those_of_each_query_alone(policy, data):
     settings = data.draw(policy_settings.settings(policy, CAPACITY, BYTES_PER_TOKEN))
+    if settings["shaping"] == "in_place" and data.draw(st.booleans()):
+        settings["cuda_graphs"] = RecordedGraphs()
     arrivals = data.draw(st.lists(ARRIVAL, min_size=1, max_size=10))
     check(settings, arrivals, data.draw(st.booleans()))
 

@@ -24,7 +24,7 @@ import baton_kernels as kernels
 from .check import check_model, foreign_hooks, is_foreign
 from .family import Family
 from .handle import ModelHandle
-from .layer import Layer, norm_of
+from .layer import Layer, norm_of, tensors_of
 from .packed_batch import PackedBatch
 from .packed_parameter import check_values
 from .rope import RotaryTable
@@ -129,6 +129,7 @@ class PatchedLlama(ModelHandle):
     """
 
     model: PreTrainedModel
+    can_be_captured = True
 
     def __init__(
         self,
@@ -169,6 +170,7 @@ class PatchedLlama(ModelHandle):
                 zip(decoder.model.layers, self._weights.layers, strict=False)
             )
         ]
+        self._fixed = [*tensors_of((*self._layers, self._weights.head))]
         # An attribute of the instance hides the method of the class; whatever hid it before comes
         # back on undo.
         self._hidden_forward = model.__dict__.get("forward")
@@ -287,6 +289,14 @@ class PatchedLlama(ModelHandle):
         """Bytes of the projections' weights as a forward reads them, the head's included."""
         return self._weights.num_bytes
 
+    def addresses(self, longest: int) -> tuple[int, ...]:
+        """As `ModelHandle.addresses`."""
+        self._check_model()
+        # These two are looked up in each forward: they may have become other objects.
+        found = (self._weights.embedding, norm_of(self._decoder.model.norm)[0])
+        tensors = itertools.chain(self._fixed, found)
+        return (*self._rotary.addresses(longest), *map(torch.Tensor.data_ptr, tensors))
+
     def twin(self) -> PatchedLlama:
         """A handle on the same patch whose `forward` another thread may call meanwhile; use it only
         until `undo`."""
@@ -331,11 +341,10 @@ class PatchedLlama(ModelHandle):
         with torch.inference_mode(False), torch.no_grad():
             # The last references to a weight go before it is restored.
             self._layers.clear()
+            self._fixed.clear()
             self._weights.restore()
 
-    def _check_call(
-        self, token_ids: torch.Tensor, batch: PackedBatch, cache: kernels.KVCache, logits: str
-    ) -> None:
+    def _check_model(self) -> None:
         where = "PatchedLlama.forward"
         if self._forward is None:
             raise RuntimeError(f"{where}: the patch was undone; call patch_llama again")
@@ -351,6 +360,12 @@ class PatchedLlama(ModelHandle):
                 f"{where}: modules must be free of forward hooks, which the packed pass does not "
                 f"call, got a hook on {next(foreign_hooks(self.model))}"
             )
+
+    def _check_call(
+        self, token_ids: torch.Tensor, batch: PackedBatch, cache: kernels.KVCache, logits: str
+    ) -> None:
+        where = "PatchedLlama.forward"
+        self._check_model()
         if logits not in _LOGITS:
             raise ValueError(f"{where}: logits must be one of {', '.join(_LOGITS)}, got {logits!r}")
         if token_ids.shape != batch.positions.shape:

@@ -24,6 +24,9 @@ class ModelHandle(ABC):
         dtype, device: of its keys and values.
         whole_prompts: bool; whether a prompt in parts would be another prompt.
         num_ranks: int; processes that share every layer (tensor parallelism).
+        can_be_captured: bool; whether `forward`, of one token per row, may be captured in a CUDA
+            graph: on a GPU it waits for nothing, skips rows in slot -1, and gives a row bits that
+            do not depend on the number of rows. `addresses` then says what it has built in.
     """
 
     model: Any
@@ -35,6 +38,7 @@ class ModelHandle(ABC):
     device: torch.device
     whole_prompts: bool = False
     num_ranks: int = 1
+    can_be_captured: bool = False
 
     def new_cache(
         self,
@@ -109,6 +113,18 @@ class ModelHandle(ABC):
         Returns:
             float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`; or None.
         """
+
+    def addresses(self, longest: int) -> tuple[int, ...]:
+        """Where a forward finds what it reads besides its arguments and the cache: while that stays
+        the same, a captured one may be replayed.
+
+        Args:
+            longest: tokens of the longest row; what has to be computed for it is computed now.
+
+        Raises:
+            RuntimeError, NotImplementedError: what `forward` raises if the model was changed.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.addresses: forward cannot be captured")
 
     @abstractmethod
     def twin(self) -> ModelHandle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, overload
 
 import torch
@@ -56,3 +57,12 @@ def norm_of(module: Norm | None) -> tuple[torch.Tensor, float] | None: ...
 def norm_of(module: Norm | None) -> tuple[torch.Tensor, float] | None:
     """The arguments of a norm; None where there is none."""
     return None if module is None else (module.weight, module.variance_epsilon)
+
+
+def tensors_of(part: object) -> Iterator[torch.Tensor]:
+    """The tensors of a layer, or of a part of one."""
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, tuple):
+        for inner in part:
+            yield from tensors_of(inner)

@@ -79,6 +79,13 @@ class RotaryTable:
             self._replace_long_prefills(batch, cos, sin)
         return cos, sin
 
+    def addresses(self, longest: int) -> tuple[int, ...]:
+        """Size and addresses of the table, which has every position of a query of `longest`
+        tokens."""
+        if longest > len(self._cos):
+            self._grow(longest)
+        return len(self._cos), self._cos.data_ptr(), self._sin.data_ptr()
+
     def _replace_long_prefills(
         self, batch: PackedBatch, cos: torch.Tensor, sin: torch.Tensor
     ) -> None:

@@ -88,6 +88,11 @@ class ModelWeights:
         return nn.functional.embedding(token_ids, self._embedding.weight)
 
     @property
+    def embedding(self) -> torch.Tensor:
+        """Where `embed` looks rows up."""
+        return self._embedding.weight if self._looked_up is None else self._looked_up.panels
+
+    @property
     def num_bytes(self) -> int:
         """Of the projections' weights as they are read, the head's included, and their scales."""
         projections = [projection for layer in self.layers for projection in layer]

@@ -39,6 +39,11 @@ class Sampler:
         """Whether the token is the arg max, which needs no generator."""
         return self.options.greedy
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the arg max of the logits as they are is all that has to be known of them."""
+        return self.greedy and self.rules is None and self.options.logprobs is None
+
     def draw(self, position: int) -> float:
         """The random number in [0, 1) for the query's token number `position`.
 

@@ -197,10 +197,21 @@ class Batch:
             )
             return None
 
-    def choose(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Choice]:
+    def choose(
+        self, rows: Sequence[Row], logits: torch.Tensor, likeliest: Sequence[int] | None = None
+    ) -> list[Choice]:
         """The next token of every row whose prompt is complete; a query whose options cannot be
-        followed fails."""
+        followed fails.
+
+        Args:
+            rows: what was computed.
+            logits: float32 [rows, vocab], those after the last token of every row.
+            likeliest: the arg max of every row, -1 where the logits are not finite; None if not
+                known yet. Only for rows whose prompts are complete.
+        """
         queries = [row.query for row in rows]
+        if likeliest is not None and all(q.serving.sampler.takes_likeliest for q in queries):
+            return [Choice(token >= 0, max(token, 0)) for token in likeliest]
         ready = [row.num_tokens >= row.query.prompt_left for row in rows]
         try:
             return choose_next(queries, ready, logits)

@@ -53,6 +53,7 @@ class Counters:
     Attributes:
         submitted, finished, cancelled, failed: queries.
         steps: steps.
+        replayed_steps: those that a CUDA graph computed.
         prefills: queries whose prompt was computed.
         preemptions: rows that were copied out of the cache.
         insertions: parked rows that were copied back in.
@@ -90,6 +91,7 @@ class Counters:
     cancelled: int = 0
     failed: int = 0
     steps: int = 0
+    replayed_steps: int = 0
     prefills: int = 0
     preemptions: int = 0
     insertions: int = 0

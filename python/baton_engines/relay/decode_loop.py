@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,9 +17,26 @@ from ..policies import Forward, Plan, View, Work
 from ..slots import Row
 from .autoscale import Autoscale
 from .batch import Batch
+from .graphs import DecodeGraphs
 from .in_flight import InFlight
 
 _log = logging.getLogger(__name__)
+
+
+class Computed(NamedTuple):
+    """What became of a forward.
+
+    Attributes:
+        rows: those that could be computed.
+        logits: float32 [rows, vocab].
+        likeliest: token of each row, -1 where logits are not finite; None if not known yet.
+        is_typical: whether the time that it took says something of the next one.
+    """
+
+    rows: list[Row]
+    logits: torch.Tensor
+    likeliest: list[int] | None = None
+    is_typical: bool = True
 
 
 class DecodeLoop:
@@ -28,6 +46,7 @@ class DecodeLoop:
         batch: the queries and their slots.
         in_flight: those prompts that are computed elsewhere.
         autoscale: changes the number of slots with the load; None to leave it.
+        graphs: of decode steps; None to launch every step.
         observed: whether the policy hears how long forwards take.
 
     Attributes:
@@ -39,12 +58,14 @@ class DecodeLoop:
         batch: Batch,
         in_flight: InFlight,
         autoscale: Autoscale | None = None,
+        graphs: DecodeGraphs | None = None,
         *,
         observed: bool = True,
     ):
         self.batch = batch
         self.in_flight = in_flight
         self.autoscale = autoscale
+        self.graphs = graphs
         self.observed = observed
         self.stepping = False
         # When the forward before this one had delivered its tokens, or this iteration began.
@@ -175,21 +196,21 @@ class DecodeLoop:
             batch.timeline.end(query.id, begin)
         for query, _ in rows:
             batch.begin_span(query, "decode" if query.tokens else "prefill", begin)
-        computed, logits = self._compute(rows, forward.padded)
-        if logits is None:
+        computed = self._compute(rows, forward.padded)
+        if computed is None:
             return True
-        choices = batch.choose(computed, logits)
+        done, logits = computed.rows, computed.logits
+        choices = batch.choose(done, logits, computed.likeliest)
         now = batch.clock()
         # Rows that were tried one by one, because one of them failed, had no padding.
-        padded = forward.padded and computed == rows
-        self._count(computed, padded, len(stalled), now - begin)
+        padded = forward.padded and done == rows
+        self._count(done, padded, len(stalled), now - begin)
         for query in stalled:
             batch.begin_span(query, "decode", now)
-        work = _work(computed, padded)
-        batch.take(computed, logits, choices)
+        work = _work(done, padded)
+        batch.take(done, logits, choices)
         since, self._since = self._since, batch.clock()
-        # How long rows take that had to be tried again says nothing of the next forward.
-        if self.observed and computed == rows:
+        if self.observed and computed.is_typical:
             batch.policy.observe(work, self._since - since)
         return True
 
@@ -221,15 +242,17 @@ class DecodeLoop:
         batch.note_peak_kv_bytes()
         return rows
 
-    def _compute(self, rows: Sequence[Row], padded: bool) -> tuple[list[Row], torch.Tensor | None]:
-        """The rows that could be computed and their logits; the other queries have failed."""
+    def _compute(self, rows: Sequence[Row], padded: bool) -> Computed | None:
+        """The rows that could be computed, if any; the queries of the others have failed."""
         compute = self.batch.slots.compute
-        if len(rows) > 1:
-            try:
-                return list(rows), compute(rows, padded=padded)
-            except Exception as error:
-                # The error does not say which row caused it, so every row is tried by itself.
-                _log.info("forward of %d rows failed", len(rows), exc_info=error)
+        try:
+            if self.graphs is not None and not padded and self.graphs.takes(rows):
+                return self._replay(self.graphs, rows)
+            if len(rows) > 1:
+                return Computed(list(rows), compute(rows, padded=padded))
+        except Exception as error:
+            # The error does not say which row caused it, so every row is tried by itself.
+            _log.info("forward of %d rows failed", len(rows), exc_info=error)
         computed: list[Row] = []
         logits: list[torch.Tensor] = []
         for row in rows:
@@ -237,7 +260,20 @@ class DecodeLoop:
             if done is not None:
                 computed.append(row)
                 logits.append(done.result)
-        return computed, torch.cat(logits) if logits else None
+        if not computed:
+            return None
+        # How long rows take that had to be tried again says nothing of the next forward.
+        return Computed(computed, torch.cat(logits), is_typical=len(rows) == 1)
+
+    def _replay(self, graphs: DecodeGraphs, rows: Sequence[Row]) -> Computed:
+        decoded = graphs.decode(rows)
+        logits = decoded.logits
+        if self.batch.on_logits is not None:
+            # Whoever sees them may keep them.
+            logits = logits.clone()
+        self.batch.counters.replayed_steps += decoded.replayed
+        # A capture comes once.
+        return Computed(list(rows), logits, decoded.tokens, is_typical=decoded.replayed)
 
     def _count(self, rows: Sequence[Row], padded: bool, num_stalled: int, seconds: float) -> None:
         counters, slots = self.batch.counters, self.batch.slots

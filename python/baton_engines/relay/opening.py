@@ -17,6 +17,7 @@ from ..slots import Slots
 from .autoscale import Autoscale
 from .batch import Batch
 from .decode_loop import DecodeLoop
+from .graphs import GraphRuntime, open_graphs
 from .in_flight import InFlight
 from .submission import Limits
 
@@ -36,6 +37,7 @@ def open_loop(
     prefix_cache: int | None,
     max_slots: int | None,
     weight_dtype,
+    cuda_graphs: bool | GraphRuntime | None,
     prefill: str | Prefiller,
     clock: Callable[[], float],
     on_end: Callable[[Query], object],
@@ -48,7 +50,7 @@ def open_loop(
         undo: gets what has to be undone when the relay is closed. Written.
         on_end: called with every query that ends.
         num_slots, capacity, tokenizer, generation_config, aligned, shaping, kv_budget,
-            prefix_cache, max_slots, weight_dtype, prefill, clock: see `Relay`.
+            prefix_cache, max_slots, weight_dtype, cuda_graphs, prefill, clock: see `Relay`.
 
     Raises:
         Exception: see `Relay`; `undo` then has to be closed.
@@ -87,6 +89,9 @@ def open_loop(
             f"Relay: policy must compute prompts whole in an aligned cache and under dynamic RoPE, "
             f"got {policy.name}, which splits them"
         )
+    graphs = open_graphs(slots, cuda_graphs, shaping)
+    if graphs is not None:
+        undo.callback(graphs.release)
     # The clocks of ranks differ, and what they compute together has to be the same.
     alone = model.num_ranks == 1
     if policy.needs_times and not alone:
@@ -100,5 +105,5 @@ def open_loop(
     undo.callback(prefiller.close)
     limits = replace(limits, kv_budget=kv_budget, bytes_per_token=slots.cache.bytes_per_token)
     batch = Batch(slots, policy, clock, on_end)
-    loop = DecodeLoop(batch, InFlight(batch, prefiller), autoscale, observed=alone)
+    loop = DecodeLoop(batch, InFlight(batch, prefiller), autoscale, graphs, observed=alone)
     return limits, batch, loop

@@ -24,6 +24,7 @@ from .. import policies
 from ..prefill import Prefiller
 from ..query import Query, SharedPrompt
 from ..query.callbacks import give_text
+from .graphs import GraphRuntime
 from .one_thread import one_thread
 from .opening import open_loop
 from .state import RelayState
@@ -70,6 +71,8 @@ class Relay(RelayState):
         weight_dtype: "int8" rounds the weights of a model on the CPU to int8, half of bfloat16's
             memory, and with them the answers; see `patch_llama`. The model's own weights are gone
             then, also when the relay is closed. None: as the model has them.
+        cuda_graphs: whether steps in which all rows decode are replayed as CUDA graphs, which
+            spares launches and waits. None, the default: where model and device allow.
         clock: seconds.
 
     Attributes:
@@ -102,6 +105,7 @@ class Relay(RelayState):
         prefix_cache: int | None = None,
         max_slots: int | None = None,
         weight_dtype=None,
+        cuda_graphs: bool | GraphRuntime | None = None,
         prefill: str | Prefiller = "serial",
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -126,6 +130,7 @@ class Relay(RelayState):
                 prefix_cache=prefix_cache,
                 max_slots=max_slots,
                 weight_dtype=weight_dtype,
+                cuda_graphs=cuda_graphs,
                 prefill=prefill,
                 clock=clock,
                 on_end=self._note_end,
