@@ -13,7 +13,7 @@ FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*/*.cu bench/kernels
   $(foreach kind,h cpp cu,$(EMULATION)/*/*.$(kind) $(EMULATION)/*/*/*.$(kind)))
 
 .PHONY: setup demo test test-full test-quick test-engines test-transformers lint format docs wheel \
-  test-wheel test-cuda-build gpu gpu-carry soak bench bench-engines bench-kernels bench-peers clean
+  test-wheel test-cuda-build gpu gpu-carry soak sanitize coverage bench bench-engines bench-kernels bench-peers clean
 
 # A stamp, so that a second call costs nothing until dependencies or C++ change.
 setup: $(VENV)/.ready
@@ -100,6 +100,18 @@ soak: setup
 	$(BIN)/python scripts/soak.py hostile --calls 1000000 --seed $(SEED) --seconds $(SOAK_SECONDS)
 	$(BIN)/python scripts/soak.py operations --operations 1000000 --faults 10000 --jobs 2 \
 	  --seed $(SEED) --seconds $(SOAK_SECONDS)
+
+# The tests of the ops with a CPU library that was compiled with ASan and UBSan; many minutes, most of
+# them the compiler's.
+sanitize: setup
+	$(BIN)/python scripts/sanitize.py
+
+# Lines and branches of csrc/common, csrc/bindings and baton_kernels/ops that tests execute, and those
+# that they do not. TESTS chooses others than scripts/measure_coverage.py's.
+TESTS ?=
+coverage: setup
+	$(PIP) install 'coverage>=7.6,<8'
+	$(BIN)/python scripts/measure_coverage.py $(TESTS)
 
 wheel: setup
 	rm -rf dist

@@ -73,7 +73,7 @@ BATON_INLINE QuantizedGroup quantize_group(const T* x, int64_t size, int8_t* rou
     group.first_sum = static_cast<int32_t>(0u - kByteOffset * sum);
     return group;
   }
-  __builtin_memset(rounded, 0, size);
+  if (size > 0) __builtin_memset(rounded, 0, size);
   return group;
 }
 
@@ -97,7 +97,9 @@ void quantize_row(const QuantizeLinearParams& p, int64_t row) {
     }
     if (k < p.in_features) *groups = with_headroom(x + k, p.in_features - k, rounded + k);
   }
-  __builtin_memset(rounded + p.in_features, 0, p.row_size - p.in_features);
+  // A row of no features has no memory, and memset takes no null.
+  const int64_t rest = p.row_size - p.in_features;
+  if (rest > 0) __builtin_memset(rounded + p.in_features, 0, rest);
 }
 
 }  // namespace

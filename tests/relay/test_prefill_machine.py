@@ -75,7 +75,8 @@ class ProcessMachine(RelayMachine):
     )
     def start(self, settings, always, workers):
         super().start(settings, None)
-        self.prefill = Apart(workers, 1, always)
+        # However busy the machine is: what is asked here is not how long it takes.
+        self.prefill = Apart(workers, 1, always, timeout=7200, start_timeout=7200)
         self.relay = Relay(self.model, capacity=CAPACITY, prefill=self.prefill, **settings)
         policy_settings.watch_budget(self.relay, settings["kv_budget"])
 

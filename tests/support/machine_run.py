@@ -68,7 +68,10 @@ def run_shard(
             deadline=None,
             database=None,
             suppress_health_check=list(hypothesis.HealthCheck),
-            phases=[hypothesis.Phase.generate, *[hypothesis.Phase.shrink] * shrinks],
+            phases=[
+                hypothesis.Phase.generate,
+                *[hypothesis.Phase.shrink] * (shrinks and name != PROCESSES),
+            ],
         )
         try:
             run_state_machine_as_test(

@@ -1,0 +1,129 @@
+"""Line and branch coverage of the CPU library's checks and of the ops, of tests that are named.
+
+    make coverage                                        # of DEFAULT_TESTS
+    python scripts/measure_coverage.py tests/ops/test_move_kv.py
+    python scripts/measure_coverage.py --print           # of the last run once more
+
+It builds the library with gcov's counters into build/coverage, runs pytest against it, and prints
+for csrc/common, csrc/bindings and baton_kernels/ops what was executed, with every line and branch
+that was not. Branches to an exception's landing pad are not counted: every call has one.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from instrumented import ROOT, build_package, environment
+
+BUILD = ROOT / "build" / "coverage"
+FOLDERS = ("csrc/common", "csrc/bindings", "baton_kernels/ops")
+# Without emulated kernels, which are other code.
+DEFAULT_TESTS = ["tests/ops", "tests/cache", "tests/cpu/test_ops_in_threads.py", "--quick"]
+
+
+def main() -> None:
+    tests = sys.argv[1:] or DEFAULT_TESTS
+    data = BUILD / "python.json"
+    status = 0 if tests == ["--print"] else measure(tests, data)
+    rows = [*cpp_rows(), *python_rows(data)]
+    print_rows(rows)
+    print(f"tests: {' '.join(tests)}; pytest's exit status {status}")
+    sys.exit(status)
+
+
+def measure(tests: list[str], data: Path) -> int:
+    """Builds, runs pytest, and leaves counts in the build folder; pytest's exit status."""
+    # One instruction set: those that follow are compiled from the same sources.
+    build_package(BUILD, "-O0 --coverage -fprofile-update=atomic", without=["mavx2"])
+    for counts in BUILD.rglob("*.gcda"):
+        counts.unlink()
+    variables = environment(BUILD) | {"COVERAGE_FILE": str(BUILD / ".coverage")}
+    command = [
+        sys.executable, "-m", "coverage", "run", "--branch", "--include=*/baton_kernels/ops/*",
+        "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *tests,
+    ]  # fmt: skip
+    status = subprocess.run(command, cwd=ROOT, env=variables).returncode
+    subprocess.run(
+        [sys.executable, "-m", "coverage", "json", "-q", "-o", str(data)],
+        cwd=ROOT, env=variables, check=True,
+    )  # fmt: skip
+    return status
+
+
+Row = tuple[str, int, int, int, int, list[str]]
+
+
+def cpp_rows() -> list[Row]:
+    """Per file: lines, lines executed, branches, branches taken, and what was not."""
+    lines: dict[tuple[str, int], int] = collections.Counter()
+    branches: dict[tuple[str, int, int], int] = collections.Counter()
+    for counts in BUILD.rglob("*.gcda"):
+        done = subprocess.run(
+            ["gcov", "--json-format", "--stdout", "--branch-probabilities", str(counts)],
+            cwd=counts.parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        for text in done.stdout.splitlines():
+            for file in json.loads(text)["files"]:
+                path = Path(counts.parent, file["file"]).resolve()
+                if not path.is_relative_to(ROOT) or file["file"].endswith(".gcda"):
+                    continue
+                name = str(path.relative_to(ROOT))
+                if not name.startswith(FOLDERS):
+                    continue
+                for line in file["lines"]:
+                    lines[name, line["line_number"]] += line["count"]
+                    for number, branch in enumerate(line["branches"]):
+                        if not branch["throw"]:
+                            branches[name, line["line_number"], number] += branch["count"]
+    rows: list[Row] = []
+    for name in sorted({name for name, _ in lines}):
+        mine = {line: count for (file, line), count in lines.items() if file == name}
+        taken = {key[1:]: count for key, count in branches.items() if key[0] == name}
+        missing = [f"line {line}" for line, count in sorted(mine.items()) if not count]
+        missing += [
+            f"branch {number} of line {line}"
+            for (line, number), count in sorted(taken.items())
+            if not count and mine[line]
+        ]
+        rows.append(
+            (name, len(mine), sum(map(bool, mine.values())), len(taken),
+             sum(map(bool, taken.values())), missing)
+        )  # fmt: skip
+    return rows
+
+
+def python_rows(data: Path) -> list[Row]:
+    """The same of baton_kernels/ops."""
+    rows: list[Row] = []
+    for path, file in sorted(json.loads(data.read_text())["files"].items()):
+        summary = file["summary"]
+        missing = [f"line {line}" for line in file["missing_lines"]]
+        missing += [f"branch of line {a} to {b}" for a, b in file["missing_branches"]]
+        rows.append(
+            ("baton_kernels/ops/" + Path(path).name, summary["num_statements"],
+             summary["covered_lines"], summary["num_branches"], summary["covered_branches"],
+             missing)
+        )  # fmt: skip
+    return rows
+
+
+def print_rows(rows: list[Row]) -> None:
+    for name, lines, run, branches, taken, missing in rows:
+        print(f"{name}: lines {run}/{lines}, branches {taken}/{branches}")
+        for place in missing:
+            print(f"    {place}")
+    for folder in FOLDERS:
+        mine = [row for row in rows if row[0].startswith(folder)]
+        lines, run, branches, taken = (sum(row[i] for row in mine) for i in range(1, 5))
+        print(
+            f"{folder}: lines {run}/{lines} = {run / max(lines, 1):.1%}, "
+            f"branches {taken}/{branches} = {taken / max(branches, 1):.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
