@@ -13,10 +13,11 @@ import torch
 
 from baton_kernels.batch_shape import BatchShape, Moves, checked_int
 from baton_kernels.cache_memory import CacheMemory
-from baton_kernels.ops.checks import FLOATS, Checker, dtype_name
+from baton_kernels.ops.checks import EIGHT_BITS, FLOATS, Checker, dtype_name
 from baton_kernels.ops.extract_kv import extract_kv
 from baton_kernels.ops.insert_kv import insert_kv
 from baton_kernels.ops.move_kv import move_kv
+from baton_kernels.slot_memory import Scales
 
 
 class KVCache(CacheMemory):
@@ -39,7 +40,8 @@ class KVCache(CacheMemory):
         num_kv_heads: int, at least 1.
         capacity: int, at least 1; columns of a slot.
         head_dim: int, a multiple of 8 from 16 to 256.
-        dtype: float32, float16 or bfloat16.
+        dtype: float32, float16 or bfloat16; on the CPU also int8 or float8_e4m3fn: elements of
+            eight bits, and a float32 scale for each token and head (`insert_kv` has the formula).
         device: where keys and values live.
         aligned: bool; whether all rows end in the same column, see `BatchShape`.
         huge_pages: bool; CPU: requests huge pages from Linux, in which attention reads a few
@@ -51,11 +53,13 @@ class KVCache(CacheMemory):
         keys: `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`, last dimension
             contiguous.
         values: the same.
+        key_scales: of eight bits `[num_layers, num_slots, num_kv_heads, capacity]`, else None.
+        value_scales: the same.
 
     Raises:
-        TypeError: a size is not an integer, or dtype is another than these three.
+        TypeError: a size is not an integer, or dtype is another than these.
         ValueError: a size is below 1.
-        NotImplementedError: the ops do not support head_dim.
+        NotImplementedError: the ops do not support head_dim, or eight bits on this device.
         MemoryError: the address space could not be reserved.
 
     Undefined: the content of padding, fresh or left behind by a query.
@@ -81,31 +85,24 @@ class KVCache(CacheMemory):
         self._num_kv_heads = checked_int("KVCache", "num_kv_heads", num_kv_heads, 1)
         self._head_dim = checked_int("KVCache", "head_dim", head_dim, 1)
         check = Checker("KVCache")
-        if dtype not in FLOATS:
-            check.fail("dtype", "float32, float16 or bfloat16", dtype_name(dtype), TypeError)
+        if dtype not in (*FLOATS, *EIGHT_BITS):
+            expected = "float32, float16, bfloat16, int8 or float8_e4m3fn"
+            check.fail("dtype", expected, dtype_name(dtype), TypeError)
         # The ops' own checks of such a cache, before memory is requested.
-        column = torch.empty(1, 1, 1, 1, self._head_dim, dtype=dtype, device="meta")
+        column = torch.empty(1, 1, 1, 1, self._head_dim, dtype=torch.float32, device="meta")
         check.caches(column, column, with_layers=True, written=True)
         self._dtype = dtype
         self._device = torch.device(device)
+        if dtype in EIGHT_BITS and self._device.type != "cpu":
+            check.fail("device", f"cpu with {dtype_name(dtype)}", device, NotImplementedError)
         self._huge_pages = huge_pages
         self._shape = BatchShape(num_slots, capacity, aligned=aligned)
-        self._key_memory, self._value_memory = self._new_memory(self._shape.num_slots)
+        self._memory = self._new_memory(self._shape.num_slots)
         # With its index: "cuda" would follow the current device, and the tensors do not.
         self._device = self.keys.device
         # Per slot, the columns [low, high) that may have been written.
         self._touched = [(0, 0)] * self._shape.num_slots
         self._bytes_moved = 0
-
-    @property
-    def keys(self) -> torch.Tensor:
-        """Keys `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`."""
-        return self._key_memory.tensor
-
-    @property
-    def values(self) -> torch.Tensor:
-        """Values `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`."""
-        return self._value_memory.tensor
 
     @property
     def shape(self) -> BatchShape:
@@ -125,6 +122,27 @@ class KVCache(CacheMemory):
         """
         index = checked_int("KVCache.layer", "index", index, 0, self._num_layers - 1)
         return self.keys[index], self.values[index]
+
+    def scales(self, index: int | None = None) -> Scales:
+        """What the ops take as key_scale and value_scale with the layer's caches.
+
+        Args:
+            index: int, 0 to num_layers - 1; None for all layers, with `keys` and `values`.
+
+        Returns:
+            Keyword arguments: both, `[num_slots, num_kv_heads, capacity]`, all layers' with a
+            leading num_layers; none at all unless the cache is of eight bits.
+
+        Raises:
+            ValueError: index is out of range.
+        """
+        key, value = self.key_scales, self.value_scales
+        if key is None or value is None:
+            return {}
+        if index is not None:
+            index = checked_int("KVCache.scales", "index", index, 0, self._num_layers - 1)
+            key, value = key[index], value[index]
+        return {"key_scale": key, "value_scale": value}
 
     def allocate(self, length: int, slot: int | None = None) -> int:
         """Takes a free slot for `length` tokens, whose keys and values the caller writes.
@@ -174,7 +192,8 @@ class KVCache(CacheMemory):
 
         Args:
             key: `[num_layers, tokens, num_kv_heads, head_dim]`, the cache's dtype and device,
-                last dimension contiguous.
+                last dimension contiguous. For a cache of eight bits float32, float16 or bfloat16,
+                or tokens as `extract` gives them.
             value: the same.
             slot: int, the free slot to take; None takes the lowest.
 
@@ -191,6 +210,7 @@ class KVCache(CacheMemory):
         check = Checker("KVCache.insert")
         check.tokens("key", key, self.keys)
         check.tokens("value", value, self.keys)
+        check.dtype_as("value", value, "key", key)
         check.shape("value", value, key.shape)
         tokens = key.shape[1]
         planned = self._shape.copy()
@@ -198,14 +218,20 @@ class KVCache(CacheMemory):
         index = self._index([0, tokens, slot, planned.start(slot)])
         # First into the free slot, which no row can see yet, then the moves: whichever op refuses,
         # no row is changed.
-        insert_kv(key, value, self.keys, self.values, index[:2], index[2:3], index[3:])
+        insert_kv(
+            key, value, self.keys, self.values, index[:2], index[2:3], index[3:], **self.scales()
+        )  # fmt: skip
         self._touch(slot, planned)
         self._move(moves)
         self._commit(planned)
         return slot
 
     def extract(
-        self, slot: int, out: tuple[torch.Tensor, torch.Tensor] | None = None
+        self,
+        slot: int,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies the row in `slot` out, unpadded.
 
@@ -214,6 +240,8 @@ class KVCache(CacheMemory):
         Args:
             slot: int, a slot in use.
             out: key and value to write instead of new ones; see `extract_kv`. Written.
+            dtype: of a cache of eight bits: the floats to return; None for the tokens as they are,
+                `[..., head_dim + 4]`.
 
         Returns:
             key, value: `[num_layers, tokens, num_kv_heads, head_dim]`, what `insert` takes.
@@ -226,8 +254,9 @@ class KVCache(CacheMemory):
         tokens = self._shape.length(slot)
         index = self._index([0, tokens, slot, self._shape.start(slot)])
         return extract_kv(
-            self.keys, self.values, index[:2], index[2:3], index[3:], total_tokens=tokens, out=out
-        )
+            self.keys, self.values, index[:2], index[2:3], index[3:], total_tokens=tokens, out=out,
+            **self.scales(), **({} if dtype is None else {"dtype": dtype}),
+        )  # fmt: skip
 
     def copy_row(self, slot: int, target: int | None = None, *, length: int | None = None) -> int:
         """Copies the row in `slot` into a free slot, e.g. to sample several answers to one prompt.
@@ -257,7 +286,8 @@ class KVCache(CacheMemory):
         places = (slot, self._shape.start(slot), target, planned.start(target), tokens)
         # As in `insert`: first the free slot, which no row can see yet, then the moves.
         if tokens:
-            move_kv(self.keys, self.values, *self._index([[place] for place in places]))
+            index = self._index([[place] for place in places])
+            move_kv(self.keys, self.values, *index, **self.scales())
         self._touch(target, planned)
         self._move(moves)
         self._commit(planned)
@@ -304,13 +334,11 @@ class KVCache(CacheMemory):
         planned.resize(num_slots)
         if planned == self._shape:
             return
-        memories = self._new_memory(planned.num_slots)
-        for old, new in zip((self.keys, self.values), memories, strict=True):
-            for slot in planned.used:
-                columns = slice(planned.start(slot), planned.end(slot))
-                new.tensor[:, slot, :, columns].copy_(old[:, slot, :, columns])
+        memory = self._new_memory(planned.num_slots)
+        for slot in planned.used:
+            memory.copy_row(slot, slice(planned.start(slot), planned.end(slot)), self._memory)
         self._bytes_moved += self.bytes_in_use
-        self._key_memory, self._value_memory = memories
+        self._memory = memory
         self._touched = [(0, 0)] * planned.num_slots
         self._commit(planned)
 
@@ -322,8 +350,7 @@ class KVCache(CacheMemory):
         Undefined: the content of free slots, before and after.
         """
         for slot in set(range(self._shape.num_slots)).difference(self._shape.used):
-            self._key_memory.release(slot)
-            self._value_memory.release(slot)
+            self._memory.release(slot)
             self._touched[slot] = (0, 0)
 
     def release_below(self, slot: int, column: int) -> None:
@@ -344,40 +371,9 @@ class KVCache(CacheMemory):
         """
         slot = checked_int("KVCache.release_below", "slot", slot, 0, self._shape.num_slots - 1)
         column = checked_int("KVCache.release_below", "column", column, 0, self._shape.capacity)
-        self._key_memory.release_below(slot, column)
-        self._value_memory.release_below(slot, column)
+        self._memory.release_below(slot, column)
         low, high = self._touched[slot]
         self._touched[slot] = (max(low, column), max(high, column))
-
-    @property
-    def bytes_reserved(self) -> int:
-        """Bytes of address space (CPU) or of device memory that keys and values take."""
-        return self._key_memory.num_bytes + self._value_memory.num_bytes
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values, all layers."""
-        return 2 * self._num_layers * self._num_kv_heads * self._head_dim * self._dtype.itemsize
-
-    @property
-    def bytes_in_use(self) -> int:
-        """Bytes of the valid columns."""
-        return self.bytes_per_token * sum(self._shape.length(slot) for slot in self._shape.used)
-
-    @property
-    def bytes_moved(self) -> int:
-        """Bytes of keys and values copied from one place in the cache to another so far: what it
-        costs to keep rows aligned, and to change the number of slots."""
-        return self._bytes_moved
-
-    @property
-    def bytes_committed(self) -> int:
-        """Bytes of the pages that back the cache, an upper bound if nobody writes padding.
-
-        CPU: the pages between the lowest and the highest column that each slot has had in use since
-        the cache was made or resized, or the slot released. Other devices: `bytes_reserved`.
-        """
-        return sum(m.committed(self._touched) for m in (self._key_memory, self._value_memory))
 
     def __repr__(self) -> str:
         return (
@@ -399,7 +395,7 @@ class KVCache(CacheMemory):
                 moves.lengths,
             )
             # One tensor and views of its rows: one copy to a device instead of five.
-            move_kv(self.keys, self.values, *self._index(index))
+            move_kv(self.keys, self.values, *self._index(index), **self.scales())
             self._bytes_moved += self.bytes_per_token * sum(moves.lengths)
 
     def _commit(self, planned: BatchShape) -> None:

@@ -1,7 +1,7 @@
-"""The memory of a KV cache: one tensor over all layers and slots, committed as it is written.
+"""The memory of a KV cache: tensors over all layers and slots, committed as they are written.
 
 `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`; `KVCache` has one for its keys and
-one for its values.
+one for its values, and of eight bits one for the scales of each.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import contextlib
 import functools
 import mmap
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -157,3 +158,75 @@ class SlotMemory:
         # Kernels built without transparent huge pages refuse the advice, and have none to take.
         with contextlib.suppress(AttributeError, OSError):
             self._mapping.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+
+
+class Scales(TypedDict, total=False):
+    """Keyword arguments of the ops; empty for caches of floats."""
+
+    key_scale: torch.Tensor
+    value_scale: torch.Tensor
+
+
+class KVMemory:
+    """What a `KVCache` holds: keys, values and, of eight bits, their scales.
+
+    Args:
+        sizes: as of `SlotMemory`.
+        dtype: of keys and values.
+        device: where they live.
+        huge_pages: see `SlotMemory`; of keys and values only, a slot's scales are too few bytes.
+
+    Attributes:
+        keys, values: of these sizes.
+        key_scales, value_scales: float32 `[num_layers, num_slots, num_kv_heads, capacity]` of eight
+            bits, else None.
+        num_bytes: of all of them.
+        head_bytes: of the key and the value of one token and head, with their scales.
+
+    Raises:
+        MemoryError: the address space could not be reserved.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        huge_pages: bool = False,
+    ) -> None:
+        self._memories = [SlotMemory(sizes, dtype, device, huge_pages=huge_pages) for _ in range(2)]
+        self.key_scales: torch.Tensor | None = None
+        self.value_scales: torch.Tensor | None = None
+        if dtype.itemsize == 1:
+            scales = [SlotMemory((*sizes[:-1], 1), torch.float32, device) for _ in range(2)]
+            self.key_scales, self.value_scales = (memory.tensor[..., 0] for memory in scales)
+            self._memories += scales
+        self.keys, self.values = (memory.tensor for memory in self._memories[:2])
+        self.num_bytes = sum(memory.num_bytes for memory in self._memories)
+        self.head_bytes = sum(
+            memory.tensor.shape[-1] * memory.tensor.itemsize for memory in self._memories
+        )
+
+    def row(self, slot: int, columns: slice) -> tuple[torch.Tensor, ...]:
+        """Views of these columns of a slot, of everything there is."""
+        return tuple(memory.tensor[:, slot, :, columns] for memory in self._memories)
+
+    def copy_row(self, slot: int, columns: slice, source: KVMemory) -> None:
+        """Copies these columns of a slot from the same place in another one."""
+        for own, other in zip(self.row(slot, columns), source.row(slot, columns), strict=True):
+            own.copy_(other)
+
+    def release(self, slot: int) -> None:
+        """See `SlotMemory.release`."""
+        for memory in self._memories:
+            memory.release(slot)
+
+    def release_below(self, slot: int, column: int) -> None:
+        """See `SlotMemory.release_below`."""
+        for memory in self._memories:
+            memory.release_below(slot, column)
+
+    def committed(self, columns: Sequence[tuple[int, int]]) -> int:
+        """See `SlotMemory.committed`."""
+        return sum(memory.committed(columns) for memory in self._memories)

@@ -12,6 +12,15 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from baton_kernels.torch_ops_scaled import (
+    AppendKvScaled,
+    AppendKvScaledQuery,
+    ExtractKvScaled,
+    ExtractKvScaledOut,
+    InsertKvScaled,
+    MoveKvScaled,
+)
+
 __all__ = ["TorchOps", "ops"]
 
 
@@ -47,6 +56,8 @@ class _AppendKvQuery(Protocol):
 class _AppendKvOverloads(_AppendKv, Protocol):
     default: _AppendKv
     query: _AppendKvQuery
+    scaled: AppendKvScaled
+    scaled_query: AppendKvScaledQuery
 
 
 class _AttentionMask(Protocol):
@@ -94,6 +105,8 @@ class _ExtractKvOut(Protocol):
 class _ExtractKvOverloads(_ExtractKv, Protocol):
     default: _ExtractKv
     out: _ExtractKvOut
+    scaled: ExtractKvScaled
+    scaled_out: ExtractKvScaledOut
 
 
 class _InsertKv(Protocol):
@@ -112,6 +125,7 @@ class _InsertKv(Protocol):
 
 class _InsertKvOverloads(_InsertKv, Protocol):
     default: _InsertKv
+    scaled: InsertKvScaled
 
 
 class _Linear(Protocol):
@@ -184,6 +198,7 @@ class _MoveKv(Protocol):
 
 class _MoveKvOverloads(_MoveKv, Protocol):
     default: _MoveKv
+    scaled: MoveKvScaled
 
 
 class _PackLinear(Protocol):
@@ -234,6 +249,8 @@ class _RaggedAttentionOptions(Protocol):
         max_query_length: int | None = None,
         max_length: int | None = None,
         block_table: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -256,6 +273,8 @@ class _RaggedAttentionLse(Protocol):
         max_query_length: int | None = None,
         max_length: int | None = None,
         block_table: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -278,6 +297,8 @@ class _RaggedAttentionOut(Protocol):
         max_query_length: int | None = None,
         max_length: int | None = None,
         block_table: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
         *,
         out: Tensor,
     ) -> None: ...
@@ -302,6 +323,8 @@ class _RaggedAttentionLseOut(Protocol):
         max_query_length: int | None = None,
         max_length: int | None = None,
         block_table: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
         *,
         out: Tensor,
         lse: Tensor,
@@ -371,8 +394,7 @@ class TorchOps(Protocol):
 
     def set_cpu_isa(self, name: str, force: bool = False) -> None: ...
     def cpu_isas(self) -> str: ...
-    # Of the CUDA library.
-    def cuda_build(self) -> str: ...
+    def cuda_build(self) -> str: ...  # of the CUDA library
 
 
 # torch's own type of a namespace knows no op.

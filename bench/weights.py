@@ -11,62 +11,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import math
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from baton_engines import PackedBatch, Relay, load_model, patch_llama
+from baton_engines import Relay, patch_llama
 
-from . import describe_run
-
-TEXT = Path(__file__).parent / "data" / "prose.txt"
-
-
-class Reading(NamedTuple):
-    """What a model makes of a text.
-
-    Attributes:
-        losses: float64, minus the logarithm of the probability of each token.
-        likeliest: int64, the likeliest token in each of these places.
-        weight_bytes: of the packed weights.
-    """
-
-    losses: torch.Tensor
-    likeliest: torch.Tensor
-    weight_bytes: int
-
-    @property
-    def perplexity(self) -> float:
-        """Of a token, on average."""
-        return math.exp(self.losses.mean().item())
-
-
-def read(model: Any, token_ids: torch.Tensor, window: int, weight_dtype: str | None) -> Reading:
-    """The text as the patched model reads it.
-
-    Args:
-        model: a transformers model; it is patched, and keeps its parameters.
-        token_ids: `[tokens]`.
-        window: tokens that are read together.
-        weight_dtype: see `patch_llama`.
-    """
-    losses, likeliest = [], []
-    with patch_llama(model, weight_dtype=weight_dtype, keep_parameters=True) as llama:
-        for ids in token_ids.split(window):
-            cache = llama.new_cache(1, len(ids))
-            slot = cache.allocate(len(ids))
-            batch = PackedBatch.from_shape(cache.shape, [slot], [len(ids)])
-            logits = llama.forward(ids, batch, cache, logits="all")[:-1].double()
-            losses.append(-logits.log_softmax(1).gather(1, ids[1:, None])[:, 0])
-            likeliest.append(logits.argmax(1))
-        weight_bytes = llama.weight_bytes
-    return Reading(torch.cat(losses), torch.cat(likeliest), weight_bytes)
+from . import describe_run, perplexity
 
 
 def step_seconds(models: Sequence[Any], rows: int, columns: int, steps: int) -> list[float]:
@@ -106,31 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--text", type=Path, default=TEXT)
-    parser.add_argument("--window", type=int, default=512)
+    perplexity.add_options(parser)
     parser.add_argument("--rows", type=int, nargs="+", default=[], help="of decode steps to time")
     parser.add_argument("--columns", type=int, default=128, help="of each of these rows")
     parser.add_argument("--steps", type=int, default=40, help="of each dtype")
     arguments = parser.parse_args(argv)
-    if arguments.window < 2:
-        parser.error(f"--window must be at least 2, got {arguments.window}")
-    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype)
-    if tokenizer is None:
-        parser.error(f"--model must have a tokenizer, got none in {arguments.model}")
-    text = arguments.text.read_text(encoding="utf-8")
-    token_ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if len(token_ids) < 2:
-        parser.error(f"--text must hold at least 2 tokens, got {len(token_ids)}")
+    model, _, token_ids = perplexity.load(parser, arguments)
     print(f"{arguments.model}, {len(token_ids)} tokens of {arguments.text.name}\n{describe_run()}")
-    exact = read(model, token_ids, arguments.window, None)
-    rounded = read(model, token_ids, arguments.window, "int8")
+    readings = []
     print(f"{'weights':<10}{'MB':>8}{'perplexity':>12}")
-    for name, reading in ((arguments.dtype, exact), ("int8", rounded)):
-        print(f"{name:<10}{reading.weight_bytes / 1e6:>8.1f}{reading.perplexity:>12.4f}")
-    same = (exact.likeliest == rounded.likeliest).double().mean().item()
-    change = rounded.perplexity / exact.perplexity - 1
+    for name, weight_dtype in ((arguments.dtype, None), ("int8", "int8")):
+        with patch_llama(model, weight_dtype=weight_dtype, keep_parameters=True) as llama:
+            reading = perplexity.read(llama, token_ids, arguments.window)
+            print(f"{name:<10}{llama.weight_bytes / 1e6:>8.1f}{reading.perplexity:>12.4f}")
+        readings.append(reading)
+    exact, rounded = readings
+    same, change = rounded.same_likeliest(exact), rounded.perplexity / exact.perplexity - 1
     print(f"perplexity {change:+.2%}, the same likeliest token after {same:.1%} of the tokens")
     if arguments.rows:
         with (

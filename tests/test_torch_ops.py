@@ -20,6 +20,7 @@ TYPES = {
     "Optional[float]": float | None,
     "bool": bool,
     "ScalarType": torch.dtype,
+    "Optional[ScalarType]": torch.dtype | None,
 }
 OPS = typing.get_type_hints(torch_ops.TorchOps)
 

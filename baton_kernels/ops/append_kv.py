@@ -11,6 +11,8 @@ from baton_kernels.ops.checks import Checker, call, dtype_name
 
 _native = ops.append_kv.default
 _native_query = ops.append_kv.query
+_native_scaled = ops.append_kv.scaled
+_native_scaled_query = ops.append_kv.scaled_query
 
 
 @overload
@@ -25,6 +27,8 @@ def append_kv(
     query: None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None: ...
 
 
@@ -40,6 +44,8 @@ def append_kv(
     query: torch.Tensor,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
 
 
@@ -55,6 +61,8 @@ def append_kv(
     query: torch.Tensor | None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor | None: ...
 
 
@@ -69,6 +77,8 @@ def append_kv(
     query: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Writes one token per row into its column of its slot, with rotary embedding fused in.
 
@@ -79,6 +89,9 @@ def append_kv(
 
     A row is a token, not a query: the tokens of a whole prefill are rows with one slot and
     consecutive columns. The angle belongs to the token's position, never to its column.
+
+    Into caches of eight bits goes what `insert_kv` makes of the rotated key (rounded to key's
+    dtype) and of the value: the same bits as by those two steps.
 
     Args:
         key: `[rows, num_kv_heads, head_dim]`, float32, float16 or bfloat16, last dimension
@@ -93,6 +106,10 @@ def append_kv(
         cos: Cosines of each row's position, `[rows, head_dim / 2]`, or `[rows, head_dim]` with one
             angle per element; float32 or key's dtype. Without cos and sin nothing is rotated.
         sin: Sines, as cos.
+        key_scale: Of caches of eight bits (int8, float8_e4m3fn), on the CPU: the scale of each
+            token and head, float32 `[num_slots, num_kv_heads, capacity]`. Required with
+            such caches, None with others. Written.
+        value_scale: As key_scale. Written.
 
     Returns:
         The rotated query `[rows, num_heads, head_dim]`, contiguous; None without query.
@@ -102,7 +119,8 @@ def append_kv(
             only one of cos and sin is given, or a cache shares memory with another argument.
             Nothing is written then.
         TypeError: A dtype is not supported, or differs between tensors of the cache's dtype.
-        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or caches of eight bits
+            are not on the CPU.
 
     On a GPU index values are not checked; out of range they are skipped, and the result of two rows
     in one place is undefined.
@@ -111,6 +129,16 @@ def append_kv(
     """
     # An option at its default costs less where torch fills it in.
     rotary = () if cos is None and sin is None else (cos, sin)
+    if key_scale is not None or value_scale is not None:
+        rows = key, value, key_cache, value_cache, slots, columns
+        scales = key_scale, value_scale
+        if key_scale is None or value_scale is None:
+            check_arguments(*rows, query, cos, sin, *scales)
+        if query is None:
+            return call("append_kv", _native_scaled, _check_without_query, *rows, cos, sin, *scales)
+        return call(
+            "append_kv", _native_scaled_query, check_arguments, *rows, query, cos, sin, *scales
+        )
     if query is None:
         return call(
             "append_kv", _native, _check_without_query,
@@ -123,17 +151,24 @@ def append_kv(
 
 
 def check_arguments(
-    key, value, key_cache, value_cache, slots, columns, query=None, cos=None, sin=None
-) -> None:
+    key, value, key_cache, value_cache, slots, columns, query=None, cos=None, sin=None,
+    key_scale=None, value_scale=None,
+) -> None:  # fmt: skip
     check = Checker("append_kv")
-    check.caches(key_cache, value_cache, with_layers=False, written=True)
+    check.caches(
+        key_cache, value_cache, with_layers=False, written=True, key_scale=key_scale,
+        value_scale=value_scale,
+    )  # fmt: skip
     check.floating("key", key)
     check.tokens("key", key, key_cache)
     check.tokens("value", value, key_cache)
     check.shape("value", value, key.shape)
     rows, _, head_dim = key.shape
+    if key_scale is not None:
+        check.dtype_as("value", value, "key", key)
     if query is not None:
-        check.dtype_as("query", query, "key_cache", key_cache)
+        of = ("key_cache", key_cache) if key_scale is None else ("key", key)
+        check.dtype_as("query", query, *of)
         check.dims("query", query, 3)
         check.shape("query", query, [rows, query.shape[1], head_dim])
         check.last_contiguous("query", query)
@@ -149,9 +184,12 @@ def check_arguments(
 
 
 def _check_without_query(
-    key, value, key_cache, value_cache, slots, columns, cos=None, sin=None
-) -> None:
-    check_arguments(key, value, key_cache, value_cache, slots, columns, None, cos, sin)
+    key, value, key_cache, value_cache, slots, columns, cos=None, sin=None, key_scale=None,
+    value_scale=None,
+) -> None:  # fmt: skip
+    check_arguments(
+        key, value, key_cache, value_cache, slots, columns, None, cos, sin, key_scale, value_scale
+    )
 
 
 def _check_rotary(check: Checker, name: str, tensor: torch.Tensor, key: torch.Tensor) -> None:
@@ -169,13 +207,24 @@ def _check_rotary(check: Checker, name: str, tensor: torch.Tensor, key: torch.Te
 
 
 @torch.library.register_fake("baton_kernels::append_kv")
+@torch.library.register_fake("baton_kernels::append_kv.scaled")
 def _fake(*args, **kwargs) -> None:
     _check_without_query(*args, **kwargs)
 
 
+_fake_scaled = _fake
+
+
 @torch.library.register_fake("baton_kernels::append_kv.query")
+@torch.library.register_fake("baton_kernels::append_kv.scaled_query")
 def _fake_query(
-    key, value, key_cache, value_cache, slots, columns, query, cos=None, sin=None
-) -> torch.Tensor:
-    check_arguments(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
+    key, value, key_cache, value_cache, slots, columns, query, cos=None, sin=None, key_scale=None,
+    value_scale=None,
+) -> torch.Tensor:  # fmt: skip
+    check_arguments(
+        key, value, key_cache, value_cache, slots, columns, query, cos, sin, key_scale, value_scale
+    )
     return query.new_empty(query.shape)
+
+
+_fake_scaled_query = _fake_query

@@ -16,6 +16,11 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Of caches whose tokens have scales, and the magnitude that the largest element of a token and head
+# becomes.
+EIGHT_BITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# Behind the elements of a token that is taken out as it is.
+SCALE_BYTES = 4
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 16, 256, 8
 
 
@@ -201,8 +206,24 @@ class Checker:
             expected = "given unless every row has one token"
             self.fail(name, expected, f"None with {total} tokens in {rows} rows")
 
-    def caches(self, key_cache, value_cache, *, with_layers: bool, written: bool) -> None:
-        self.floating("key_cache", key_cache)
+    def caches(
+        self, key_cache, value_cache, *, with_layers: bool, written: bool, key_scale=None,
+        value_scale=None,
+    ) -> None:  # fmt: skip
+        """With both scales the caches are of eight bits, else of floats."""
+        self.tensor("key_cache", key_cache)
+        if (key_scale is None) != (value_scale is None):
+            given = "only key_scale" if value_scale is None else "only value_scale"
+            self.fail("key_scale and value_scale", "given together", given)
+        dtype = dtype_name(key_cache.dtype)
+        if key_scale is None and key_cache.dtype in EIGHT_BITS:
+            expected = f"given with a cache of {dtype}"
+            self.fail("key_scale and value_scale", expected, "None", TypeError)
+        if key_scale is None:
+            self.floating("key_cache", key_cache)
+        elif key_cache.dtype not in EIGHT_BITS:
+            expected = "int8 or float8_e4m3fn with key_scale and value_scale"
+            self.fail("key_cache", expected, dtype, TypeError)
         self.dtype_as("value_cache", value_cache, "key_cache", key_cache)
         if key_cache.dim() != 4 and not (with_layers and key_cache.dim() == 5):
             layout = "[num_slots, num_kv_heads, capacity, head_dim]"
@@ -225,11 +246,32 @@ class Checker:
         if written:
             self.not_expanded("key_cache", key_cache)
             self.not_expanded("value_cache", value_cache)
+        if key_scale is None:
+            return
+        for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
+            self.float32(name, scale, key_cache.device)
+            self.shape(name, scale, key_cache.shape[:-1])
+            if written:
+                self.not_expanded(name, scale)
+        if key_cache.device.type not in ("cpu", "meta"):
+            expected = "of float32, float16 or bfloat16 (eight bits need the CPU's kernels)"
+            self.fail("key_cache", expected, dtype, NotImplementedError)
 
     def tokens(self, name: str, tensor: torch.Tensor, key_cache: torch.Tensor) -> None:
-        """Packed keys or values [(num_layers,) total_tokens, num_kv_heads, head_dim]."""
-        self.dtype_as(name, tensor, "key_cache", key_cache)
-        self.dims(name, tensor, key_cache.dim() - 1)
+        """Packed keys or values [(num_layers,) total_tokens, num_kv_heads, head_dim].
+
+        For a cache of eight bits they are floats, or elements and scales as they are.
+        """
         *layers, _, num_kv_heads, _, head_dim = key_cache.shape
+        self.tensor(name, tensor)
+        if key_cache.dtype not in EIGHT_BITS:
+            self.dtype_as(name, tensor, "key_cache", key_cache)
+        else:
+            self.device(name, tensor, key_cache.device)
+            if tensor.dtype == key_cache.dtype:
+                head_dim += SCALE_BYTES
+            else:
+                self.floating(name, tensor)
+        self.dims(name, tensor, key_cache.dim() - 1)
         self.shape(name, tensor, [*layers, tensor.shape[-3], num_kv_heads, head_dim])
         self.last_contiguous(name, tensor)

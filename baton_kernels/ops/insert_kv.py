@@ -8,6 +8,7 @@ from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call, count_packed_rows
 
 _native = ops.insert_kv.default
+_native_scaled = ops.insert_kv.scaled
 
 
 def insert_kv(
@@ -20,6 +21,8 @@ def insert_kv(
     starts: torch.Tensor | None = None,
     *,
     zero_padding: bool = False,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """Writes the keys and values of prefilled queries into their slots, all layers in one call.
 
@@ -33,9 +36,19 @@ def insert_kv(
         key    a0 a1 b0 b1 b2      slot 0   .  b0 b1 b2  .       starts = [2, 1]
                                    slot 3   .  .  a0 a1  .       cu_seqlens = [0, 2, 5]
 
+    With caches of eight bits every token and head x is quantized, in float32::
+
+        scale = max |x| / top;  element = round(x / scale), half to even
+
+    top is 127 for int8 (elements within [-127, 127]), 448 for float8_e4m3fn. Scale and elements are
+    0 where max |x| / top is below the smallest normal float32; where an element of x is NaN or
+    infinite, the scale is NaN and the elements are 0. An element stands for `element * scale`.
+
     Args:
         key: Packed keys, `[total_tokens, num_kv_heads, head_dim]`, float32, float16 or bfloat16,
-            last dimension contiguous. With caches of all layers: a leading num_layers.
+            last dimension contiguous. With caches of all layers: a leading num_layers. For caches
+            of eight bits also what `extract_kv` gives as it is, `[..., head_dim + 4]` of the
+            caches' dtype: the elements of a head and the bytes of its scale.
         value: As key.
         key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, last dimension contiguous, or
             with a leading num_layers. Written.
@@ -45,19 +58,33 @@ def insert_kv(
         slots: `[num_queries]`, int32: the slot of each query; query i in slot i if None.
         starts: `[num_queries]`, int32: the column of each query's first token; 0 if None.
         zero_padding: Also clear columns `[0, starts[i])`, for consumers that multiply padding.
+        key_scale: Of caches of eight bits (int8, float8_e4m3fn), on the CPU: the scale of each
+            token and head, float32 `[num_slots, num_kv_heads, capacity]`, or with a leading
+            num_layers. Required with
+            such caches, None with others. Written.
+        value_scale: As key_scale. Written.
 
     Raises:
         ValueError: A shape, stride, device or index value does not fit, two queries' targets
             overlap (columns that zero_padding clears included), or a cache shares memory with
             another argument. Nothing is written then.
         TypeError: A dtype is not supported, or differs between tensors of the cache's dtype.
-        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or caches of eight bits
+            are not on the CPU.
 
     On a GPU index values are not checked; out of range they are skipped, and the result of
     overlapping targets is undefined.
 
     Source: BATON (arXiv 2410.18701), embedding of prefilled keys and values in the running batch.
     """
+    if key_scale is not None or value_scale is not None:
+        given = (
+            key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding, key_scale,
+            value_scale,
+        )  # fmt: skip
+        if key_scale is None or value_scale is None:
+            check_arguments(*given)
+        return call("insert_kv", _native_scaled, check_arguments, *given)
     call(
         "insert_kv", _native, check_arguments,
         key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding,
@@ -65,14 +92,21 @@ def insert_kv(
 
 
 def check_arguments(
-    key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False
-) -> int:
+    key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False,
+    key_scale=None, value_scale=None,
+) -> int:  # fmt: skip
     """The number of queries, when the arguments fit."""
     check = Checker("insert_kv")
-    check.caches(key_cache, value_cache, with_layers=True, written=True)
-    check.floating("key", key)
+    check.caches(
+        key_cache, value_cache, with_layers=True, written=True, key_scale=key_scale,
+        value_scale=value_scale,
+    )  # fmt: skip
+    if key_scale is None:
+        check.floating("key", key)
     check.tokens("key", key, key_cache)
     check.tokens("value", value, key_cache)
+    if key_scale is not None:
+        check.dtype_as("value", value, "key", key)
     check.shape("value", value, key.shape)
     total_tokens, device = key.shape[-3], key_cache.device
     num_queries = count_packed_rows(slots, starts, cu_seqlens, total_tokens)
@@ -83,5 +117,9 @@ def check_arguments(
 
 
 @torch.library.register_fake("baton_kernels::insert_kv")
+@torch.library.register_fake("baton_kernels::insert_kv.scaled")
 def _fake(*args, **kwargs) -> None:
     check_arguments(*args, **kwargs)
+
+
+_fake_scaled = _fake

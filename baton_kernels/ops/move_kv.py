@@ -8,6 +8,7 @@ from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call, count_rows
 
 _native = ops.move_kv.default
+_native_scaled = ops.move_kv.scaled
 
 
 def move_kv(
@@ -18,6 +19,9 @@ def move_kv(
     target_slots: torch.Tensor | None = None,
     target_starts: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    *,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """Moves runs of columns inside a KV cache, in place, all layers in one call.
 
@@ -41,19 +45,33 @@ def move_kv(
         target_slots: `[num_moves]`, int32; move i in slot i if None.
         target_starts: `[num_moves]`, int32: first column that is written; 0 if None.
         lengths: `[num_moves]`, int32: columns to move. Required.
+        key_scale: Of caches of eight bits (int8, float8_e4m3fn), on the CPU: their scales, which
+            move with them, float32 `[num_slots, num_kv_heads, capacity]`, or with a leading
+            num_layers. Required with
+            such caches, None with others. Written.
+        value_scale: As key_scale. Written.
 
     Raises:
         ValueError: A shape, stride, device or index value does not fit, two targets overlap, a
             target overlaps the source of another move, or a cache shares memory with another
             argument. Nothing is written then.
         TypeError: A dtype is not supported.
-        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or caches of eight bits
+            are not on the CPU.
 
     On a GPU index values are not checked; out of range they are skipped, and moves that overlap
     each other are undefined.
 
     Source: BATON (arXiv 2410.18701), shaping of the running batch and removal of finished rows.
     """
+    if key_scale is not None or value_scale is not None:
+        given = (
+            key_cache, value_cache, source_slots, source_starts, target_slots, target_starts,
+            lengths, key_scale, value_scale,
+        )  # fmt: skip
+        if key_scale is None or value_scale is None:
+            check_arguments(*given)
+        return call("move_kv", _native_scaled, check_arguments, *given)
     call(
         "move_kv", _native, check_arguments,
         key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths,
@@ -61,10 +79,14 @@ def move_kv(
 
 
 def check_arguments(
-    key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths
-) -> None:
+    key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths,
+    key_scale=None, value_scale=None,
+) -> None:  # fmt: skip
     check = Checker("move_kv")
-    check.caches(key_cache, value_cache, with_layers=True, written=True)
+    check.caches(
+        key_cache, value_cache, with_layers=True, written=True, key_scale=key_scale,
+        value_scale=value_scale,
+    )  # fmt: skip
     check.tensor("lengths", lengths)
     places = {
         "source_slots": source_slots,
@@ -79,5 +101,9 @@ def check_arguments(
 
 
 @torch.library.register_fake("baton_kernels::move_kv")
+@torch.library.register_fake("baton_kernels::move_kv.scaled")
 def _fake(*args) -> None:
     check_arguments(*args)
+
+
+_fake_scaled = _fake

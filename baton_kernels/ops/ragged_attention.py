@@ -39,6 +39,8 @@ def ragged_attention(
     max_query_length: int | None = None,
     max_length: int | None = None,
     block_table: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
 
 
@@ -63,6 +65,8 @@ def ragged_attention(
     max_query_length: int | None = None,
     max_length: int | None = None,
     block_table: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -87,6 +91,8 @@ def ragged_attention(
     max_query_length: int | None = None,
     max_length: int | None = None,
     block_table: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -110,6 +116,8 @@ def ragged_attention(
     max_query_length: int | None = None,
     max_length: int | None = None,
     block_table: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query token over the valid columns of its row, padding never read.
 
@@ -168,6 +176,10 @@ def ragged_attention(
             column `c % page` of page `block_table[i, c // page]`. Rows may share pages; entries
             that hold none of a row's valid columns may be anything. The bits are those of the same
             columns in slots.
+        key_scale: Of caches of eight bits (int8, float8_e4m3fn), on the CPU: the scale of each
+            token and head, float32 `[num_slots, num_kv_heads, capacity]`; a key is its elements
+            times its scale. Required with such caches, None with others.
+        value_scale: As key_scale.
 
     Returns:
         out `[total_queries, num_heads, head_dim]`, contiguous; with return_lse also lse
@@ -179,9 +191,9 @@ def ragged_attention(
 
     Raises:
         ValueError: A shape, stride, device, index value or option does not fit.
-        TypeError: A dtype is not supported, or differs between query and caches.
+        TypeError: A dtype is not supported, or differs between query and caches of floats.
         NotImplementedError: head_dim is not a multiple of 8 from 16 to 256; or a block_table is
-            given to the CUDA kernels.
+            given to the CUDA kernels, or caches of eight bits to other kernels than the CPU's.
 
     On a GPU index values are not checked: a row out of range is skipped, its part of the results is
     undefined. There is no backward.
@@ -190,17 +202,18 @@ def ragged_attention(
     in FlashAttention-2 and Flash-Decoding; sinks as in gpt-oss; block tables as in vLLM's
     PagedAttention.
     """
-    # Converting eight options takes most of a microsecond: not where they are the defaults.
+    # Converting ten options takes most of a microsecond: not where they are the defaults.
     native: Any = _native
     options: tuple[Any, ...] = ()
     if not (
         scale is None and causal is True and window is None and softcap == 0.0
         and alibi_slopes is None and sinks is None
         and max_query_length is None and max_length is None and block_table is None
+        and key_scale is None and value_scale is None
     ):  # fmt: skip
         native, options = _native_options, (
             scale, causal, window, softcap, alibi_slopes, sinks, max_query_length, max_length,
-            block_table,
+            block_table, key_scale, value_scale,
         )  # fmt: skip
     if out is not None:
         return _call_out(
@@ -233,13 +246,22 @@ def _call_out(out: Any, return_lse: bool, *args: Any) -> Any:
 def check_arguments(
     query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
     scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
-    max_query_length=None, max_length=None, block_table=None, *, in_triton=False,
+    max_query_length=None, max_length=None, block_table=None, key_scale=None, value_scale=None, *,
+    in_triton=False,
 ) -> None:  # fmt: skip
     """in_triton: the kernels are Triton's, independent of torch's choice for the device."""
     check = Checker("ragged_attention")
-    check.caches(key_cache, value_cache, with_layers=False, written=False)
+    check.caches(
+        key_cache, value_cache, with_layers=False, written=False, key_scale=key_scale,
+        value_scale=value_scale,
+    )  # fmt: skip
+    if key_scale is not None and in_triton:
+        expected = "None with the Triton kernels (those of the CPU take eight bits)"
+        check.fail("key_scale", expected, "a tensor", NotImplementedError)
     check.floating("query", query)
-    check.dtype_as("query", query, "key_cache", key_cache)
+    if key_scale is None:
+        check.dtype_as("query", query, "key_cache", key_cache)
+    check.device("query", query, key_cache.device)
     check.dims("query", query, 3)
     total_queries, num_heads, _ = query.shape
     check.shape("query", query, [total_queries, num_heads, key_cache.shape[-1]])

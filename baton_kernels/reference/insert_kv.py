@@ -1,5 +1,7 @@
 import torch
 
+from ._eight_bit import from_tokens
+
 
 def insert_kv(
     key: torch.Tensor,
@@ -11,8 +13,13 @@ def insert_kv(
     starts: torch.Tensor | None = None,
     *,
     zero_padding: bool = False,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
-    """``key_cache[slots[i], :, starts[i] + t] = key[cu_seqlens[i] + t]``, for all t."""
+    """``key_cache[slots[i], :, starts[i] + t] = key[cu_seqlens[i] + t]``, for all t.
+
+    Caches with scales get ``quantize(key)``.
+    """
     rows = next(
         (len(given) for given in (slots, starts) if given is not None),
         key.shape[-3] if cu_seqlens is None else len(cu_seqlens) - 1,
@@ -22,8 +29,16 @@ def insert_kv(
     bounds = list(range(rows + 1)) if cu_seqlens is None else cu_seqlens.tolist()
     for i, (slot, start) in enumerate(zip(slots.tolist(), starts.tolist(), strict=True)):
         first, last = bounds[i], bounds[i + 1]
-        for packed, cache in ((key, key_cache), (value, value_cache)):
+        columns = slice(start, start + last - first)
+        for packed, cache, scale in (
+            (key, key_cache, key_scale),
+            (value, value_cache, value_scale),
+        ):
+            tokens = packed[..., first:last, :, :].transpose(-3, -2)
+            if scale is not None:
+                tokens, scale[..., slot, :, columns] = from_tokens(tokens, cache)
+                if zero_padding:
+                    scale[..., slot, :, :start] = 0
             if zero_padding:
                 cache[..., slot, :, :start, :] = 0
-            tokens = packed[..., first:last, :, :]
-            cache[..., slot, :, start : start + last - first, :] = tokens.transpose(-3, -2)
+            cache[..., slot, :, columns, :] = tokens

@@ -9,6 +9,9 @@ def move_kv(
     target_slots: torch.Tensor | None = None,
     target_starts: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    *,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """``cache[target_slots[i], :, target_starts[i] + t]`` is what stood at the source of move i.
 
@@ -26,7 +29,8 @@ def move_kv(
             (lengths, zeros),
         )
     ]
-    for cache in (key_cache, value_cache):
+    scales = [scale.unsqueeze(-1) for scale in (key_scale, value_scale) if scale is not None]
+    for cache in (key_cache, value_cache, *scales):
         columns = [
             cache[..., source_slot, :, source_start : source_start + length, :].clone()
             for source_slot, source_start, _, _, length in zip(*moves, strict=True)

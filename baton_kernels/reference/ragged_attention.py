@@ -1,5 +1,7 @@
 import torch
 
+from ._eight_bit import dequantize
+
 
 def ragged_attention(
     query: torch.Tensor,
@@ -21,6 +23,8 @@ def ragged_attention(
     max_query_length: int | None = None,
     max_length: int | None = None,
     block_table: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``softmax(score) @ v`` over the columns ``[start, start + length)`` of every row.
 
@@ -28,7 +32,7 @@ def ragged_attention(
     ``- slope * |query position - key position|``. What a token does not see never reaches it, not
     even a value that is not finite; a token that sees keys whose scores are all -inf gets NaN.
     With ``block_table`` the caches are pages, and column c of row i is column ``c % page`` of page
-    ``block_table[i, c // page]``.
+    ``block_table[i, c // page]``. With scales the keys are ``dequantize(key_cache, key_scale)``.
     """
     assert lengths is not None
     rows = len(lengths)
@@ -52,13 +56,21 @@ def ragged_attention(
     for i, (slot, start, length) in enumerate(places):
         first, last = bounds[i], bounds[i + 1]
         q = query[first:last].transpose(0, 1)
+        k_scale, v_scale = key_scale, value_scale
         if block_table is None:
-            k, v = (cache[slot, :, start : start + length] for cache in (key_cache, value_cache))
+            columns = slice(start, start + length)
+            k, v = (cache[slot, :, columns] for cache in (key_cache, value_cache))
+            if key_scale is not None and value_scale is not None:
+                k_scale, v_scale = key_scale[slot, :, columns], value_scale[slot, :, columns]
         else:
             column = torch.arange(start, start + length, device=query.device)
             page = key_cache.shape[2]
             place = block_table[i, column // page], slice(None), column % page
             k, v = (cache[place].transpose(0, 1) for cache in (key_cache, value_cache))
+            if key_scale is not None and value_scale is not None:
+                k_scale, v_scale = (x[place].transpose(0, 1) for x in (key_scale, value_scale))
+        if k_scale is not None and v_scale is not None:
+            k, v = dequantize(k, k_scale, query.dtype), dequantize(v, v_scale, query.dtype)
         k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
         q_position = torch.arange(length - (last - first), length, device=query.device)[:, None]
         k_position = torch.arange(length, device=query.device)[None, :]

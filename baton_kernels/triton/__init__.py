@@ -100,6 +100,10 @@ def _register() -> None:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"baton_kernels::{op}", key)
         ]
         for overload in getattr(_library.ops, op).overloads():
+            # Caches of eight bits: torch says that there is no kernel, and the op's Python function
+            # says which there is.
+            if overload.startswith("scaled"):
+                continue
             name, function = (
                 (op, "run") if overload == "default" else (f"{op}.{overload}", f"run_{overload}")
             )

@@ -27,8 +27,11 @@ def append_kv(
     query: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """`baton_kernels.append_kv` in Triton."""
+    common.refuse_scales("append_kv", key_scale, value_scale)
     return run_query(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
 
 

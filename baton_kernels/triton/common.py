@@ -22,6 +22,16 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 MAX_PROGRAMS = 2**31 - 1
 
 
+def refuse_scales(
+    op: str, key_scale: torch.Tensor | None, value_scale: torch.Tensor | None
+) -> None:
+    """Caches of eight bits have scales; these kernels have no code for them."""
+    for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
+        if scale is not None:
+            expected = "None with the Triton kernels (those of the CPU take eight bits)"
+            Checker(op).fail(name, expected, "a tensor", NotImplementedError)
+
+
 @dataclasses.dataclass
 class Launch:
     """One launch of a kernel, as `recording` notes it."""

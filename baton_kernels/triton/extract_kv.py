@@ -6,7 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from baton_kernels.ops.checks import default_cu_seqlens, default_slots, default_starts
+from baton_kernels.ops.checks import (
+    Checker,
+    default_cu_seqlens,
+    default_slots,
+    default_starts,
+)
 from baton_kernels.ops.extract_kv import check_arguments, check_out_arguments
 from baton_kernels.triton import common
 from baton_kernels.triton.insert_kv import BLOCK_TOKENS
@@ -22,8 +27,14 @@ def extract_kv(
     *,
     total_tokens: int,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`baton_kernels.extract_kv` in Triton."""
+    common.refuse_scales("extract_kv", key_scale, value_scale)
+    if dtype is not None:
+        Checker("extract_kv").fail("dtype", "None with a cache of floats", dtype, TypeError)
     arguments = (key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
     if out is None:
         return run(*arguments)

@@ -31,8 +31,11 @@ def insert_kv(
     starts: torch.Tensor | None = None,
     *,
     zero_padding: bool = False,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """`baton_kernels.insert_kv` in Triton."""
+    common.refuse_scales("insert_kv", key_scale, value_scale)
     run(
         key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=zero_padding
     )  # fmt: skip

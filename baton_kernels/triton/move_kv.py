@@ -26,8 +26,12 @@ def move_kv(
     target_slots: torch.Tensor | None = None,
     target_starts: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    *,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """`baton_kernels.move_kv` in Triton."""
+    common.refuse_scales("move_kv", key_scale, value_scale)
     run(
         key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths
     )  # fmt: skip

@@ -52,11 +52,15 @@ struct Cpu : CpuDevice {
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("append_kv", box<&append_kv<Cpu>>);
   library.impl("append_kv.query", box<&append_kv_query<Cpu>>);
+  library.impl("append_kv.scaled", box<&append_kv_scaled<Cpu>>);
+  library.impl("append_kv.scaled_query", box<&append_kv_scaled_query<Cpu>>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, Negative, library) {
   library.impl("append_kv", box_lazy<&append_kv<Cpu>>);
   library.impl("append_kv.query", box_lazy<&append_kv_query<Cpu>>);
+  library.impl("append_kv.scaled", box_lazy<&append_kv_scaled<Cpu>>);
+  library.impl("append_kv.scaled_query", box_lazy<&append_kv_scaled_query<Cpu>>);
 }
 
 }  // namespace baton::bindings

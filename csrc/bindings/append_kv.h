@@ -25,19 +25,24 @@ inline void check_rotary(const Checker& check, const char* name, const Tensor& t
   check.last_contiguous(name, tensor);
 }
 
-// Returns the rotated query, where there is one.
+// Returns the rotated query, where there is one. The scales are those of a cache of eight bits.
 template <typename Device>
 std::optional<Tensor> run_append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-                                    const Tensor& value_cache, const std::optional<Tensor>& slots,
+                                    const Tensor& value_cache, const Tensor* key_scale,
+                                    const Tensor* value_scale, const std::optional<Tensor>& slots,
                                     const Tensor& columns, const Tensor* query,
                                     const std::optional<Tensor>& cos,
                                     const std::optional<Tensor>& sin) {
   const Checker check("append_kv", Device::kType, key_cache);
   AppendKvParams p{};
-  p.sizes = check.caches(key_cache, value_cache, false, true);
+  p.sizes = check.caches(key_cache, value_cache, false, true, key_scale != nullptr);
   p.dtype = check.floating("key", key);
-  check.dtype_as("key", key, "key_cache", key_cache);
-  check.dtype_as("value", value, "key_cache", key_cache);
+  p.cache_dtype = check.cache_dtype(key_cache);
+  const char* first_name = key_scale ? "key" : "key_cache";
+  const Tensor& first = key_scale ? key : key_cache;
+  if (key_scale) p.scales = check.scales(*key_scale, *value_scale, key_cache, value_cache, true);
+  check.dtype_as("key", key, first_name, first);
+  check.dtype_as("value", value, first_name, first);
   check.dims("key", key, 3);
   p.num_rows = key.sizes()[0];
   check.shape("key", key, {p.num_rows, p.sizes.num_kv_heads, p.sizes.head_dim});
@@ -45,7 +50,7 @@ std::optional<Tensor> run_append_kv(const Tensor& key, const Tensor& value, cons
   check.last_contiguous("key", key);
   check.last_contiguous("value", value);
   if (query) {
-    check.dtype_as("query", *query, "key_cache", key_cache);
+    check.dtype_as("query", *query, first_name, first);
     check.dims("query", *query, 3);
     p.num_heads = query->sizes()[1];
     check.shape("query", *query, {p.num_rows, p.num_heads, p.sizes.head_dim});
@@ -64,15 +69,17 @@ std::optional<Tensor> run_append_kv(const Tensor& key, const Tensor& value, cons
   IndexArguments<Device> indices(check, key_cache, p.num_rows);
   p.slots = indices.slots("slots", slots);
   p.columns = check.index("columns", columns, p.num_rows);
-  check.written_apart(
-      {{"key_cache", extent_of(key_cache)}, {"value_cache", extent_of(value_cache)}},
-      {{"key", &key},
-       {"value", &value},
-       {"slots", if_given(slots)},
-       {"columns", &columns},
-       {"query", query},
-       {"cos", if_given(cos)},
-       {"sin", if_given(sin)}});
+  check.written_apart({{"key_cache", extent_of(key_cache)},
+                       {"value_cache", extent_of(value_cache)},
+                       {"key_scale", extent_if(key_scale)},
+                       {"value_scale", extent_if(value_scale)}},
+                      {{"key", &key},
+                       {"value", &value},
+                       {"slots", if_given(slots)},
+                       {"columns", &columns},
+                       {"query", query},
+                       {"cos", if_given(cos)},
+                       {"sin", if_given(sin)}});
   Device::check_values(check, p);
 
   const Device device(check, key_cache);
@@ -108,7 +115,8 @@ template <typename Device>
 void append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                const Tensor& value_cache, const std::optional<Tensor>& slots, const Tensor& columns,
                const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
-  run_append_kv<Device>(key, value, key_cache, value_cache, slots, columns, nullptr, cos, sin);
+  run_append_kv<Device>(key, value, key_cache, value_cache, nullptr, nullptr, slots, columns,
+                        nullptr, cos, sin);
 }
 
 template <typename Device>
@@ -116,8 +124,28 @@ Tensor append_kv_query(const Tensor& key, const Tensor& value, const Tensor& key
                        const Tensor& value_cache, const std::optional<Tensor>& slots,
                        const Tensor& columns, const Tensor& query, const std::optional<Tensor>& cos,
                        const std::optional<Tensor>& sin) {
-  return *run_append_kv<Device>(key, value, key_cache, value_cache, slots, columns, &query, cos,
-                                sin);
+  return *run_append_kv<Device>(key, value, key_cache, value_cache, nullptr, nullptr, slots,
+                                columns, &query, cos, sin);
+}
+
+template <typename Device>
+void append_kv_scaled(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                      const Tensor& value_cache, const std::optional<Tensor>& slots,
+                      const Tensor& columns, const std::optional<Tensor>& cos,
+                      const std::optional<Tensor>& sin, const Tensor& key_scale,
+                      const Tensor& value_scale) {
+  run_append_kv<Device>(key, value, key_cache, value_cache, &key_scale, &value_scale, slots,
+                        columns, nullptr, cos, sin);
+}
+
+template <typename Device>
+Tensor append_kv_scaled_query(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                              const Tensor& value_cache, const std::optional<Tensor>& slots,
+                              const Tensor& columns, const Tensor& query,
+                              const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                              const Tensor& key_scale, const Tensor& value_scale) {
+  return *run_append_kv<Device>(key, value, key_cache, value_cache, &key_scale, &value_scale, slots,
+                                columns, &query, cos, sin);
 }
 
 }  // namespace baton::bindings

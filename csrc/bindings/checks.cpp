@@ -38,6 +38,8 @@ const char* name_of(ScalarType type) {
       return "int8";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Bool:
       return "bool";
     default:
@@ -131,7 +133,7 @@ namespace {
 
 int64_t bytes_of(const Tensor& tensor) {
   const int32_t code = tensor.dtype_code();
-  if (code == kCodes.int8) return 1;
+  if (code == kCodes.int8 || code == kCodes.float8) return 1;
   return code == kCodes.float32 || code == kCodes.int32 ? 4 : 2;
 }
 
@@ -223,9 +225,59 @@ const int32_t* Checker::index_rows(const char* name, const Tensor& tensor, int64
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
+Dtype Checker::cache_dtype(const Tensor& cache) const {
+  const int32_t code = cache.dtype_code();
+  if (code == kCodes.int8) return Dtype::kInt8;
+  return code == kCodes.float8 ? Dtype::kFloat8 : floating("key_cache", cache);
+}
+
+KvScales Checker::scales(const Tensor& key_scale, const Tensor& value_scale,
+                         const Tensor& key_cache, const Tensor& value_cache, bool written) const {
+  const Sizes sizes = key_cache.sizes();
+  const Sizes expected(sizes.data(), sizes.size() - 1);
+  KvScales result;
+  const auto take = [&](const char* name, const Tensor& scale, float*& data,
+                        CacheStrides& strides) {
+    float32(name, scale);
+    shape(name, scale, expected);
+    if (written) {
+      not_expanded(name, scale);
+      const Extent extent = extent_of(scale);
+      apart(name, extent, "key_cache", key_cache);
+      apart(name, extent, "value_cache", value_cache);
+    }
+    const int64_t* s = scale.strides().data() + (expected.size() - 3);
+    strides = {expected.size() == 4 ? s[-1] : 0, s[0], s[1], s[2]};
+    data = written ? static_cast<float*>(scale.mutable_data_ptr())
+                   : const_cast<float*>(static_cast<const float*>(scale.const_data_ptr()));
+  };
+  take("key_scale", key_scale, result.key, result.key_strides);
+  take("value_scale", value_scale, result.value, result.value_strides);
+  if (written) interleaved("value_scale", value_scale, "key_scale", key_scale);
+  return result;
+}
+
 CacheSizes Checker::caches(const Tensor& key_cache, const Tensor& value_cache, bool with_layers,
-                           bool written) const {
-  floating("key_cache", key_cache);
+                           bool written, bool has_scales) const {
+  if (has_scales) {
+    on_device("key_cache", key_cache);
+    const int32_t code = key_cache.dtype_code();
+    if (type_ != DeviceType::CPU) {
+      fail("key_cache",
+           "float32, float16 or bfloat16 with the CUDA kernels (those of the CPU take "
+           "eight bits and scales)",
+           "key_scale and value_scale");
+    }
+    if (code != kCodes.int8 && code != kCodes.float8) {
+      fail("key_cache", "int8 or float8_e4m3fn with key_scale and value_scale",
+           name_of(key_cache.scalar_type()));
+    }
+  } else if (key_cache.dtype_code() == kCodes.int8 || key_cache.dtype_code() == kCodes.float8) {
+    fail("key_scale and value_scale",
+         format("given with a cache of ", name_of(key_cache.scalar_type())), "None");
+  } else {
+    floating("key_cache", key_cache);
+  }
   dtype_as("value_cache", value_cache, "key_cache", key_cache);
   const Sizes sizes = key_cache.sizes();
   const size_t dims = sizes.size();

@@ -22,6 +22,7 @@
 #include "bindings/tensors.h"
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "common/kv_scales.h"
 
 namespace baton::bindings {
 
@@ -45,6 +46,9 @@ struct Extent {
   bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
 };
 Extent extent_of(const Tensor& tensor);
+inline Extent extent_if(const Tensor* tensor) {
+  return tensor ? extent_of(*tensor) : Extent{nullptr, nullptr};
+}
 
 // What a call writes, and what it reads: null stands for an argument that is left out.
 using Extents = std::initializer_list<std::pair<const char*, Extent>>;
@@ -106,9 +110,17 @@ class Checker {
   // Int32 in any number of columns, of which each row is contiguous.
   const int32_t* index_rows(const char* name, const Tensor& tensor, int64_t rows) const;
 
-  // key_cache and value_cache; with_layers allows a leading num_layers dimension.
+  // key_cache and value_cache; with_layers allows a leading num_layers dimension. Caches that have
+  // scales are of eight bits, others are not.
   CacheSizes caches(const Tensor& key_cache, const Tensor& value_cache, bool with_layers,
-                    bool written) const;
+                    bool written, bool has_scales = false) const;
+
+  // Of caches that have been checked.
+  Dtype cache_dtype(const Tensor& cache) const;
+
+  // The scales of such caches.
+  KvScales scales(const Tensor& key_scale, const Tensor& value_scale, const Tensor& key_cache,
+                  const Tensor& value_cache, bool written) const;
 
   // Kernels count in int32.
   void fits_int32(const char* name, int64_t value) const {

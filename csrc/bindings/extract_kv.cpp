@@ -35,10 +35,13 @@ struct Cpu : CpuDevice {
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("extract_kv", box<&extract_kv<Cpu>>);
   library.impl("extract_kv.out", box<&extract_kv_out<Cpu>>);
+  library.impl("extract_kv.scaled", box<&extract_kv_scaled<Cpu>>);
+  library.impl("extract_kv.scaled_out", box<&extract_kv_scaled_out<Cpu>>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, Negative, library) {
   library.impl("extract_kv.out", box_lazy<&extract_kv_out<Cpu>>);
+  library.impl("extract_kv.scaled_out", box_lazy<&extract_kv_scaled_out<Cpu>>);
 }
 
 }  // namespace baton::bindings

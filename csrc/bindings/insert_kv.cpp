@@ -42,10 +42,12 @@ struct Cpu : CpuDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("insert_kv", box<&insert_kv<Cpu>>);
+  library.impl("insert_kv.scaled", box<&insert_kv_scaled<Cpu>>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, Negative, library) {
   library.impl("insert_kv", box_lazy<&insert_kv<Cpu>>);
+  library.impl("insert_kv.scaled", box_lazy<&insert_kv_scaled<Cpu>>);
 }
 
 }  // namespace baton::bindings

@@ -6,22 +6,36 @@
 
 namespace baton::bindings {
 
+// Scales, key's and value's, of a cache of eight bits; null of others.
 template <typename Device>
-void insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-               const Tensor& value_cache, const std::optional<Tensor>& cu_seqlens,
-               const std::optional<Tensor>& slots, const std::optional<Tensor>& starts,
-               bool zero_padding) {
+void run_insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                   const Tensor& value_cache, const Tensor* key_scale, const Tensor* value_scale,
+                   const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& slots,
+                   const std::optional<Tensor>& starts, bool zero_padding) {
   const Checker check("insert_kv", Device::kType, key_cache);
   InsertKvParams p{};
-  p.sizes = check.caches(key_cache, value_cache, true, true);
-  p.dtype = check.floating("key", key);
-  check.dtype_as("key", key, "key_cache", key_cache);
-  check.dtype_as("value", value, "key_cache", key_cache);
+  p.sizes = check.caches(key_cache, value_cache, true, true, key_scale != nullptr);
+  p.cache_dtype = check.cache_dtype(key_cache);
+  int64_t head_bytes = p.sizes.head_dim;
+  if (!key_scale) {
+    p.dtype = check.floating("key", key);
+    check.dtype_as("key", key, "key_cache", key_cache);
+    check.dtype_as("value", value, "key_cache", key_cache);
+  } else {
+    p.scales = check.scales(*key_scale, *value_scale, key_cache, value_cache, true);
+    check.on_device("key", key);
+    const bool is_whole = key.dtype_code() == key_cache.dtype_code();
+    p.dtype = is_whole ? p.cache_dtype : check.floating("key", key);
+    if (is_whole) head_bytes += kScaleBytes;
+    check.dtype_as("value", value, "key", key);
+  }
   check.dims("key", key, key_cache.dim() - 1);
   const Sizes sizes = key.sizes();
   p.total_tokens = sizes[sizes.size() - 3];
   check.fits_int32("total_tokens", p.total_tokens);
-  check.shape("key", key, TokenShape(p.sizes, p.total_tokens, sizes.size()).sizes());
+  CacheSizes token_sizes = p.sizes;
+  token_sizes.head_dim = head_bytes;
+  check.shape("key", key, TokenShape(token_sizes, p.total_tokens, sizes.size()).sizes());
   check.shape("value", value, sizes);
   check.last_contiguous("key", key);
   check.last_contiguous("value", value);
@@ -31,13 +45,15 @@ void insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
   p.starts = indices.starts("starts", starts);
   p.cu_seqlens = indices.cu_seqlens("cu_seqlens", cu_seqlens, p.total_tokens);
   p.zero_padding = zero_padding;
-  check.written_apart(
-      {{"key_cache", extent_of(key_cache)}, {"value_cache", extent_of(value_cache)}},
-      {{"key", &key},
-       {"value", &value},
-       {"cu_seqlens", if_given(cu_seqlens)},
-       {"slots", if_given(slots)},
-       {"starts", if_given(starts)}});
+  check.written_apart({{"key_cache", extent_of(key_cache)},
+                       {"value_cache", extent_of(value_cache)},
+                       {"key_scale", extent_if(key_scale)},
+                       {"value_scale", extent_if(value_scale)}},
+                      {{"key", &key},
+                       {"value", &value},
+                       {"cu_seqlens", if_given(cu_seqlens)},
+                       {"slots", if_given(slots)},
+                       {"starts", if_given(starts)}});
   Device::check_values(check, p);
   if (key_cache.numel() == 0) return;
 
@@ -51,6 +67,24 @@ void insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
   p.key_cache_strides = cache_strides(key_cache);
   p.value_cache_strides = cache_strides(value_cache);
   device.run(p, key_cache);
+}
+
+template <typename Device>
+void insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+               const Tensor& value_cache, const std::optional<Tensor>& cu_seqlens,
+               const std::optional<Tensor>& slots, const std::optional<Tensor>& starts,
+               bool zero_padding) {
+  run_insert_kv<Device>(key, value, key_cache, value_cache, nullptr, nullptr, cu_seqlens, slots,
+                        starts, zero_padding);
+}
+
+template <typename Device>
+void insert_kv_scaled(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                      const Tensor& value_cache, const std::optional<Tensor>& cu_seqlens,
+                      const std::optional<Tensor>& slots, const std::optional<Tensor>& starts,
+                      bool zero_padding, const Tensor& key_scale, const Tensor& value_scale) {
+  run_insert_kv<Device>(key, value, key_cache, value_cache, &key_scale, &value_scale, cu_seqlens,
+                        slots, starts, zero_padding);
 }
 
 }  // namespace baton::bindings

@@ -2,7 +2,7 @@
 // no Python module, so one file serves every Python.
 //
 // (a!) marks what a call writes. Overloads give an extra result or take options: a schema's results
-// cannot be optional, an unwanted one costs a call half a microsecond, and the eight options of
+// cannot be optional, an unwanted one costs a call half a microsecond, and the ten options of
 // attention cost the same when all are left out.
 //
 // Options are keyword-only in the Python functions only: torch needs half a microsecond for each
@@ -14,20 +14,44 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "insert_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor? cu_seqlens, Tensor? slots, Tensor? starts, bool zero_padding=False) -> ()");
   library.def(
+      "insert_kv.scaled(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor? cu_seqlens, Tensor? slots, Tensor? starts, bool zero_padding, "
+      "Tensor(c!) key_scale, Tensor(d!) value_scale) -> ()");
+  library.def(
       "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor? slots, Tensor columns, Tensor? cos=None, Tensor? sin=None) -> ()");
   library.def(
       "append_kv.query(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor? slots, Tensor columns, Tensor query, Tensor? cos=None, Tensor? sin=None) -> Tensor");
   library.def(
+      "append_kv.scaled(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor? slots, Tensor columns, Tensor? cos, Tensor? sin, Tensor(c!) key_scale, "
+      "Tensor(d!) value_scale) -> ()");
+  library.def(
+      "append_kv.scaled_query(Tensor key, Tensor value, Tensor(a!) key_cache, "
+      "Tensor(b!) value_cache, Tensor? slots, Tensor columns, Tensor query, Tensor? cos, "
+      "Tensor? sin, Tensor(c!) key_scale, Tensor(d!) value_scale) -> Tensor");
+  library.def(
       "move_kv(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? source_slots, "
       "Tensor? source_starts, Tensor? target_slots, Tensor? target_starts, Tensor lengths) -> ()");
+  library.def(
+      "move_kv.scaled(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? source_slots, "
+      "Tensor? source_starts, Tensor? target_slots, Tensor? target_starts, Tensor lengths, "
+      "Tensor(c!) key_scale, Tensor(d!) value_scale) -> ()");
   library.def(
       "extract_kv(Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens, Tensor? slots, "
       "Tensor? starts, SymInt total_tokens) -> (Tensor, Tensor)");
   library.def(
       "extract_kv.out(Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens, Tensor? slots, "
       "Tensor? starts, SymInt total_tokens, Tensor(a!) key, Tensor(b!) value) -> ()");
+  library.def(
+      "extract_kv.scaled(Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens, Tensor? slots, "
+      "Tensor? starts, SymInt total_tokens, Tensor key_scale, Tensor value_scale, "
+      "ScalarType? dtype=None) -> (Tensor, Tensor)");
+  library.def(
+      "extract_kv.scaled_out(Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens, "
+      "Tensor? slots, Tensor? starts, SymInt total_tokens, Tensor key_scale, Tensor value_scale, "
+      "Tensor(a!) key, Tensor(b!) value) -> ()");
   library.def(
       "ragged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? cu_seqlens_q, "
       "Tensor? slots, Tensor? starts, Tensor lengths) -> Tensor");
@@ -36,25 +60,28 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
       "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
       "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, "
-      "Tensor? block_table=None) -> Tensor");
+      "Tensor? block_table=None, Tensor? key_scale=None, Tensor? value_scale=None) -> Tensor");
   library.def(
       "ragged_attention.lse(Tensor query, Tensor key_cache, Tensor value_cache, "
       "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
       "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
       "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, "
-      "Tensor? block_table=None) -> (Tensor, Tensor)");
+      "Tensor? block_table=None, Tensor? key_scale=None, Tensor? value_scale=None) -> (Tensor, "
+      "Tensor)");
   library.def(
       "ragged_attention.out(Tensor query, Tensor key_cache, Tensor value_cache, "
       "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
       "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
       "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, "
-      "Tensor? block_table=None, *, Tensor(a!) out) -> ()");
+      "Tensor? block_table=None, Tensor? key_scale=None, Tensor? value_scale=None, *, Tensor(a!) "
+      "out) -> ()");
   library.def(
       "ragged_attention.lse_out(Tensor query, Tensor key_cache, Tensor value_cache, "
       "Tensor? cu_seqlens_q, Tensor? slots, Tensor? starts, Tensor lengths, float? scale=None, "
       "bool causal=True, int? window=None, float softcap=0.0, Tensor? alibi_slopes=None, "
       "Tensor? sinks=None, SymInt? max_query_length=None, SymInt? max_length=None, "
-      "Tensor? block_table=None, *, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "Tensor? block_table=None, Tensor? key_scale=None, Tensor? value_scale=None, *, Tensor(a!) "
+      "out, Tensor(b!) lse) -> ()");
   library.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> (Tensor, Tensor)");

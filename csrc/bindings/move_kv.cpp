@@ -67,10 +67,12 @@ struct Cpu : CpuDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, CPU, library) {
   library.impl("move_kv", box<&move_kv<Cpu>>);
+  library.impl("move_kv.scaled", box<&move_kv_scaled<Cpu>>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(baton_kernels, Negative, library) {
   library.impl("move_kv", box_lazy<&move_kv<Cpu>>);
+  library.impl("move_kv.scaled", box_lazy<&move_kv_scaled<Cpu>>);
 }
 
 }  // namespace baton::bindings

@@ -102,7 +102,7 @@ struct Cpu : CpuDevice {
       partials.emplace(allocate(query, {plan.partial_floats}, kCodes.float32));
       work.partials = static_cast<float*>(partials->mutable_data_ptr());
     }
-    const int64_t bytes = plan.columns * bytes_per_token(p.sizes, p.dtype);
+    const int64_t bytes = plan.columns * bytes_per_token(p.sizes, p.cache_dtype);
     const cpu::KernelTable& kernels = cpu::kernels();
     for_each_item(
         work.num_items, bytes,

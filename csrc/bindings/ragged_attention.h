@@ -19,7 +19,7 @@ struct AttentionArguments {
   double softcap;
   const std::optional<Tensor>&alibi_slopes, &sinks;
   std::optional<int64_t> max_query_length, max_length;
-  const std::optional<Tensor>& block_table;
+  const std::optional<Tensor>&block_table, &key_scale, &value_scale;
 };
 
 // A block table takes the place of slots, which are then not looked at.
@@ -53,9 +53,18 @@ template <typename Device>
 RaggedAttentionParams checked_attention(const Checker& check, const AttentionArguments& a,
                                         IndexArguments<Device>& indices) {
   RaggedAttentionParams p{};
-  p.sizes = check.caches(a.key_cache, a.value_cache, false, false);
+  if (a.key_scale.has_value() != a.value_scale.has_value()) {
+    check.fail("key_scale and value_scale", "given together",
+               a.key_scale ? "only key_scale" : "only value_scale");
+  }
+  p.sizes = check.caches(a.key_cache, a.value_cache, false, false, a.key_scale.has_value());
   p.dtype = check.floating("query", a.query);
-  check.dtype_as("query", a.query, "key_cache", a.key_cache);
+  p.cache_dtype = check.cache_dtype(a.key_cache);
+  if (a.key_scale) {
+    p.scales = check.scales(*a.key_scale, *a.value_scale, a.key_cache, a.value_cache, false);
+  } else {
+    check.dtype_as("query", a.query, "key_cache", a.key_cache);
+  }
   check.dims("query", a.query, 3);
   p.total_queries = a.query.sizes()[0];
   p.num_heads = a.query.sizes()[1];
@@ -128,7 +137,9 @@ inline void check_result(const Checker& check, const char* name, const Tensor& r
                                           {"lengths", &a.lengths},
                                           {"alibi_slopes", if_given(a.alibi_slopes)},
                                           {"sinks", if_given(a.sinks)},
-                                          {"block_table", if_given(a.block_table)}}) {
+                                          {"block_table", if_given(a.block_table)},
+                                          {"key_scale", if_given(a.key_scale)},
+                                          {"value_scale", if_given(a.value_scale)}}) {
     if (other) check.apart(name, extent, other_name, *other);
   }
 }
@@ -196,6 +207,8 @@ struct RaggedAttention {
                                   kNone,
                                   {},
                                   {},
+                                  kNone,
+                                  kNone,
                                   kNone});
   }
 
@@ -204,32 +217,34 @@ struct RaggedAttention {
                       Indices cu_seqlens_q, Indices slots, Indices starts, const Tensor& lengths,
                       std::optional<double> scale, bool causal, Bound window, double softcap,
                       Options alibi_slopes, Options sinks, Bound max_query_length, Bound max_length,
-                      Indices block_table) {
+                      Indices block_table, Options key_scale, Options value_scale) {
     return attend<Device, kLse>({query, key_cache, value_cache, cu_seqlens_q, slots, starts,
                                  lengths, scale, causal, window, softcap, alibi_slopes, sinks,
-                                 max_query_length, max_length, block_table});
+                                 max_query_length, max_length, block_table, key_scale,
+                                 value_scale});
   }
 
   static void out(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                   Indices cu_seqlens_q, Indices slots, Indices starts, const Tensor& lengths,
                   std::optional<double> scale, bool causal, Bound window, double softcap,
                   Options alibi_slopes, Options sinks, Bound max_query_length, Bound max_length,
-                  Indices block_table, const Tensor& out) {
-    attend_into<Device>(
-        {query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
-         softcap, alibi_slopes, sinks, max_query_length, max_length, block_table},
-        out, nullptr);
+                  Indices block_table, Options key_scale, Options value_scale, const Tensor& out) {
+    attend_into<Device>({query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale,
+                         causal, window, softcap, alibi_slopes, sinks, max_query_length, max_length,
+                         block_table, key_scale, value_scale},
+                        out, nullptr);
   }
 
   static void lse_out(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                       Indices cu_seqlens_q, Indices slots, Indices starts, const Tensor& lengths,
                       std::optional<double> scale, bool causal, Bound window, double softcap,
                       Options alibi_slopes, Options sinks, Bound max_query_length, Bound max_length,
-                      Indices block_table, const Tensor& out, const Tensor& lse) {
-    attend_into<Device>(
-        {query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
-         softcap, alibi_slopes, sinks, max_query_length, max_length, block_table},
-        out, &lse);
+                      Indices block_table, Options key_scale, Options value_scale,
+                      const Tensor& out, const Tensor& lse) {
+    attend_into<Device>({query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale,
+                         causal, window, softcap, alibi_slopes, sinks, max_query_length, max_length,
+                         block_table, key_scale, value_scale},
+                        out, &lse);
   }
 
  private:

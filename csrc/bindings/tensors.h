@@ -69,6 +69,7 @@ struct Codes {
   int32_t int32 = aoti_torch_dtype_int32();
   int32_t int8 = aoti_torch_dtype_int8();
   int32_t boolean = aoti_torch_dtype_bool();
+  int32_t float8 = aoti_torch_dtype_float8_e4m3fn();
 };
 inline const Codes kCodes;
 

@@ -4,6 +4,7 @@
 
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "common/kv_scales.h"
 
 namespace baton {
 
@@ -26,7 +27,9 @@ struct AppendKvParams {
   TokenStrides key_strides, value_strides, query_strides;
   CacheStrides key_cache_strides, value_cache_strides;
   Dtype dtype;
-  Dtype rotary_dtype;  // of cos and sin: float32 or dtype
+  Dtype rotary_dtype;                   // of cos and sin: float32 or dtype
+  Dtype cache_dtype = Dtype::kFloat32;  // dtype, or one of eight bits
+  KvScales scales = {};
 };
 
 // One work item is one row.

@@ -8,7 +8,8 @@
 
 namespace baton {
 
-enum class Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
+// The last two are those of caches only: elements of eight bits that share a scale (kv_scales.h).
+enum class Dtype : int32_t { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8 };
 
 // Storage only: kernels convert to float before they compute.
 struct Half {
@@ -16,6 +17,13 @@ struct Half {
 };
 struct BFloat16 {
   uint16_t bits;
+};
+struct Int8 {
+  int8_t bits;
+};
+// e4m3fn: a sign, 4 bits of exponent (bias 7) and 3 of mantissa; all ones but the sign is NaN.
+struct Float8 {
+  uint8_t bits;
 };
 
 // Ends the process of choosing when nothing fits; defined once per library (dispatch.cpp).
@@ -30,8 +38,20 @@ void dispatch_dtype(Dtype dtype, Fn&& fn) {
       return fn.template operator()<Half>();
     case Dtype::kBFloat16:
       return fn.template operator()<BFloat16>();
+    default:
+      dispatch_failed("dtype", static_cast<int64_t>(dtype));
   }
-  dispatch_failed("dtype", static_cast<int64_t>(dtype));
+}
+
+static inline bool is_eight_bit(Dtype dtype) {
+  return dtype == Dtype::kInt8 || dtype == Dtype::kFloat8;
+}
+
+template <typename Fn>
+void dispatch_eight_bit(Dtype dtype, Fn&& fn) {
+  if (dtype == Dtype::kInt8) return fn.template operator()<Int8>();
+  if (dtype == Dtype::kFloat8) return fn.template operator()<Float8>();
+  dispatch_failed("dtype of eight bits", static_cast<int64_t>(dtype));
 }
 
 // Calls fn.operator()<k>() for the k of the list that equals value.
@@ -42,6 +62,9 @@ void dispatch_int(int64_t value, Fn&& fn) {
   if (!found) dispatch_failed("int", value);
 }
 
-static inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+static inline int64_t size_of(Dtype dtype) {
+  if (is_eight_bit(dtype)) return 1;
+  return dtype == Dtype::kFloat32 ? 4 : 2;
+}
 
 }  // namespace baton

@@ -4,6 +4,7 @@
 
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "common/kv_scales.h"
 #include "common/token_blocks.h"
 
 namespace baton {
@@ -21,7 +22,9 @@ struct ExtractKvParams {
   CacheSizes sizes;
   CacheStrides key_cache_strides, value_cache_strides;
   TokenStrides key_strides, value_strides;
-  Dtype dtype;
+  Dtype dtype;                          // of key and value
+  Dtype cache_dtype = Dtype::kFloat32;  // dtype, or one of eight bits
+  KvScales scales = {};
   bool reuses_memory = false;  // key and value lie in the caller's memory, not in pages just mapped
 };
 

@@ -4,6 +4,7 @@
 
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "common/kv_scales.h"
 #include "common/token_blocks.h"
 
 namespace baton {
@@ -22,7 +23,9 @@ struct InsertKvParams {
   TokenStrides key_strides, value_strides;
   CacheStrides key_cache_strides, value_cache_strides;
   Dtype dtype;
-  bool zero_padding;  // also clear columns [0, starts[i])
+  bool zero_padding;                    // also clear columns [0, starts[i])
+  Dtype cache_dtype = Dtype::kFloat32;  // dtype, or one of eight bits
+  KvScales scales = {};
 };
 
 // One work item is one (layer, block of packed tokens); with zero_padding one (layer, query) more

@@ -5,6 +5,7 @@
 
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "common/kv_scales.h"
 #include "common/token_blocks.h"
 
 namespace baton {
@@ -21,6 +22,7 @@ struct MoveKvParams {
   CacheSizes sizes;
   CacheStrides key_cache_strides, value_cache_strides;
   Dtype dtype;
+  KvScales scales = {};
 };
 
 // One work item is one (layer, move, KV head).

@@ -9,6 +9,7 @@
 #include "common/attention_segments.h"
 #include "common/cache.h"
 #include "common/dtype.h"
+#include "common/kv_scales.h"
 
 namespace baton {
 
@@ -36,7 +37,10 @@ struct RaggedAttentionParams {
   float scale, softcap;
   int64_t window;  // 0: no window
   bool causal;
-  Dtype dtype;
+  Dtype dtype;  // of query and out
+  // The caches' own dtype, and their scales where it has eight bits.
+  Dtype cache_dtype = Dtype::kFloat32;
+  KvScales scales = {};
   // What only CUDA needs, whose host does not see the rows.
   int64_t total_queries;
   int64_t max_query_length, max_length;  // bounds of all rows

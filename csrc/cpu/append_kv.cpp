@@ -1,7 +1,7 @@
 // append_kv on the CPU: one work item rotates and writes one row's token.
 #include "cpu/kernels.h"
 #include "cpu/simd/copy.h"
-#include "cpu/simd/simd.h"
+#include "cpu/simd/eight_bit.h"
 
 namespace baton::cpu::BATON_ISA {
 
@@ -29,7 +29,8 @@ void rotate(T* target, const T* x, const float* cos1, const float* cos2, const f
 
 constexpr int64_t kMaxHeadDim = 256;
 
-template <typename T, typename Rotary>
+// Cache: T, or Int8 or Float8 with scales.
+template <typename T, typename Rotary, typename Cache>
 void append_row(const AppendKvParams& p, int64_t row) {
   const int64_t dim = p.sizes.head_dim, half = dim / 2;
   const int64_t slot = p.slots[row], column = p.columns[row];
@@ -55,11 +56,25 @@ void append_row(const AppendKvParams& p, int64_t row) {
   };
 
   for (int64_t head = 0; head < p.sizes.num_kv_heads; ++head) {
-    put(static_cast<T*>(p.key_cache) + offset(p.key_cache_strides, 0, slot, head, column),
-        static_cast<const T*>(p.key) + offset(p.key_strides, 0, row, head));
-    __builtin_memcpy(
-        static_cast<T*>(p.value_cache) + offset(p.value_cache_strides, 0, slot, head, column),
-        static_cast<const T*>(p.value) + offset(p.value_strides, 0, row, head), dim * sizeof(T));
+    const T* key = static_cast<const T*>(p.key) + offset(p.key_strides, 0, row, head);
+    const T* value = static_cast<const T*>(p.value) + offset(p.value_strides, 0, row, head);
+    Cache* key_target =
+        static_cast<Cache*>(p.key_cache) + offset(p.key_cache_strides, 0, slot, head, column);
+    Cache* value_target =
+        static_cast<Cache*>(p.value_cache) + offset(p.value_cache_strides, 0, slot, head, column);
+    if constexpr (sizeof(Cache) != 1) {
+      put(key_target, key);
+      __builtin_memcpy(value_target, value, dim * sizeof(T));
+    } else {
+      // What a cache of T would hold is rounded, so that the way into the cache does not matter.
+      T rotated[kMaxHeadDim];
+      put(rotated, key);
+      const KvScales& scales = p.scales;
+      scales.key[offset(scales.key_strides, 0, slot, head, column)] =
+          quantize(rotated, dim, key_target);
+      scales.value[offset(scales.value_strides, 0, slot, head, column)] =
+          quantize(value, dim, value_target);
+    }
   }
   for (int64_t head = 0; head < p.num_heads; ++head) {
     put(static_cast<T*>(p.rotated_query) + (row * p.num_heads + head) * dim,
@@ -71,13 +86,17 @@ void append_row(const AppendKvParams& p, int64_t row) {
 
 void append_kv(const AppendKvParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&]<typename T>() {
-    for (int64_t row = begin; row < end; ++row) {
-      if (p.rotary_dtype == Dtype::kFloat32) {
-        append_row<T, float>(p, row);
-      } else {
-        append_row<T, T>(p, row);
+    const auto rows = [&]<typename Cache>() {
+      for (int64_t row = begin; row < end; ++row) {
+        if (p.rotary_dtype == Dtype::kFloat32) {
+          append_row<T, float, Cache>(p, row);
+        } else {
+          append_row<T, T, Cache>(p, row);
+        }
       }
-    }
+    };
+    if (is_eight_bit(p.cache_dtype)) return dispatch_eight_bit(p.cache_dtype, rows);
+    rows.template operator()<T>();
   });
 }
 

@@ -12,10 +12,10 @@ struct MoveItem {
   int64_t layer, move, head;
 };
 
+// `bytes` of an element, of which `size` are a column's.
 void move_one(const MoveKvParams& p, const MoveItem& item, bool streams, void* cache,
-              const CacheStrides& strides) {
-  const int64_t bytes = size_of(p.dtype);
-  const int64_t row_bytes = bytes * p.sizes.head_dim;
+              const CacheStrides& strides, int64_t bytes, int64_t size) {
+  const int64_t row_bytes = bytes * size;
   const int64_t column_bytes = bytes * strides.column_stride;
   const int64_t count = p.lengths[item.move];
   const int64_t source_start = p.source_starts[item.move];
@@ -50,8 +50,13 @@ void move_kv(const MoveKvParams& p, int64_t begin, int64_t end) {
   const bool streams = move_kv_bytes(p) >= kStreamBytes;
   for (int64_t i = begin; i < end; ++i) {
     const MoveItem item{i / (p.num_moves * heads), i / heads % p.num_moves, i % heads};
-    move_one(p, item, streams, p.key_cache, p.key_cache_strides);
-    move_one(p, item, streams, p.value_cache, p.value_cache_strides);
+    const int64_t bytes = size_of(p.dtype), dim = p.sizes.head_dim;
+    move_one(p, item, streams, p.key_cache, p.key_cache_strides, bytes, dim);
+    move_one(p, item, streams, p.value_cache, p.value_cache_strides, bytes, dim);
+    if (is_eight_bit(p.dtype)) {
+      move_one(p, item, streams, p.scales.key, p.scales.key_strides, kScaleBytes, 1);
+      move_one(p, item, streams, p.scales.value, p.scales.value_strides, kScaleBytes, 1);
+    }
   }
   if (streams) end_stream();
 }

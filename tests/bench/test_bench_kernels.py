@@ -12,6 +12,7 @@ from bench_package import import_bench
 CASES = (
     "ceilings", "decode", "padding", "paged", "prefix", "scaling", "prefill", "chunk", "mixed",
     "insert", "extract", "move", "append", "layers", "rows", "linear", "packed", "overhead", "step",
+    "eight_bit",
 )  # fmt: skip
 
 

@@ -9,13 +9,14 @@ from bench_package import import_bench
 from baton_engines import patch_llama
 from baton_engines.testing.small_llama import small_llama
 
-weights = import_bench("weights")
+weights, perplexity = import_bench("weights"), import_bench("perplexity")
 
 
 def test_a_reading_is_the_models_own():
     model = small_llama(dtype=torch.float32)
     ids = torch.arange(1, 24)
-    reading = weights.read(model, ids, 12, None)
+    with patch_llama(model, keep_parameters=True) as own:
+        reading, own_bytes = perplexity.read(own, ids, 12), own.weight_bytes
     losses, likeliest = [], []
     for window in ids.split(12):
         logits = model(window[None]).logits[0, :-1].detach().double()
@@ -24,9 +25,10 @@ def test_a_reading_is_the_models_own():
     expected = torch.cat(losses)
     torch.testing.assert_close(reading.losses, expected, rtol=1e-4, atol=1e-5)
     assert reading.perplexity == pytest.approx(math.exp(expected.mean().item()), rel=1e-4)
-    assert torch.equal(reading.likeliest, torch.cat(likeliest))
-    rounded = weights.read(model, ids, 12, "int8")
-    assert rounded.weight_bytes < reading.weight_bytes / 2
+    assert torch.equal(reading.logits.argmax(1), torch.cat(likeliest))
+    with patch_llama(model, weight_dtype="int8", keep_parameters=True) as low:
+        rounded = perplexity.read(low, ids, 12)
+        assert low.weight_bytes < own_bytes / 2
     # As much as the logits differ in tests/llama/test_int8_weights.py.
     error = (rounded.losses - reading.losses).square().mean() / reading.losses.square().mean()
     assert 0 < error.sqrt() < 0.05

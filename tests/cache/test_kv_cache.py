@@ -322,7 +322,7 @@ def test_release_keeps_rows(aligned):
             TypeError,
             (2, 4, 3, 8, 16),
             {"dtype": torch.float64},
-            "KVCache: dtype must be float32, float16 or bfloat16, got float64",
+            "KVCache: dtype must be float32, float16, bfloat16, int8 or float8_e4m3fn, got float64",
         ),
         (MemoryError, (2, 2**30, 3, 2**20, 16), {}, "KVCache: .* bytes could not be reserved"),
         (MemoryError, (2, 2**31 - 1, 3, 2**31 - 1, 16), {}, "KVCache: .* bytes could not be"),

@@ -63,7 +63,7 @@ def test_memory_of_a_prompt_goes_with_it(model):
 
     def recorded(*args, **kwargs):
         cache = new_cache(*args, **kwargs)
-        caches.append(weakref.ref(cache._key_memory))
+        caches.append(weakref.ref(cache._memory))
         return cache
 
     with Relay(model, 4, 64, prefill=Overlapped(always=True)) as relay:

@@ -42,7 +42,7 @@ class Region:
 
 _ALL = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.int64,
-    torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn,
 )  # fmt: skip
 
 

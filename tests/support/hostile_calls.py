@@ -16,9 +16,10 @@ import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PACKED = (*FLOATS, torch.int8)
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 OTHER_DTYPES = (
     torch.float64, torch.int64, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
-    torch.int32, *FLOATS,
+    torch.int32, torch.float8_e4m3fn, *FLOATS,
 )  # fmt: skip
 HUGE = (-1, -(2**31), 2**31 - 1, 2**30, 65536, -2)
 HUGE_SCALARS = (-1, 0, 2**31, 2**62, -(2**63), 2**63 - 1)
@@ -54,11 +55,24 @@ def _caches(r: Random, layers: bool) -> tuple[list[int], Arguments]:
     if layers:
         shape = [r.randrange(0, 3), *shape]
     dtype, layout, at_end = r.choice(FLOATS), r.choice(LAYOUTS), r.random() < 0.8
+    if r.random() < 0.3:
+        dtype = r.choice(EIGHT_BITS)
     both = {
         name: Described(list(shape), dtype, layout=layout, at_end=at_end)
         for name in ("key_cache", "value_cache")
     }
     return shape, both
+
+
+def _scales(r: Random, shape: list[int], caches: Arguments) -> tuple[torch.dtype, Arguments]:
+    """The dtype of floats of the call; scales, where the caches have eight bits."""
+    dtype = caches["key_cache"].dtype
+    if dtype not in EIGHT_BITS:
+        return dtype, {}
+    layout = r.choice(LAYOUTS)
+    names = ("key_scale", "value_scale")
+    scales = {name: Described(shape[:-1], torch.float32, layout=layout) for name in names}
+    return r.choice(FLOATS), scales
 
 
 def _index(values: list[int]) -> Described:
@@ -79,19 +93,23 @@ def _rows_in(r: Random, slots: int, capacity: int, distinct: bool) -> tuple[list
     return chosen, starts, lengths
 
 
-def _tokens(shape: list[int], total: int, cache: Described, r: Random) -> Described:
+def _tokens(shape: list[int], total: int, dtype: torch.dtype, r: Random) -> Described:
     *layers, _, heads, _, dim = shape
-    return Described([*layers, total, heads, dim], cache.dtype, layout=r.choice(LAYOUTS))
+    dim += 4 if dtype in EIGHT_BITS else 0  # as they are in a cache, with their scales
+    return Described([*layers, total, heads, dim], dtype, layout=r.choice(LAYOUTS))
 
 
 def insert_kv(r: Random) -> tuple[str, Arguments]:
     shape, caches = _caches(r, r.random() < 0.4)
     slots, starts, lengths = _rows_in(r, shape[-4], shape[-2], True)
-    total, cache = sum(lengths), caches["key_cache"]
-    return "default", {
-        "key": _tokens(shape, total, cache, r), "value": _tokens(shape, total, cache, r), **caches,
+    total, (dtype, scales) = sum(lengths), _scales(r, shape, caches)
+    if scales and r.random() < 0.5:
+        dtype = caches["key_cache"].dtype
+    return "scaled" if scales else "default", {
+        "key": _tokens(shape, total, dtype, r), "value": _tokens(shape, total, dtype, r), **caches,
         "cu_seqlens": _index([sum(lengths[:i]) for i in range(len(lengths) + 1)]),
         "slots": _index(slots), "starts": _index(starts), "zero_padding": r.random() < 0.3,
+        **scales,
     }  # fmt: skip
 
 
@@ -99,18 +117,20 @@ def append_kv(r: Random) -> tuple[str, Arguments]:
     shape, caches = _caches(r, False)
     capacity, dim = shape[-2:]
     slots = r.sample(range(shape[0]), r.randrange(shape[0] + 1)) if capacity else []
-    cache, rows = caches["key_cache"], len(slots)
+    rows, (floats, scales) = len(slots), _scales(r, shape, caches)
     arguments = {
-        "key": _tokens(shape, rows, cache, r), "value": _tokens(shape, rows, cache, r), **caches,
+        "key": _tokens(shape, rows, floats, r), "value": _tokens(shape, rows, floats, r), **caches,
         "slots": _index(slots), "columns": _index([r.randrange(capacity) for _ in slots]),
     }  # fmt: skip
-    overload = r.choice(("default", "query"))
-    if overload == "query":
-        arguments["query"] = Described([rows, r.randrange(1, 5), dim], cache.dtype)
+    overload = r.choice(("scaled", "scaled_query") if scales else ("default", "query"))
+    if overload.endswith("query"):
+        arguments["query"] = Described([rows, r.randrange(1, 5), dim], floats)
     if r.random() < 0.5:
-        wide, dtype = r.choice((dim, dim // 2)), r.choice((torch.float32, cache.dtype))
+        wide, dtype = r.choice((dim, dim // 2)), r.choice((torch.float32, floats))
         arguments |= {name: Described([rows, wide], dtype) for name in ("cos", "sin")}
-    return overload, arguments
+    elif scales:  # in these overloads it takes a None to leave them out
+        arguments |= {"cos": None, "sin": None}
+    return overload, arguments | scales
 
 
 def move_kv(r: Random) -> tuple[str, Arguments]:
@@ -121,8 +141,9 @@ def move_kv(r: Random) -> tuple[str, Arguments]:
     if r.random() < 0.5:
         targets = slots  # each within its slot
     fits = [r.randrange(shape[-2] - n + 1) for n in lengths]
-    return "default", {
-        **caches, "source_slots": _index(slots), "source_starts": _index(starts),
+    _, scales = _scales(r, shape, caches)
+    return "scaled" if scales else "default", {
+        **caches, **scales, "source_slots": _index(slots), "source_starts": _index(starts),
         "target_slots": _index(targets), "target_starts": _index(fits), "lengths": _index(lengths),
     }  # fmt: skip
 
@@ -131,14 +152,19 @@ def extract_kv(r: Random) -> tuple[str, Arguments]:
     shape, caches = _caches(r, r.random() < 0.4)
     slots, starts, lengths = _rows_in(r, shape[-4], shape[-2], False)
     total = sum(lengths)
+    dtype, scales = _scales(r, shape, caches)
+    as_they_are = scales and r.random() < 0.5
     arguments = {
         **caches, "cu_seqlens": _index([sum(lengths[:i]) for i in range(len(lengths) + 1)]),
-        "slots": _index(slots), "starts": _index(starts), "total_tokens": total,
+        "slots": _index(slots), "starts": _index(starts), "total_tokens": total, **scales,
     }  # fmt: skip
-    overload = r.choice(("default", "out"))
-    if overload == "out":
+    overload = r.choice(("scaled", "scaled_out") if scales else ("default", "out"))
+    if overload.endswith("out"):
+        dtype = caches["key_cache"].dtype if as_they_are else dtype
         for name in ("key", "value"):
-            arguments[name] = _tokens(shape, total, caches["key_cache"], r)
+            arguments[name] = _tokens(shape, total, dtype, r)
+    elif scales:
+        arguments["dtype"] = None if as_they_are else dtype
     return overload, arguments
 
 
@@ -155,12 +181,13 @@ def ragged_attention(r: Random) -> tuple[str, Arguments]:
         paged = {"block_table": Described([len(slots), pages], torch.int32, table)}
     total = r.randrange(0, 9) if slots else 0
     heads = shape[1] * r.randrange(1, 4)
-    query = Described([total, heads, shape[3]], caches["key_cache"].dtype, layout=r.choice(LAYOUTS))
+    dtype, scales = _scales(r, shape, caches)
+    query = Described([total, heads, shape[3]], dtype, layout=r.choice(LAYOUTS))
     arguments = {
         "query": query, **caches, "cu_seqlens_q": _index(_cuts(r, total, len(slots))),
         "slots": _index(slots), "starts": _index(starts), "lengths": _index(lengths),
     }  # fmt: skip
-    overload = r.choice(("default", "options", "lse", "out", "lse_out"))
+    overload = r.choice(("options" if scales else "default", "options", "lse", "out", "lse_out"))
     if overload != "default":
         options = {
             "scale": r.choice((None, 0.5, 0.0)), "causal": r.random() < 0.8,
@@ -168,7 +195,7 @@ def ragged_attention(r: Random) -> tuple[str, Arguments]:
             "alibi_slopes": r.choice((None, Described([heads], torch.float32))),
             "sinks": r.choice((None, Described([heads], torch.float32))),
             "max_query_length": r.choice((None, total)), "max_length": r.choice((None, columns)),
-            **paged,
+            **paged, **scales,
         }  # fmt: skip
         arguments |= options
     if overload.endswith("out"):

@@ -74,11 +74,14 @@ def ragged_attention(
     max_query_length: int | None = None,
     max_length: int | None = None,
     block_table: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`baton_kernels.ragged_attention` in Triton."""
     arguments = (
         query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale, causal, window,
-        softcap, alibi_slopes, sinks, max_query_length, max_length, block_table,
+        softcap, alibi_slopes, sinks, max_query_length, max_length, block_table, key_scale,
+        value_scale,
     )  # fmt: skip
     if out is None:
         return run_lse(*arguments) if return_lse else run_options(*arguments)
@@ -124,9 +127,9 @@ def run_lse_out(*args, out, lse) -> None:
 def _attend(
     out, lse, query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths,
     scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
-    max_query_length=None, max_length=None, block_table=None,
+    max_query_length=None, max_length=None, block_table=None, key_scale=None, value_scale=None,
 ) -> None:  # fmt: skip
-    """Writes out, and lse if there is one."""
+    """Writes out, and lse if there is one. The checks have refused scales."""
     common.require_gpu("ragged_attention", "query", query)
     total_queries, num_heads, head_dim = query.shape
     num_slots, num_kv_heads, capacity, _ = key_cache.shape

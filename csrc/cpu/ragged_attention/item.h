@@ -105,6 +105,13 @@ class Stream {
     return run_in_pages(index, column - index * page_size_, wanted);
   }
 
+  // Calls fn(row, number of rows) for the runs of `count` keys.
+  template <typename Fn>
+  BATON_INLINE void for_each_run(int64_t key, int64_t count, const Fn& fn) const {
+    if (pages_) return for_each_page(key, count, fn);
+    fn(data_ + key * stride_, count);
+  }
+
   // Of pages: calls fn(row, number of rows) for the parts of `count` keys that are in one page
   // each.
   template <typename Fn>
@@ -142,9 +149,14 @@ struct Streams {
   Streams() = default;
   Streams(const RaggedAttentionParams& p, int64_t row, int64_t kv_head)
       : keys(p, p.key_cache, p.key_cache_strides, row, kv_head),
-        values(p, p.value_cache, p.value_cache_strides, row, kv_head) {}
+        values(p, p.value_cache, p.value_cache_strides, row, kv_head) {
+    if constexpr (sizeof(T) != 1) return;
+    key_scales = {p, p.scales.key, p.scales.key_strides, row, kv_head};
+    value_scales = {p, p.scales.value, p.scales.value_strides, row, kv_head};
+  }
 
   Stream<T> keys, values;
+  Stream<float> key_scales, value_scales;  // of elements of eight bits
 };
 
 }  // namespace baton::cpu::BATON_ISA

@@ -3,10 +3,17 @@
 // so that scores exist for one block only. Padding columns are never loaded; hidden ones are
 // skipped where a whole block is hidden.
 //
+// Keys and values of eight bits become query's type a block at a time, and the products are those
+// of that type: float32 holds them times their scales; bfloat16 and float16 hold their elements,
+// exactly, and the scales multiply scores and probabilities. For bfloat16 there are products of
+// int8 (int8.h) where the CPU has them.
+//
 // Blocks and segments begin at fixed keys of the row, and whatever is decided per query vector is
 // decided from its own scores: a token has the same bits however its row is cut into calls, items
 // and tiles.
 #include "cpu/kernels.h"
+#include "cpu/ragged_attention/block_rows.h"
+#include "cpu/ragged_attention/int8.h"
 #include "cpu/ragged_attention/softmax.h"
 #include "cpu/ragged_attention/tile_amx.h"
 
@@ -43,35 +50,6 @@ struct TileQueries {
   }
 };
 
-// A copy of rows [first, end) of the block of keys or values that begins at key `block`.
-template <typename T>
-__attribute__((noinline)) Rows<T> copied_rows(const Stream<T>& from, int64_t block, int64_t first,
-                                              int64_t end, int64_t dim, const Ask<T>& ask,
-                                              AttentionScratch& scratch) {
-  T* copy = reinterpret_cast<T*>(scratch.copy);
-  const int64_t bytes = dim * sizeof(T);
-  char* next = scratch.copy + first * bytes;
-  from.for_each_page(block + first, end - first, [&](const T* rows, int64_t count) {
-    copy_rows(next, bytes, reinterpret_cast<const char*>(rows), from.stride() * sizeof(T), count,
-              bytes);
-    next += count * bytes;
-  });
-  return {copy, dim, first, end, dim, ask};
-}
-
-// The places of these rows.
-template <typename T>
-BATON_INLINE ScatteredRows<T> scattered_rows(const Stream<T>& from, int64_t block, int64_t first,
-                                             int64_t end, int64_t dim, const Ask<T>& ask,
-                                             AttentionScratch& scratch) {
-  const T** places = reinterpret_cast<const T**>(scratch.places);
-  const T** next = places + first;
-  from.for_each_page(block + first, end - first, [&](const T* row, int64_t count) {
-    for (; count > 0; --count, row += from.stride()) *next++ = row;
-  });
-  return {{nullptr, 0, first, end, dim, ask}, places};
-}
-
 // The product with values for query vectors that do not see all of the block's keys, where a hidden
 // value may be NaN or infinite, which times a probability of 0 is NaN. Each multiplies a copy in
 // which the rows that it does not see are 0, in the same order of additions.
@@ -106,12 +84,57 @@ __attribute__((noinline)) void weigh_visible(const View* views, int count, int64
   __builtin_memcpy(scratch.out.data, after, count * size);
 }
 
+// Whether products of int8 take the place of those of T.
+template <typename T>
+BATON_INLINE bool multiplies_int8(const RaggedAttentionParams& p) {
+  return Int8Products<T>::kExist && p.cache_dtype == Dtype::kInt8;
+}
+
+// One block with them, from the scores to the sums.
+template <typename T>
+void stream_int8_block(const RaggedAttentionParams& p, const TileQueries<T>& queries,
+                       const Streams<Int8>& from, int64_t block, int64_t first, int64_t end,
+                       ReadAhead<Int8>* ahead, AttentionScratch& scratch) {
+  typedef Int8Products<T> Products;
+  Int8Rows rows{{}, first, end, p.sizes.head_dim, {}};
+  for (int64_t k = 0; k < first; ++k) rows.row[k] = kZeroRow;
+  for (int64_t k = end; k < kBlockKeys; ++k) rows.row[k] = kZeroRow;
+  const auto take = [&](const Stream<Int8>& of) BATON_INLINE_LAMBDA {
+    rows.ask = ahead ? ahead->step(end - first) : Ask<Int8>{};
+    const Int8** next = rows.row + first;
+    of.for_each_run(block + first, end - first, [&](const Int8* row, int64_t count) {
+      for (; count > 0; --count, row += of.stride()) *next++ = row;
+    });
+  };
+  take(from.keys);
+  Products::score(queries.count, rows, scratch);
+  const BlockSoftmax<typename Products::Weights> softmax(p, queries.views, queries.count, block,
+                                                         end, scratch);
+  take(from.values);
+  Products::weigh(queries.count, rows, scratch);
+}
+
+// Prepares the tile's query vectors for the scores.
+template <typename T>
+void load_queries(const RaggedAttentionParams& p, const TileQueries<T>& queries,
+                  AttentionScratch& scratch) {
+  const int64_t dim = p.sizes.head_dim;
+  if constexpr (Int8Products<T>::kExist) {
+    if (multiplies_int8<T>(p)) {
+      return Int8Products<T>::load_queries(queries.query, queries.count, dim, scratch);
+    }
+  }
+  AttentionProducts<T>::load_queries(queries.query, queries.count, dim, scratch);
+}
+
 // Streams keys [begin, end) of the tile from nothing; leaves sums, maxima and totals in scratch.
-// `ahead` asks for what will be streamed next; null where that has been streamed before.
-template <typename T, bool kCareful>
-void stream(const RaggedAttentionParams& p, const TileQueries<T>& queries, const Streams<T>& from,
-            Range keys, ReadAhead<T>* ahead, AttentionScratch& scratch) {
+// `ahead` asks for what will be streamed next; null where that has been streamed before. S: T, or
+// Int8 for elements of eight bits of either kind.
+template <typename T, typename S, bool kCareful>
+void stream(const RaggedAttentionParams& p, const TileQueries<T>& queries, const Streams<S>& from,
+            Range keys, ReadAhead<S>* ahead, AttentionScratch& scratch) {
   typedef AttentionProducts<T> Products;
+  constexpr bool kWidens = sizeof(S) == 1;
   const int64_t dim = p.sizes.head_dim;
   const int count = queries.count;
   for (int m = 0; m < count; ++m) {
@@ -123,22 +146,37 @@ void stream(const RaggedAttentionParams& p, const TileQueries<T>& queries, const
   for (int64_t block = keys.begin - first; block < keys.end; block += kBlockKeys, first = 0) {
     const int64_t end = keys.end - block < kBlockKeys ? keys.end - block : kBlockKeys;
     // Calls use(rows) with the block's keys or values.
-    const auto with_rows = [&](const Stream<T>& of, const auto& use) BATON_INLINE_LAMBDA {
-      const Ask<T> ask = ahead ? ahead->step(end - first) : Ask<T>{};
-      const Run<T> run = of.run(block + first, end - first);
-      const bool is_one_run = run.count == end - first;
-      if constexpr (Products::kHasScatteredRows) {
-        if (!is_one_run && Products::uses_block_in_place(count)) {
-          return use(scattered_rows(of, block, first, end, dim, ask, scratch));
+    const auto with_rows = [&](const Stream<S>& of, [[maybe_unused]] const float* scales,
+                               const auto& use) BATON_INLINE_LAMBDA {
+      const Ask<S> ask = ahead ? ahead->step(end - first) : Ask<S>{};
+      if constexpr (kWidens) {
+        use(widened_rows<T>(p.cache_dtype, of, block, first, end, dim, ask, scales, scratch));
+      } else {
+        const Run<T> run = of.run(block + first, end - first);
+        const bool is_one_run = run.count == end - first;
+        if constexpr (Products::kHasScatteredRows) {
+          if (!is_one_run && Products::uses_block_in_place(count)) {
+            return use(scattered_rows(of, block, first, end, dim, ask, scratch));
+          }
         }
+        use(is_one_run ? Rows<T>{run.data - first * of.stride(), of.stride(), first, end, dim, ask}
+                       : copied_rows(of, block, first, end, dim, ask, scratch));
       }
-      use(is_one_run ? Rows<T>{run.data - first * of.stride(), of.stride(), first, end, dim, ask}
-                     : copied_rows(of, block, first, end, dim, ask, scratch));
     };
-    with_rows(from.keys,
+    if constexpr (kWidens) {
+      load_scales(from.key_scales, block, first, end, scratch.key_scales);
+      load_scales(from.value_scales, block, first, end, scratch.value_scales);
+    }
+    if constexpr (kWidens && Int8Products<T>::kExist) {
+      if (multiplies_int8<T>(p)) {
+        stream_int8_block(p, queries, from, block, first, end, ahead, scratch);
+        continue;
+      }
+    }
+    with_rows(from.keys, scratch.key_scales,
               [&](const auto& keys) BATON_INLINE_LAMBDA { Products::score(count, keys, scratch); });
     BlockSoftmax<Products> softmax(p, queries.views, count, block, end, scratch);
-    with_rows(from.values, [&](const auto& values) BATON_INLINE_LAMBDA {
+    with_rows(from.values, scratch.value_scales, [&](const auto& values) BATON_INLINE_LAMBDA {
       if (kCareful && queries.some_hides(block + first, block + end)) {
         weigh_visible(queries.views, count, block, values, softmax, scratch);
       } else {
@@ -159,15 +197,15 @@ static bool has_nan(int count, int64_t dim, const AttentionScratch& scratch) {
   return any(found);
 }
 
-template <typename T>
+template <typename T, typename S>
 void stream_segment(const RaggedAttentionParams& p, const TileQueries<T>& queries,
-                    const Streams<T>& from, Range keys, ReadAhead<T>* ahead,
+                    const Streams<S>& from, Range keys, ReadAhead<S>* ahead,
                     AttentionScratch& scratch) {
-  stream<T, false>(p, queries, from, keys, ahead, scratch);
+  stream<T, S, false>(p, queries, from, keys, ahead, scratch);
   // Products take whole blocks, and a hidden value that is not finite has left a NaN.
   if (queries.some_hides(keys.begin, keys.end) &&
       has_nan(queries.count, p.sizes.head_dim, scratch)) {
-    stream<T, true>(p, queries, from, keys, nullptr, scratch);
+    stream<T, S, true>(p, queries, from, keys, nullptr, scratch);
   }
 }
 
@@ -231,15 +269,15 @@ static void write_partial(const AttentionScratch& scratch, int m, int64_t dim, f
   partial[num_sums + 1] = reduce_add(load(scratch.sum[m]));
 }
 
-template <typename T>
+template <typename T, typename S>
 void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
-              const AttentionRowPlan& plan, const Tile& tile, ReadAhead<T>* ahead,
+              const AttentionRowPlan& plan, const Tile& tile, ReadAhead<S>* ahead,
               AttentionScratch& scratch) {
   const int64_t dim = p.sizes.head_dim, num_sums = attention_sums(dim);
   const TileQueries<T> queries(p, tile);
   const int count = queries.count;
-  const Streams<T> from(p, tile.row, item.kv_head);
-  AttentionProducts<T>::load_queries(queries.query, count, dim, scratch);
+  const Streams<S> from(p, tile.row, item.kv_head);
+  load_queries(p, queries, scratch);
   const auto segment_sum = [&](int m) { return reduce_add(load(scratch.sum[m])); };
   // Calls write(m, token, head) for every query vector.
   const auto for_each_vector = [&](const auto& write) {
@@ -258,7 +296,7 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
   const bool is_split = plan.num_splits > 1;
   const int64_t segment_end = attention_segment_begin(attention_segment_of(tile.begin) + 1);
   if (is_split || tile.end <= segment_end) {
-    stream_segment<T>(p, queries, from, {tile.begin, tile.end}, ahead, scratch);
+    stream_segment<T, S>(p, queries, from, {tile.begin, tile.end}, ahead, scratch);
     if (!is_split) {
       return result(
           [&](int m) { return Merged{scratch.out[m], scratch.maximum[m], segment_sum(m)}; });
@@ -277,7 +315,7 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
   for (int64_t begin = tile.begin; begin < tile.end;) {
     const int64_t next = attention_segment_begin(attention_segment_of(begin) + 1);
     const int64_t end = next < tile.end ? next : tile.end;
-    stream_segment<T>(p, queries, from, {begin, end}, ahead, scratch);
+    stream_segment<T, S>(p, queries, from, {begin, end}, ahead, scratch);
     for (int m = 0; m < count; ++m) {
       merged[m].add(scratch.out[m], scratch.maximum[m], segment_sum(m), num_sums);
     }
@@ -287,9 +325,9 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
 }
 
 // One split of rows that have it in the same place.
-template <typename T>
+template <typename T, typename S>
 void run_shared_item(const RaggedAttentionParams& p, const AttentionWork& work,
-                     const AttentionItem& item, ReadAhead<T>& ahead, AttentionScratch& scratch) {
+                     const AttentionItem& item, ReadAhead<S>& ahead, AttentionScratch& scratch) {
   const int64_t group = p.num_heads / p.sizes.num_kv_heads, first_head = item.kv_head * group;
   const int32_t* rows = work.sharers + item.first_sharer;
   TileQueries<T> queries;
@@ -305,8 +343,8 @@ void run_shared_item(const RaggedAttentionParams& p, const AttentionWork& work,
     if (i == 0 || tile.begin < keys.begin) keys.begin = tile.begin;
     if (i == 0 || tile.end > keys.end) keys.end = tile.end;
   }
-  AttentionProducts<T>::load_queries(queries.query, queries.count, p.sizes.head_dim, scratch);
-  stream_segment<T>(p, queries, Streams<T>(p, rows[0], item.kv_head), keys, &ahead, scratch);
+  load_queries(p, queries, scratch);
+  stream_segment<T, S>(p, queries, Streams<S>(p, rows[0], item.kv_head), keys, &ahead, scratch);
   int m = 0;
   for (int i = 0; i < item.num_sharers; ++i) {
     const int64_t num_splits = row_plan(p, rows[i]).num_splits;
@@ -320,10 +358,10 @@ void run_shared_item(const RaggedAttentionParams& p, const AttentionWork& work,
   }
 }
 
-template <typename T>
+template <typename T, typename S>
 void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const AttentionItem& item,
-              ReadAhead<T>& ahead, AttentionScratch& scratch) {
-  if (item.num_sharers > 0) return run_shared_item<T>(p, work, item, ahead, scratch);
+              ReadAhead<S>& ahead, AttentionScratch& scratch) {
+  if (item.num_sharers > 0) return run_shared_item<T, S>(p, work, item, ahead, scratch);
   const AttentionRowPlan plan = row_plan(p, item.row);
   Tile tile = make_tile(p, item, plan);
   // Groups wider than a tile are taken in parts; their keys and values are then in the core's
@@ -333,7 +371,7 @@ void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const A
     tile.first_head = item.kv_head * group + head;
     tile.num_heads = group - head < kAttentionTileQueries ? group - head : kAttentionTileQueries;
     tile.count = tile.num_tokens * tile.num_heads;
-    run_tile<T>(p, work, item, plan, tile, head == 0 ? &ahead : nullptr, scratch);
+    run_tile<T, S>(p, work, item, plan, tile, head == 0 ? &ahead : nullptr, scratch);
   }
 }
 
@@ -359,11 +397,15 @@ void ragged_attention(const RaggedAttentionParams& p, const AttentionWork& work,
   AttentionScratch scratch(p.sizes.head_dim);
   dispatch_dtype(p.dtype, [&]<typename T>() {
     [[maybe_unused]] const typename AttentionProducts<T>::Scope scope;
-    ReadAhead<T> ahead(p, work, begin, end);
-    for (int64_t i = begin; i < end; ++i) {
-      ahead.begin(i);
-      run_item<T>(p, work, work.items[i], ahead, scratch);
-    }
+    const auto run = [&]<typename S>() {
+      ReadAhead<S> ahead(p, work, begin, end);
+      for (int64_t i = begin; i < end; ++i) {
+        ahead.begin(i);
+        run_item<T, S>(p, work, work.items[i], ahead, scratch);
+      }
+    };
+    if (is_eight_bit(p.cache_dtype)) return run.template operator()<Int8>();
+    run.template operator()<T>();
   });
 }
 

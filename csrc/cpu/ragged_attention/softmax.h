@@ -33,7 +33,12 @@ class BlockSoftmax {
  public:
   BlockSoftmax(const RaggedAttentionParams& p, const View* views, int count, int64_t first_key,
                int64_t num_keys, AttentionScratch& scratch)
-      : p_(p), count_(count), scratch_(scratch) {
+      : p_(p),
+        views_(views),
+        count_(count),
+        first_key_(first_key),
+        has_scales_(p.scales.key != nullptr && p.dtype != Dtype::kFloat32),
+        scratch_(scratch) {
     const int num_vecs = static_cast<int>((num_keys + kLanes - 1) / kLanes);
     const bool now = !Products::uses_block_in_place(count);
     for (int m = 0; m < count; ++m) {
@@ -54,7 +59,7 @@ class BlockSoftmax {
         const Vec score = load(scratch_.scores[m] + done_ * kLanes) * set1(factor_[m]);
         const Vec probability = exp(score - set1(reference_[m]));
         store(scratch_.sum[m], load(scratch_.sum[m]) + probability);
-        Products::put_probabilities(scratch_.scores[m], done_, probability);
+        put(m, done_, probability);
       }
     }
   }
@@ -80,7 +85,7 @@ class BlockSoftmax {
       for (int i = 0; i < num_vecs; ++i) {
         const Vec probability = exp(s[i] - set1(reference));
         total = total + probability;
-        Products::put_probabilities(scores, i, probability);
+        put(m, i, probability);
       }
       store(scratch_.sum[m], total);
       return;
@@ -89,6 +94,27 @@ class BlockSoftmax {
     reference_[m] = reference;
     if (plain) return;
     for (int i = 0; i < num_vecs; ++i) store(scores + i * kLanes, s[i]);
+  }
+
+  // What values are multiplied by: probabilities, times the scales that values of eight bits have.
+  BATON_INLINE void put(int m, int i, Vec probability) {
+    if (has_scales_) probability = weight(views_[m], i, probability);
+    Products::put_probabilities(scratch_.scores[m], i, probability);
+  }
+
+  // The scale of a hidden value may be NaN.
+  Vec weight(const View& view, int i, Vec probability) const {
+    const int32_t from = in_block(view.range.begin), to = in_block(view.range.end);
+    IntVec key;
+    for (int lane = 0; lane < kLanes; ++lane) key[lane] = i * kLanes + lane;
+    const Vec weights = probability * load(scratch_.value_scales + i * kLanes);
+    return (key >= from) & (key < to) ? weights : zero();
+  }
+
+  // A key relative to the block, so that 32 bits are enough.
+  int32_t in_block(int64_t key) const {
+    key -= first_key_;
+    return key <= 0 ? 0 : static_cast<int32_t>(key < kBlockKeys ? key : kBlockKeys);
   }
 
   BATON_INLINE void move_reference(int m, float now) {
@@ -102,19 +128,22 @@ class BlockSoftmax {
     }
   }
 
-  // Scale, softcap, ALiBi and mask of one query vector's scores; true if it was the scale alone.
+  // Scales, softcap, ALiBi and mask of one query vector's scores; true if it was p_.scale alone.
   BATON_INLINE bool finish_scores(const View& view, const float* scores, int64_t first_key,
                                   int num_vecs, Vec (&out)[kBlockVecs]) const {
     const Vec scale = set1(p_.scale);
-    // Relative to the block, so that 32 bits are enough.
     const int64_t low = view.range.begin - first_key, high = view.range.end - first_key;
     BATON_UNROLL
     for (int i = 0; i < num_vecs; ++i) out[i] = load(scores + i * kLanes) * scale;
-    if (low <= 0 && high >= num_vecs * kLanes && p_.softcap == 0.0f && !p_.alibi_slopes) {
-      return true;
+    if (has_scales_) {
+      for (int i = 0; i < num_vecs; ++i) {
+        out[i] = out[i] * load(scratch_.key_scales + i * kLanes);
+      }
     }
-    const int32_t from = low > 0 ? static_cast<int32_t>(low < kBlockKeys ? low : kBlockKeys) : 0;
-    const int32_t to = high > 0 ? static_cast<int32_t>(high < kBlockKeys ? high : kBlockKeys) : 0;
+    if (low <= 0 && high >= num_vecs * kLanes && p_.softcap == 0.0f && !p_.alibi_slopes) {
+      return !has_scales_;
+    }
+    const int32_t from = in_block(view.range.begin), to = in_block(view.range.end);
     const float distance = static_cast<float>(view.position - first_key);
     IntVec key;
     for (int i = 0; i < kLanes; ++i) key[i] = i;
@@ -132,7 +161,10 @@ class BlockSoftmax {
   }
 
   const RaggedAttentionParams& p_;
+  const View* const views_;
   const int count_;
+  const int64_t first_key_;
+  const bool has_scales_;
   AttentionScratch& scratch_;
   int done_ = 0;  // vectors of keys
   float factor_[kMaxQueries], reference_[kMaxQueries];

@@ -51,12 +51,15 @@ struct AttentionScratch {
   alignas(64) float scores[kMaxQueries][kBlockKeys];
   alignas(64) float keys[kMaxHeadDim][kBlockKeys];  // prefill only, transposed
   alignas(64) float sum[kMaxQueries][kLanes];       // in lanes until the segment's last block
+  // Of a block of eight bits; 0 where the block has no key.
+  alignas(64) float key_scales[kBlockKeys], value_scales[kBlockKeys];
   float maximum[kMaxQueries];
   const Matrix out, merged;  // sums of the segment, and of the segments before
   const Matrix block;        // sums of a block so far; decode only
   const Matrix query;        // prepared for the scores
   const Matrix values;       // prefill only
-  // Of a block of keys or values whose rows are not one run: a copy of them, or where they lie.
+  // Of a block of keys or values whose rows are not one run: a copy of them, or where they lie. Of
+  // eight bits: what their elements are as query's type.
   char* const copy;
   const void** const places;
   int tile_vectors = 0;  // what AMX tiles are configured for

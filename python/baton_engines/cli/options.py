@@ -32,6 +32,13 @@ class Weights(str, Enum):
     int8 = "int8"
 
 
+class KVDtype(str, Enum):
+    """Types of keys and values other than the model's own."""
+
+    int8 = "int8"
+    float8_e4m3fn = "float8_e4m3fn"
+
+
 def _check_policy(name: str) -> str:
     # Imported here, as in all checks: help must not wait for torch.
     from ..policies import NAMES
@@ -178,6 +185,10 @@ class Batching:
             min=0.0, help="Most MiB of keys and values kept for prompts that begin alike."
         ),
     ] = None
+    kv_dtype: Annotated[
+        KVDtype | None,
+        typer.Option(help="Type of cached keys and values of eight bits, on a CPU."),
+    ] = None
     capacity: CapacityOption = None
     dtype: DtypeOption = Dtype.auto
     weights: Annotated[
@@ -203,6 +214,7 @@ class Batching:
             "prefill": prefill.get(self.prefill, **threads),
             "max_slots": self.max_slots,
             "kv_budget": _bytes(self.kv_budget),
+            "kv_dtype": None if self.kv_dtype is None else self.kv_dtype.value,
             "prefix_cache": _bytes(self.prefix_cache),
             "weight_dtype": None if self.weights is None else self.weights.value,
         }

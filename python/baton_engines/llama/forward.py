@@ -129,7 +129,7 @@ class PatchedLlama(ModelHandle):
     """
 
     model: PreTrainedModel
-    can_be_captured = True
+    can_be_captured = takes_eight_bits = True
 
     def __init__(
         self,
@@ -149,8 +149,7 @@ class PatchedLlama(ModelHandle):
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = attention.head_dim
         self.vocab_size = decoder.lm_head.out_features
-        self.dtype = decoder.lm_head.weight.dtype
-        self.device = decoder.lm_head.weight.device
+        self.dtype, self.device = decoder.lm_head.weight.dtype, decoder.lm_head.weight.device
         self._scale = attention.scaling
         # Granite multiplies by constants; everywhere else they are 1.
         self._embedding_multiplier = getattr(config, "embedding_multiplier", 1.0)
@@ -236,8 +235,9 @@ class PatchedLlama(ModelHandle):
         hidden = self._weights.embed(token_ids)
         residual = _scaled(hidden, self._embedding_multiplier)
         hidden = kernels.rms_norm(residual, *self._layers[0].attention_norm)
-        caches = zip(cache.keys.unbind(0), cache.values.unbind(0), strict=True)
-        for layer, (key_cache, value_cache) in zip(self._layers, caches, strict=True):
+        pairs = zip(cache.keys.unbind(0), cache.values.unbind(0), strict=True)
+        for index, (layer, caches) in enumerate(zip(self._layers, pairs, strict=True)):
+            scales = cache.scales(index)
             if layer is not self._layers[0]:
                 hidden, residual = kernels.rms_norm(
                     hidden, *layer.attention_norm, residual=residual
@@ -247,15 +247,14 @@ class PatchedLlama(ModelHandle):
             if layer.query_norm is not None and layer.key_norm is not None:
                 query = kernels.rms_norm(query, *layer.query_norm)
                 key = kernels.rms_norm(key, *layer.key_norm)
-            places = (key, value, key_cache, value_cache, batch.token_slots, batch.token_columns)
+            places = (key, value, *caches, batch.token_slots, batch.token_columns)
             if layer.rotates:
-                query = kernels.append_kv(*places, query=query, cos=cos, sin=sin)
+                query = kernels.append_kv(*places, query=query, cos=cos, sin=sin, **scales)
             else:
-                kernels.append_kv(*places)
+                kernels.append_kv(*places, **scales)
             hidden = kernels.ragged_attention(
                 query,
-                key_cache,
-                value_cache,
+                *caches,
                 batch.cu_seqlens_q,
                 batch.slots,
                 batch.starts,
@@ -264,6 +263,7 @@ class PatchedLlama(ModelHandle):
                 window=layer.window,
                 max_query_length=batch.max_query_length,
                 max_length=batch.max_length,
+                **scales,
             )
             hidden = project(hidden.view(total_tokens, -1), *layer.output)
             hidden = _scaled(hidden, self._residual_multiplier)

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 
 from baton_kernels import KVCache
+from baton_kernels.ops.checks import EIGHT_BITS
 
 from .packed_batch import PackedBatch
 
@@ -27,6 +28,7 @@ class ModelHandle(ABC):
         can_be_captured: bool; whether `forward`, of one token per row, may be captured in a CUDA
             graph: on a GPU it waits for nothing, skips rows in slot -1, and gives a row bits that
             do not depend on the number of rows. `addresses` then says what it has built in.
+        takes_eight_bits: bool; whether a cache may be of int8 or float8_e4m3fn.
     """
 
     model: Any
@@ -39,6 +41,7 @@ class ModelHandle(ABC):
     whole_prompts: bool = False
     num_ranks: int = 1
     can_be_captured: bool = False
+    takes_eight_bits: bool = False
 
     def new_cache(
         self,
@@ -55,17 +58,20 @@ class ModelHandle(ABC):
             num_slots: int, at least 1; queries it can hold.
             capacity: int, at least 1; columns of a slot.
             aligned: bool; whether all rows end in the same column.
-            dtype: of keys and values; None, or the model's own.
+            dtype: of keys and values; None, or the model's own; int8 or float8_e4m3fn on a CPU
+                where the handle takes them.
             huge_pages: bool; see `KVCache`.
 
         Raises:
             ValueError: num_slots or capacity is below 1.
-            NotImplementedError: dtype differs from the model's.
+            NotImplementedError: dtype is none of these.
         """
-        if dtype not in (None, self.dtype):
+        eight_bits = tuple(EIGHT_BITS) if self.takes_eight_bits else ()
+        if dtype not in (None, self.dtype, *eight_bits):
+            others = "".join(f" or {other}" for other in eight_bits)
             raise NotImplementedError(
-                f"{type(self).__name__}.new_cache: dtype must be the model's ({self.dtype}), "
-                f"got {dtype}"
+                f"{type(self).__name__}.new_cache: dtype must be the model's ({self.dtype}){others}"
+                f", got {dtype}"
             )
         return KVCache(
             self.num_layers,
@@ -73,7 +79,7 @@ class ModelHandle(ABC):
             self.num_kv_heads,
             capacity,
             self.head_dim,
-            dtype=self.dtype,
+            dtype=self.dtype if dtype is None else dtype,
             device=self.device,
             aligned=aligned,
             huge_pages=huge_pages,

@@ -6,11 +6,14 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from baton_kernels.batch_shape import checked_int
+from baton_kernels.ops.checks import EIGHT_BITS
 
 from ..llama.handle import ModelHandle
 from ..policies import Policy
-from ..prefill import Prefiller
+from ..prefill import Prefiller, Serial
 from ..prefill import get as get_prefiller
 from ..query import Query
 from ..slots import Slots
@@ -34,6 +37,7 @@ def open_loop(
     aligned: bool,
     shaping: str,
     kv_budget: int | None,
+    kv_dtype: torch.dtype | str | None,
     prefix_cache: int | None,
     max_slots: int | None,
     weight_dtype,
@@ -50,7 +54,8 @@ def open_loop(
         undo: gets what has to be undone when the relay is closed. Written.
         on_end: called with every query that ends.
         num_slots, capacity, tokenizer, generation_config, aligned, shaping, kv_budget,
-            prefix_cache, max_slots, weight_dtype, cuda_graphs, prefill, clock: see `Relay`.
+            kv_dtype, prefix_cache, max_slots, weight_dtype, cuda_graphs, prefill, clock: see
+            `Relay`.
 
     Raises:
         Exception: see `Relay`; `undo` then has to be closed.
@@ -61,6 +66,7 @@ def open_loop(
         autoscale = Autoscale(num_slots, max_slots)
     if kv_budget is not None:
         kv_budget = checked_int("Relay", "kv_budget", kv_budget, 1)
+    kv_dtype = _checked_dtype(kv_dtype, prefill)
     if prefix_cache is not None:
         prefix_cache = checked_int("Relay", "prefix_cache", prefix_cache, 1)
     if not isinstance(model, ModelHandle):
@@ -82,6 +88,7 @@ def open_loop(
         shaping=shaping,
         padded=policy.pads,
         kv_budget=kv_budget,
+        kv_dtype=kv_dtype,
         prefix_bytes=prefix_cache,
     )
     if slots.whole_prompts and policy.splits_prompts:
@@ -107,3 +114,18 @@ def open_loop(
     batch = Batch(slots, policy, clock, on_end)
     loop = DecodeLoop(batch, InFlight(batch, prefiller), autoscale, graphs, observed=alone)
     return limits, batch, loop
+
+
+def _checked_dtype(dtype: torch.dtype | str | None, prefill: str | Prefiller) -> torch.dtype | None:
+    """kv_dtype, whose name will do."""
+    if isinstance(dtype, str):
+        dtype = {str(one).removeprefix("torch."): one for one in EIGHT_BITS}.get(dtype, dtype)
+    if dtype is None or dtype not in EIGHT_BITS:
+        if dtype is None or isinstance(dtype, torch.dtype):
+            return dtype
+        raise ValueError(f"Relay: kv_dtype must be int8, float8_e4m3fn or None, got {dtype!r}")
+    # A prompt computed elsewhere attends to keys and values that are not rounded yet.
+    if prefill != "serial" and not isinstance(prefill, Serial):
+        name = prefill if isinstance(prefill, str) else type(prefill).__name__
+        raise NotImplementedError(f"Relay: prefill must be 'serial' with kv_dtype, got {name}")
+    return dtype

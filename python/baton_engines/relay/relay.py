@@ -62,10 +62,11 @@ class Relay(RelayState):
             admission first, and go on later without recomputing. Padding that aligns rows is not
             counted, nor what is parked (`parked_bytes`), nor a prompt computed elsewhere until it
             enters; room for it is kept.
+        kv_dtype: "int8" or "float8_e4m3fn": keys and values of eight bits, on a CPU, for models
+            that `patch_llama` supports; answers change with them. None: the model's own dtype.
         prefix_cache: bytes of keys and values that are kept of prompts and answers; a query that
             begins with the same tokens copies them instead of computing them, in steps of 32
-            tokens. The least recently used go first. They are not counted in kv_budget. None, the
-            default, keeps nothing.
+            tokens. The least recently used go first. They are not counted in kv_budget.
         max_slots: the number of slots grows up to this while queries wait, and shrinks back to
             num_slots when rows are not used; None keeps it.
         weight_dtype: "int8" rounds the weights of a model on the CPU to int8, half of bfloat16's
@@ -84,7 +85,8 @@ class Relay(RelayState):
         ValueError: num_slots, capacity, kv_budget or prefix_cache is below 1, max_slots below
             num_slots, or there is no such policy, shaping, weight_dtype or prefill mode, or they do
             not go with the kind of cache or with a handle.
-        NotImplementedError: the generation config has a setting that only `generate` knows.
+        NotImplementedError: the generation config has a setting that only `generate` knows; or
+            kv_dtype with another model, device or prefill mode than "serial".
         Exception: what `huggingface.adapt` raises for a model that cannot be computed exactly.
 
     Source: BATON, dynamic re-batching.
@@ -102,6 +104,7 @@ class Relay(RelayState):
         aligned: bool = False,
         shaping: str = "in_place",
         kv_budget: int | None = None,
+        kv_dtype=None,
         prefix_cache: int | None = None,
         max_slots: int | None = None,
         weight_dtype=None,
@@ -127,6 +130,7 @@ class Relay(RelayState):
                 aligned=aligned,
                 shaping=shaping,
                 kv_budget=kv_budget,
+                kv_dtype=kv_dtype,
                 prefix_cache=prefix_cache,
                 max_slots=max_slots,
                 weight_dtype=weight_dtype,

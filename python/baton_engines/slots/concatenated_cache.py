@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
-from baton_kernels import BatchShape, KVCache
+from baton_kernels import BatchShape, KVCache, insert_kv
 
 
 class ConcatenatedCache(KVCache):
@@ -48,6 +48,11 @@ class ConcatenatedCache(KVCache):
         """As `KVCache.insert`, into a new cache."""
         slot = self.allocate(key.shape[1], slot)
         columns = slice(self._shape.start(slot), self._shape.end(slot))
+        if self.key_scales is not None:
+            index = self._index([0, key.shape[1], slot, columns.start])
+            places = index[:2], index[2:3], index[3:]
+            insert_kv(key, value, self.keys, self.values, *places, **self.scales())
+            return slot
         self.keys[:, slot, :, columns] = key.transpose(1, 2)
         self.values[:, slot, :, columns] = value.transpose(1, 2)
         return slot
@@ -68,16 +73,17 @@ class ConcatenatedCache(KVCache):
         if not kept:
             self._commit(planned)
             return
-        memories = self._new_memory(planned.num_slots)
-        for old, new in zip((self.keys, self.values), memories, strict=True):
-            for slot in kept:
-                start = planned.start(slot)
-                new.tensor[:, slot, :, :start].zero_()
-                new.tensor[:, slot, :, start : planned.end(slot)].copy_(
-                    old[:, slot, :, self._shape.start(slot) : self._shape.end(slot)]
-                )
-                self._bytes_moved += self.bytes_per_token * planned.width // 2
-        self._key_memory, self._value_memory = memories
+        memory = self._new_memory(planned.num_slots)
+        for slot in kept:
+            start = planned.start(slot)
+            for padding in memory.row(slot, slice(start)):
+                padding.zero_()
+            rows = memory.row(slot, slice(start, planned.end(slot)))
+            former = slice(self._shape.start(slot), self._shape.end(slot))
+            for new, old in zip(rows, self._memory.row(slot, former), strict=True):
+                new.copy_(old)
+            self._bytes_moved += self.bytes_per_token * planned.width
+        self._memory = memory
         self._touched = [(0, 0)] * planned.num_slots
         self._commit(planned)
         for slot in kept:

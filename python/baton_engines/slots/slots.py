@@ -47,6 +47,7 @@ class Slots:
         shaping: how an aligned cache is kept so, one of `SHAPINGS`.
         padded: whether forwards may be padded; the cache then has columns for the padding too.
         kv_budget: the most bytes of keys and values in the rows; None without a bound.
+        kv_dtype: of keys and values; None for the model's.
         prefix_bytes: the most bytes of keys and values that are kept of texts, for queries that
             begin alike; None keeps nothing.
 
@@ -69,6 +70,7 @@ class Slots:
         shaping: str = SHAPINGS[0],
         padded: bool = False,
         kv_budget: int | None = None,
+        kv_dtype: torch.dtype | None = None,
         prefix_bytes: int | None = None,
     ):
         if shaping not in SHAPINGS:
@@ -93,7 +95,7 @@ class Slots:
         self._looked_up: WeakKeyDictionary[Query, int] = WeakKeyDictionary()
         # A row of c tokens is padded by c - 1 at most.
         columns = 2 * capacity - 1 if padded else capacity
-        self.cache = model.new_cache(num_slots, columns, aligned=aligned)
+        self.cache = model.new_cache(num_slots, columns, aligned=aligned, dtype=kv_dtype)
         if shaping == "concatenate":
             self.cache = ConcatenatedCache(self.cache)
 
@@ -152,16 +154,18 @@ class Slots:
             return
         if self.cache.keys.device.type != "cpu":
             num_tokens = min(num_tokens, len(query.prompt))
-        start = self.cache.shape.start(slot)
+        cache, start = self.cache, self.cache.shape.start(slot)
         tokens = (query.prompt + query.tokens)[:num_tokens]
 
         def read(begin: int, end: int) -> KeysValues:
-            columns = slice(start + begin, start + end)
-            parts = (
-                part[:, slot, :, columns].transpose(1, 2).contiguous()
-                for part in (self.cache.keys, self.cache.values)
+            index = torch.tensor(
+                [0, end - begin, slot, start + begin], dtype=torch.int32, device=cache.keys.device
             )
-            return KeysValues(*parts)
+            key, value = baton_kernels.extract_kv(
+                cache.keys, cache.values, index[:2], index[2:3], index[3:],
+                total_tokens=end - begin, **cache.scales(),
+            )  # fmt: skip
+            return KeysValues(key, value)
 
         # Without memory for it, the next query computes its own; nobody loses anything.
         with contextlib.suppress(MemoryError, torch.OutOfMemoryError):
@@ -234,8 +238,9 @@ class Slots:
         cache = self.cache
         index = torch.tensor([0, tokens, slot, column], dtype=torch.int32, device=cache.keys.device)
         baton_kernels.insert_kv(
-            key, value, cache.keys, cache.values, index[:2], index[2:3], index[3:]
-        )
+            key, value, cache.keys, cache.values, index[:2], index[2:3], index[3:],
+            **cache.scales(),
+        )  # fmt: skip
 
     def leave(self, query: Query) -> None:
         """Free the query's row, if it has one, and forget its keys and values."""

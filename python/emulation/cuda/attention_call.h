@@ -90,6 +90,8 @@ inline void attend(const Shape& s, bool options) {
                           .window = options ? 50 : 0,
                           .causal = true,
                           .dtype = s.dtype,
+                          .cache_dtype = s.dtype,
+                          .scales = {},
                           .total_queries = kTokens,
                           .max_query_length = 20,
                           .max_length = kColumns,

@@ -1,0 +1,79 @@
+"""What a patched model makes of a text: the loss of each token, and the logits in its place.
+
+The text is read in windows of the same length; each token but a window's first counts once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from baton_engines import PackedBatch, load_model
+
+TEXT = Path(__file__).parent / "data" / "prose.txt"
+
+
+class Reading(NamedTuple):
+    """What a model makes of a text.
+
+    Attributes:
+        losses: float64, minus the logarithm of the probability of each token.
+        logits: float32 `[places, vocab]` in these places.
+    """
+
+    losses: torch.Tensor
+    logits: torch.Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token, on average."""
+        return math.exp(self.losses.mean().item())
+
+    def same_likeliest(self, other: Reading) -> float:
+        """Share of the places in which both have the same likeliest token."""
+        return (self.logits.argmax(1) == other.logits.argmax(1)).double().mean().item()
+
+
+def read(llama: Any, token_ids: torch.Tensor, window: int, kv_dtype: Any = None) -> Reading:
+    """The text through a cache of this dtype.
+
+    Args:
+        llama: of `patch_llama`.
+        token_ids: `[tokens]`.
+        window: tokens that are read together, at least 2.
+        kv_dtype: None for the model's.
+    """
+    losses, logits = [], []
+    for ids in token_ids.split(window):
+        cache = llama.new_cache(1, len(ids), dtype=kv_dtype)
+        batch = PackedBatch.from_shape(cache.shape, [cache.allocate(len(ids))], [len(ids)])
+        found = llama.forward(ids, batch, cache, logits="all")[:-1]
+        losses.append(-found.double().log_softmax(1).gather(1, ids[1:, None])[:, 0])
+        logits.append(found)
+    return Reading(torch.cat(losses), torch.cat(logits))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The model, the text and how it is cut."""
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--text", type=Path, default=TEXT)
+    parser.add_argument("--window", type=int, default=512)
+
+
+def load(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and the text's tokens that the options name."""
+    if options.window < 2:
+        parser.error(f"--window must be at least 2, got {options.window}")
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
+    if tokenizer is None:
+        parser.error(f"--model must have a tokenizer, got none in {options.model}")
+    text = options.text.read_text(encoding="utf-8")
+    token_ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if len(token_ids) < 2:
+        parser.error(f"--text must hold at least 2 tokens, got {len(token_ids)}")
+    return model, tokenizer, token_ids
