@@ -21,6 +21,11 @@ from .relay import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS, KV_HEADS, DIM = 32, 8, 128
+# Of the tests that only a GPU can run, those of graphs and of the relay.
+GPU_TESTS = (
+    "test_cuda_graph.py", "test_graphs.py", "test_graph_steps.py", "test_relay_exactness.py",
+    "test_two_gpus.py",
+)  # fmt: skip
 
 
 class Step:
@@ -206,7 +211,7 @@ def graph(stage: Stage) -> None:
         files = [
             str(path)
             for path in (ROOT / "tests").rglob("test_*.py")
-            if path.name in ("test_cuda_graph.py", "test_graphs.py", "test_relay_exactness.py")
+            if path.name in GPU_TESTS
         ]
         commands["cold capture"] = [sys.executable, "-m", "bench.gpu_day.graph", "--cold"]
         commands["tests of graphs and of the relay"] = [
