@@ -7,7 +7,7 @@ host's code, and no sooner than it is waited for.
 
 import pytest
 import torch
-from graph_checks import answers, assert_same_answers, ticks
+from graph_checks import answers, assert_nothing_failed, assert_same_answers, ticks
 from relay_workload import CAPACITY, Workload, make_model
 
 from baton_engines import policies
@@ -35,6 +35,8 @@ def workload(model, graphs, options, sampling):
         work = Workload(relay, seed=4, **sampling)
         work.run()
         assert bool(relay.counters.replayed_steps) == bool(graphs)
+        if isinstance(graphs, RecordedGraphs):
+            assert_nothing_failed(relay, graphs)
     return work
 
 

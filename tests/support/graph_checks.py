@@ -11,6 +11,14 @@ def ticks():
     return itertools.count().__next__
 
 
+def assert_nothing_failed(relay, runtime):
+    """Each step with graphs was what it should be: one that fails is computed without them, and its
+    answer would not tell."""
+    copies_in, replays, copies_out, waits, captures = runtime.counts
+    assert relay.counters.replayed_steps == replays
+    assert copies_in == copies_out == waits == replays + captures
+
+
 def answers(model, graphs, *, count=6, num_slots=4, capacity=60, **options):
     """Tokens and logits of some queries."""
     logits = {}
@@ -23,6 +31,8 @@ def answers(model, graphs, *, count=6, num_slots=4, capacity=60, **options):
         relay.run()
         assert [query.error for query in queries] == [None] * count
         replayed = relay.counters.replayed_steps
+        if graphs is not None and graphs.refuses is None:
+            assert_nothing_failed(relay, graphs)
     return [query.tokens for query in queries], logits, replayed
 
 

@@ -7,7 +7,6 @@ it is waited for, rows in slot -1 are skipped, and a host that would wait in bet
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -198,7 +197,13 @@ class RecordedGraphs:
         assert comes != goes, "a copy between the host and the device"
         self.copies_in += comes
         self.copies_out += goes
-        self._queue.append(functools.partial(target.copy_, source))
+        given = source.clone() if comes else None
+
+        def work() -> None:
+            assert given is None or torch.equal(source, given), "written before it was copied"
+            target.copy_(source)
+
+        self._queue.append(work)
 
     def run(self, function: Callable[[], None]) -> None:
         """As `GraphRuntime.run`."""
