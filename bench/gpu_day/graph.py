@@ -209,9 +209,7 @@ def graph(stage: Stage) -> None:
     commands = {}
     if stage.device == "cuda":
         files = [
-            str(path)
-            for path in (ROOT / "tests").rglob("test_*.py")
-            if path.name in GPU_TESTS
+            str(path) for path in (ROOT / "tests").rglob("test_*.py") if path.name in GPU_TESTS
         ]
         commands["cold capture"] = [sys.executable, "-m", "bench.gpu_day.graph", "--cold"]
         commands["tests of graphs and of the relay"] = [

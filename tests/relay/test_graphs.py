@@ -50,6 +50,7 @@ RELAYS = {
     "autoscaled": {"max_slots": 8},
     "prefix cache": {"prefix_cache": 1 << 20},
     "int8": {"weight_dtype": "int8"},
+    "keys in eight bits": {"kv_dtype": "int8"},
     "budget": {"kv_budget": 2 * 80 * 3 * 2 * 2 * 16 * 4},
     "elsewhere": {"prefill": ManualPrefiller},
 }

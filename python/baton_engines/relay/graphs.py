@@ -214,8 +214,9 @@ class DecodeGraphs:
         """The buffers, and no graph that has something built in which is elsewhere by now."""
         self._drain()
         cache = self._slots.cache
+        own = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
         addresses = (
-            cache.keys.data_ptr(), cache.values.data_ptr(), self._slots.num_slots,
+            *(x.data_ptr() for x in own if x is not None), self._slots.num_slots,
             *self._slots.model.addresses(longest),
         )  # fmt: skip
         if addresses != self._addresses:
