@@ -41,10 +41,11 @@ def copies() -> None:
 def decode() -> None:
     """A decode step compared with its peers."""
     print(PEERS)
-    for length in (256, 2048):
-        c = cuda_counts.count_decode(length)
+    for length, page in ((256, None), (2048, None), (2048, 128), (2048, 16), (2048, 7)):
+        c = cuda_counts.count_decode(length, page)
+        pages = "" if page is None else f", pages of {page}"
         print(
-            f"{f'ours, {length} keys':32} {c.instructions:<8.2f} {c.products:<6.2f}"
+            f"{f'ours, {length} keys{pages}':32} {c.instructions:<8.2f} {c.products:<6.2f}"
             f"{c.wavefronts:<11.2f} {c.loop_sectors:<8.3f} {c.fixed:,.0f}"
         )
         print(

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast, overload
 
 import torch
 
-from baton_kernels._library import cuda, ops
+from baton_kernels._library import ops
 from baton_kernels.ops.checks import Checker, call, count_rows
 
 _native = ops.ragged_attention.default
@@ -192,11 +192,12 @@ def ragged_attention(
     Raises:
         ValueError: A shape, stride, device, index value or option does not fit.
         TypeError: A dtype is not supported, or differs between query and caches of floats.
-        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256; or a block_table is
-            given to the CUDA kernels, or caches of eight bits to other kernels than the CPU's.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256; or caches of eight bits
+            are given to other kernels than the CPU's.
 
     On a GPU index values are not checked: a row out of range is skipped, its part of the results is
-    undefined. There is no backward.
+    undefined, and so is that of a row with a page out of range; no byte outside the caches is read.
+    There is no backward.
 
     Source: BATON (arXiv 2410.18701), the mask of a shaped batch; online softmax and split keys as
     in FlashAttention-2 and Flash-Decoding; sinks as in gpt-oss; block tables as in vLLM's
@@ -296,9 +297,6 @@ def check_arguments(
             expected = "of pages of at least one column with block_table"
             check.fail("key_cache", expected, f"shape {list(key_cache.shape)}")
         check.index_rows("block_table", block_table, rows, query.device)
-        if query.device.type == "cuda" and cuda is not None and not in_triton:
-            expected = "None with the CUDA kernels (those of the CPU and Triton's take one)"
-            check.fail("block_table", expected, "a tensor", NotImplementedError)
 
 
 def check_out_arguments(*args, out, lse=None, in_triton=False) -> None:

@@ -29,12 +29,8 @@ inline int64_t count_attention_rows(const AttentionArguments& a) {
 }
 
 // The pages of a block table, and what takes the place of slots.
-inline void check_pages(const Checker& check, const AttentionArguments& a, DeviceType type,
+inline void check_pages(const Checker& check, const AttentionArguments& a,
                         RaggedAttentionParams& p) {
-  if (type != DeviceType::CPU) {
-    check.fail("block_table", "None with the CUDA kernels (those of the CPU and Triton's take one)",
-               "a tensor");
-  }
   if (p.sizes.capacity < 1) {
     check.fail("key_cache", "of pages of at least one column with block_table",
                format("shape ", shape_of(a.key_cache)));
@@ -93,7 +89,7 @@ RaggedAttentionParams checked_attention(const Checker& check, const AttentionArg
   }
   p.num_rows = indices.num_rows();
   if (a.block_table) {
-    check_pages(check, a, Device::kType, p);
+    check_pages(check, a, p);
   } else {
     p.slots = indices.slots("slots", a.slots);
   }

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paged import paged_problem
 
 from baton_kernels.testing import Accuracy, assert_same_bits, random_attention_problem
 from emulation import build
@@ -51,6 +52,9 @@ ATTENTION = {
     "decode, split": ([1], [700], (8, 2), 128, {"return_lse": True}),
     "decode, head_dim 80": ([1], [40], (3, 1), 80, {"window": 21, "softcap": 5.0}),
     "decode, head_dim 256": ([1], [75], (4, 2), 256, {}),
+    "decode, split, in pages of 16": ([1, 1], [700, 90], (8, 2), 128, {"page": 16}),
+    "decode, in pages of 7": ([1, 1], [90, 33], (4, 2), 64, {"page": 7}),
+    "prefill, in pages of 16": ([40, 9], [60, 25], (4, 2), 64, {"page": 16}),
     "prefill": ([40, 9], [60, 25], (4, 2), 64, {"return_lse": True}),
     "prefill, head_dim 80": ([17], [40], (4, 2), 80, {"window": 13}),
     "prefill, split": ([20], [530], (2, 1), 128, {}),
@@ -65,8 +69,11 @@ def attention(ops, name: str, dtype: torch.dtype):
         query_lengths, lengths, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
         dtype=dtype,
     )  # fmt: skip
+    options = dict(options)
+    page = options.pop("page", None)
+    pages = page and paged_problem(problem, page).arguments
     with ops.entered():
-        result = ops.ragged_attention(*problem.args, **options)
+        result = ops.ragged_attention(*() if pages else problem.args, **options, **pages or {})
     return result, Accuracy("ragged_attention", *problem.args, **options)
 
 

@@ -21,14 +21,6 @@ from baton_kernels.testing import (
     random_rows,
 )
 
-
-@pytest.fixture(autouse=True)
-def _only_where_there_are_pages(request):
-    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("ops")
-    if backend and "cuda" in backend.name and backend.name != "triton-cuda":
-        pytest.skip("the CUDA kernels have no block tables yet")
-
-
 PAGES = [1, 7, 16, 32, 128]
 EVERYTHING = {"window": 40, "softcap": 15.0, "scale": 0.3, "alibi": True, "sinks": True}
 # Query lengths, lengths, (num_heads, num_kv_heads), head_dim, options ("alibi", "sinks": flags).
@@ -105,6 +97,16 @@ def test_starts(ops, start):
     dense = random_attention_problem([1, 20], [400, 90], starts=[start, start], capacity=500)
     for page in PAGES:
         check(ops, dense, paged_problem(dense, page), return_lse=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("length", [131072, 131073])
+def test_long_rows(ops, length):
+    """CUDA's lanes know the pages of 32 steps of a warp, which longer rows exceed."""
+    dense = random_attention_problem(
+        [1], [length], num_heads=2, num_kv_heads=1, head_dim=64, dtype=torch.bfloat16
+    )
+    check(ops, dense, paged_problem(dense, 16), return_lse=True)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,12 +1,10 @@
 """Bad block tables are refused with the documented errors before anything is written."""
 
 import dataclasses
-import sys
 
 import pytest
 import torch
 from paged import ABSURD, paged_problem
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import baton_kernels
 from baton_kernels.testing import Refusal, assert_same_bits, int32, random_attention_problem
@@ -127,23 +125,3 @@ def test_tables_written_in_place():
     # The same index values without a table are others.
     with pytest.raises(ValueError, match="ragged_attention: (lengths|starts|slots)"):
         baton_kernels.ragged_attention(**pages.arguments | {"block_table": None})
-
-
-@pytest.mark.parametrize("in_triton", [False, True])
-def test_the_cuda_kernels_refuse_tables(monkeypatch, in_triton):
-    """They have none yet; the Triton kernels do, and run where there is no CUDA library."""
-    module = sys.modules["baton_kernels.ops.ragged_attention"]
-    given = arguments_to_spoil() | {"slots": None}
-    with FakeTensorMode():
-        given = {
-            name: x if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda")
-            for name, x in given.items()
-        }
-        monkeypatch.setattr(module, "cuda", None)
-        module.check_arguments(**given, in_triton=in_triton)
-        monkeypatch.setattr(module, "cuda", "a library")
-        if in_triton:
-            module.check_arguments(**given, in_triton=True)
-            return
-        with pytest.raises(NotImplementedError, match="block_table must be None with the CUDA"):
-            baton_kernels.ragged_attention(**given)

@@ -45,8 +45,10 @@ class TwoNodes:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quiet() -> None:
+def _settings() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # On a machine under load a frontend takes longer to start than Serve grants it.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 
 @pytest.fixture(scope="module")

@@ -42,13 +42,11 @@ struct DecodeShared {
   }
 };
 
-template <typename T, int kHeadDim, int kTiles>
-__global__ void __launch_bounds__(kAttentionThreads, decode_blocks(kHeadDim, kTiles))
-    ragged_attention_decode_kernel(const __grid_constant__ AttentionArgs a) {
-  BATON_DYNAMIC_SHARED(memory);
+template <typename T, int kHeadDim, int kTiles, bool kPaged>
+__device__ __forceinline__ void decode_items(const AttentionArgs& a, unsigned char* memory) {
   using Shared = DecodeShared<kHeadDim, kTiles>;
   auto& shared = *reinterpret_cast<Shared*>(memory);
-  using Warp = DecodeWarp<T, kHeadDim, kTiles>;
+  using Warp = DecodeWarp<T, kHeadDim, kTiles, kPaged>;
   constexpr int kProducts = kHeadDim / 16;
   constexpr int kWhole = kHeadDim / 64, kRest = kHeadDim % 64;
   static_assert(kRest == 0 || kRest == 16 || kRest == 32);
@@ -153,16 +151,37 @@ __global__ void __launch_bounds__(kAttentionThreads, decode_blocks(kHeadDim, kTi
   }
 }
 
-template <typename T>
+template <typename T, int kHeadDim, int kTiles>
+__global__ void __launch_bounds__(kAttentionThreads, decode_blocks(kHeadDim, kTiles))
+    ragged_attention_decode_kernel(const __grid_constant__ AttentionArgs a) {
+  BATON_DYNAMIC_SHARED(memory);
+  decode_items<T, kHeadDim, kTiles, false>(a, memory);
+}
+
+// With a block table.
+template <typename T, int kHeadDim, int kTiles>
+__global__ void __launch_bounds__(kAttentionThreads, decode_blocks(kHeadDim, kTiles))
+    ragged_attention_paged_decode_kernel(const __grid_constant__ AttentionArgs a) {
+  BATON_DYNAMIC_SHARED(memory);
+  decode_items<T, kHeadDim, kTiles, true>(a, memory);
+}
+
+template <typename T, bool kPaged>
 cudaError_t launch_decode(const AttentionArgs& args, dim3 grid, cudaStream_t stream) {
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_int<64, 80, 96, 128, 256>(args.p.sizes.head_dim, [&]<int kHeadDim>() {
     dispatch_int<8, 16>(decode_vectors(kHeadDim, args.group), [&]<int kVectors>() {
       constexpr int kTiles = kVectors / 8;
       if constexpr (decode_vectors(kHeadDim, kVectors) == kVectors) {
-        error =
-            launch(ragged_attention_decode_kernel<T, kHeadDim, kTiles>, grid,
-                   dim3(kAttentionThreads), sizeof(DecodeShared<kHeadDim, kTiles>), stream, args);
+        const auto launch_kernel = [&](auto kernel) {
+          error = launch(kernel, grid, dim3(kAttentionThreads),
+                         sizeof(DecodeShared<kHeadDim, kTiles>), stream, args);
+        };
+        if constexpr (kPaged) {
+          launch_kernel(ragged_attention_paged_decode_kernel<T, kHeadDim, kTiles>);
+        } else {
+          launch_kernel(ragged_attention_decode_kernel<T, kHeadDim, kTiles>);
+        }
       }
     });
   });

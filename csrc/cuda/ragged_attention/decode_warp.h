@@ -3,11 +3,11 @@
 #pragma once
 
 #include "cuda/ragged_attention/mma.h"
+#include "cuda/ragged_attention/pages.h"
 #include "cuda/ragged_attention/results.h"
 
 namespace baton::cuda {
 
-constexpr int kStepKeys = 16;  // of a warp; the depth of the second product
 // How far, in base 2, a score may be above what probabilities are relative to.
 constexpr float kSlack = 8.0f;
 
@@ -24,7 +24,7 @@ __device__ __forceinline__ void unroll(Fn&& fn) {
   }
 }
 
-template <typename T, int kHeadDim, int kTiles>
+template <typename T, int kHeadDim, int kTiles, bool kPaged>
 class DecodeWarp {
   static constexpr int kProducts = kHeadDim / 16;  // of each kind per step
   static constexpr bool kQueriesInShared = decode_queries_in_shared(kHeadDim);
@@ -35,6 +35,10 @@ class DecodeWarp {
   const int32_t lane_ = threadIdx.x % 32, g_ = lane_ / 4, t_ = lane_ % 4, kv_head_ = blockIdx.y;
   const char* key_base_;
   const char* value_base_;
+  // With a block table: whether each key has to be looked up there, or each step, whose page a lane
+  // knows for one of all: how far it is to it, in 16 bytes, from that of the step before.
+  const bool by_step_, by_key_;
+  int32_t to_page_, step_ = 0;
   uint32_t key_[2][kHeadDim / 8];
   uint32_t value_[4][kHeadDim / 16];
   uint32_t query_[kTiles][kQueriesInShared ? 4 : kHeadDim / 8];
@@ -48,15 +52,20 @@ class DecodeWarp {
 
   __device__ __forceinline__ DecodeWarp(const AttentionArgs& a, const AttentionRow& row,
                                         const TileKeys& keys)
-      : a_(a), row_(row), keys_(keys) {
+      : a_(a),
+        row_(row),
+        keys_(keys),
+        by_step_(kPaged && a.pages_of_steps && (row.start + keys.begin) % kStepKeys == 0 &&
+                 keys.end - keys.begin <= 32 * kStride),
+        by_key_(kPaged && !by_step_) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) maximum[n][0] = maximum[n][1] = kNoScore;
     const auto base = [&](const void* cache, const CacheStrides& s) {
-      return reinterpret_cast<const char*>(static_cast<const T*>(cache) + row.slot * s.slot_stride +
-                                           kv_head_ * s.head_stride + row.start * s.column_stride);
+      return reinterpret_cast<const char*>(row_base<T>(row, kPaged, kv_head_, cache, s));
     };
     key_base_ = base(a.p.key_cache, a.p.key_cache_strides) + 16 * t_;
     value_base_ = base(a.p.value_cache, a.p.value_cache_strides) + 16 * g_;
+    if (by_step_) look_up_steps(keys.begin + static_cast<int32_t>(threadIdx.x) / 32 * kStepKeys);
   }
 
   // One multiplication of 32 bits by 32 bits, which adds 64.
@@ -73,26 +82,37 @@ class DecodeWarp {
       put(x, kHeadDim / 8 - 2, load_8_once(row + kHeadDim - 16 - 4 * t));
   }
 
+  // What a step needs first: the bases are those of its page from here on.
   __device__ __forceinline__ void load_keys(int32_t first) {
+    if (by_key_) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const PagePlace place = place_of(a_, row_, existing_key(first + g_ + 8 * i));
+        const char* page = page_of(key_base_, place, a_.p.key_cache_strides);
+        load_row(key_[i], at(page, place.column, a_.key_column_bytes), t_);
+      }
+      return;
+    }
+    if (by_step_) go_to_next_page();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      // Past the end, the last key again: its score is thrown away.
-      const int32_t k = min(first + g_ + 8 * i, keys_.end - 1);
-      load_row(key_[i], at(key_base_, k, a_.key_column_bytes), t_);
+      load_row(key_[i], at(key_base_, existing_key(first + g_ + 8 * i), a_.key_column_bytes), t_);
     }
   }
 
   __device__ __forceinline__ void load_values(int32_t first) {
+    const auto key_of = [&](int i) { return existing_key(first + 2 * t_ + i % 2 + i / 2 * 8); };
+    if (by_key_) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t k = min(first + 2 * t_ + i % 2 + i / 2 * 8, keys_.end - 1);
-      const T* row = at(value_base_, k, a_.value_column_bytes);
-      unroll<kHeadDim / 64>([&]<int j>() { put(value_[i], 4 * j, load_16_once<128 * j>(row)); });
-      constexpr int kRest = kHeadDim % 64, kDone = kHeadDim - kRest;
-      static_assert(kRest == 0 || kRest == 16 || kRest == 32);
-      if constexpr (kRest == 32) put(value_[i], kDone / 16, load_8_once(row + kDone - 4 * g_));
-      if constexpr (kRest == 16) value_[i][kDone / 16] = load_4_once(row + kDone - 6 * g_);
+      for (int i = 0; i < 4; ++i) {
+        const PagePlace place = place_of(a_, row_, key_of(i));
+        const char* page = page_of(value_base_, place, a_.p.value_cache_strides);
+        load_value(i, at(page, place.column, a_.value_column_bytes));
+      }
+      return;
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_value(i, at(value_base_, key_of(i), a_.value_column_bytes));
   }
 
   __device__ __forceinline__ int32_t head_of(int32_t vector) const {
@@ -183,6 +203,48 @@ class DecodeWarp {
   }
 
  private:
+  static constexpr int32_t kStride = kAttentionWarps * kStepKeys;
+
+  // Past the end, the last key again: its score is thrown away.
+  __device__ __forceinline__ int32_t existing_key(int32_t key) const {
+    return min(key, keys_.end - 1);
+  }
+
+  static __device__ __forceinline__ const char* page_of(const char* base, PagePlace place,
+                                                        const CacheStrides& s) {
+    return base + place.page * s.slot_stride * int64_t{sizeof(T)};
+  }
+
+  // All steps of this warp together, so that no load of keys waits for an entry of the table.
+  __device__ __forceinline__ void look_up_steps(int32_t first) {
+    if (first >= keys_.end) return;
+    // In 16 bytes, from where keys are counted; lanes without a step repeat the last one.
+    const auto page_at = [&](int32_t key) {
+      const PagePlace place = place_of(a_, row_, key);
+      const CacheStrides& s = a_.p.key_cache_strides;
+      const int64_t elements = place.page * s.slot_stride + (place.column - key) * s.column_stride;
+      return static_cast<int32_t>(elements / (16 / int64_t{sizeof(T)}));
+    };
+    const int32_t step = min(lane_, (keys_.end - 1 - first) / kStride);
+    const int32_t key = first + step * kStride;
+    to_page_ = page_at(key);
+    if (step > 0) to_page_ -= page_at(key - kStride);
+  }
+
+  __device__ __forceinline__ void go_to_next_page() {
+    const int64_t bytes = int64_t{__shfl_sync(~0u, to_page_, step_++)} * 16;
+    key_base_ += bytes;
+    value_base_ += bytes;
+  }
+
+  __device__ __forceinline__ void load_value(int i, const T* row) {
+    unroll<kHeadDim / 64>([&]<int j>() { put(value_[i], 4 * j, load_16_once<128 * j>(row)); });
+    constexpr int kRest = kHeadDim % 64, kDone = kHeadDim - kRest;
+    static_assert(kRest == 0 || kRest == 16 || kRest == 32);
+    if constexpr (kRest == 32) put(value_[i], kDone / 16, load_8_once(row + kDone - 4 * g_));
+    if constexpr (kRest == 16) value_[i][kDone / 16] = load_4_once(row + kDone - 6 * g_);
+  }
+
   template <int kCount>
   static __device__ __forceinline__ void put(uint32_t (&x)[kCount], int i, uint4 bits) {
     x[i] = bits.x;

@@ -9,6 +9,7 @@
 // totals.
 #pragma once
 
+#include "cuda/ragged_attention/pages.h"
 #include "cuda/ragged_attention/results.h"
 
 namespace baton::cuda {
@@ -138,14 +139,10 @@ __global__ void __launch_bounds__(kAttentionThreads, kGenericBlocks)
         range[m] = row.visible(a, token);
       }
     }
-    const T* key_base = static_cast<const T*>(p.key_cache) +
-                        row.slot * p.key_cache_strides.slot_stride +
-                        kv_head * p.key_cache_strides.head_stride +
-                        row.start * p.key_cache_strides.column_stride + dim;
-    const T* value_base = static_cast<const T*>(p.value_cache) +
-                          row.slot * p.value_cache_strides.slot_stride +
-                          kv_head * p.value_cache_strides.head_stride +
-                          row.start * p.value_cache_strides.column_stride + dim;
+    const T* key_base =
+        row_base<T>(row, p.block_table, kv_head, p.key_cache, p.key_cache_strides) + dim;
+    const T* value_base =
+        row_base<T>(row, p.block_table, kv_head, p.value_cache, p.value_cache_strides) + dim;
     float* const results =
         reinterpret_cast<float*>(shared);  // [warp][vector]: values, maximum, sum
     const int32_t result_size = head_dim + 2;
@@ -165,8 +162,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kGenericBlocks)
         const bool valid = k >= begin && k < end;
         float key[kLaneDims] = {}, value[kLaneDims] = {}, score[kQueries];
         if (valid && has_dims) {
-          load_dims<T, kAligned>(key_base + k * p.key_cache_strides.column_stride, key);
-          load_dims<T, kAligned>(value_base + k * p.value_cache_strides.column_stride, value);
+          load_dims<T, kAligned>(key_base + offset_of(a, row, k, p.key_cache_strides), key);
+          load_dims<T, kAligned>(value_base + offset_of(a, row, k, p.value_cache_strides), value);
         }
 #pragma unroll
         for (int m = 0; m < kQueries; ++m) {

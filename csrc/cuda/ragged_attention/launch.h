@@ -62,9 +62,9 @@ constexpr int64_t prefill_totals(int64_t head_dim) {
 }
 
 // T is __half or __nv_bfloat16. Blocks along y are KV heads; those along x share the items.
-template <typename T>
+template <typename T, bool kPaged>
 cudaError_t launch_decode(const AttentionArgs& args, dim3 grid, cudaStream_t stream);
-template <typename T>
+template <typename T, bool kPaged>
 cudaError_t launch_prefill(const AttentionArgs& args, dim3 grid, cudaStream_t stream);
 
 }  // namespace baton::cuda

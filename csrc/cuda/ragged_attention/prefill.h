@@ -22,11 +22,9 @@
 
 namespace baton::cuda {
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kAttentionThreads, prefill_blocks(kHeadDim))
-    ragged_attention_prefill_kernel(const __grid_constant__ AttentionArgs a) {
-  BATON_DYNAMIC_SHARED(memory);
-  using Block = PrefillBlock<T, kHeadDim>;
+template <typename T, int kHeadDim, bool kPaged>
+__device__ __forceinline__ void prefill_items(const AttentionArgs& a, unsigned char* memory) {
+  using Block = PrefillBlock<T, kHeadDim, kPaged>;
   AttentionItem item;
   for (int32_t round = 0; find_item(a, item_of(round), kTileVectors, !a.has_decode, item);
        ++round) {
@@ -92,12 +90,34 @@ __global__ void __launch_bounds__(kAttentionThreads, prefill_blocks(kHeadDim))
   }
 }
 
-template <typename T>
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kAttentionThreads, prefill_blocks(kHeadDim))
+    ragged_attention_prefill_kernel(const __grid_constant__ AttentionArgs a) {
+  BATON_DYNAMIC_SHARED(memory);
+  prefill_items<T, kHeadDim, false>(a, memory);
+}
+
+// With a block table.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kAttentionThreads, prefill_blocks(kHeadDim))
+    ragged_attention_paged_prefill_kernel(const __grid_constant__ AttentionArgs a) {
+  BATON_DYNAMIC_SHARED(memory);
+  prefill_items<T, kHeadDim, true>(a, memory);
+}
+
+template <typename T, bool kPaged>
 cudaError_t launch_prefill(const AttentionArgs& args, dim3 grid, cudaStream_t stream) {
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_int<64, 80, 96, 128, 256>(args.p.sizes.head_dim, [&]<int kHeadDim>() {
-    error = launch(ragged_attention_prefill_kernel<T, kHeadDim>, grid, dim3(kAttentionThreads),
-                   prefill_shared_bytes(kHeadDim), stream, args);
+    const auto launch_kernel = [&](auto kernel) {
+      error = launch(kernel, grid, dim3(kAttentionThreads), prefill_shared_bytes(kHeadDim), stream,
+                     args);
+    };
+    if constexpr (kPaged) {
+      launch_kernel(ragged_attention_paged_prefill_kernel<T, kHeadDim>);
+    } else {
+      launch_kernel(ragged_attention_prefill_kernel<T, kHeadDim>);
+    }
   });
   return error;
 }

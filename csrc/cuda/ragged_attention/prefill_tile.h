@@ -4,12 +4,13 @@
 #pragma once
 
 #include "cuda/ragged_attention/mma.h"
+#include "cuda/ragged_attention/pages.h"
 #include "cuda/ragged_attention/prefill_sizes.h"
 #include "cuda/ragged_attention/results.h"
 
 namespace baton::cuda {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kPaged>
 class PrefillBlock {
  public:
   static constexpr int kKeys = prefill_keys(kHeadDim), kPitch = prefill_pitch(kHeadDim);
@@ -39,9 +40,7 @@ class PrefillBlock {
                                           int32_t thread, int32_t first_vector, T* shared)
       : a_(a), row_(row), thread_(thread), shared_(shared), first_(first_vector + lane_ / 4) {
     const auto set = [&](int i, const void* cache, const CacheStrides& s) {
-      cache_[i] =
-          reinterpret_cast<const char*>(static_cast<const T*>(cache) + row.slot * s.slot_stride +
-                                        kv_head_ * s.head_stride + row.start * s.column_stride);
+      cache_[i] = reinterpret_cast<const char*>(row_base<T>(row, kPaged, kv_head_, cache, s));
     };
     set(0, a.p.key_cache, a.p.key_cache_strides);
     set(1, a.p.value_cache, a.p.value_cache_strides);
@@ -93,9 +92,20 @@ class PrefillBlock {
         if (kTileChunks % kAttentionThreads != 0 && c >= kTileChunks) break;
         const int32_t key = c / kChunks, chunk = c % kChunks;
         const bool valid = first + key >= keys.begin && first + key < keys.end;
-        const auto k = static_cast<uint32_t>(valid ? first + key : keys.begin);
+        auto k = static_cast<uint32_t>(valid ? first + key : keys.begin);
+        const char* cache = cache_[which];
+        if constexpr (kPaged) {
+          // What the table needs has no registers between two copies.
+          AttentionRow row{};
+          row.index = static_cast<int32_t>(load_16(parked()).y);
+          row.start = static_cast<int32_t>(load_4(a_.p.starts + row.index));
+          const PagePlace place = place_of(a_, row, static_cast<int32_t>(k));
+          const CacheStrides& s = which ? a_.p.value_cache_strides : a_.p.key_cache_strides;
+          cache += place.page * s.slot_stride * int64_t{sizeof(T)};
+          k = static_cast<uint32_t>(place.column);
+        }
         copy_async_16(target + key * kPitch + 8 * chunk,
-                      cache_[which] + uint64_t{k} * stride_[which] + 16 * chunk, valid);
+                      cache + uint64_t{k} * stride_[which] + 16 * chunk, valid);
       }
     }
     copy_async_commit();
@@ -228,6 +238,9 @@ class PrefillBlock {
     return {token, kv_head_ * group + vector - token * group};
   }
 
+  __device__ __forceinline__ const unsigned char* parked() const {
+    return reinterpret_cast<const unsigned char*>(shared_) + kParked + 16 * thread_;
+  }
   // Of this warp.
   __device__ __forceinline__ T* shared_queries() const {
     return shared_ + kCacheElements + thread_ / 32 * 16 * kQueryPitch;

@@ -7,6 +7,7 @@
 // vectors: blocks take one item after another, in an order that follows from their number. How
 // blocks, warps and lanes divide the work stands in the kernels' own files.
 #include <algorithm>
+#include <cstdlib>
 
 #include "cuda/kernels.h"
 #include "cuda/ragged_attention/generic.h"
@@ -34,7 +35,7 @@ struct Plan {
     kv_heads = p.sizes.num_kv_heads;
     group = p.num_heads / kv_heads;
     query_length = smaller(p.max_query_length, p.total_queries);
-    length = smaller(p.max_length, p.sizes.capacity);
+    length = smaller(p.max_length, attention_columns(p));
     vectors = smaller(p.total_queries, p.num_rows * query_length) * group;
     const bool tensor_cores = has_tensor_core_kernel(p);
     // A lone vector needs no more than its own registers; the bits are the same.
@@ -102,7 +103,7 @@ cudaError_t launch_generic(const AttentionArgs& args, const Plan& plan, cudaStre
   return error;
 }
 
-template <typename T>
+template <typename T, bool kPaged>
 cudaError_t launch_tensor_core(AttentionArgs& args, const Plan& plan, cudaStream_t stream) {
   const RaggedAttentionParams& p = args.p;
   args.key_column_bytes =
@@ -112,11 +113,30 @@ cudaError_t launch_tensor_core(AttentionArgs& args, const Plan& plan, cudaStream
   if (plan.has_decode) {
     const auto head_dim = static_cast<int>(p.sizes.head_dim);
     const int blocks = decode_blocks(head_dim, decode_vectors(head_dim, plan.group) / 8);
-    const cudaError_t error =
-        launch_decode<T>(args, plan.grid(plan.decode_items(p), blocks), stream);
+    const dim3 grid = plan.grid(plan.decode_items(p), blocks);
+    const cudaError_t error = launch_decode<T, kPaged>(args, grid, stream);
     if (error != cudaSuccess) return error;
   }
-  return plan.has_prefill() ? launch_prefill<T>(args, plan.prefill_grid(p), stream) : cudaSuccess;
+  return plan.has_prefill() ? launch_prefill<T, kPaged>(args, plan.prefill_grid(p), stream)
+                            : cudaSuccess;
+}
+
+// With a block table. The factor divides 31 bits by the page exactly: it is the reciprocal of at
+// least that many, rounded up.
+void set_pages(AttentionArgs& args, const RaggedAttentionParams& p) {
+  const CacheStrides &k = p.key_cache_strides, &v = p.value_cache_strides;
+  // Rows without columns need no page, and others do not fit.
+  if (p.sizes.num_slots == 0) args.num_slots = 1, args.capacity = 0;
+  args.page = static_cast<int32_t>(smaller(p.sizes.capacity, INT32_MAX));
+  args.page_shift = 31;
+  while (int64_t{1} << (args.page_shift - 31) < args.page) ++args.page_shift;
+  args.page_factor =
+      static_cast<uint32_t>(((uint64_t{1} << args.page_shift) + args.page - 1) / args.page);
+  // How far it is between pages has to fit 32 bits, in 16 bytes.
+  const int64_t reach = args.num_slots * std::abs(in_bytes(k, p.dtype).slot_stride) +
+                        args.capacity * std::abs(in_bytes(k, p.dtype).column_stride);
+  args.pages_of_steps = args.page % kStepKeys == 0 && reach / 16 <= INT32_MAX &&
+                        k.slot_stride == v.slot_stride && k.column_stride == v.column_stride;
 }
 
 AttentionArgs make_args(const RaggedAttentionParams& p, const Plan& plan) {
@@ -135,7 +155,8 @@ AttentionArgs make_args(const RaggedAttentionParams& p, const Plan& plan) {
   args.partial_stats = args.totals + plan.totals(p);
   const auto narrow = [](int64_t x) { return static_cast<int32_t>(smaller(x, INT32_MAX)); };
   args.num_slots = narrow(p.sizes.num_slots);
-  args.capacity = narrow(p.sizes.capacity);
+  args.capacity = narrow(attention_columns(p));
+  if (p.block_table) set_pages(args, p);
   args.total_queries = narrow(p.total_queries);
   args.max_query_length = narrow(plan.query_length);
   args.max_length = narrow(plan.length);
@@ -172,7 +193,10 @@ cudaError_t ragged_attention(const RaggedAttentionParams& p, cudaStream_t stream
   dispatch_dtype(p.dtype, [&]<typename Storage>() {
     using T = device_t<Storage>;
     if (plan.generic_queries == 0) {
-      if constexpr (sizeof(T) == 2) error = launch_tensor_core<T>(args, plan, stream);
+      if constexpr (sizeof(T) == 2) {
+        error = p.block_table ? launch_tensor_core<T, true>(args, plan, stream)
+                              : launch_tensor_core<T, false>(args, plan, stream);
+      }
     } else {
       error = launch_generic<T>(args, plan, stream);
     }

@@ -20,8 +20,9 @@ namespace baton::cuda {
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
 
-// Splits begin at multiples of this: four warps with 16 keys each.
-constexpr int32_t kSplitUnit = 16 * kAttentionWarps;
+constexpr int kStepKeys = 16;  // of a warp that decodes; the depth of its second product
+// Splits begin at multiples of this.
+constexpr int32_t kSplitUnit = kStepKeys * kAttentionWarps;
 static_assert(attention_segment_keys(0) % kSplitUnit == 0);
 
 // Splits of a row that decodes one token: of 256 keys, so that a row of 2,048 that is alone has
@@ -47,6 +48,14 @@ struct AttentionArgs {
   int32_t key_column_bytes, value_column_bytes;  // tensor core kernels: 32 bits are enough
   // What p says in 64 bits, for rows: at most INT32_MAX. No window is one of INT32_MAX.
   int32_t num_slots, capacity, total_queries, max_query_length, max_length, window;
+  // With a block table num_slots is the number of pages, `capacity` the columns that a row can
+  // have, and `page` those of a page; column c lies in page c * page_factor >> page_shift of its
+  // row.
+  int32_t page, page_shift;
+  uint32_t page_factor;
+  // The keys of a warp's step that begins at a multiple of 16 columns are in one page, as far from
+  // those of the step before as their values.
+  bool pages_of_steps;
   bool plain_scores;             // neither softcap nor ALiBi
   bool has_decode;               // rows of one token are the decode kernel's
   float* partial_sums;           // [vectors, num_kv_heads, max_splits, head_dim]
@@ -98,7 +107,7 @@ struct AttentionRow {
       return static_cast<int32_t>(load_4(of_rows + row));
     };
     first_token = at(p.cu_seqlens);
-    slot = at(p.slots);
+    slot = p.block_table ? 0 : at(p.slots);
     start = at(p.starts);
     length = at(p.lengths);
     query_length = static_cast<int32_t>(unsigned(at(p.cu_seqlens + 1)) - unsigned(first_token));

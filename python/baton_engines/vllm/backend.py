@@ -159,9 +159,7 @@ class Impl(AttentionImpl[Metadata]):
             baton_kernels.append_kv(
                 key[:tokens], value[:tokens], keys, values, step.pages, step.columns
             )
-        # The CUDA kernels read no block table; Triton's do.
-        ops = baton_kernels if query.device.type == "cpu" else baton_kernels.triton
-        ops.ragged_attention(
+        baton_kernels.ragged_attention(
             query[:tokens],
             keys,
             values,

@@ -55,14 +55,23 @@ struct Shape {
 };
 
 // A decode row that is split, a chunk, a prefill of two tiles, and a row with more query tokens
-// than tokens.
-inline void attend(const Shape& s, bool options) {
-  constexpr int64_t kSlots = 3, kRows = 4, kTokens = 32, kColumns = 600;
-  Bytes bounds({0, 1, 6, 26, kTokens}), slots({1, 0, 2, 1}), starts({3, 30, 0, 8}),
+// than tokens; in pages of 24 columns or in slots.
+inline void attend(const Shape& s, bool options, bool paged = false) {
+  constexpr int64_t kSlots = 3, kRows = 4, kTokens = 32, kColumns = 600, kPages = 25;
+  const std::vector<int32_t> slot_of{1, 0, 2, 1};
+  Bytes bounds({0, 1, 6, 26, kTokens}), slots(slot_of), starts({3, 30, 0, 8}),
       lengths({590, 70, 40, 4});
+  // Page j of a slot is in the slot's place, but for its number from the end.
+  std::vector<int32_t> pages;
+  for (const int32_t slot : slot_of) {
+    for (int32_t j = 0; j < kPages; ++j) pages.push_back(slot * kPages + kPages - 1 - j);
+  }
+  Bytes table(pages);
   const int64_t heads = 4 * s.heads, token = heads * s.head_dim * size_of(s.dtype);
-  const int64_t head = kColumns * s.head_dim, slot = s.heads * head;
-  const int64_t cache = kSlots * slot * size_of(s.dtype);
+  const int64_t columns = paged ? kColumns / kPages : kColumns;
+  const int64_t head = columns * s.head_dim, slot = s.heads * head;
+  const int64_t num_slots = paged ? kSlots * kPages : kSlots;
+  const int64_t cache = num_slots * slot * size_of(s.dtype);
   Bytes query(kTokens * token), out(kTokens * token), key_cache(cache), value_cache(cache),
       lse(kTokens * heads * 4), slopes(heads * 4), sinks(heads * 4);
   RaggedAttentionParams p{.query = query,
@@ -71,20 +80,20 @@ inline void attend(const Shape& s, bool options) {
                           .out = out,
                           .lse = lse,
                           .cu_seqlens = bounds,
-                          .slots = slots,
+                          .slots = paged ? nullptr : static_cast<int32_t*>(slots),
                           .starts = starts,
                           .lengths = lengths,
                           .alibi_slopes = options ? static_cast<float*>(slopes) : nullptr,
                           .sinks = options ? static_cast<float*>(sinks) : nullptr,
-                          .block_table = nullptr,
-                          .block_table_stride = 0,
-                          .max_pages = 0,
+                          .block_table = paged ? static_cast<int32_t*>(table) : nullptr,
+                          .block_table_stride = kPages,
+                          .max_pages = kPages,
                           .num_rows = kRows,
                           .num_heads = heads,
-                          .sizes = {1, kSlots, s.heads, kColumns, s.head_dim},
+                          .sizes = {1, num_slots, s.heads, columns, s.head_dim},
                           .query_strides = {0, heads * s.head_dim, s.head_dim},
-                          .key_cache_strides = {kSlots * slot, slot, head, s.head_dim},
-                          .value_cache_strides = {kSlots * slot, slot, head, s.head_dim},
+                          .key_cache_strides = {num_slots * slot, slot, head, s.head_dim},
+                          .value_cache_strides = {num_slots * slot, slot, head, s.head_dim},
                           .scale = 0.1f,
                           .softcap = options ? 5.0f : 0.0f,
                           .window = options ? 50 : 0,

@@ -166,6 +166,7 @@ int main() {
                                     {Dtype::kBFloat16, 1, 1, 256}};
   for (const Shape& shape : attention_shapes) {
     for (const bool options : {false, true}) attend(shape, options);
+    attend(shape, false, true);
   }
   for (const int64_t rows : {0, 3, 300}) indices(rows);
   return failures != 0;

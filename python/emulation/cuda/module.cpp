@@ -141,11 +141,12 @@ static void bind(py::module_& m) {
     using P = RaggedAttentionParams;
     Binding<P> binding(m, "ragged_attention", cuda::ragged_attention);
     binding FIELD(query) FIELD(key_cache) FIELD(value_cache) FIELD(out) FIELD(lse) FIELD(cu_seqlens)
-        FIELD(slots) FIELD(starts) FIELD(lengths) FIELD(alibi_slopes) FIELD(sinks) FIELD(num_rows)
-            FIELD(num_heads) FIELD(sizes) FIELD(query_strides) FIELD(key_cache_strides)
-                FIELD(value_cache_strides) FIELD(scale) FIELD(softcap) FIELD(window) FIELD(causal)
-                    FIELD(dtype) FIELD(total_queries) FIELD(max_query_length) FIELD(max_length)
-                        FIELD(workspace);
+        FIELD(slots) FIELD(starts) FIELD(lengths) FIELD(alibi_slopes) FIELD(sinks)
+            FIELD(block_table) FIELD(block_table_stride) FIELD(max_pages) FIELD(num_rows)
+                FIELD(num_heads) FIELD(sizes) FIELD(query_strides) FIELD(key_cache_strides)
+                    FIELD(value_cache_strides) FIELD(scale) FIELD(softcap) FIELD(window)
+                        FIELD(causal) FIELD(dtype) FIELD(total_queries) FIELD(max_query_length)
+                            FIELD(max_length) FIELD(workspace);
     binding.python.def("workspace_floats", cuda::ragged_attention_workspace);
   }
 

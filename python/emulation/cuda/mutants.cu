@@ -14,22 +14,38 @@ static int mutant = 0;
 // Specializations come before ragged_attention.cu, which uses them.
 namespace baton::cuda {
 template <>
-cudaError_t launch_decode<__half>(const AttentionArgs&, dim3, cudaStream_t) {
+cudaError_t launch_decode<__half, false>(const AttentionArgs&, dim3, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 template <>
-cudaError_t launch_prefill<__half>(const AttentionArgs&, dim3, cudaStream_t) {
+cudaError_t launch_prefill<__half, false>(const AttentionArgs&, dim3, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 template <>
-cudaError_t launch_decode<__nv_bfloat16>(const AttentionArgs& args, dim3 grid,
-                                         cudaStream_t stream) {
+cudaError_t launch_decode<__half, true>(const AttentionArgs&, dim3, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_prefill<__half, true>(const AttentionArgs&, dim3, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_decode<__nv_bfloat16, true>(const AttentionArgs&, dim3, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_prefill<__nv_bfloat16, true>(const AttentionArgs&, dim3, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_decode<__nv_bfloat16, false>(const AttentionArgs& args, dim3 grid,
+                                                cudaStream_t stream) {
   return launch(ragged_attention_decode_kernel<__nv_bfloat16, 256, 1>, grid,
                 dim3(kAttentionThreads), sizeof(DecodeShared<256, 1>), stream, args);
 }
 template <>
-cudaError_t launch_prefill<__nv_bfloat16>(const AttentionArgs& args, dim3 grid,
-                                          cudaStream_t stream) {
+cudaError_t launch_prefill<__nv_bfloat16, false>(const AttentionArgs& args, dim3 grid,
+                                                 cudaStream_t stream) {
   return launch(ragged_attention_prefill_kernel<__nv_bfloat16, 256>, grid, dim3(kAttentionThreads),
                 prefill_shared_bytes(256), stream, args);
 }

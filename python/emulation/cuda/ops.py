@@ -272,22 +272,33 @@ class EmulatedOps:
         self, query, key_cache, value_cache, cu_seqlens_q=None, slots=None, starts=None,
         lengths=None, *, scale=None, causal=True, window=None, softcap=0.0, alibi_slopes=None,
         sinks=None, return_lse=False, out=None, max_query_length=None, max_length=None,
+        block_table=None,
     ):  # fmt: skip
         check(ragged_attention_op)(
             query, key_cache, value_cache, cu_seqlens_q, slots, starts, lengths, scale=scale,
             causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-            max_query_length=max_query_length, max_length=max_length,
+            max_query_length=max_query_length, max_length=max_length, block_table=block_table,
         )  # fmt: skip
         total_queries, num_heads, head_dim = query.shape
         capacity = key_cache.shape[2]
-        cu_seqlens_q, slots, starts = self.given(len(lengths), cu_seqlens_q, slots, starts)
+        rows, paged = len(lengths), {}
+        cu_seqlens_q, slots, starts = self.given(
+            rows, cu_seqlens_q, lengths if block_table is not None else slots, starts
+        )
+        if block_table is not None:
+            slots, max_pages = None, block_table.shape[1]
+            capacity *= max_pages
+            paged = dict(block_table_stride=block_table.stride(0), max_pages=max_pages)
+            if block_table.numel() == 0:
+                # torch gives it no memory, and null stands for no table.
+                block_table = torch.zeros(1, dtype=torch.int32)
         if out is None:
             out = output(query, [total_queries, num_heads, head_dim])
             lse = output(torch.empty(0), [total_queries, num_heads]) if return_lse else None
         else:
             out, lse = out if return_lse else (out, None)
         fields = dict(
-            num_rows=len(slots), num_heads=num_heads, sizes=sizes(key_cache),
+            num_rows=rows, num_heads=num_heads, sizes=sizes(key_cache), **paged,
             query_strides=strides(query, 3), key_cache_strides=strides(key_cache, 4),
             value_cache_strides=strides(value_cache, 4),
             scale=head_dim**-0.5 if scale is None else scale, softcap=softcap, window=window or 0,
@@ -296,14 +307,14 @@ class EmulatedOps:
             max_length=capacity if max_length is None else max_length,
         )  # fmt: skip
         plan = self.module.ragged_attention()
-        for name, value in fields.items():
+        for name, value in {**fields, "block_table": pointer(block_table)}.items():
             setattr(plan, name, value)
         workspace = output(torch.empty(0), [plan.workspace_floats()])
         self.run(
             "ragged_attention",
             {"query": query, "key_cache": key_cache, "value_cache": value_cache,
              "cu_seqlens": cu_seqlens_q, "slots": slots, "starts": starts, "lengths": lengths,
-             "alibi_slopes": alibi_slopes, "sinks": sinks},
+             "alibi_slopes": alibi_slopes, "sinks": sinks, "block_table": block_table},
             {"out": out, "lse": lse, "workspace": workspace},
             **fields,
         )  # fmt: skip

@@ -119,15 +119,20 @@ def count(case: Case) -> Counts:
     )
 
 
-def decode_case(length: int) -> Case:
-    """One decode step of one row; the payload is what its keys and values take."""
-    cache = (1, NUM_KV_HEADS, length, HEAD_DIM)
+def decode_case(length: int, page: int | None = None) -> Case:
+    """One decode step of one row, in a slot or in pages of so many columns; the payload is what its
+    keys and values take."""
+    num_pages = 1 if page is None else -(-length // page)
+    cache = (num_pages, NUM_KV_HEADS, length if page is None else page, HEAD_DIM)
     arguments = {
         "query": numbers(1, NUM_HEADS, HEAD_DIM),
         "key_cache": numbers(*cache), "value_cache": -numbers(*cache),
         "cu_seqlens_q": cumulative([1]), "slots": int32([0]), "starts": int32([0]),
         "lengths": int32([length]), "max_query_length": 1, "max_length": length,
     }  # fmt: skip
+    if page is not None:
+        # Any order: that of the pages in memory is not looked at.
+        arguments |= {"slots": None, "block_table": int32(range(num_pages)).flip(0)[None]}
     payload = 2 * 2 * NUM_KV_HEADS * length * HEAD_DIM
     return Case("ragged_attention", f"decode, {length} keys", arguments, payload)
 
@@ -147,11 +152,11 @@ class DecodeCounts:
     ideal_wavefronts: int
 
 
-def count_decode(length: int = 512) -> DecodeCounts:
+def count_decode(length: int = 512, page: int | None = None) -> DecodeCounts:
     """The loop is what twice the keys of an unsplit row add."""
-    ((_, short),) = run_on_ptx(decode_case(128)).machines
-    ((_, long),) = run_on_ptx(decode_case(256)).machines
-    case = decode_case(length)
+    ((_, short),) = run_on_ptx(decode_case(128, page)).machines
+    ((_, long),) = run_on_ptx(decode_case(256, page)).machines
+    case = decode_case(length, page)
     machines = [machine for _, machine in run_on_ptx(case).machines]
     lines = decode_case(128).payload / 128
 

@@ -34,11 +34,12 @@ def kernel_names(module: str) -> dict[int, str]:
 @functools.cache
 def ptx_of(op: str, kernel: str, architecture: int, source: Path) -> str:
     """PTX of the file that has a kernel."""
-    # The tensor core kernels of a dtype have a file to themselves.
+    # The tensor core kernels of a dtype have files to themselves.
     files = {"13__nv_bfloat16": "bfloat16", "6__half": "half"}
-    of_dtype = re.search(r"(decode|prefill)_kernelI(13__nv_bfloat16|6__half)", kernel)
+    of_dtype = re.search(r"(paged_)?(decode|prefill)_kernelI(13__nv_bfloat16|6__half)", kernel)
+    name = files[of_dtype[3]] + ("_paged" if of_dtype[1] else "") if of_dtype else op
     folder = source / op if (source / op).is_dir() else source
-    path = folder / f"{files[of_dtype[2]] if of_dtype else op}.cu"
+    path = folder / f"{name}.cu"
     if path in SOURCES and architecture in PTX_ARCHITECTURES:
         return compiled(path, first_architectures(path)).ptx[architecture]
     return compile_ptx(path, architecture, source.parent)

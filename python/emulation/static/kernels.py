@@ -249,8 +249,12 @@ def first_architectures(source: Path) -> tuple[int, ...]:
 
     sm_89 gets the instructions and registers of sm_86, and holds no fewer blocks. Of sm_86 and
     sm_120, with as many registers and as much shared memory, the sources take one by turns, but
-    bfloat16.cu both; half.cu, the same kernels with another type of number, takes none.
+    bfloat16.cu both; half.cu, the same kernels with another type of number, takes none. The kernels
+    with a block table differ from these in where they look for keys.
     """
+    of_tables = {"bfloat16_paged": (75, 80, 90), "half_paged": (75, 80)}
+    if source.stem in of_tables:
+        return of_tables[source.stem]
     turn = (86, 120)[SOURCES.index(source) % 2]
     left_out = {"bfloat16": (89,), "half": (86, 89, 120)}.get(source.stem, (89, turn))
     return tuple(sm for sm in ARCHITECTURES if sm not in left_out)
