@@ -13,12 +13,15 @@ from ..kernels.attention_cases import decode_lengths
 from ..kernels.attention_work import AttentionWork, Heads
 from ..kernels.cuda_peers import decode_peers
 from ..kernels.measure import LIMIT, OURS, Way
+from ..kernels.paged_cases import Pages
 from .device import Stage, run
 from .rates import READ_BYTES, read_rate
 from .rates import words as random_words
 from .timing import beside_peers, our_us, time_ways
 
 LLAMA = Heads(32, 8, 128)
+# Of which a part is read from pages too, of so many columns.
+PAGED, PAGES = ("32 x 2k", "32 mixed, 128 to 2048"), (16, 128)
 # Compiling it takes most of a minute per shape.
 FLEX = ("32 x 2k", "8 x 8k")
 
@@ -56,15 +59,19 @@ def shapes() -> Iterator[tuple[str, Heads, list[int], dict]]:
     yield "8 x 128k", LLAMA, [128 * k] * 8, {}
 
 
-def ways(work: AttentionWork, options: dict, flex: bool) -> list[Way]:
+def ways(work: AttentionWork, options: dict, flex: bool, paged: bool) -> list[Way]:
     """Ours and the peers that run here."""
     ours = Way(
         "ragged_attention", work.calls(ragged_attention, **options), work.check, OURS,
         work.poison_padding,
     )  # fmt: skip
+    # A kind of its own: neither the row's figure nor a peer.
+    found = [ours] + [
+        Way(f"in pages of {page}", Pages(work, page, False).calls(), work.check, "paged")
+        for page in (PAGES if paged else ())
+    ]
     if work.device == "cpu":
-        return [ours, peers.row_sdpa(work)]
-    found = [ours]
+        return [*found, peers.row_sdpa(work)]
     if not options:
         found += decode_peers(work)
     if flex:
@@ -118,13 +125,22 @@ def measure(
         heads, [1] * len(lengths), lengths, dtype=stage.dtype, device=sizes, window=window
     )
     reader = Way("read of the same bytes", reads(source, work), kind=LIMIT)
-    found = time_ways([*ways(work, options, flex), reader], stage.device)
+    found = time_ways([*ways(work, options, flex, label in PAGED), reader], stage.device)
     us = our_us(found)
     bytes_per_s = us and 1e6 * work.bytes / us
     stage.record.add(
         label, heads=str(heads), rows=len(lengths), bytes=work.bytes, layers=work.layers,
         ways=found, gb_per_s=us and bytes_per_s / 1e9, share=us and bytes_per_s / rate,
-        beside=beside_peers(found),
+        beside=beside_peers(found) + beside_slots(found),
+    )  # fmt: skip
+
+
+def beside_slots(found: list[dict]) -> str:
+    """Times in pages as multiples of that in slots, in words."""
+    us = our_us(found)
+    return "".join(
+        f"; {way['way']} {way['us'] / us:.2f}x" for way in found
+        if way["kind"] == "paged" and way.get("us") and us
     )  # fmt: skip
 
 

@@ -38,6 +38,22 @@ def attention(device: str, dtype: torch.dtype, dim: int, tokens: list[int], **op
     return "ragged_attention", arguments, options
 
 
+def paged(device: str, page: int, tokens: list[int]) -> tuple:
+    """A call of ragged_attention in bfloat16 x 128 with a block table; pages are one row's."""
+    query = torch.empty(sum(tokens), 4, 128, dtype=torch.bfloat16, device=device).normal_()
+    starts, lengths = ROWS[1:]
+    pages_of = [-(-(start + n) // page) for start, n in zip(starts, lengths, strict=True)]
+    table = torch.full((len(lengths), max(pages_of)), -1, dtype=torch.int32)
+    free = torch.randperm(sum(pages_of), dtype=torch.int32)
+    for row, count in enumerate(pages_of):
+        table[row, :count], free = free[:count], free[count:]
+    shape = (sum(pages_of), KV_HEADS, page, 128)
+    caches = [torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2)]
+    index = (int32(x, device) for x in (starts, lengths))
+    arguments = (query, *caches, cumulative(tokens, device), None, *index)
+    return "ragged_attention", arguments, {"block_table": table.to(device)}
+
+
 def calls(device: str) -> Iterator[tuple[str, Callable[[], tuple]]]:
     """Names, and what makes an op's name, arguments and keyword arguments."""
     half, wide = torch.bfloat16, torch.float32
@@ -66,6 +82,9 @@ def calls(device: str) -> Iterator[tuple[str, Callable[[], tuple]]]:
         lambda: attention(device, half, 64, [9, 70], causal=False, return_lse=True),
     )
     yield "mixed bf16 x 128", lambda: attention(device, half, 128, [1, 150])
+    yield "decode in pages of 16", lambda: paged(device, 16, [1, 1])
+    yield "decode in pages of 7", lambda: paged(device, 7, [1, 1])
+    yield "prefill in pages of 16", lambda: paged(device, 16, [37, 200])
     yield "insert_kv", lambda: (
         "insert_kv", (*packed(9, half), *caches(device, half, 64),
                       *places([0, 4, 9], [0, 2], [50, 600])), {},
@@ -106,7 +125,7 @@ def compare(op: str, arguments: tuple, options: dict) -> None:
     Raises:
         AssertionError: A result is wrong, or a cache holds other bits.
     """
-    here = [x.cpu().clone() for x in arguments]
+    here = [x if x is None else x.cpu().clone() for x in arguments]
     given = {k: x.cpu() if isinstance(x, torch.Tensor) else x for k, x in options.items()}
     result = getattr(baton_kernels, op)(*arguments, **options)
     if op in ("ragged_attention", "merge_attention"):

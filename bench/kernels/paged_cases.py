@@ -44,12 +44,12 @@ class Pages:
         shape = (work.layers, 2, len(order), heads.kv, page, heads.dim)
         if heads_last:
             shape = (*shape[:3], page, heads.kv, heads.dim)
-        self.caches = torch.full(shape, float("nan"), dtype=work.dtype)
+        self.caches = torch.full(shape, float("nan"), dtype=work.dtype, device=work.device)
         if heads_last:
             self.caches = self.caches.transpose(3, 4)
         self.table = self.table.to(work.device)
         for row, length in enumerate(work.lengths):
-            column = torch.arange(length)
+            column = torch.arange(length, device=work.device)
             place = self.table[row, column // page].long(), slice(None), column % page
             for layer in range(work.layers):
                 for cache, rows in zip(self.caches[layer], work.row(layer, row), strict=True):
@@ -73,9 +73,6 @@ def paged(options: Options) -> Iterator[Work]:
     lengths = decode_lengths(32, 128, 2048, 686)
     if options.tiny:
         lengths = [1, 5, 16]
-    if options.device.name != "cpu":
-        # The CUDA kernels have no block tables.
-        return
     for dtype in options.dtypes:
         for heads in (LLAMA, SMOLLM2):
             label = f"{len(lengths)} rows of {min(lengths)}..{max(lengths)}, {heads}"

@@ -10,9 +10,9 @@ import torch
 from bench_package import import_bench
 
 CASES = (
-    "ceilings", "decode", "padding", "paged", "prefix", "scaling", "prefill", "chunk", "mixed",
-    "insert", "extract", "move", "append", "layers", "rows", "linear", "packed", "overhead", "step",
-    "eight_bit",
+    "ceilings", "decode", "padding", "paged", "prefix", "eight_bit", "scaling", "prefill", "chunk",
+    "mixed", "insert", "extract", "move", "append", "layers", "rows", "linear", "packed",
+    "overhead", "step",
 )  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def test_the_command_runs_every_stage(results):
 @pytest.mark.slow
 def test_what_the_stages_find(results):
     entries, _, _ = results
-    assert entries["probe"]["headline"].endswith("14 calls right, 0 wrong")
+    assert entries["probe"]["headline"].endswith("17 calls right, 0 wrong")
     assert {row["case"]: row.get("read_by") for row in entries["probe"]["rows"]}["rates"]
     assert "0 failed" in entries["ops"]["headline"]
     assert not entries["ops"]["headline"].startswith("0 passed")

@@ -247,8 +247,8 @@ def test_generate_and_serve_make_the_same_relay(folder, monkeypatch):
         assert {name: options[name] for name in wanted} == wanted
         assert options["policy"].name == "baton" and options["prefill"].name == "overlapped"
     ours = set(inspect.signature(Relay).parameters) - {"model", "tokenizer", "generation_config"}
-    # Shapes that measure what others cost are for programs.
-    assert ours - set(taken[1]) <= {"aligned", "shaping", "clock"}, ours
+    # Shapes that measure what others cost are for programs, and so are steps without graphs.
+    assert ours - set(taken[1]) <= {"aligned", "shaping", "clock", "cuda_graphs"}, ours
 
 
 def test_standard_input(folder):
