@@ -136,10 +136,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_options(args: argparse.Namespace) -> Options:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    effort, num_bytes, repeats = Effort(), 512 << 20, 7
+    effort, num_bytes, repeats = Effort(), 1 << 30, 7
     cache_bytes = l3_bytes()
     if args.quick:
-        effort, num_bytes, repeats = Effort(0.2, 3, 50), 512 << 20, 3
+        effort, num_bytes, repeats = Effort(0.2, 3, 50), 1 << 30, 3
     if args.tiny:
         effort, num_bytes, repeats = Effort(0.0, 2, 2), 8 << 20, 1
         cache_bytes = 1

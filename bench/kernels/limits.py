@@ -132,7 +132,7 @@ class Limits:
         repeats: Runs of each candidate.
     """
 
-    def __init__(self, num_bytes: int = 512 << 20, repeats: int = 7):
+    def __init__(self, num_bytes: int = 1 << 30, repeats: int = 7):
         self.num_bytes, self.repeats = num_bytes, repeats
         self._buffers = {huge: buffer(num_bytes, huge) for huge in (True, False)}
         self._best: dict[tuple[str, int], tuple] = {}

@@ -58,7 +58,7 @@ def test_a_relay_starts_ray_and_shuts_it_down(monkeypatch):
 
     def init():
         started.append(True)
-        original(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+        original("local", num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
 
     original = ray.init
     monkeypatch.setattr(ray, "init", init)

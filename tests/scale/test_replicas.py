@@ -31,7 +31,11 @@ def url(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray.init(
-        num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False
+        "local",
+        num_cpus=2,
+        object_store_memory=80 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
