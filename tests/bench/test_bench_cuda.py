@@ -53,7 +53,7 @@ def test_case_runs_on_a_gpu_as_far_as_a_cpu_can_tell(main, options, case):
         row.median_us or row.note.startswith(without.get(row.kind, "missing: ")) for row in rows
     )
     # The last four measure what only a CPU has.
-    without_rows = ("ceilings", "overhead", "step", "paged", "prefix", "packed", "eight_bit")
+    without_rows = ("ceilings", "overhead", "step", "prefix", "packed", "eight_bit")
     assert bool(rows) == (case not in without_rows)
     if case == "decode":
         ways = {row.way for row in rows}
