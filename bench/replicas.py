@@ -262,7 +262,7 @@ async def scale(url: str, questions: Sequence[Question], slots: int) -> None:
 
 
 async def wait_for_replicas(count: int, begin: float, limit: float = 300.0) -> float:
-    """Seconds since `begin` until there are so many.
+    """Seconds since `begin` until `count` replicas are ready.
 
     Raises:
         TimeoutError: there never are.

@@ -1,4 +1,4 @@
-"""Weights rounded to int8 beside the model's own dtype: perplexity, greedy tokens, bytes, speed.
+"""Weights rounded to int8 and the model's own dtype: perplexity, greedy tokens, bytes, speed.
 
 Perplexity is that of a text that lies in bench/data, or of any other, in windows of the same
 length; each token but a window's first counts once. Greedy tokens are compared where both models

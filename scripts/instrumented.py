@@ -24,7 +24,7 @@ def build_package(folder: Path, options: str, *, without: Sequence[str] = ()) ->
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     torch = Path(spec.origin).parent
-    # CMake and ninja are those beside this Python, if there are such.
+    # CMake and ninja are those next to this Python, if it has them.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     cmake = shutil.which("cmake", path=path) or "cmake"
     environment = {**os.environ, "PATH": path}

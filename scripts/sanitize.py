@@ -113,7 +113,7 @@ def under(command: list[str]) -> tuple[int, str]:
             "UBSAN_OPTIONS": options,
         },
     )  # fmt: skip
-    # UBSan beside ASan prints to standard error, whatever log_path says.
+    # With ASan in the same process UBSan ignores log_path and prints to standard error.
     undefined = [line + "\n" for line in done.stderr.splitlines() if "runtime error:" in line]
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)

@@ -38,7 +38,7 @@ def main() -> None:
     corpus.add_argument("--calls", type=int, default=20_000)
     operations = commands.add_parser("operations", help="state machines of caches and relays")
     operations.add_argument("--operations", type=int, default=1_000_000)
-    operations.add_argument("--faults", type=int, default=0, help="go on until so many")
+    operations.add_argument("--faults", type=int, default=0, help="go on until then")
     operations.add_argument("--begin", type=int, default=0, help="number of the first shard")
     operations.add_argument("--machine", action="append", help="this one (default: all)")
     operations.add_argument("--examples", type=int, default=10, help="of a machine in a shard")

@@ -179,7 +179,7 @@ def test_reference_imports_torch_alone():
     for path in (PACKAGE / "reference").glob("*.py"):
         for name in imports(path):
             own = path.name == "__init__.py" and name.startswith("baton_kernels.reference.")
-            # What several of them share, which itself imports torch alone.
+            # What several of them share, which itself imports torch only.
             own = own or name.startswith("baton_kernels.reference._")
             assert own or name.split(".")[0] == "torch", f"{path.name} imports {name}"
 

@@ -99,7 +99,7 @@ def pack_linear(
         NotImplementedError: int8 on another device than the CPU.
 
     Source: the packed operands of BLAS libraries (BLIS, oneDNN), kept; int8 with scales for
-    blocks of elements as in ggml's Q8_0, here of x alone.
+    blocks of elements as in ggml's Q8_0, here of x only.
     """
     check = Checker("pack_linear")
     check.floating("weight", weight)

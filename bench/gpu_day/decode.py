@@ -20,7 +20,7 @@ from .rates import words as random_words
 from .timing import beside_peers, our_us, time_ways
 
 LLAMA = Heads(32, 8, 128)
-# Of which a part is read from pages too, of so many columns.
+# Shapes that are read from pages too, and the columns of a page.
 PAGED, PAGES = ("32 x 2k", "32 mixed, 128 to 2048"), (16, 128)
 # Compiling it takes most of a minute per shape.
 FLEX = ("32 x 2k", "8 x 8k")

@@ -12,7 +12,7 @@
 
 namespace baton {
 
-// Scales [num_layers, num_slots, num_kv_heads, capacity] beside keys and values; null in caches of
+// Scales [num_layers, num_slots, num_kv_heads, capacity] of keys and values; null in caches of
 // floats. Strides in elements, as a cache's.
 struct KvScales {
   float* key = nullptr;

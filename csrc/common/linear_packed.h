@@ -9,7 +9,7 @@
 // int8 panels are [ceil(in_features / 4)][48][4] with a scale per output. x is rounded to int8
 // then, with a scale for each kInt8Group elements of a row: few elements are many times as large as
 // the others, and with one scale per row they would leave the others few of the 8 bits. The sums of
-// a group are exact in int32, in whatever order. Groups are added up in float32 in their order,
+// a group are exact in int32, in any order. Groups are added up in float32 in their order,
 // each by a product and an addition, rounded both: a fused operation is not every CPU's. So every
 // CPU has the same bits.
 #pragma once

@@ -6,7 +6,7 @@
 // A float that was computed from an undefined one is undefined, also where it was multiplied by 0.
 // What a branch on an undefined value chose is not, so such branches count as wrong.
 //   padding: in the caches only keys and values of the rows are defined. No branch may depend on
-//     others: then results are computed from defined values alone, whatever those others are.
+//     others: then results are computed from defined values alone, with any values of those others.
 //   hidden: for each query token in turn, only the keys and values that it sees are defined, and no
 //     query vector but its own. A kernel may multiply finite hidden values by 0, which changes
 //     nothing, and does the block once more where that gave NaN: the undefined values are NaN, so

@@ -1,4 +1,4 @@
-"""No bit of padding or of a hidden key reaches a result of the CPU kernels, whatever its value: by
+"""No bit of padding or of a hidden key reaches a result of the CPU kernels, at any value: by
 valgrind's memcheck (taint.cpp)."""
 
 import os

@@ -1,4 +1,4 @@
-"""Tokens on their way into caches of eight bits, inside of them and out again."""
+"""Tokens copied into caches of eight bits, inside of them and out again."""
 
 import math
 

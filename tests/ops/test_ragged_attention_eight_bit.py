@@ -202,7 +202,7 @@ def test_pages(ops, name, dtype, stored):
 @pytest.mark.parametrize("stored", EIGHT_BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_one_slot(ops, dtype, stored):
-    """Segments that rows have in the same place are read once, with the bits of each alone."""
+    """Segments that rows have in the same place are read once, with the bits of each row."""
     dense = random_attention_problem([3], [1400], dtype=dtype)
     one = eight_bit_problem(dense, stored).arguments
     generator = torch.Generator().manual_seed(1)
@@ -218,7 +218,7 @@ def test_rows_of_one_slot(ops, dtype, stored):
         assert_same_bits(together[i : i + 1], attend(ops, alone))
 
 
-# 3. What is hidden never reaches a token, whatever its elements and its scale are.
+# 3. What is hidden never reaches a token, at any elements and any scale.
 
 
 @pytest.mark.parametrize("stored", EIGHT_BITS)

@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from relay_workload import make_model
+from transformers import LlamaForCausalLM
 
 from baton_engines import policies
 from baton_engines.relay import Relay
@@ -25,23 +26,10 @@ CUTS = [
 ]
 
 
-def make_model(dtype: torch.dtype) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=131,
-        hidden_size=96,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        # Large enough for attention that looks somewhere and logits that differ.
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval().to(dtype)
+SIZES = {
+    "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6, "head_dim": 32,
+    "max_position_embeddings": 1024,
+}  # fmt: skip
 
 
 def logits_of(model: LlamaForCausalLM, policy: policies.Policy, num_slots: int) -> list:
@@ -64,7 +52,7 @@ def logits_of(model: LlamaForCausalLM, policy: policies.Policy, num_slots: int) 
 @pytest.mark.parametrize("isa", available_cpu_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bits_are_those_of_prompts_apart(dtype, isa):
-    model = make_model(dtype)
+    model = make_model(dtype, **SIZES)
     with cpu_isa(isa):
         expected = logits_of(model, policies.get("baton", join="never"), 3)
         assert len({tuple(x[0].tolist()) for x in expected}) == len(PROMPTS)

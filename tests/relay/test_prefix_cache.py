@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_settings import watch_budget
 from relay_checks import assert_empty
-from transformers import LlamaConfig, LlamaForCausalLM
+from relay_workload import make_model
 
 from baton_engines import Relay
 from baton_engines.policies import NAMES
@@ -145,22 +145,10 @@ def prompts() -> list[list[int]]:
     return [head + tail for head, tail in zip(heads, tails, strict=True)]
 
 
-def make_model(dtype: torch.dtype) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=96,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval().to(dtype)
+SIZES = {
+    "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6, "head_dim": 32,
+    "max_position_embeddings": 512, "vocab_size": 61,
+}  # fmt: skip
 
 
 def logits_of(model, texts, num_slots=2, **options):
@@ -181,7 +169,7 @@ def logits_of(model, texts, num_slots=2, **options):
 @pytest.mark.parametrize("isa", available_cpu_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_hit_has_the_bits_of_a_miss(dtype, isa):
-    model = make_model(dtype)
+    model = make_model(dtype, **SIZES)
     with cpu_isa(isa):
         expected, without = logits_of(model, prompts())
         got, counters = logits_of(model, prompts(), prefix_cache=2**24)
@@ -197,7 +185,7 @@ def test_a_hit_has_the_bits_of_a_miss(dtype, isa):
 @pytest.mark.parametrize("policy", NAMES)
 @pytest.mark.parametrize("prefill", ["serial", "overlapped"])
 def test_every_policy_reuses_and_answers_the_same(policy, prefill):
-    model = make_model(torch.bfloat16)
+    model = make_model(torch.bfloat16, **SIZES)
     expected, _ = logits_of(model, prompts())
     options = {"policy": policy, "prefill": prefill, "prefix_cache": 2**24}
     got, counters = logits_of(model, prompts(), **options)
@@ -206,7 +194,7 @@ def test_every_policy_reuses_and_answers_the_same(policy, prefill):
 
 
 def test_a_conversation_goes_on_from_its_own_answers():
-    model = make_model(torch.bfloat16)
+    model = make_model(torch.bfloat16, **SIZES)
     with Relay(model, 2, 400, prefix_cache=2**24) as relay:
         first = relay.submit(SYSTEM[:50], max_new_tokens=60)
         relay.run()

@@ -25,7 +25,7 @@ EXAMPLES, STEPS = 10, 50  # of a machine in a shard
 
 
 def machines() -> dict[str, type[RuleBasedStateMachine]]:
-    """Every state machine, by name. Those of emulated kernels run in `make test` alone."""
+    """Every state machine, by name. Those of emulated kernels run in `make test` only."""
     from relay_machine import RelayMachine
     from test_kv_cache_machine import MACHINES
     from test_prefill_machine import PrefillMachine, ProcessMachine

@@ -69,7 +69,7 @@ def check_before_a_hole(ops, arguments, dtype):
 
 
 def check_any_number_of_rows(ops, arguments, dtype):
-    """The bits of 130 rows alone, and of the first and the last few together."""
+    """The bits of 130 rows one by one, and of the first and the last few together."""
     packed = pack_linear(arguments["weight"], dtype=dtype)
     x, bias = arguments["x"], arguments["bias"]
     with cpu_threads(1):

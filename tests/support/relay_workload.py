@@ -10,22 +10,16 @@ from baton_engines.relay import Query, Relay
 CAPACITY = 72
 
 
-def make_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def make_model(dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
+    """changes: what the configuration has otherwise."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
+    sizes = {
+        "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
         # Large enough for attention that looks somewhere and logits that differ.
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval().to(dtype)
+        "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval().to(dtype)
 
 
 class Workload:

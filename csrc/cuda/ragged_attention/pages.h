@@ -12,7 +12,7 @@ struct PagePlace {
 };
 
 // Looks one up, with a block table. A page that does not exist is taken for the last one: nothing
-// outside the caches is read, whatever a table holds.
+// outside the caches is read, with any table.
 __device__ __forceinline__ PagePlace place_of(const AttentionArgs& a, const AttentionRow& row,
                                               int32_t key) {
   const auto column = static_cast<uint32_t>(row.start + key);

@@ -269,7 +269,7 @@ class DecodeLoop:
         decoded = graphs.decode(rows)
         logits = decoded.logits
         if self.batch.on_logits is not None:
-            # Whoever sees them may keep them.
+            # A callback may keep them.
             logits = logits.clone()
         self.batch.counters.replayed_steps += decoded.replayed
         # A capture comes once.

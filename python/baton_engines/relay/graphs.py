@@ -325,7 +325,7 @@ def open_graphs(
 
 
 def _rounded_rows(rows: int, num_slots: int) -> int:
-    """The rows of the smallest graph that has so many."""
+    """The rows of the smallest graph that has enough."""
     count = 1 << (rows - 1).bit_length() if rows < _ROWS else -(-rows // _ROWS) * _ROWS
     return min(count, num_slots)
 

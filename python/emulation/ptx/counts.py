@@ -120,7 +120,7 @@ def count(case: Case) -> Counts:
 
 
 def decode_case(length: int, page: int | None = None) -> Case:
-    """One decode step of one row, in a slot or in pages of so many columns; the payload is what its
+    """One decode step of one row, in a slot or in pages of `page` columns; the payload is what its
     keys and values take."""
     num_pages = 1 if page is None else -(-length // page)
     cache = (num_pages, NUM_KV_HEADS, length if page is None else page, HEAD_DIM)
