@@ -5,6 +5,7 @@
 | costs_are_found | the fit predicts forwards of another kind than it has seen, within 3 % |
 | nothing_is_said_before_eight_forwards | until then the first sizes hold |
 | a_slower_machine | is noticed within 30 forwards; one late forward is not taken for one |
+| sizes_until_costs_are_trusted | 256 tokens for 32 forwards; a bound in seconds cuts them before |
 | what_is_not_seen_again | still stands: a thousand decode steps do not forget what prompts cost |
 | frugal_tokens | fewest tokens within the slack, on costs whose best is known |
 | tokens_that_join | free, frugal, bounded by tokens, by seconds, and by what is there: by hand |
@@ -19,7 +20,7 @@ from plan_views import make_decoder, make_query, view
 
 from baton_engines import policies
 from baton_engines.policies import Forward, Plan, Work
-from baton_engines.policies.costs import FEWEST, FittedCosts
+from baton_engines.policies.costs import FEWEST, SETTLED, FittedCosts
 from baton_engines.policies.token_budget import SLACK, frugal_tokens
 from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
@@ -163,6 +164,26 @@ def test_sizes_while_nothing_is_known():
     bounded = policies.get("baton", max_token_gap=1.0)
     assert bounded.plan(view([long], [decoder])).forwards[0].prefill == ((long, 8),)
     assert bounded.plan(view([long])).forwards[0].prefill == ((long, 256),)
+
+
+def test_sizes_until_costs_are_trusted():
+    long, decoder = make_query(0, 900), make_decoder(7)
+    policy, bounded = policies.get("baton"), policies.get("baton", max_token_gap=0.1)
+
+    def chunk(policy):
+        ((_, count),) = policy.plan(view([long], [decoder])).forwards[0].prefill
+        return count
+
+    for count in range(SETTLED):
+        assert chunk(policy) == 255, count
+        # 0.1 s hold some 140 tokens of this machine.
+        assert (chunk(bounded) == 8) == (count < FEWEST), count
+        assert chunk(bounded) < 150, count
+        for each in (policy, bounded):
+            work = joint(1, 16 + count) if count % 2 else decode(1)
+            each.observe(work, machine(work))
+    # Forwards of at most 47 tokens are fitted by then, and twice as many are tried next.
+    assert chunk(policy) <= 2 * 48
 
 
 def test_the_next_queries_are_taken_to_be_as_long_as_those_that_ended():

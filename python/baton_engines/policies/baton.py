@@ -31,7 +31,8 @@ from .plan import Forward, Plan, View
 from .token_budget import frugal_tokens
 
 JOINS = ("auto", "never")
-# Tokens of a forward while nothing is known of its costs.
+# Tokens of a forward while too little is known of its costs: the first fits vary by a factor of 4,
+# too small a forward leaves slots empty, and all decoders wait for too large a one.
 FIRST = 256
 # Prompt tokens that join decoders who wait no longer than a bound, while nothing is known.
 FIRST_BOUNDED = 8
@@ -133,8 +134,7 @@ class Baton(Policy):
         if decoders and self.max_stall_tokens is not None:
             most = min(most, self.max_stall_tokens)
         base = Work.of((), decoders)
-        known = self._fitted is None or self._fitted.ready
-        if known:
+        if self._fitted is None or self._fitted.settled:
             wanted = self._frugal_tokens(view) - len(decoders)
             if self._fitted is not None:
                 # What lies far beyond all that was seen is not predicted well.
@@ -147,7 +147,7 @@ class Baton(Policy):
             wanted = FIRST - len(decoders)
         room = max(1, min(wanted, most))
         if decoders and self.max_token_gap is not None:
-            if not known:
+            if self._fitted is not None and not self._fitted.ready:
                 return min(room, FIRST_BOUNDED)
             bound = self.max_token_gap
             if self._fitted is not None:

@@ -18,8 +18,9 @@ KNOTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 # What a forward weighs compared with the next one of about the same size: some 200 of them count.
 # Those of another size still stand, as nothing newer is known of it.
 FORGET = 0.995
-# Forwards that have to be seen before anything is said.
-FEWEST = 8
+# Forwards that have to be seen before anything is predicted, and before predictions choose the size
+# of a forward.
+FEWEST, SETTLED = 8, 32
 # How much of the error of the last forward the scale takes over: nearly all of it in 30 forwards.
 FOLLOW = 0.1
 # What is taken to be so as far as no forward says otherwise, and the share of a forward's weight
@@ -108,6 +109,11 @@ class FittedCosts:
         self._rest = (0.0, 0.0, 0.0)
         self._ratios: deque[float] = deque(maxlen=SPREAD_OF)
 
+    @property
+    def settled(self) -> bool:
+        """Whether so many forwards have been seen that the next ones change little."""
+        return self._count >= SETTLED
+
     def seconds(self, work: Work) -> float:
         """Of a forward; 0 before any has been fitted."""
         return self._scale * self._shape(work)
@@ -129,7 +135,7 @@ class FittedCosts:
         if self.ready:
             ratio = seconds / max(1e-12, self._shape(work))
             self._ratios.append(ratio / self._scale)
-            if self._count >= 4 * FEWEST:
+            if self.settled:
                 # One forward that was interrupted for long does not mean another machine.
                 limited = min(max(ratio, 0.5 * self._scale), 2 * self._scale)
                 self._scale += FOLLOW * (limited - self._scale)
