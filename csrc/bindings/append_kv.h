@@ -25,7 +25,7 @@ inline void check_rotary(const Checker& check, const char* name, const Tensor& t
   check.last_contiguous(name, tensor);
 }
 
-// Returns the rotated query, where there is one. The scales are those of a cache of eight bits.
+// Returns the rotated query if one is given. Scales are given if the cache is an eight-bit one.
 template <typename Device>
 std::optional<Tensor> run_append_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                                     const Tensor& value_cache, const Tensor* key_scale,

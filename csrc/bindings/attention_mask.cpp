@@ -10,8 +10,8 @@ namespace baton::bindings {
 
 namespace {
 
-// The elements that say visible and hidden: true and false, or 0 and the dtype's lowest finite
-// value. Returns the shim's number of the dtype.
+// Sets the elements that mean visible and hidden: true and false, or 0 and the dtype's lowest
+// finite value. Returns the stable ABI's code of the dtype.
 int32_t set_elements(const Checker& check, ScalarType dtype, AttentionMaskParams& p) {
   switch (dtype) {
     case ScalarType::Bool:

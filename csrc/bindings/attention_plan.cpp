@@ -1,8 +1,8 @@
-// Items of all rows, and which segments of their keys rows share.
+// Plans the work items of all rows, and finds segments whose keys several rows share.
 //
 // Rows share a segment if all of its keys lie in the same place for each of them: in the same slot
-// from the same column on, or in the same pages. What a row gets from a segment depends on nothing
-// but its own query vectors, so reading it together changes no bit.
+// from the same column on, or in the same pages. What a row computes from a segment depends only on
+// its own query vectors, so reading the segment once for all of them changes no bit.
 #include "bindings/attention_plan.h"
 
 #include <algorithm>
@@ -12,14 +12,14 @@ namespace baton::bindings {
 
 namespace {
 
-// Segments that a row has all keys of.
+// The number of segments that lie within the row completely.
 int64_t whole_segments(const RaggedAttentionParams& p, int32_t row) {
   const int64_t length = p.lengths[row];
   return length == 0 ? 0 : attention_segment_of(length);
 }
 
-// Below 0, 0 or above: an order of rows in which those that have the segment in one place are
-// neighbors. They have it whole.
+// Negative, 0 or positive: orders rows so that rows whose keys of this segment lie in the same
+// place are neighbors. Both rows have the whole segment.
 int compare_places(const RaggedAttentionParams& p, int32_t a, int32_t b, int64_t segment) {
   const auto order = [](int64_t x, int64_t y) { return x < y ? -1 : x > y; };
   if (!p.block_table) {
@@ -59,7 +59,7 @@ void AttentionPlan::make(const RaggedAttentionParams& p) {
           query_length * p.num_heads * own.num_splits * attention_partial_size(p.sizes.head_dim);
     }
     for (int32_t head = 0; head < p.sizes.num_kv_heads; ++head) {
-      // The last tile of a causal row is its longest: first, so that no thread ends with it.
+      // The last tile of a causal row takes longest, so it comes first: no thread ends with it.
       for (int32_t tile = static_cast<int32_t>(own.num_tiles) - 1; tile >= 0; --tile) {
         for (int32_t split = first_own_[row]; split < own.num_splits; ++split) {
           items.push_back({row, head, tile, split});
@@ -84,7 +84,7 @@ void AttentionPlan::share(const RaggedAttentionParams& p) {
   for (int32_t row = 0; row < p.num_rows; ++row) {
     const int64_t query_length = p.cu_seqlens[row + 1] - p.cu_seqlens[row];
     const AttentionRowPlan own = plan_attention_row(query_length, p.lengths[row], group);
-    // Rows of several tiles merge their segments as they go.
+    // Rows with several tiles merge their segments as they go, so they do not take part.
     if (own.num_splits > 1 && query_length * group <= kAttentionTileQueries) rows.push_back(row);
   }
   share_segment(p, rows, 0);

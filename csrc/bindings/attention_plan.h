@@ -12,17 +12,17 @@ class AttentionPlan {
  public:
   void make(const RaggedAttentionParams& p);
 
-  // Whether rows that the plan lets read together still have their columns in the same pages.
+  // Whether rows that read a segment together in this plan still have it in the same pages.
   bool fits_pages(const RaggedAttentionParams& p) const;
 
   std::vector<AttentionItem> items;
-  std::vector<int64_t> partial_offsets;  // of the rows' partial results; -1 without any
+  std::vector<int64_t> partial_offsets;  // per row: where its partial results begin; -1 without any
   std::vector<int32_t> sharers;          // the rows of shared items
   int64_t partial_floats = 0;
-  int64_t columns = 0;  // that the items read
+  int64_t columns = 0;  // columns that the items read, summed
 
  private:
-  // Rows that have a segment of their keys in one place: they read it once.
+  // Rows that have a segment of their keys in the same place and read it together.
   struct Group {
     int64_t segment;
     int32_t first, count;  // in sharers
@@ -34,7 +34,7 @@ class AttentionPlan {
                  int64_t segment);
 
   std::vector<Group> groups_;
-  std::vector<int32_t> first_own_;  // per row: its first segment that it reads alone
+  std::vector<int32_t> first_own_;  // per row: the first segment that it shares with no other row
 };
 
 }  // namespace baton::bindings

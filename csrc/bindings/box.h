@@ -1,5 +1,5 @@
-// Registers a C++ function of Tensors as an op's kernel: what TORCH_BOX does, for a Tensor that is
-// not a shared pointer. Tensors are taken as `const Tensor&`.
+// Registers a C++ function of Tensors as an op's kernel, as TORCH_BOX does, but for a Tensor that
+// is not a shared pointer. Tensors are taken as `const Tensor&`.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,7 @@ namespace boxing {
 
 namespace stable = torch::stable::detail;
 
-// The stack owns its arguments until they are read, and the results that are written.
+// The stack owns its arguments until they are read, and owns the results once they are written.
 template <typename T>
 struct Argument {
   static T read(StableIValue value) { return stable::to<T>(value); }
@@ -66,8 +66,8 @@ struct Boxed<kFunction> {
 
 }  // namespace boxing
 
-// Of lazily negated arguments torch makes copies, and writes what becomes of them back. It cannot
-// do so where an op also returns something, and fails after the op has written.
+// torch copies lazily negated arguments and afterwards writes the results back. For an op that also
+// returns something it cannot do so, and it fails only after the op has written.
 template <auto kFunction>
 struct Lazy;
 template <typename Result, typename... Arguments, Result (*kFunction)(Arguments...)>

@@ -1,4 +1,4 @@
-// The checks that several ops share.
+// Argument checks that several ops share.
 #include "bindings/checks.h"
 
 #include <algorithm>
@@ -137,8 +137,8 @@ int64_t bytes_of(const Tensor& tensor) {
   return code == kCodes.float32 || code == kCodes.int32 ? 4 : 2;
 }
 
-// Whether some sum of steps[i].first * k with |k| < steps[i].second is `distance`. Each stride is
-// longer than all before it together (Checker::not_expanded), so two values of k are to be tried.
+// Whether distance = sum of steps[i].first * k[i] for some |k[i]| < steps[i].second. Each stride is
+// longer than all before it together (Checker::not_expanded), so only two values of k fit.
 bool reaches(const std::pair<int64_t, int64_t>* steps, size_t count, int64_t distance) {
   if (count == 0) return distance == 0;
   const auto [stride, size] = steps[count - 1];

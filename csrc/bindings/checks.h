@@ -1,15 +1,15 @@
-// Checks of an op's arguments, the same for every device. Everything that memory safety needs
-// stands here, so that a call through torch.ops is as safe as one through the Python functions;
-// nothing is written before all checks have passed. The message is `<op>: <argument> must be
-// <expected>, got <actual>`. Index values are looked at on the CPU only: reading them on a GPU
-// would make the host wait, so the CUDA kernels skip what is out of range (cuda/kernels.h).
+// Argument checks, the same for every device. Everything that memory safety needs stands here, so
+// that a call through torch.ops is as safe as one through the Python functions; nothing is written
+// before all checks have passed. The message is `<op>: <argument> must be <expected>, got
+// <actual>`. Index values are checked on the CPU only: reading them on a GPU would make the host
+// wait, so the CUDA kernels skip what is out of range (cuda/kernels.h).
 //
 // Every failure is std::invalid_argument, which Python sees as ValueError: the stable ABI has no
 // way to name TypeError. The Python functions raise the documented classes
 // (baton_kernels/ops/checks.py).
 //
-// A call that is right pays for these checks with every layer: they allocate nothing, and make text
-// only when they fail.
+// Every layer of a valid call pays for these checks, so they allocate nothing and build text only
+// when they fail.
 #pragma once
 
 #include <initializer_list>
@@ -50,7 +50,7 @@ inline Extent extent_if(const Tensor* tensor) {
   return tensor ? extent_of(*tensor) : Extent{nullptr, nullptr};
 }
 
-// What a call writes, and what it reads: null stands for an argument that is left out.
+// What a call writes and what it reads; null stands for an argument that is left out.
 using Extents = std::initializer_list<std::pair<const char*, Extent>>;
 using NamedTensor = std::pair<const char*, const Tensor*>;
 inline const Tensor* if_given(const std::optional<Tensor>& tensor) {
@@ -61,7 +61,7 @@ class Checker {
  public:
   // Tensors must be on the CPU.
   explicit Checker(const char* op) : op_(op) {}
-  // Tensors must be on a device of this type, the one that `first` is on.
+  // Tensors must be on the same device as `first`, a device of this type.
   Checker(const char* op, DeviceType type, const Tensor& first) : op_(op), type_(type) {
     if (type != DeviceType::CPU) index_ = first.get_device_index();
   }
@@ -85,21 +85,21 @@ class Checker {
   void shape(const char* name, const Tensor& tensor, Sizes expected) const;
   void last_contiguous(const char* name, const Tensor& tensor) const;
   void contiguous(const char* name, const Tensor& tensor) const;
-  // A tensor that is written must not have two elements in one place. It has the
-  // dimensions of a cache.
+  // A tensor that is written must not have two elements in the same place. It has the dimensions of
+  // a cache.
   void not_expanded(const char* name, const Tensor& tensor) const;
 
-  // No byte between the first and the last element of one tensor is between those of the other.
+  // The byte ranges from first to last element of the two tensors do not overlap.
   void apart(const char* name, const Extent& extent, const char* other_name,
              const Tensor& other) const;
 
-  // The same of everything that a call reads, where there is such a tensor, and everything that it
-  // writes. Index values too: they have been checked before the first byte is written, and are read
-  // again after it.
+  // The same between everything that a call reads and everything that it writes; null arguments are
+  // skipped. This includes index values: they are checked before the first byte is written and read
+  // again afterwards.
   void written_apart(const Extents& written, std::initializer_list<NamedTensor> others) const;
 
-  // Tensors of one shape have no byte in common: they may be views of one tensor that lie between
-  // each other's elements, such as keys and values of a page, if their strides are the same. Both
+  // Two tensors of one shape have no byte in common. They may be views of one tensor that
+  // interleave, such as the keys and values of a page, provided that their strides are equal. Both
   // have the dimensions of a cache and are not expanded.
   void interleaved(const char* name, const Tensor& tensor, const char* other_name,
                    const Tensor& other) const;
@@ -107,18 +107,18 @@ class Checker {
   // A contiguous int32 vector of `size` elements (any size with -1).
   const int32_t* index(const char* name, const Tensor& tensor, int64_t size) const;
 
-  // Int32 in any number of columns, of which each row is contiguous.
+  // An int32 matrix with any number of columns, each row contiguous.
   const int32_t* index_rows(const char* name, const Tensor& tensor, int64_t rows) const;
 
-  // key_cache and value_cache; with_layers allows a leading num_layers dimension. Caches that have
-  // scales are of eight bits, others are not.
+  // key_cache and value_cache; with_layers allows a leading num_layers dimension. An eight-bit
+  // cache must have scales, and no other may have them.
   CacheSizes caches(const Tensor& key_cache, const Tensor& value_cache, bool with_layers,
                     bool written, bool has_scales = false) const;
 
-  // Of caches that have been checked.
+  // The dtype of a cache that has been checked.
   Dtype cache_dtype(const Tensor& cache) const;
 
-  // The scales of such caches.
+  // The scales of eight-bit caches that have been checked.
   KvScales scales(const Tensor& key_scale, const Tensor& value_scale, const Tensor& key_cache,
                   const Tensor& value_cache, bool written) const;
 

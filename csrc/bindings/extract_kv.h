@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor> extract_kv(const Tensor& key_cache, const Tensor& val
   return {std::move(key), std::move(value)};
 }
 
-// Into memory that is given. Of a cache of eight bits key and value are floats, or the tokens as
-// they are, with scales.
+// Writes into the given tensors. For an eight-bit cache, key and value are either floats or the
+// stored elements, each head followed by its scale.
 template <typename Device>
 void extract_into(const Tensor& key_cache, const Tensor& value_cache, const Tensor* key_scale,
                   const Tensor* value_scale, const std::optional<Tensor>& cu_seqlens,
@@ -124,7 +124,7 @@ void extract_kv_scaled_out(const Tensor& key_cache, const Tensor& value_cache,
                        total_tokens, key, value);
 }
 
-// The shim's number of a float's dtype; without one that of the cache.
+// The stable ABI's code of a float dtype; that of the cache if none is given.
 inline int32_t code_of(const Checker& check, const std::optional<ScalarType>& dtype,
                        const Tensor& cache) {
   if (!dtype) return cache.dtype_code();

@@ -1,5 +1,5 @@
-// The index arguments of a call. Each may be left out: row i is in slot i, begins in column 0 and
-// has one token.
+// The index arguments of a call. Each may be left out; by default row i is in slot i, begins in
+// column 0 and has one token.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +10,9 @@
 
 namespace baton::bindings {
 
-// Checks what is given and makes what is left out, where the kernels read it. That memory lives as
-// long as this object, which must outlive the launch; torch's allocator gives it to nobody on
-// another stream before the kernels are done with it.
+// Checks the arguments that are given and fills in the others, where the kernels can read them.
+// That memory lives as long as this object, which must outlive the launch; torch's allocator hands
+// it to no other stream before the kernels are done with it.
 template <typename Device>
 class IndexArguments {
  public:
@@ -28,7 +28,7 @@ class IndexArguments {
   const int32_t* starts(const char* name, const std::optional<Tensor>& given) {
     return given ? check_.index(name, *given, num_rows_) : ascending() + num_rows_ + 1;
   }
-  // Boundaries of the rows' tokens, of which there are `total`.
+  // The boundaries of the rows' tokens, `total` tokens in all.
   const int32_t* cu_seqlens(const char* name, const std::optional<Tensor>& given, int64_t total) {
     if (given) return check_.index(name, *given, num_rows_ + 1);
     if (total != num_rows_) {
@@ -55,13 +55,13 @@ class IndexArguments {
   std::optional<Tensor> memory_;
 };
 
-// A window as the kernels count: 0 for none. Lengths are below 2^31, so a wider window hides
-// nothing; positions minus 2^63 would overflow.
+// A window in the form that kernels take: 0 means none. Lengths are below 2^31, so a wider window
+// hides nothing; positions minus 2^63 would overflow.
 inline int64_t clamped_window(const std::optional<int64_t>& window) {
   return std::min<int64_t>(window.value_or(0), INT32_MAX);
 }
 
-// How many rows a call has: as many as the first of these that is given, `otherwise` if none is.
+// The number of rows in a call: the length of the first of these that is given, else `otherwise`.
 inline int64_t count_rows(std::initializer_list<const std::optional<Tensor>*> given,
                           int64_t otherwise) {
   for (const std::optional<Tensor>* tensor : given) {
@@ -70,7 +70,7 @@ inline int64_t count_rows(std::initializer_list<const std::optional<Tensor>*> gi
   return otherwise;
 }
 
-// The same of packed tokens, one per row if nothing says otherwise.
+// The same for packed tokens; if no argument says otherwise, there is one token per row.
 inline int64_t count_rows(const std::optional<Tensor>& slots, const std::optional<Tensor>& starts,
                           const std::optional<Tensor>& cu_seqlens, int64_t total_tokens) {
   return count_rows({&slots, &starts},

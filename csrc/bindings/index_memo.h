@@ -1,8 +1,8 @@
-// The index values that an op has checked last, on this thread.
+// Remembers the index values that an op last checked on this thread.
 //
-// Every layer of a model calls with the same rows, in tensors whose values only their contents tell
-// (they may be written in place). Comparing them with a copy costs a tenth of checking them, so the
-// layers after the first do just that.
+// Every layer of a model passes the same rows, in tensors that may be written in place, so only
+// their contents tell whether they are the same. Comparing them with a copy costs a tenth of
+// checking them, and the layers after the first need no more than that.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ class IndexMemo {
     int64_t count;
   };
 
-  // Whether these are the values that were kept last, and held against the same limits.
+  // Whether these values were kept last, checked against the same limits.
   bool holds(std::initializer_list<int64_t> limits, std::initializer_list<Values> values) const {
     if (!std::equal(limits.begin(), limits.end(), limits_.begin(), limits_.end())) return false;
     size_t begin = 0;
@@ -35,7 +35,7 @@ class IndexMemo {
   }
 
   void keep(std::initializer_list<int64_t> limits, std::initializer_list<Values> values) {
-    // Holds nothing until all values are there: memory may run out in between.
+    // Holds nothing until all values are copied: memory may run out in between.
     limits_.clear();
     values_.clear();
     for (const auto& [data, count] : values) {

@@ -6,7 +6,7 @@
 
 namespace baton::bindings {
 
-// Scales, key's and value's, of a cache of eight bits; null of others.
+// key_scale and value_scale are those of an eight-bit cache, else null.
 template <typename Device>
 void run_insert_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                    const Tensor& value_cache, const Tensor* key_scale, const Tensor* value_scale,

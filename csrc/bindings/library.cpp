@@ -1,11 +1,11 @@
 // Every schema of the library. Loading it (torch.ops.load_library) runs the registrations: there is
 // no Python module, so one file serves every Python.
 //
-// (a!) marks what a call writes. Overloads give an extra result or take options: a schema's results
-// cannot be optional, an unwanted one costs a call half a microsecond, and the ten options of
-// attention cost the same when all are left out.
+// (a!) marks what a call writes. Overloads add a result or take options: a schema's results cannot
+// be optional, an unwanted result costs a call half a microsecond, and so do the ten options of
+// attention even when all are left out.
 //
-// Options are keyword-only in the Python functions only: torch needs half a microsecond for each
+// Options are keyword-only in the Python functions but not here: torch needs half a microsecond per
 // keyword of a call, more than for all checks of its tensors.
 #include <torch/csrc/stable/library.h>
 
@@ -96,7 +96,7 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
       "rms_norm.residual(Tensor x, Tensor weight, float eps, Tensor residual) -> (Tensor, Tensor)");
   library.def("silu_and_mul(Tensor x) -> Tensor");
   library.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
-  // On the CPU alone: what PackedWeight is made of.
+  // CPU only: the ops behind PackedWeight.
   library.def(
       "linear_packed(Tensor x, Tensor panels, SymInt out_features, Tensor? bias=None) -> Tensor");
   library.def(

@@ -36,7 +36,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   p.x_row_stride = x.strides()[0];
   p.weight_row_stride = weight.strides()[0];
   const cpu::KernelTable& kernels = cpu::kernels();
-  // Lives as long as the kernel reads it.
+  // Kept alive while the kernel reads it.
   std::optional<Tensor> packed;
   if (kernels.packs_bfloat16 && p.dtype == Dtype::kBFloat16 && linear_work(p) > 0) {
     const int64_t tiles = linear_row_tiles(p);

@@ -12,9 +12,9 @@ namespace baton::bindings {
 
 namespace {
 
-// Up to so many rows memory is the limit: a panel is then one thread's, whole.
+// Up to this many rows, memory bandwidth is the limit: each panel then goes to one thread whole.
 constexpr int64_t kRowsThatReadPanels = 8;
-// Panels for each thread, below which parts of panels are shared out.
+// With fewer panels per thread than this, parts of panels are shared out.
 constexpr int64_t kPanelsPerThread = 4;
 
 // [panels, in_features, 48], [panels, pairs, 48, 2] of bfloat16 or [panels, fours, 48, 4] of int8.
@@ -27,7 +27,7 @@ void check_panels(const Checker& check, const Tensor& panels, const PanelLayout&
   check.contiguous("panels", panels);
 }
 
-// The layout of a weight's panels, or of panels: by their dtype.
+// The layout of a weight's panels, or of panels, from the tensor's dtype.
 PanelLayout check_layout(const Checker& check, const char* name, const Tensor& tensor) {
   check.on_device(name, tensor);
   const int32_t code = tensor.dtype_code();
@@ -48,7 +48,7 @@ void check_scales(const Checker& check, const Tensor& scales, int64_t out_featur
   check.contiguous("scales", scales);
 }
 
-// Rows of x rounded to int8; owns them while a kernel reads them.
+// Rows of x rounded to int8, kept alive while a kernel reads them.
 class Int8Rows {
  public:
   Int8Rows(const Tensor& x, const LinearPackedParams& p)
@@ -66,7 +66,7 @@ class Int8Rows {
     q.rounded = static_cast<int8_t*>(memory_.mutable_data_ptr());
     q.row_size = int8_row_size(p.in_features);
     q.rounded_row_stride = stride_;
-    // Behind all rows, which are whole lines.
+    // Behind all rows, each of which is a whole number of cache lines.
     q.groups = reinterpret_cast<QuantizedGroup*>(q.rounded + p.num_rows * stride_);
     const auto& kernel = cpu::kernels().quantize_linear;
     for_each_item(
@@ -86,7 +86,7 @@ class Int8Rows {
   Tensor memory_;
 };
 
-// Scales are those of int8 panels.
+// scales: those of int8 panels, else null.
 Tensor run_linear_packed(const Tensor& x, const Tensor& panels, const Tensor* scales,
                          int64_t out_features, const std::optional<Tensor>& bias) {
   const Checker check("linear_packed");

@@ -6,7 +6,7 @@
 
 namespace baton::bindings {
 
-// The scales are those of a cache of eight bits.
+// The scales are those of an eight-bit cache, else null.
 template <typename Device>
 void run_move_kv(const Tensor& key_cache, const Tensor& value_cache, const Tensor* key_scale,
                  const Tensor* value_scale, const std::optional<Tensor>& source_slots,

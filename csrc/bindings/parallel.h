@@ -1,5 +1,5 @@
-// The CPU, as the bindings of an op see it: a kernel's work items run on the number of threads
-// that torch's operators take, but not on torch's own threads (cpu/host/team.h).
+// The CPU as a device of the bindings: a kernel's work items run on as many threads as torch's own
+// operators use, but not on torch's threads (cpu/host/team.h).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -31,18 +31,19 @@ struct CpuDevice {
   }
 };
 
-// Keys and values of one token, of all layers.
+// Bytes of the keys and values of one token in all layers.
 inline int64_t bytes_per_token(const CacheSizes& sizes, Dtype dtype) {
   return sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * size_of(dtype) * 2;
 }
 
-// Most items that a thread takes at a time where neighboring ones prefetch each other's
+// How many items a thread takes at once at most, where neighboring items prefetch each other's
 // data.
 constexpr int64_t kNeighbors = 16;
 
 // Calls run(begin, end) over [0, num_items). Threads take items from a common counter: items may
-// differ in cost, and each writes only its own results, so order is free. At most `chunk` items at
-// a time, and fewer towards the end, so that no thread ends with many while the others have none.
+// differ in cost, and each writes only its own results, so any order will do. A thread takes at
+// most `chunk` items at a time, fewer towards the end, so that no thread is left with many while
+// the others have none.
 template <typename Fn>
 void for_each_item(int64_t num_items, int64_t total_bytes, const Fn& run, int64_t chunk = 1) {
   if (num_items == 0) return;

@@ -30,7 +30,7 @@ void check_rows(const Checker& check, const RaggedAttentionParams& p) {
   }
 }
 
-// The pages that rows, which have been checked, have columns in; the others may be anything.
+// Checks the pages that hold columns of the rows (already checked); other entries may be anything.
 void check_page_values(const Checker& check, const RaggedAttentionParams& p) {
   const uint32_t num_pages = static_cast<uint32_t>(p.sizes.num_slots);
   for (int64_t i = 0; i < p.num_rows; ++i) {
@@ -48,7 +48,7 @@ void check_page_values(const Checker& check, const RaggedAttentionParams& p) {
   }
 }
 
-// The rows that this thread has checked and planned last: those of all layers of a step.
+// The rows that this thread checked and planned last, which all layers of a step share.
 struct PlannedRows {
   IndexMemo checked;
   AttentionPlan plan;

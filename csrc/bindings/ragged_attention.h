@@ -22,13 +22,13 @@ struct AttentionArguments {
   const std::optional<Tensor>&block_table, &key_scale, &value_scale;
 };
 
-// A block table takes the place of slots, which are then not looked at.
+// A block table replaces slots, which are then ignored.
 inline int64_t count_attention_rows(const AttentionArguments& a) {
   static const std::optional<Tensor> kNone;
   return count_rows({a.block_table ? &kNone : &a.slots, &a.starts}, a.lengths.numel());
 }
 
-// The pages of a block table, and what takes the place of slots.
+// Checks a block table and sets the fields that replace slots.
 inline void check_pages(const Checker& check, const AttentionArguments& a,
                         RaggedAttentionParams& p) {
   if (p.sizes.capacity < 1) {
@@ -37,14 +37,14 @@ inline void check_pages(const Checker& check, const AttentionArguments& a,
   }
   const Tensor& table = *a.block_table;
   p.block_table = check.index_rows("block_table", table, p.num_rows);
-  // torch gives an empty table no memory, and null stands for no table.
+  // torch gives an empty table no memory, but null means that there is no table.
   static constexpr int32_t kNoPages = 0;
   if (table.numel() == 0) p.block_table = &kNoPages;
   p.block_table_stride = table.strides()[0];
   p.max_pages = table.sizes()[1];
 }
 
-// All but the results.
+// Checks and sets everything but the results.
 template <typename Device>
 RaggedAttentionParams checked_attention(const Checker& check, const AttentionArguments& a,
                                         IndexArguments<Device>& indices) {
@@ -96,7 +96,7 @@ RaggedAttentionParams checked_attention(const Checker& check, const AttentionArg
   p.starts = indices.starts("starts", a.starts);
   p.lengths = check.index("lengths", a.lengths, p.num_rows);
   p.cu_seqlens = indices.cu_seqlens("cu_seqlens_q", a.cu_seqlens_q, p.total_queries);
-  // No row exceeds what there is.
+  // By default the bounds are the largest possible values.
   p.max_query_length = a.max_query_length.value_or(p.total_queries);
   p.max_length = a.max_length.value_or(attention_columns(p));
   Device::check_values(check, p);
@@ -117,12 +117,12 @@ RaggedAttentionParams checked_attention(const Checker& check, const AttentionArg
   return p;
 }
 
-// A result that the caller gave.
+// Checks an output tensor that the caller passed in.
 inline void check_result(const Checker& check, const char* name, const Tensor& result, Sizes sizes,
                          const AttentionArguments& a) {
   check.shape(name, result, sizes);
   check.contiguous(name, result);
-  // Messages name the result: it is what a caller can move.
+  // Messages name the output tensor: it is the one that a caller can move.
   const Extent extent = extent_of(result);
   for (const auto& [other_name, other] : {NamedTensor{"query", &a.query},
                                           {"key_cache", &a.key_cache},

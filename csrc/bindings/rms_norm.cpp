@@ -10,7 +10,7 @@ namespace baton::bindings {
 
 namespace {
 
-// Returns y, with a residual also the sum.
+// Returns y and, with a residual, also the sum.
 std::pair<Tensor, std::optional<Tensor>> run_rms_norm(const Tensor& x, const Tensor& weight,
                                                       double eps, const Tensor* residual) {
   const Checker check("rms_norm");

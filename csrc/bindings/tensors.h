@@ -1,4 +1,4 @@
-// Tensors as the bindings see them: torch's stable ABI, and how results are allocated.
+// Tensors in the bindings: torch's stable ABI, and the allocation of results.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -37,7 +37,7 @@ class Tensor {
   Sizes strides() const { return Sizes(ask<int64_t*, aoti_torch_get_strides>(), dim()); }
   const void* const_data_ptr() const { return ask<const void*, torch_get_const_data_ptr>(); }
   void* mutable_data_ptr() const { return ask<void*, torch_get_mutable_data_ptr>(); }
-  // The shim's numbers of dtype and device: see kCodes.
+  // The stable ABI's codes of dtype and device: see kCodes.
   int32_t dtype_code() const { return ask<int32_t, aoti_torch_get_dtype>(); }
   int32_t device_code() const { return ask<int32_t, aoti_torch_get_device_type>(); }
   int32_t get_device_index() const { return ask<int32_t, aoti_torch_get_device_index>(); }
@@ -59,7 +59,7 @@ class Tensor {
   AtenTensorHandle handle_;
 };
 
-// The shim's numbers of devices and dtypes, which torch's are compared with: looked up once.
+// The stable ABI's codes of devices and dtypes, looked up once and compared with those of tensors.
 struct Codes {
   int32_t cpu = aoti_torch_device_type_cpu();
   int32_t cuda = aoti_torch_device_type_cuda();
@@ -73,11 +73,11 @@ struct Codes {
 };
 inline const Codes kCodes;
 
-// Results have at most the dimensions of tokens with layers.
+// The largest number of dimensions of a result: tokens with layers.
 constexpr size_t kMaxResultDims = 4;
 
-// An uninitialized contiguous tensor on the device of `like`. Of the shim's ways to one this is
-// the shortest: on the CPU it calls no operator.
+// An uninitialized contiguous tensor on the device of `like`. Of the stable ABI's ways to create
+// one this is the shortest: on the CPU it calls no operator.
 inline Tensor allocate(const Tensor& like, Sizes sizes, int32_t dtype) {
   int64_t strides[kMaxResultDims], stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {

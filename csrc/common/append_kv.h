@@ -28,7 +28,7 @@ struct AppendKvParams {
   CacheStrides key_cache_strides, value_cache_strides;
   Dtype dtype;
   Dtype rotary_dtype;                   // of cos and sin: float32 or dtype
-  Dtype cache_dtype = Dtype::kFloat32;  // dtype, or one of eight bits
+  Dtype cache_dtype = Dtype::kFloat32;  // dtype, or an eight-bit type
   KvScales scales = {};
 };
 

@@ -1,9 +1,9 @@
 // The segments of a row's keys, whose partial results ragged_attention merges in order.
 //
-// They begin at fixed keys, counted from the row's first token: neither the row's length nor how
-// its query tokens are cut into calls, tiles or threads moves them. That makes the bits of a token
-// depend on its position only. Segments grow along the row, so that the partial results of a long
-// row stay small beside its keys: 131072 keys are 70 segments.
+// They begin at fixed keys, counted from the row's first token, however long the row is and however
+// its query tokens are cut into calls, tiles or threads. So the bits of a token depend on its
+// position only. Segments grow along the row, so that the partial results of a long row stay small
+// compared with its keys: 131072 keys are 70 segments.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,10 @@
 
 namespace baton {
 
-// Segments of the same length before longer ones begin.
+// The number of segments of one length before longer ones begin.
 constexpr int64_t kAttentionSegmentRun = 32;
-// Keys of a segment of the first run, the second, and all behind. The shortest one hides writing
-// and merging its partial result behind reading its keys.
+// Keys per segment in the first run, in the second, and in everything behind. Even the shortest
+// segment is long enough to hide writing and merging its partial result behind reading its keys.
 BATON_HOST_DEVICE static constexpr int64_t attention_segment_keys(int run) {
   return run == 0 ? 512 : run == 1 ? 2048 : 8192;
 }

@@ -1,14 +1,15 @@
 // Element types of the kernels and the mapping from a run-time dtype to a compile-time type.
 //
-// Functions of csrc/common are templates over a kernel's own lambda or `static`: they are compiled
-// for several instruction sets, and a shared symbol could hand the baseline the AVX-512 copy.
+// Functions in csrc/common are `static`, or templates over a kernel's own lambda: they are compiled
+// for several instruction sets, and of a shared symbol the linker could keep the AVX-512 copy for
+// the baseline too.
 #pragma once
 
 #include <cstdint>
 
 namespace baton {
 
-// The last two are those of caches only: elements of eight bits that share a scale (kv_scales.h).
+// The last two occur in caches only: eight-bit elements that share a scale (kv_scales.h).
 enum class Dtype : int32_t { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8 };
 
 // Storage only: kernels convert to float before they compute.
@@ -26,7 +27,7 @@ struct Float8 {
   uint8_t bits;
 };
 
-// Ends the process of choosing when nothing fits; defined once per library (dispatch.cpp).
+// Aborts when no case of a dispatch matches; defined once per library (dispatch.cpp).
 [[noreturn]] void dispatch_failed(const char* what, int64_t value);
 
 template <typename Fn>
@@ -54,7 +55,7 @@ void dispatch_eight_bit(Dtype dtype, Fn&& fn) {
   dispatch_failed("dtype of eight bits", static_cast<int64_t>(dtype));
 }
 
-// Calls fn.operator()<k>() for the k of the list that equals value.
+// Calls fn.operator()<k>() for the k in the list that equals value.
 template <int... kValues, typename Fn>
 void dispatch_int(int64_t value, Fn&& fn) {
   bool found = false;

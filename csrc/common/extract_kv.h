@@ -23,9 +23,9 @@ struct ExtractKvParams {
   CacheStrides key_cache_strides, value_cache_strides;
   TokenStrides key_strides, value_strides;
   Dtype dtype;                          // of key and value
-  Dtype cache_dtype = Dtype::kFloat32;  // dtype, or one of eight bits
+  Dtype cache_dtype = Dtype::kFloat32;  // dtype, or an eight-bit type
   KvScales scales = {};
-  bool reuses_memory = false;  // key and value lie in the caller's memory, not in pages just mapped
+  bool reuses_memory = false;  // key and value lie in the caller's memory, not in fresh pages
 };
 
 // One work item is one (layer, block of packed tokens).

@@ -1,5 +1,5 @@
-// What a call leaves out of its index arguments: row i is in slot i, begins in column 0 and has one
-// token.
+// The defaults of index arguments that a call leaves out: row i is in slot i, begins in column 0
+// and has one token.
 #pragma once
 
 #include <cstdint>

@@ -24,12 +24,12 @@ struct InsertKvParams {
   CacheStrides key_cache_strides, value_cache_strides;
   Dtype dtype;
   bool zero_padding;                    // also clear columns [0, starts[i])
-  Dtype cache_dtype = Dtype::kFloat32;  // dtype, or one of eight bits
+  Dtype cache_dtype = Dtype::kFloat32;  // dtype, or an eight-bit type
   KvScales scales = {};
 };
 
-// One work item is one (layer, block of packed tokens); with zero_padding one (layer, query) more
-// each, which come first.
+// One work item is one (layer, block of packed tokens). With zero_padding there is also one item
+// per (layer, query) that clears padding; those come first.
 static inline int64_t insert_kv_clearing_work(const InsertKvParams& p) {
   return p.zero_padding ? p.sizes.num_layers * p.num_queries : 0;
 }

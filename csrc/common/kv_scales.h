@@ -1,6 +1,6 @@
-// Keys and values of eight bits: the elements of one token and KV head share a float32 scale.
+// Eight-bit keys and values: the elements of one token and KV head share a float32 scale.
 //
-//   amax = max |x|;  scale = amax / top;  element = round(x / scale), even of two at a tie
+//   amax = max |x|;  scale = amax / top;  element = round(x / scale), ties to even
 //
 // top is 127 (int8, elements within [-127, 127]) or 448 (e4m3fn). Where the quotient amax / top is
 // below the smallest normal float32, scale and elements are 0; where an element of x is NaN or
@@ -12,16 +12,16 @@
 
 namespace baton {
 
-// Scales [num_layers, num_slots, num_kv_heads, capacity] of keys and values; null in caches of
-// floats. Strides in elements, as a cache's.
+// Scales [num_layers, num_slots, num_kv_heads, capacity] of keys and values; null for caches of
+// floats. Strides are in elements, like those of a cache.
 struct KvScales {
   float* key = nullptr;
   float* value = nullptr;
   CacheStrides key_strides, value_strides;
 };
 
-// Tokens that leave a cache as they are carry their scales: its bytes stand behind the elements of
-// a head.
+// Tokens that are copied out of a cache unconverted take their scales along: the bytes of a scale
+// follow the elements of its head.
 constexpr int64_t kScaleBytes = sizeof(float);
 
 }  // namespace baton

@@ -17,13 +17,13 @@ struct LinearParams {
   Dtype dtype;
 };
 
-// One work item is one block of output features for one block of rows: a block of weights is read
-// from memory once per row block and then stays in the core's own caches.
+// One work item is one block of output features times one block of rows. Each block of weights is
+// read from memory once per row block and then stays in the core's private caches.
 constexpr int64_t kLinearRowBlock = 96;
 constexpr int64_t kLinearFeatureBlock = 32;
 
-// For kernels that multiply in tiles: rows of x of one tile, how many tiles there are, and the size
-// of a packed one. Fewer rows than a tile holds make a narrow tile, which spares cache.
+// For kernels that multiply in tiles: the rows of x in a tile, the number of tiles, and the size of
+// a packed tile. Fewer rows than a tile holds make a narrower tile, which takes less cache.
 constexpr int64_t kLinearTileRows = 16;
 
 static inline int linear_tile_rows(const LinearParams& p) {

@@ -38,10 +38,10 @@ struct RaggedAttentionParams {
   int64_t window;  // 0: no window
   bool causal;
   Dtype dtype;  // of query and out
-  // The caches' own dtype, and their scales where it has eight bits.
+  // The caches' dtype, and their scales where it is an eight-bit type.
   Dtype cache_dtype = Dtype::kFloat32;
   KvScales scales = {};
-  // What only CUDA needs, whose host does not see the rows.
+  // Only CUDA needs these: its host does not see the rows.
   int64_t total_queries;
   int64_t max_query_length, max_length;  // bounds of all rows
   float* workspace;                      // see cuda/kernels.h; null when it is empty
@@ -57,17 +57,17 @@ constexpr int64_t kAttentionTileQueries = 64;
 // Segments begin at a multiple of this, so that only a row's last block can be a partial one.
 constexpr int64_t kAttentionBlockColumns = 64;
 
-// One (row, KV head, query tile, split), or a split that several rows have in the same place: their
-// query vectors, at most kAttentionTileQueries, then read it together.
+// One (row, KV head, query tile, split), or a split whose keys several rows share: the query
+// vectors of these rows, at most kAttentionTileQueries together, then read it in one pass.
 struct AttentionItem {
   int32_t row, kv_head, tile, split;
-  int32_t first_sharer = 0, num_sharers = 0;  // in AttentionWork::sharers; 0: the row is alone
+  int32_t first_sharer = 0, num_sharers = 0;  // in AttentionWork::sharers; 0: no sharing
 };
 
 struct AttentionRowPlan {
   int64_t tile_tokens;  // query tokens of one tile
   int64_t num_tiles;
-  int64_t num_splits;  // 1: every tile streams all of its segments; else one each
+  int64_t num_splits;  // 1: every tile streams all of its segments; else one segment per split
 };
 
 static inline AttentionRowPlan plan_attention_row(int64_t query_length, int64_t length,
@@ -80,7 +80,7 @@ static inline AttentionRowPlan plan_attention_row(int64_t query_length, int64_t 
   return plan;
 }
 
-// Work of one call: the items, and where the partial results of split rows go.
+// The work of one call: the items, and where the partial results of split rows go.
 struct AttentionWork {
   const AttentionItem* items;
   int64_t num_items;
@@ -90,8 +90,8 @@ struct AttentionWork {
   const int32_t* sharers;  // rows
 };
 
-// Sums of one query vector on the CPU: head_dim of them, in an order of the kernel's own inside
-// every 32.
+// Floats that the CPU keeps for the sums of one query vector: head_dim, rounded up. Within every 32
+// the kernel chooses the order.
 static inline int64_t attention_sums(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
 static inline int64_t attention_partial_size(int64_t head_dim) {
   return attention_sums(head_dim) + 2;

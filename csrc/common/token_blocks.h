@@ -7,10 +7,11 @@
 
 namespace baton {
 
-// Keys (or values) of one item: enough to hide taking it, few enough to share out one query.
+// Bytes of keys (or of values) per item: enough to hide the cost of taking an item, few enough to
+// share one query among threads.
 constexpr int64_t kTokenBlockBytes = 64 * 1024;
 
-// Keys (or values) of one token in one layer.
+// Bytes of the keys (or of the values) of one token in one layer.
 static inline int64_t token_bytes(const CacheSizes& sizes, Dtype dtype) {
   return sizes.num_kv_heads * sizes.head_dim * size_of(dtype);
 }

@@ -29,7 +29,7 @@ void rotate(T* target, const T* x, const float* cos1, const float* cos2, const f
 
 constexpr int64_t kMaxHeadDim = 256;
 
-// Cache: T, or Int8 or Float8 with scales.
+// Cache is T, or Int8 or Float8 with scales.
 template <typename T, typename Rotary, typename Cache>
 void append_row(const AppendKvParams& p, int64_t row) {
   const int64_t dim = p.sizes.head_dim, half = dim / 2;
@@ -66,7 +66,8 @@ void append_row(const AppendKvParams& p, int64_t row) {
       put(key_target, key);
       __builtin_memcpy(value_target, value, dim * sizeof(T));
     } else {
-      // What a cache of T would hold is rounded, so that the way into the cache does not matter.
+      // Quantizes exactly what a cache of T would hold, so the bits do not depend on how the token
+      // came into the cache.
       T rotated[kMaxHeadDim];
       put(rotated, key);
       const KvScales& scales = p.scales;

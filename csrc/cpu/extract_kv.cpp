@@ -23,7 +23,7 @@ void extract_tokens(const ExtractKvParams& p, int64_t layer, int64_t query, int6
   }
 }
 
-// The same out of a cache of eight bits: as floats, or as they are.
+// The same from an eight-bit cache: converted to floats, or unconverted with their scales.
 void dequantize_tokens(const ExtractKvParams& p, int64_t layer, int64_t query, int64_t begin,
                        int64_t end, const void* cache, const CacheStrides& strides,
                        const float* scales, const CacheStrides& scale_strides, void* target,
@@ -61,7 +61,7 @@ void dequantize_tokens(const ExtractKvParams& p, int64_t layer, int64_t query, i
 void extract_kv(const ExtractKvParams& p, int64_t begin, int64_t end) {
   const int64_t blocks = num_token_blocks(p.sizes, p.dtype, p.total_tokens);
   const int64_t size = tokens_per_block(p.sizes, p.dtype);
-  // Pages that the kernel has just cleared are better written through the caches they lie in.
+  // Pages that the operating system has just cleared are still in the caches: better write there.
   const bool streams = p.reuses_memory && extract_kv_bytes(p) >= kStreamBytes;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t layer = i / blocks, first = i % blocks * size;

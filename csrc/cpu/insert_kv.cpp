@@ -1,5 +1,5 @@
-// insert_kv on the CPU: one work item copies, or quantizes, one block of packed tokens of one
-// layer, all heads, or clears the padding of one query in one layer.
+// insert_kv on the CPU: one work item copies, or quantizes, one block of packed tokens of one layer
+// with all heads, or clears the padding of one query in one layer.
 #include "cpu/kernels.h"
 #include "cpu/simd/copy.h"
 #include "cpu/simd/eight_bit.h"
@@ -24,7 +24,7 @@ void insert_tokens(const InsertKvParams& p, int64_t layer, int64_t query, int64_
   }
 }
 
-// The same into a cache of eight bits.
+// The same into an eight-bit cache.
 void quantize_tokens(const InsertKvParams& p, int64_t layer, int64_t query, int64_t begin,
                      int64_t end, const void* source, const TokenStrides& source_strides,
                      void* cache, const CacheStrides& strides, float* scales,

@@ -39,9 +39,9 @@ namespace baton::cpu {
   X(quantize_linear, const QuantizeLinearParams&)
 
 struct KernelTable {
-  // Whether linear of bfloat16 wants x packed; nobody else calls linear_pack.
+  // Whether linear for bfloat16 takes x packed by linear_pack; otherwise nobody calls that.
   bool packs_bfloat16;
-  // Parts that linear_packed can divide a panel in.
+  // The number of parts that linear_packed can divide a panel into.
   int64_t packed_parts;
 #define BATON_DECLARE(name, ...) void (*name)(__VA_ARGS__, int64_t begin, int64_t end);
   BATON_FOR_EACH_KERNEL(BATON_DECLARE)
@@ -50,7 +50,7 @@ struct KernelTable {
 
 #if defined(BATON_ISA)
 namespace BATON_ISA {
-// Each is three vectors of outputs, where vectors are long enough one.
+// A part is three vectors of outputs, or one where vectors are long enough.
 #if defined(__AVX512F__)
 constexpr int64_t kPackedParts = 3;
 #elif defined(__AVX2__)

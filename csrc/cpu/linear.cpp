@@ -1,10 +1,10 @@
-// linear on the CPU: y = x weight^T + bias from the weights as they are, row-major. bfloat16 on
-// CPUs with AMX: linear_amx.h.
+// linear on the CPU: y = x weight^T + bias with unpacked, row-major weights. For bfloat16 on CPUs
+// with AMX see linear_amx.h.
 //
-// A register tile of dot products runs along in_features, lanes along the sum: tile() here, two
-// rows to a vector in linear_pairs.h where vectors are long. Every dot product adds its terms in
-// the same order whatever the tile it falls in, so a row's bits do not depend on the number of
-// rows. Weights stream from memory once per block of rows.
+// A register tile of dot products runs along in_features, with lanes along the sum: tile() here, or
+// two rows per vector in linear_pairs.h where vectors are long. Every dot product adds its terms in
+// the same order in every tile, so a row's bits do not depend on the number of rows. Weights stream
+// from memory once per block of rows.
 #include "cpu/kernels.h"
 #include "cpu/linear_amx.h"
 #include "cpu/linear_pairs.h"
@@ -15,7 +15,7 @@ namespace baton::cpu::BATON_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-// What pair_column leaves: fewer than eight features.
+// Only for the features that pair_column leaves over, fewer than eight.
 constexpr int kTileRows = 6, kTileFeatures = 1;
 #elif defined(__AVX2__)
 // 8 accumulators, 2 weight vectors, row vectors from memory, of 16 registers.
@@ -24,16 +24,16 @@ constexpr int kTileRows = 4, kTileFeatures = 2;
 constexpr int kTileRows = 4, kTileFeatures = 2;
 #endif
 
-// With kAhead the next features' weights are asked for meanwhile: rows of weights are too short for
-// the hardware to foresee. Prefetching past the end of a tensor reads nothing.
+// With kAhead the weights of the next features are prefetched meanwhile: rows of weights are too
+// short for the hardware prefetcher. Prefetching past the end of a tensor reads nothing.
 template <typename T, int kRows, int kFeatures, bool kAhead>
 void tile(const LinearParams& p, int64_t row, int64_t feature) {
   typedef Dot<T> D;
   const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
   const T* weight = static_cast<const T*>(p.weight) + feature * p.weight_row_stride;
   Vec sums[kRows][kFeatures] = {};
-  // Long sums are taken in stretches: one chain of additions over all of in_features rounds too
-  // much.
+  // Long sums are cut into stretches: a single chain of additions over all of in_features would
+  // round too much.
   constexpr int64_t kStretch = 64 * D::kStep;
   int64_t k = 0;
   const int64_t whole = p.in_features / D::kStep * D::kStep;
@@ -84,7 +84,7 @@ void tile(const LinearParams& p, int64_t row, int64_t feature) {
 
 template <typename T, int kFeatures>
 void tile_column(const LinearParams& p, int64_t row, int64_t row_end, int64_t feature) {
-  // Up to kTileRows rows share a pass over the weights; the first pass asks for the next ones.
+  // Up to kTileRows rows share a pass over the weights; the first pass prefetches the next weights.
   const auto pass = [&]<bool kAhead>(int64_t rows) {
     if (rows >= kTileRows) return tile<T, kTileRows, kFeatures, kAhead>(p, row, feature);
     const auto rest = [&]<int kRows>() { tile<T, kRows, kFeatures, kAhead>(p, row, feature); };

@@ -1,5 +1,5 @@
 // linear for bfloat16 in AMX tiles: y^T = weight x^T. The weights are the operand that tiles load
-// straight from row-major memory, so nothing of them is packed or stored twice; x, the small one,
+// straight from row-major memory, so they are never packed or stored twice; x, the small operand,
 // is packed once per call (linear_pack).
 #pragma once
 
@@ -44,7 +44,7 @@ inline void write_sums(const LinearParams& p, const float (*sums)[kAmxRows], int
   }
 }
 
-// Rows [row, row_end) of x, which begin a tile, by features [feature, feature_end).
+// Rows [row, row_end) of x, the first of which begins a tile, by features [feature, feature_end).
 inline void linear_block(const LinearParams& p, int64_t row, int64_t row_end, int64_t feature,
                          int64_t feature_end) {
   const int columns = linear_tile_rows(p);
@@ -55,13 +55,13 @@ inline void linear_block(const LinearParams& p, int64_t row, int64_t row_end, in
       feature_end - feature,
       p.in_features,
   };
-  // Narrow tiles write only some of it.
+  // Zeroed, because narrow tiles write only part of it.
   alignas(64) float sums[kAmxRows][kAmxRows] = {};
   const auto block = [&]<int kRows, int kColumns>(int64_t i, int64_t j) {
     const int64_t first_row = row + j * columns;
     const TileColumns x{p.packed_x + first_row / columns * size, columns, size};
     for_each_sum<kRows, kColumns>([]<int kI, int kJ>() { tile_zero<kI * 2 + kJ>(); });
-    // The first rows of x bring the weights from memory.
+    // The first rows of x bring the weights from memory, so they prefetch.
     if (j == 0) {
       multiply<kRows, kColumns, true>(weight, i * kAmxRows, x, steps);
     } else {

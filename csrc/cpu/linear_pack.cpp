@@ -1,4 +1,5 @@
-// pack_linear and unpack_linear on the CPU: elements to and from panels (common/linear_packed.h).
+// pack_linear and unpack_linear on the CPU: copy elements to and from panels
+// (common/linear_packed.h).
 #include "cpu/kernels.h"
 #include "cpu/simd/simd.h"
 
@@ -6,16 +7,16 @@ namespace baton::cpu::BATON_ISA {
 
 namespace {
 
-// Steps of a panel that stay in the first-level cache while all its outputs pass.
+// Steps of a panel that stay in the first-level cache while all outputs are copied.
 constexpr int64_t kStepsAtOnce = 32;
 
-// Where element k of output i lies in a panel.
+// The index of element k of output i within a panel.
 template <int kTerms>
 BATON_INLINE int64_t place(int64_t i, int64_t k) {
   return (k / kTerms * kPanelOutputs + i) * kTerms + k % kTerms;
 }
 
-// Calls fn(k, k_end) for stretches of in_features.
+// Calls fn(k, k_end) for each stretch of in_features.
 template <int kTerms, typename Fn>
 void each_stretch(int64_t in_features, Fn&& fn) {
   constexpr int64_t kLength = kStepsAtOnce * kTerms;
@@ -50,7 +51,7 @@ void pack(const PackLinearParams& p, int64_t begin, int64_t end) {
 template <typename T, int kTerms>
 void unpack(const UnpackLinearParams& p, int64_t begin, int64_t end) {
   const int64_t size = panel_bytes(p.layout, p.in_features) / sizeof(T);
-  // As many at a time as may lie in one panel.
+  // One panel's number of outputs at a time.
   for (; begin < end; begin += kPanelOutputs) {
     const int64_t last = begin + kPanelOutputs < end ? begin + kPanelOutputs : end;
     each_stretch<kTerms>(p.in_features, [&](int64_t k_begin, int64_t k_end) {
@@ -66,7 +67,7 @@ void unpack(const UnpackLinearParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Calls fn.operator()<T, kTerms>(); T has the size of an element.
+// Calls fn.operator()<T, kTerms>() with a T of the element's size.
 template <typename Fn>
 void dispatch_layout(const PanelLayout& layout, Fn&& fn) {
   dispatch_int<1, 2, 4>(layout.terms, [&]<int kTerms>() {

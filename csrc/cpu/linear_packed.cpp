@@ -34,7 +34,8 @@ struct FloatPanel : Panel<T> {
       const int64_t whole = num_factors / P::kTerms;
       weights.multiply(sums, whole, x, stride);
       if (whole < chain.end - chain.begin) {
-        // Half of a pair: what follows in memory is not this row's.
+        // An odd number of elements leaves half a pair; what follows in memory belongs to another
+        // row.
         Factor pairs[kRows][P::kTerms] = {};
         for (int m = 0; m < kRows; ++m) pairs[m][0] = x[m * stride + whole * P::kTerms];
         weights.multiply(sums, 1, pairs[0], P::kTerms);

@@ -1,10 +1,10 @@
-// linear_packed for bfloat16 and int8 in AMX tiles: rows of x are the first operand, straight from
-// memory, and a panel's pairs or fours the second, as they lie. Six tiles of sums: 32 rows by one
-// panel, or up to 16 rows by two.
+// linear_packed for bfloat16 and int8 in AMX tiles. Rows of x are the first operand, straight from
+// memory; a panel's pairs (or fours, for int8) are the second, as they lie. Six tiles hold sums: 32
+// rows by one panel, or up to 16 rows by two.
 //
-// Every element is summed over steps of 32 in ascending order, whatever shares its tile: a row's
-// bits are its own. Those of int8 are sums of steps of 64, a group of x each, which are exact; they
-// leave their tiles after each step, to be scaled and added up.
+// Every element is summed over steps of 32 in ascending order, no matter what shares its tile, so a
+// row's bits do not depend on other rows. int8 sums over steps of 64, one group of x each, are
+// exact; they leave their tiles after each step to be scaled and added up.
 #pragma once
 
 #include "common/linear_packed.h"
@@ -16,7 +16,7 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// A block of rows of x; P is a kind of panels whose steps have 4 bytes of an output.
+// A block of rows of x. P is a kind of panel whose steps have 4 bytes per output.
 template <typename P>
 class PackedTiles {
  public:
@@ -33,7 +33,7 @@ class PackedTiles {
     }
     tile_configure(config);
   }
-  // Left configured, tiles would be saved at every switch of threads.
+  // If tiles stayed configured, every thread switch would save them.
   ~PackedTiles() { tile_release(); }
   PackedTiles(const PackedTiles&) = delete;
   PackedTiles& operator=(const PackedTiles&) = delete;
@@ -53,20 +53,20 @@ class PackedTiles {
   static constexpr bool kInt8 = __is_same(Input, int8_t);
   static constexpr int kPanelTiles = kPanelOutputs / kAmxRows;
   static_assert(kPanelTiles == kPackedParts && kPackedRowBlock % (2 * kAmxRows) == 0);
-  static constexpr int kRows = 6, kPairs = 7;  // the tiles of both operands
-  // Elements of a row in a tile, and bytes of a panel's pairs or fours.
+  static constexpr int kRows = 6, kPairs = 7;  // the tiles of the two operands
+  // Elements of a row in one tile, and the bytes of a panel's pairs or fours for one step.
   static constexpr int64_t kStep = kAmxRowBytes / static_cast<int64_t>(sizeof(Input));
   static constexpr int64_t kPairBytes = kPanelOutputs * 4;
   static constexpr int64_t kStepBytes = kAmxRows * kPairBytes;
-  // Steps ahead of their use that weights are asked for.
+  // How many steps before their use weights are prefetched.
   static constexpr int64_t kAheadSteps = 4;
   static_assert(!kInt8 || kStep == kInt8Group);
 
-  // All rows by kTiles tiles, from `tile` on, of each of kPanels panels.
+  // All rows by kTiles tiles, beginning with `tile`, of each of kPanels panels.
   template <int kPanels, int kTiles>
   void columns(int64_t panel, int64_t tile) {
     for (int64_t row = 0; row < num_rows_;) {
-      // The last tile holds 16 rows too where there are as many: the first of them once more.
+      // If there are at least 16 rows, the last tile has 16 as well: it repeats some rows.
       const int64_t second =
           row + 2 * kAmxRows <= num_rows_ ? row + kAmxRows : num_rows_ - kAmxRows;
       if constexpr (kPanels == 1) {
@@ -97,7 +97,7 @@ class PackedTiles {
     for (int i = 0; i < kRowTiles; ++i) {
       x[i] = static_cast<const Input*>(p_.x) + (row_ + rows[i]) * p_.x_row_stride;
     }
-    // Of each tile its 16 rows. In bfloat16 the tiles hold the sums of all steps.
+    // The 16 rows of each tile. For bfloat16 the tiles themselves hold the sums over all steps.
     Vec results[kRowTiles * kColumns][kAmxRows];
     const auto clear_tiles = [] {
       each_tile<kRowTiles * kColumns>([]<int kSum>() { tile_zero<kSum>(); });
@@ -128,7 +128,7 @@ class PackedTiles {
       if constexpr (kInt8) clear_tiles();
       each_tile<kColumns>([&]<int kColumn>() {
         load_pairs(kColumn / kTiles, tile + kColumn % kTiles);
-        // Back and forth, so that the rows at the turn are loaded once.
+        // Alternating direction, so that the rows at each turn are loaded only once.
         each_tile<kRowTiles>([&]<int kTurn>() {
           constexpr int kRow = kColumn % 2 == 0 ? kTurn : kRowTiles - 1 - kTurn;
           if (kTurn > 0 || kColumn == 0) load_rows(kRow);
@@ -157,8 +157,8 @@ class PackedTiles {
           });
     }
     if (const int64_t rest = p_.in_features % kStep; rest > 0) {
-      // What follows in memory belongs to another row or panel, or to nobody; rows of int8 go on
-      // with zeros.
+      // What follows in memory belongs to another row or panel, or to no tensor; int8 rows are
+      // padded with zeros.
       alignas(64) float row_copy[kAmxRows][kAmxRows];
       alignas(64) float pair_copy[kAmxRows][kAmxRows] = {};
       const auto load_rows = [&](int i) {
@@ -197,7 +197,7 @@ class PackedTiles {
     });
   }
 
-  // fn.operator()<i>() for i below kCount, in order.
+  // Calls fn.operator()<i>() for i below kCount, in order.
   template <int kCount, typename Fn>
   static BATON_INLINE void each_tile(Fn&& fn) {
     if constexpr (kCount > 0) {

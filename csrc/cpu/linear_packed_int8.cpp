@@ -1,5 +1,5 @@
-// linear_packed of int8 panels on the CPU: rows of x that were rounded to int8 with a scale for
-// each group of elements, exact sums of a group, groups added up in float32
+// linear_packed for int8 panels on the CPU: rows of x are rounded to int8 with a scale per group of
+// elements, the sums within a group are exact, and groups are added up in float32
 // (common/linear_packed.h). On CPUs with AMX: linear_packed_amx.h.
 #include "cpu/linear_packed_amx.h"
 #include "cpu/linear_packed_rows.h"
@@ -9,8 +9,8 @@ namespace baton::cpu::BATON_ISA {
 namespace {
 
 struct GroupedInt8Panel : Int8Panel {
-  // A group's sums, and those of all groups so far. Both stay in registers: what is scaled and
-  // added up in memory is a fifth slower, because products wait for it.
+  // A group's sums, and the totals of all groups so far. Both stay in registers: scaling and adding
+  // in memory was a fifth slower, because products wait for it.
   static constexpr int kVectorsPerSum = 2;
 
   template <int kRows, int kPanels, int kVectors>
@@ -19,7 +19,7 @@ struct GroupedInt8Panel : Int8Panel {
     ChainWeights<Int8Panel, kPanels, kVectors> weights(p, chain);
     const int64_t num_groups = num_int8_groups(p.in_features), stride = p.x_row_stride;
     const QuantizedGroup* group = p.x_groups + chain.row * num_groups + chain.begin / kGroupSteps;
-    // Rows go on with zeros, which is what the last group multiplies where it is not whole.
+    // Rows are padded with zeros, which the last group multiplies if it is not whole.
     const int8_t* x = static_cast<const int8_t*>(p.x) + chain.row * stride + chain.begin * kTerms;
     Vec totals[kRows][kAll];
     BATON_UNROLL

@@ -1,9 +1,10 @@
-// How linear_packed walks over panels of every kind, with rows of x in registers.
+// How linear_packed goes over panels of every kind, with rows of x in registers.
 //
-// Sums are chains of so many steps of a panel, added up in their order, for every number of rows: a
-// row's bits are its own. Where rows take several passes, a chain's share of a panel stays in the
-// core's cache until all of them have met it, and the next share is asked for meanwhile. Up to two
-// rows read two panels side by side: one stream of reads is less than a core can have under way.
+// For any number of rows, sums are chains of a fixed number of steps of a panel, added up in order,
+// so a row's bits do not depend on other rows. If the rows need several passes, a chain's share of
+// the panel stays in the core's cache until all passes have used it; meanwhile the next share is
+// prefetched. One or two rows read two panels at the same time, because a single stream of reads
+// does not use all the requests that a core can have in flight.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -13,7 +14,7 @@ namespace baton::cpu::BATON_ISA {
 
 constexpr int kPanelVectors = kPanelOutputs / kLanes;
 constexpr int kPartVectors = kPanelVectors / kPackedParts;
-// Of 32 or 16 registers: sums; besides them a step's vectors of weights and a factor.
+// Registers for sums, of 32 or 16; the others hold a step's vectors of weights and a factor.
 #if defined(__AVX512F__)
 constexpr int kMaxVectors = 24, kMaxRows = 8, kPanelsOfFewRows = 2;
 #else
@@ -27,14 +28,14 @@ int64_t num_panel_steps(const LinearPackedParams& p) {
 }
 
 // A chain: steps [begin, end), rows of x from `row` on, outputs from `vector` of `panel` on. It
-// asks for what comes next: `ahead_lines` lines each kUnroll steps, from `ahead` bytes beyond its
-// first step on.
+// prefetches what comes next: `ahead_lines` lines every kUnroll steps, beginning `ahead` bytes
+// after its first step.
 struct Chain {
   int64_t panel, vector, row, begin, end;
   int64_t ahead, ahead_lines;
 };
 
-// The weights of a chain: kVectors vectors of each of kPanels panels of kind P.
+// The weights of a chain: kVectors vectors from each of kPanels panels of kind P.
 template <typename P, int kPanels, int kVectors>
 class ChainWeights {
  public:
@@ -85,10 +86,10 @@ class ChainWeights {
   const int64_t lines_;
 };
 
-// A block of rows of x. P is a kind of panels with
+// A block of rows of x. P is a kind of panel with
 //   static void add<kRows, kPanels, kVectors>(const LinearPackedParams&, const Chain&, Vec*
 //   results)
-// which adds a chain's sums to results, [row][vector], or writes them where it is the first one.
+// which adds a chain's sums to results, [row][vector], or sets them if it is the first chain.
 template <typename P>
 class PackedRows {
  public:
@@ -116,12 +117,12 @@ class PackedRows {
   void part(int64_t panel, int64_t index) { columns<1, kPartVectors>(panel, index * kPartVectors); }
 
  private:
-  // All rows by kVectors vectors, from `vector` on, of each of kPanels panels.
+  // All rows by kVectors vectors, beginning with `vector`, of each of kPanels panels.
   template <int kPanels, int kVectors>
   void columns(int64_t panel, int64_t vector) {
     typedef ChainWeights<P, kPanels, kVectors> Weights;
     constexpr int kAll = Weights::kAll;
-    // One row by kAll vectors is the least there is.
+    // The smallest tile is one row by kAll vectors.
     constexpr int kFit = kMaxVectors / kAll / P::kVectorsPerSum;
     constexpr int kMost = kFit < 1 ? 1 : kFit < kMaxRows ? kFit : kMaxRows;
     constexpr int64_t kLinesOfSteps = Weights::kUnroll * Weights::kStepBytes / 64;
@@ -137,7 +138,7 @@ class PackedRows {
       } else if (p_.read_ahead > 0) {
         chain.ahead_lines = kLinesOfSteps;
       }
-      // Rows are spread evenly over passes, and so are the lines of the next share.
+      // Rows are spread evenly over the passes, and so are the prefetched lines of the next share.
       for (int64_t pass = 0, row = 0; pass < passes; ++pass) {
         const int64_t count = (num_rows_ - row + passes - pass - 1) / (passes - pass);
         dispatch_int<1, 2, 3, 4, 5, 6, 7, 8>(count, [&]<int kRows>() {
@@ -175,7 +176,7 @@ void multiply_panels(const LinearPackedParams& p, int64_t begin, int64_t end) {
     const int64_t last = item + end - begin < items ? item + end - begin : items;
     begin += last - item;
     Rows rows(p, row, row_end);
-    // Parts of a panel, whole panels, parts of another one.
+    // Parts of a panel, then whole panels, then parts of another one.
     for (; item < last && item % p.parts > 0; ++item) rows.part(item / p.parts, item % p.parts);
     const int64_t panel = item / p.parts, panel_end = last / p.parts;
     if (panel < panel_end) {

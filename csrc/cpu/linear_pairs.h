@@ -1,7 +1,7 @@
 // The register tile of linear where vectors are as long as a cache line: a vector of products
-// serves two rows of x, each in one half of it. That leaves eight partial sums of each dot product,
-// where a vector of one row would leave sixteen: folding those takes a fourth of the time where
-// in_features is small.
+// serves two rows of x, one in each half. That leaves eight partial sums of each dot product, where
+// one row per vector would leave sixteen; folding those takes a fourth of the time if in_features
+// is small.
 #pragma once
 
 #include "common/linear.h"
@@ -11,7 +11,7 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// kStep elements of one row, which are half of a vector once they are what step() multiplies.
+// kStep elements of one row; once converted to what step() multiplies, they fill half a vector.
 template <typename T>
 struct HalfDot {
   static constexpr int kStep = 8;
@@ -70,8 +70,8 @@ struct HalfDot<BFloat16> {
 };
 #endif
 
-// Two rows in the halves of a vector, and as many elements of one row in both; the first n of them
-// where n is given.
+// rows(): two rows in the halves of a vector. twice(): the same elements of one row in both halves.
+// With n, only the first n elements are read.
 template <typename T>
 struct PairDot : HalfDot<T> {
   typedef HalfDot<T> Single;
@@ -86,7 +86,7 @@ struct PairDot : HalfDot<T> {
   }
 };
 
-// Of eight features: the sums of the first row in the first eight lanes, of the second behind.
+// For eight features: the sums of the first row in the first eight lanes, of the second row behind.
 BATON_INLINE Vec fold_pair(const Vec (&x)[8]) {
   const auto fold_four = [](const Vec* x) BATON_INLINE_LAMBDA {
     const auto fold = [](Vec a, Vec b) BATON_INLINE_LAMBDA {
@@ -102,35 +102,35 @@ BATON_INLINE Vec fold_pair(const Vec (&x)[8]) {
   return (Vec)_mm512_shuffle_f32x4(mixed, mixed, 0xd8);
 }
 
-// 24 accumulators, 6 vectors of x and one of weights of 32 registers.
+// Of 32 registers, 24 are accumulators, 6 hold x and one holds weights.
 constexpr int kTilePairs = 3, kPairFeatures = 8;
 
-// Where a pass over the weights asks for those of the next features: one line of each every `step`
-// elements. Passes share the lines, so that requests are spread over all of them.
+// Where a pass over the weights prefetches those of the next features: one line of each every
+// `step` elements. The passes divide the lines, so that prefetches are spread over all of them.
 struct WeightsAhead {
   int64_t next, step;
 };
 
-// y of rows [row, row + 2 kPairs), as far as there are, and of eight features.
+// y for rows [row, row + 2 kPairs), as far as they exist, and eight features.
 template <typename T, int kPairs>
 void pair_tile(const LinearParams& p, int64_t row, int64_t row_end, int64_t feature,
                WeightsAhead ahead) {
   typedef PairDot<T> D;
-  // Two steps at once, which is a line where elements are not converted: where rows lie a power of
-  // two apart, lines of fourteen rows would throw each other out of the first-level cache between
-  // the two.
+  // Two steps at once, which is a line for elements that need no conversion: where rows lie a power
+  // of two apart, the lines of fourteen rows would evict each other from the first-level cache
+  // between the two steps.
   constexpr int64_t kLine = 2 * D::kStep;
   const T* x[2 * kPairs];
   BATON_UNROLL
   for (int m = 0; m < 2 * kPairs; ++m) {
-    // The last row may have no partner: it is its own.
+    // The last row may have no partner; it is then paired with itself.
     const int64_t r = row + m < row_end ? row + m : row_end - 1;
     x[m] = static_cast<const T*>(p.x) + r * p.x_row_stride;
   }
   const int64_t stride = p.weight_row_stride;
   const T* weight = static_cast<const T*>(p.weight) + feature * stride;
-  // Long sums are taken in stretches: one chain of additions over all of in_features rounds too
-  // much. Those of all stretches but the last one do not find registers.
+  // Long sums are cut into stretches: a single chain of additions over all of in_features would
+  // round too much. The sums of earlier stretches do not fit in registers.
   constexpr int64_t kStretch = 40 * kLine;
   const int64_t whole = p.in_features / kLine * kLine;
   Vec sums[kPairs][kPairFeatures], earlier[kPairs][kPairFeatures];
@@ -143,7 +143,7 @@ void pair_tile(const LinearParams& p, int64_t row, int64_t row_end, int64_t feat
     }
     for (; k < end; k += kLine) {
       if (k == ahead.next) {
-        // Past the end of a tensor nothing is read.
+        // Prefetching past the end of a tensor reads nothing.
         BATON_UNROLL
         for (int n = 0; n < kPairFeatures; ++n) {
           __builtin_prefetch(weight + (n + kPairFeatures) * stride + k, 0, 2);
@@ -210,8 +210,7 @@ void pair_tile(const LinearParams& p, int64_t row, int64_t row_end, int64_t feat
   }
 }
 
-// y of rows [row, row_end) and of eight features: three pairs of rows share a pass over the
-// weights.
+// y for rows [row, row_end) and eight features: three pairs of rows share a pass over the weights.
 template <typename T>
 void pair_column(const LinearParams& p, int64_t row, int64_t row_end, int64_t feature) {
   constexpr int64_t kLine = 64 / sizeof(T);

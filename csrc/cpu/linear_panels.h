@@ -1,9 +1,9 @@
 // Register tiles over the panels of linear_packed: how one step of a panel is multiplied with
-// several rows of x, for every storage type and length of vectors.
+// several rows of x, for every storage type and vector length.
 //
 // A step is one element of in_features, or a pair of them, for all 48 outputs of a panel. Lanes run
-// along outputs, so that an element of the product has its lane to itself: it adds its terms one by
-// one, in the order of in_features, whatever rows and panels share the tile.
+// along the outputs, so every element of the product has its own lane and adds its terms one by
+// one, in the order of in_features, no matter which rows and panels share the tile.
 #pragma once
 
 #include "common/linear_packed.h"
@@ -13,16 +13,16 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// What a panel of T looks like, and what its steps multiply: elements of x as they are, or
-// converted to float before (`Factor`).
+// The layout of a panel of T, and what its steps multiply: elements of x unchanged, or converted to
+// float first (`Factor`).
 template <typename T>
 struct Panel {
   typedef T Input;  // elements of x
   typedef Vec Sum;
   static constexpr int kTerms = 1;
   static constexpr int64_t kVectorBytes = kLanes * sizeof(T);
-  // Steps that are added up one after the other: one chain of additions over all of in_features
-  // rounds too much. Results of 16 bits are rounded more than that by themselves.
+  // The number of steps in one chain of additions: a single chain over all of in_features would
+  // round too much. 16-bit results lose more than that to their own rounding.
   static constexpr int64_t kChainSteps = sizeof(T) == 4 ? 64 : 256;
   typedef float Factor;
 
@@ -93,14 +93,14 @@ struct Panel<BFloat16> {
 #endif
 };
 
-// Four elements of int8 for each output, and what rows of x in int8 multiply.
+// Four int8 elements per output, multiplied with int8 rows of x.
 struct Int8Panel {
   typedef int8_t Input, Factor;
   typedef IntVec Sum;
   static constexpr int kTerms = 4;
   static constexpr int64_t kVectorBytes = kLanes * 4;
-  // Groups of x are added up one after the other in any case: chains here only keep a panel's share
-  // in the cache.
+  // Groups of x are added up one after the other in any case: chains only serve to keep a panel's
+  // share in the cache.
   static constexpr int64_t kChainSteps = 512;
   static constexpr int64_t kGroupSteps = kInt8Group / kTerms;
   static_assert(kChainSteps % kGroupSteps == 0);
@@ -126,7 +126,7 @@ struct Int8Panel {
   }
 };
 
-// The weight's scales of kLanes outputs; anything where outputs do not exist.
+// The weight's scales of kLanes outputs; arbitrary where outputs do not exist.
 BATON_INLINE Vec load_scales(const LinearPackedParams& p, int64_t output) {
   const int64_t rest = p.out_features - output;
   if (rest <= 0) return zero();
@@ -134,11 +134,11 @@ BATON_INLINE Vec load_scales(const LinearPackedParams& p, int64_t output) {
                        : load(p.weight_scales + output);
 }
 
-// What all groups add up to, with those.
+// The total over all groups, times those scales.
 BATON_INLINE Vec with_scales(Vec total, Vec scales) { return total * scales * set1(kInt8Headroom); }
 
-// y of rows [row, row + num_rows) and kLanes outputs, from `output` on: results + bias, in y's
-// dtype. Rows of results are `stride` vectors apart; outputs that do not exist are left out.
+// Writes y for rows [row, row + num_rows) and kLanes outputs from `output` on: results + bias, in
+// y's dtype. Rows of results are `stride` vectors apart; outputs that do not exist are left out.
 inline void write_results(const LinearPackedParams& p, int64_t row, int64_t num_rows,
                           int64_t output, const Vec* results, int64_t stride) {
   const int64_t rest = p.out_features - output;

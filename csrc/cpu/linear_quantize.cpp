@@ -1,8 +1,8 @@
-// quantize_linear on the CPU: rows to int8, with a scale per row or per group of a row's elements
-// (common/linear_packed.h). One work item is one row, read twice from the core's own cache.
+// quantize_linear on the CPU: rounds rows to int8, with a scale per row or per group of elements
+// (common/linear_packed.h). One work item is one row, read twice from the core's private cache.
 //
 // Maxima and integers are exact and the rest is one operation per element, so every instruction set
-// has the same bits.
+// computes the same bits.
 #include "cpu/kernels.h"
 #include "cpu/simd/bytes.h"
 
@@ -12,11 +12,11 @@ namespace {
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr float kLargest = 127.0f;
-// Added to a number below 2^22 it leaves the nearest integer in the lowest bits.
+// Adding it to a number below 2^22 leaves the nearest integer in the lowest bits.
 constexpr float kRounder = 0x1.8p23f;
 constexpr int32_t kRounderBits = 0x4b400000;
 
-// The bits of the largest magnitude: they are ordered as the magnitudes are, NaN behind infinity.
+// The bits of the largest magnitude. Bits sort like the magnitudes, with NaN after infinity.
 template <typename T>
 BATON_INLINE uint32_t largest_bits(const T* x, int64_t size) {
   const auto larger = [](IntVec most, Vec v) BATON_INLINE_LAMBDA {
@@ -34,7 +34,7 @@ BATON_INLINE uint32_t largest_bits(const T* x, int64_t size) {
   return static_cast<uint32_t>(reduce_max(most[0] > most[1] ? most[0] : most[1]));
 }
 
-// The rounded elements; returns their sum, modulo 2^32 of more than a group.
+// Writes the rounded elements; returns their sum, modulo 2^32 if there are more than a group.
 template <typename T>
 BATON_INLINE uint32_t round_elements(const T* x, int64_t size, float inverse, int8_t* rounded) {
   const Vec factor = set1(inverse), rounder = set1(kRounder);
@@ -67,7 +67,7 @@ BATON_INLINE QuantizedGroup quantize_group(const T* x, int64_t size, int8_t* rou
   if (bits >= kInfinityBits) {
     group.scale = __builtin_nanf("");
   } else if (const float inverse = kLargest / largest; inverse <= __FLT_MAX__) {
-    // Not of 0, nor of what is so near to it that the factor is infinite.
+    // 0, and magnitudes so small that the factor would be infinite, are excluded.
     group.scale = largest / kLargest;
     const uint32_t sum = round_elements(x, size, inverse, rounded);
     group.first_sum = static_cast<int32_t>(0u - kByteOffset * sum);
@@ -97,7 +97,7 @@ void quantize_row(const QuantizeLinearParams& p, int64_t row) {
     }
     if (k < p.in_features) *groups = with_headroom(x + k, p.in_features - k, rounded + k);
   }
-  // A row of no features has no memory, and memset takes no null.
+  // A row without features has no memory, and memset must not be given null.
   const int64_t rest = p.row_size - p.in_features;
   if (rest > 0) __builtin_memset(rounded + p.in_features, 0, rest);
 }

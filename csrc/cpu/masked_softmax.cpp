@@ -8,7 +8,7 @@ namespace baton::cpu::BATON_ISA {
 
 namespace {
 
-// Reads `count` scores and lanes of -inf after them.
+// Loads `count` scores; lanes after them are -inf.
 template <typename T>
 BATON_INLINE Vec load_scores(const T* scores, int64_t count, Vec scale) {
   if (count >= kLanes) return load(scores) * scale;

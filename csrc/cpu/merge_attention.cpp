@@ -1,5 +1,5 @@
-// merge_attention on the CPU: one work item is one query token. A partial that saw nothing
-// (lse = -inf) is not read, so that what it left in its output cannot matter.
+// merge_attention on the CPU: one work item is one query token. A partial result that saw no key
+// (lse = -inf) is not read, so its output may hold anything.
 #include "cpu/kernels.h"
 #include "cpu/simd/exponential.h"
 

@@ -1,5 +1,5 @@
-// move_kv on the CPU: one work item moves one move's columns of one layer and KV head. A move
-// inside one slot runs from the end that its own target does not overwrite.
+// move_kv on the CPU: one work item moves the columns of one move for one layer and KV head. Within
+// a slot, columns are copied in the order in which the target overwrites none still to be read.
 #include "cpu/kernels.h"
 #include "cpu/simd/copy.h"
 
@@ -12,7 +12,7 @@ struct MoveItem {
   int64_t layer, move, head;
 };
 
-// `bytes` of an element, of which `size` are a column's.
+// An element has `bytes` bytes and a column `size` elements.
 void move_one(const MoveKvParams& p, const MoveItem& item, bool streams, void* cache,
               const CacheStrides& strides, int64_t bytes, int64_t size) {
   const int64_t row_bytes = bytes * size;
@@ -35,7 +35,7 @@ void move_one(const MoveKvParams& p, const MoveItem& item, bool streams, void* c
     __builtin_memmove(target, source, count * row_bytes);
     return;
   }
-  // Columns never overlap each other, only the order of whole columns matters.
+  // Columns never overlap each other, so only the order of whole columns matters.
   const bool backwards = target_start > source_start;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t column = backwards ? count - 1 - i : i;

@@ -1,4 +1,4 @@
-// rms_norm on the CPU: one work item is one row, read twice from the core's own cache.
+// rms_norm on the CPU: one work item is one row, read twice from the core's private cache.
 #include "cpu/kernels.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/stream.h"
@@ -7,7 +7,7 @@ namespace baton::cpu::BATON_ISA {
 
 namespace {
 
-// What one row is computed from and written to.
+// The inputs and outputs of one row.
 template <typename T>
 struct Row {
   const T* x;
@@ -17,7 +17,7 @@ struct Row {
   T* sum;  // null without residual
 };
 
-// s of kLanes elements, stored where there is a residual.
+// s for kLanes elements; stores it if there is a residual.
 template <typename T>
 BATON_INLINE Vec total(const Row<T>& r, int64_t i) {
   Vec s = load(r.x + i);

@@ -73,9 +73,10 @@ bool has_avx512_bf16() {
 #endif
 }
 
-// Tiles are 8 KiB of registers more per thread, which Linux (from 5.16) hands out on request. The
-// request is the process's: running and later threads, of whatever origin, and
-// forked processes have it too. It fails where a thread has put up a signal stack too small for it.
+// Tiles are 8 KiB of additional registers per thread, which Linux (from 5.16) grants on request.
+// The permission belongs to the whole process: all threads, running or started later by anybody,
+// and forked processes have it too. The request fails where a thread has installed a signal stack
+// that is too small for the tiles.
 bool has_amx_bf16() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -156,8 +157,8 @@ const char* isa_in_use() { return current().load(std::memory_order_relaxed)->isa
 
 int64_t read_ahead_bytes() {
 #if defined(__x86_64__)
-  // AMD's Zen 4 loses up to a tenth of its rate to such requests. Intel's CPUs, whose own requests
-  // end with a page of 4 KiB, have them.
+  // AMD's Zen 4 loses up to a tenth of its rate to such prefetches. Intel's CPUs gain: their own
+  // prefetches stop at the end of each 4 KiB page.
   static const int64_t bytes = __builtin_cpu_is("intel") ? 2048 : 0;
   return bytes;
 #else

@@ -34,13 +34,13 @@ using std::chrono::microseconds;
 constexpr microseconds kSpin{50};
 // How long a caller spins for a helper that is still inside a region.
 constexpr microseconds kPatience{100};
-// A helper that was preempted for so long has a core that another program uses: it stays away. Less
-// is a passing matter of the system. Under a hypervisor the time by itself proves nothing.
+// A helper that was preempted for this long shares its core with another program and stays away.
+// Shorter preemptions are ordinary. Under a hypervisor elapsed time by itself proves nothing.
 constexpr microseconds kPreempted{500};
-// How long it stays away; the time doubles with each preemption that follows soon.
+// How long it stays away; the time doubles with each preemption that follows soon after.
 constexpr microseconds kFirstAbsence{5'000}, kLastAbsence{40'000};
 
-// Sleeps unless `word` has another value than this by now. May return early.
+// Sleeps if `word` still has this value. May return early.
 void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
 #if defined(__linux__)
   syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
@@ -49,7 +49,7 @@ void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
 #endif
 }
 
-// Wakes up to `count` threads that sleep; the word has changed before.
+// Wakes up to `count` sleeping threads; the word has been changed before.
 void wake(std::atomic<uint32_t>& word, int count) {
 #if defined(__linux__)
   syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
@@ -66,7 +66,7 @@ void pause() {
 #endif
 }
 
-// How a thread rounds and whether it flushes subnormal numbers: without the exceptions it has seen.
+// How a thread rounds and whether it flushes subnormal numbers, without its exception flags.
 uint64_t float_mode() {
 #if defined(__x86_64__)
   return _mm_getcsr() & ~0x3fu;
@@ -87,7 +87,7 @@ void set_float_mode([[maybe_unused]] uint64_t mode) {
 #endif
 }
 
-// How often the system has taken this thread off its core for another one.
+// How often the system has preempted this thread.
 long preemptions() {
 #if defined(__linux__)
   rusage usage;
@@ -110,7 +110,7 @@ constexpr int kMaxHelpers = 0x7fff;
 
 uint32_t number_of(uint64_t region) { return static_cast<uint32_t>(region >> kNumberShift); }
 
-// A calling thread's helpers. Never destroyed: they may run for as long as the process.
+// A calling thread's helpers. Never destroyed: they may run as long as the process does.
 class Team {
  public:
   void run(int helpers, bool wakes, TeamWork work, const void* argument) {
@@ -134,7 +134,7 @@ class Team {
   void start(int helpers) {
     const uint32_t process = process_number.load(std::memory_order_relaxed);
     if (process != process_) {
-      // Threads of the process that this one was forked from.
+      // The helpers known here belong to the process that this one was forked from.
       region_ = 0;
       sleeping_ = absent_ = 0;
       num_helpers_ = 0;
@@ -142,8 +142,8 @@ class Team {
       process_ = process;
     }
     if (num_helpers_ >= helpers || !can_start_) return;
-    // Signals are for the program's own threads, except those that an instruction raises. Linux
-    // keeps a mask per thread; pthread_sigmask, the same call, is a symbol of glibc 2.32 (and
+    // Signals go to the program's own threads, except those that an instruction raises. Linux keeps
+    // a mask per thread; pthread_sigmask, the same call, is a symbol of glibc 2.32 (and
     // pthread_setname_np below one of 2.34), which a manylinux_2_28 wheel may not need.
     sigset_t all, before;
     sigfillset(&all);
@@ -152,15 +152,15 @@ class Team {
     try {
       for (; num_helpers_ < helpers; ++num_helpers_) std::thread([this] { help(); }).detach();
     } catch (const std::system_error&) {
-      // The process may have no more threads: these will do.
+      // The process may start no more threads: make do with those that it has.
       can_start_ = false;
     } catch (const std::bad_alloc&) {
-      // Those that have started will do until there is memory.
+      // Make do with those that have started until there is memory.
     }
     sigprocmask(SIG_SETMASK, &before, nullptr);
   }
 
-  // Either a helper that goes to sleep sees the open region, or the caller sees the sleeper.
+  // Either a helper that is about to sleep sees the open region, or the caller sees it asleep.
   void wake_helpers(int seats, int present) {
     const int asleep = sleeping_.load(std::memory_order_seq_cst);
     const int missing = seats - (present - asleep);
@@ -169,7 +169,7 @@ class Team {
     wake(call_, missing);
   }
 
-  // No more helpers enter; waits for those inside.
+  // Lets no more helpers enter and waits for those inside.
   void close() {
     uint64_t region = region_.fetch_and(~kSeats, std::memory_order_acq_rel);
     if ((region & kInsides) == 0) return;
@@ -179,7 +179,7 @@ class Team {
       if ((region & kInsides) == 0) return;
       pause();
     }
-    // Asleep, so that the helper can have this core where another program has its own.
+    // Sleep, so that the helper can use this core if another program occupies its own.
     waits_since_.store(begin, std::memory_order_relaxed);
     uint32_t left = left_.load(std::memory_order_acquire);
     region = region_.fetch_or(kCallerSleeps, std::memory_order_acq_rel);
@@ -222,7 +222,7 @@ class Team {
       const long count = preemptions();
       if (count == count_) return;
       const Clock::time_point now = Clock::now();
-      // Soon after the last one: the other program is still there.
+      // Soon after the last preemption: the other program is still there.
       length_ = now - end_ < length_ ? std::min(2 * length_, kLastAbsence) : kFirstAbsence;
       team.absent_.fetch_add(1, std::memory_order_relaxed);
       std::this_thread::sleep_for(length_);
@@ -231,7 +231,7 @@ class Team {
       forget();
     }
 
-    // What has happened until now no longer counts.
+    // Preemptions until now no longer count.
     void forget() { count_ = preemptions(); }
 
    private:
@@ -271,11 +271,11 @@ class Team {
   TeamWork work_ = nullptr;
   const void* argument_ = nullptr;
   uint64_t float_mode_ = 0;
-  // The caller's own.
+  // Used by the caller only.
   int num_helpers_ = 0;
   bool can_start_ = true;
   uint32_t process_ = 0;
-  // Each on a separate line: helpers read one while the others change.
+  // Each on its own cache line: helpers read one while the others change.
   alignas(64) std::atomic<uint64_t> region_{0};
   alignas(64) std::atomic<uint32_t> call_{0};  // helpers sleep on it, the caller changes it
   std::atomic<int> sleeping_{0}, absent_{0};
@@ -303,7 +303,7 @@ class Pool {
   Team* take() {
     const std::lock_guard lock(mutex_);
     if (free_.empty()) {
-      // So that giving it back takes no memory: a thread that ends cannot fail.
+      // Reserves the room to give it back: a thread that ends must not fail for lack of memory.
       free_.reserve(num_teams_ + 1);
       Team* made = new Team;
       ++num_teams_;
@@ -338,7 +338,7 @@ void run_on_team(int helpers, bool wakes, TeamWork work, const void* argument) n
     thread_local Lease lease;
     team = lease.team;
   } catch (const std::bad_alloc&) {
-    return work(argument);  // no memory for a team: alone
+    return work(argument);  // no memory for a team: without helpers
   }
   team->run(helpers, wakes, work, argument);
 }

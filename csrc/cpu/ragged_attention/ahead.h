@@ -1,32 +1,33 @@
-// Asks memory for keys and values before they are used, across blocks and work items.
+// Prefetches keys and values before they are used, across blocks and work items.
 //
-// A tile uses a block of keys, then the block of values beside it, then the next keys, which may be
-// another item's. The hardware foresees none of these changes, and short rows are nothing but
-// changes. So each row that is used asks for the one that comes kAheadBytes later in that order:
-// requests are spread out as uses are, because the core drops those that it cannot queue. Into the
-// second-level cache: the first one's few miss buffers are the loads' own.
+// A tile uses a block of keys, then the block of values that belongs to it, then the next keys,
+// which may be another item's. The hardware prefetcher foresees none of these changes, and short
+// rows consist of nothing but changes. So each row, while it is used, prefetches the row that comes
+// kAheadBytes later in that order: prefetches are spread out like the uses, because the core drops
+// those that it cannot queue. They go into the second-level cache: the few miss buffers of the
+// first level are left to the loads themselves.
 #pragma once
 
 #include "cpu/ragged_attention/item.h"
 
 namespace baton::cpu::BATON_ISA {
 
-// How long before their use. Measured: 4 to 9 KB are slower, 16 and 18 KB too.
+// How many bytes before their use. Measured: 4 to 9 KB are slower, and so are 16 and 18 KB.
 constexpr int64_t kAheadBytes = 12 * 1024;
 
-// Rows to ask for while the rows of one block are used, in at most two runs.
+// The rows to prefetch while the rows of one block are used, in at most two runs.
 template <typename T>
 struct Ask {
   const T* first = nullptr;
   const T* second = nullptr;
   int64_t num_first = 0, num_second = 0;
   int64_t stride = 0;    // elements from one row to the next
-  bool doubled = false;  // two rows for each one that is used: there is a lead to be won
-  // In place of the two runs: num_second rows anywhere.
+  bool doubled = false;  // prefetches two rows per used row, to build up the lead
+  // Replaces the two runs: num_second rows that lie anywhere.
   const T* const* scattered = nullptr;
 
-  // Rows [k, k + kRows) of the block are being used: asks for what belongs to their turn. kDim:
-  // head_dim where it is known.
+  // Rows [k, k + kRows) of the block are being used: prefetches the rows whose turn that is. kDim:
+  // head_dim where it is known at compile time, else 0.
   template <int kRows, int kDim>
   BATON_INLINE void used(int64_t k, int64_t dim) const {
     if (doubled) {
@@ -65,14 +66,14 @@ struct Ask {
       BATON_UNROLL
       for (int64_t d = 0; d < kDim; d += kLine) __builtin_prefetch(begin + d, 0, 2);
     } else {
-      // Few lines: a loop that is unrolled would spend more on finding where to enter it.
+      // Few lines: unrolled, the loop would spend more on finding where to enter it.
       _Pragma("GCC unroll 1") for (int64_t d = 0; d < dim; d += kLine)
           __builtin_prefetch(begin + d, 0, 2);
     }
   }
 };
 
-// Walks the rows of work items [item, end) in the order in which they are used.
+// Walks over the rows of work items [item, end) in the order in which they are used.
 template <typename T>
 class ReadAhead {
  public:
@@ -86,10 +87,10 @@ class ReadAhead {
     open();
   }
 
-  // What to ask for while the next `count` rows are used.
+  // What to prefetch while the next `count` rows are used.
   Ask<T> step(int64_t count) {
     Ask<T> ask;
-    // Rows that are in use already are not asked for any more.
+    // Rows that are already in use need no prefetch any more.
     if (is_scattered_) {
       lead_ += collect(-lead_);
     } else {
@@ -117,7 +118,7 @@ class ReadAhead {
     return ask;
   }
 
-  // Item i begins; items that were not walked are skipped.
+  // Work on item i begins; items that were not walked over are skipped.
   void begin(int64_t i) {
     if (item_ >= i) return;
     item_ = i;
@@ -137,8 +138,7 @@ class ReadAhead {
     begin_ = tile.begin;
   }
 
-  // Whether there are rows left, those of the run or the block that begins now if the last one has
-  // been walked.
+  // Whether there are rows left. At the end of a run or a block, goes on to the next one.
   bool refill() {
     if (left_ > 0) return true;
     if (in_block_ == 0 && !next_block()) return false;
@@ -150,7 +150,7 @@ class ReadAhead {
     return true;
   }
 
-  // The keys or values of the block that begins now, if there are any.
+  // Goes on to the keys or values of the next block, if there are any.
   bool next_block() {
     while (done_ >= rows_) {
       if (item_ >= end_) return false;
@@ -167,7 +167,8 @@ class ReadAhead {
     return true;
   }
 
-  // Goes past up to `wanted` rows and notes their places in scattered_; returns how many they were.
+  // Walks over up to `wanted` rows and notes their places in scattered_; returns how many they
+  // were.
   int64_t collect(int64_t wanted) {
     int64_t found = 0;
     if (wanted > kMaxAsked) wanted = kMaxAsked;
@@ -182,7 +183,7 @@ class ReadAhead {
     return found;
   }
 
-  // Goes past up to `count` rows of the current run; returns how many they were.
+  // Walks over up to `count` rows of the current run; returns how many they were.
   int64_t take(int64_t count) {
     const int64_t taken = left_ < count ? left_ : count;
     left_ -= taken;
@@ -193,17 +194,17 @@ class ReadAhead {
   const RaggedAttentionParams& p_;
   const AttentionWork& work_;
   int64_t item_, end_;
-  const bool is_scattered_;  // blocks of rows can consist of many runs
-  const int64_t full_lead_;  // rows from request to use
+  const bool is_scattered_;  // a block's rows can consist of many runs
+  const int64_t full_lead_;  // rows between the prefetch and the use
   Streams<T> from_;
-  int64_t rows_ = 0, done_ = 0;        // of the item; those behind the current block
+  int64_t rows_ = 0, done_ = 0;        // rows of the item, and rows walked over
   int64_t begin_ = 0;                  // the item's first key
   bool values_ = false;                // whether values come next
   const Stream<T>* stream_ = nullptr;  // of the current block
-  int64_t next_ = 0, in_block_ = 0;    // its first key behind the current run, and how many follow
+  int64_t next_ = 0, in_block_ = 0;    // next key after the run, and rows left
   const T* row_ = nullptr;             // the current run
   int64_t stride_ = 0, left_ = 0;
-  int64_t lead_ = 0;  // rows asked for that are not in use yet
+  int64_t lead_ = 0;  // rows that are prefetched but not in use yet
   static constexpr int64_t kMaxAsked = 2 * kBlockKeys;
   const T* scattered_[kMaxAsked];
 };

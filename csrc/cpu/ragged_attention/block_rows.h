@@ -1,5 +1,6 @@
-// The rows of one block of keys or values in the form that products take: copied where they are not
-// one run, their places where few query vectors use them, elements of eight bits as query's type.
+// The rows of one block of keys or values in the form that the products take: copied where they
+// are not one run, as a list of places where few query vectors use them, and with eight-bit
+// elements converted to query's type.
 #pragma once
 
 #include "cpu/ragged_attention/tile.h"
@@ -23,7 +24,7 @@ __attribute__((noinline)) Rows<T> copied_rows(const Stream<T>& from, int64_t blo
   return {copy, dim, first, end, dim, ask};
 }
 
-// Rows of eight bits, S, as rows of T.
+// Converts rows of eight-bit elements, S, to rows of T.
 template <typename S, typename T>
 BATON_INLINE void widen_rows(const Stream<Int8>& from, int64_t block, int64_t first, int64_t end,
                              int64_t dim, const Ask<Int8>& ask, const float* scales, T* out) {
@@ -52,7 +53,7 @@ __attribute__((noinline)) Rows<T> widened_rows(Dtype dtype, const Stream<Int8>& 
   return {out, dim, first, end, dim, {}};
 }
 
-// The scales of keys or values [first, end) of the block.
+// Loads the scales of keys or values [first, end) of the block.
 static void load_scales(const Stream<float>& from, int64_t block, int64_t first, int64_t end,
                         float (&scales)[kBlockKeys]) {
   for (int64_t k = 0; k < kBlockKeys; k += kLanes) store(scales + k, zero());
@@ -67,7 +68,7 @@ static void load_scales(const Stream<float>& from, int64_t block, int64_t first,
   });
 }
 
-// The places of these rows.
+// A list of the places where these rows lie.
 template <typename T>
 BATON_INLINE ScatteredRows<T> scattered_rows(const Stream<T>& from, int64_t block, int64_t first,
                                              int64_t end, int64_t dim, const Ask<T>& ask,

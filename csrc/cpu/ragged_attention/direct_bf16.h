@@ -1,5 +1,5 @@
-// The product with values for few query vectors (decode), where the CPU multiplies pairs of
-// bfloat16: values are used straight from the cache, each line of them once.
+// The product with values for few query vectors (decode), on CPUs that multiply pairs of bfloat16:
+// values are used straight from the cache, and each of their lines is loaded once.
 #pragma once
 
 #include "cpu/ragged_attention/values.h"
@@ -14,7 +14,7 @@ struct DirectProducts {
   static void weigh(int count, const BlockRows& values, Softmax& softmax,
                     AttentionScratch& scratch) {
     const auto whole = [&]<int kDim>() {
-      // As many query vectors as their sums find registers stream the block once.
+      // With as many query vectors as have registers for their sums, one pass streams the block.
       constexpr int kHeld = 256 / kDim;
       if (count > kHeld) return weigh_groups<kDim>(count, values, softmax, scratch);
       const auto stream = [&]<int kQueries>() {
@@ -59,7 +59,7 @@ struct DirectProducts {
       values.template used<2, kDim>(k);
       add(k, false);
     }
-    // The row behind an odd count is not read: it is padding or another row's.
+    // The row behind an odd count is not read: it is padding or belongs to another row.
     if (k < values.count) {
       softmax.until(k + 1);
       add(k, true);
@@ -74,10 +74,10 @@ struct DirectProducts {
     }
   }
 
-  // Eight rows at a time: their weights stay in registers while head_dim is walked, each line of a
-  // row is loaded once, and the block's sums of all query vectors live in the core's cache. Passes
-  // over a whole block for a few query vectors at a time would load every line again, at a pace
-  // that memory cannot follow in the first pass and does not use in the others.
+  // Eight rows at a time: their weights stay in registers during the walk over head_dim, each line
+  // of a row is loaded once, and the block's sums of all query vectors stay in the core's cache.
+  // Passes over a whole block for a few query vectors each would load every line again: memory
+  // could not keep up in the first pass and would be idle in the others.
   static constexpr int kGroupPairs = 4, kGroupRows = 2 * kGroupPairs;
 
   template <int kDim, typename BlockRows, typename Softmax>
@@ -96,9 +96,9 @@ struct DirectProducts {
     }
   }
 
-  // A group uses its lines down the rows, an order that the hardware does not foresee: they are
-  // brought into the first-level cache a group before, in the order of addresses. Where head_dim
-  // is not known that is left out.
+  // A group uses its lines down the rows, in an order that the hardware prefetcher does not
+  // foresee. So they are prefetched into the first-level cache one group ahead, in the order of
+  // addresses. Where head_dim is not known at compile time, they are not.
   template <int kDim, typename BlockRows>
   static BATON_INLINE void touch_group(const BlockRows& values, int64_t k) {
     BATON_UNROLL
@@ -110,7 +110,7 @@ struct DirectProducts {
     }
   }
 
-  // Rows k to k + 2 kPairs; of a single pair the second row may be missing.
+  // Rows k to k + 2 kPairs; the second row of a single pair may be missing.
   template <int kPairs, int kDim, typename BlockRows>
   static BATON_INLINE void weigh_group(int count, const BlockRows& values, int64_t k,
                                        AttentionScratch& scratch) {
@@ -123,14 +123,14 @@ struct DirectProducts {
     });
   }
 
-  // kAsk: whether the rows ask for others, spread over the steps through head_dim.
+  // kAsk: whether these rows prefetch others, spread over the steps through head_dim.
   template <int kPairs, int kQueries, int kDim, bool kAsk, typename BlockRows>
   static BATON_INLINE void weigh_rows(const float (*p)[kBlockKeys], int64_t k,
                                       const BlockRows& values, Sums to) {
     constexpr int kSteps = kDim == 0 ? 1 : kDim / kPairStep;
     constexpr int kAskRows = 2 * kPairs / kSteps > 0 ? 2 * kPairs / kSteps : 1;
     const int64_t dim = kDim != 0 ? kDim : values.dim;
-    // The row behind an odd count is not read: it is padding or another row's.
+    // The row behind an odd count is not read: it is padding or belongs to another row.
     const bool alone = k + 1 == values.count;
     const bool is_first = k == values.first, is_last = k + 2 * kPairs >= values.count;
     const BFloat16* rows[2 * kPairs];

@@ -1,13 +1,14 @@
-// The products of attention over keys and values of int8 for bfloat16 query vectors, where the CPU
-// multiplies fours of bytes into int32 sums (VNNI). Elements stay bytes; sums of one block are
-// exact, so that neither the number of query vectors nor the order of additions matters.
+// The products of attention over int8 keys and values for bfloat16 query vectors, on CPUs that
+// multiply groups of four bytes into int32 sums (VNNI). Elements stay bytes. The sums of one block
+// are exact, so neither the number of query vectors nor the order of additions matters.
 //
-// Scores: an element of a query vector is a multiple of the vector's unit, a power of two, in 23
-// bits: exact for elements of bfloat16 down to 2^-14 of the largest one. Its three signed bytes are
-// multiplied with keys apart from each other, key + 128 being the unsigned operand.
+// Scores: each element of a query vector is rounded to a multiple of the vector's unit, a power of
+// two, in 23 bits; this is exact for bfloat16 elements down to 2^-14 of the largest one. Its three
+// signed bytes are multiplied with the keys separately, with key + 128 as the unsigned operand.
 //
-// Values: the weights of a block, probabilities times the values' scales, are multiples of 1/65535
-// of the vector's largest one in the block. Their two bytes are multiplied apart from each other.
+// Values: the weights of a block, probabilities times the values' scales, are rounded to multiples
+// of 1/65535 of the vector's largest weight in the block. Their two bytes are multiplied
+// separately.
 #pragma once
 
 #include "cpu/ragged_attention/softmax.h"
@@ -15,13 +16,13 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// The rows of one block, wherever each lies: rows [first, count) of it, zeros outside.
+// The rows of one block, wherever they lie: rows [first, count) of it, zeros outside.
 struct Int8Rows {
   const Int8* row[kBlockKeys];
   int64_t first, count, dim;
   Ask<Int8> ask;
 
-  // See Ask::used; row k of those that there are.
+  // See Ask::used; k counts from the first row that exists.
   BATON_INLINE void used(int64_t k) const {
     if (dim == 128) return ask.template used<1, 128>(k, dim);
     if (dim == 64) return ask.template used<1, 64>(k, dim);
@@ -40,9 +41,9 @@ struct Int8Products {
 
 namespace int8_attention {
 
-constexpr int64_t kChunk = 64;  // elements of a vector of bytes
+constexpr int64_t kChunk = 64;  // elements in a vector of bytes
 constexpr int kQueryParts = 3;
-// Query vectors whose sums find registers: of scores, of values.
+// The number of query vectors whose sums fit in registers: for scores, for values.
 constexpr int kScoreTile = 2, kValueTile = 4;
 
 template <bool kWhole>
@@ -67,26 +68,27 @@ BATON_INLINE int32_t four_bytes(const uint8_t* p) {
 
 // 1. Scores.
 
-// What stands behind the parts of a query vector: what key + 128 in place of key adds to the sums
-// of each part, negative, and the unit.
+// Stored behind the parts of a query vector: the negative of what using key + 128 instead of key
+// adds to the sums of each part, and the unit.
 struct QueryTail {
   int32_t correction[kQueryParts];
   float unit;
 };
 
-// [unit of four elements][part][element]: fits the row, which has 4 bytes per element, 16 at least.
+// [group of four elements][part][element]. Fits the row, which has at least 16 x 4 bytes, and 4 per
+// element.
 inline void prepare_query(const BFloat16* query, int64_t dim, float* out) {
   const auto part = [&](int64_t d) BATON_INLINE_LAMBDA {
     return dim - d >= kLanes ? load(query + d) : load_partial(query + d, dim - d);
   };
-  // The bits of magnitudes are in the order of numbers, then infinity, then NaN.
+  // Bits of magnitudes sort like the numbers, then infinity, then NaN.
   IntVec top{};
   for (int64_t d = 0; d < dim; d += kLanes) {
     const IntVec magnitude = (IntVec)(as_bits(part(d)) & 0x7fffffffu);
     top = magnitude > top ? magnitude : top;
   }
   const int32_t exponent = _mm512_reduce_max_epi32((__m512i)top) >> 23;
-  // The largest element becomes 2^21 at least, below 2^22.
+  // The largest element becomes at least 2^21 and less than 2^22.
   int32_t factor_exponent = 127 + 127 + 21 - exponent;
   if (factor_exponent > 253) factor_exponent = 253;
   const UintVec factor = UintVec{} + (static_cast<uint32_t>(factor_exponent) << 23);
@@ -117,10 +119,10 @@ inline void prepare_query(const BFloat16* query, int64_t dim, float* out) {
   __builtin_memcpy(bytes + dim * kQueryParts, &tail, sizeof(tail));
 }
 
-// Keys that are transposed together: each repeated unit of a query vector then serves two sums.
+// Keys that are transposed together: each broadcast unit of a query vector then serves two sums.
 constexpr int kGroups = 2, kGroupKeys = kGroups * kLanes;
 
-// units[unit][key] + 128 of the keys from key k of the block on.
+// units[unit][key] + 128 for kGroupKeys keys of the block, beginning with key k.
 BATON_INLINE void transpose_keys(const Int8Rows& keys, int64_t k, float (*units)[kGroupKeys]) {
   for_each_chunk(keys.dim, [&]<bool kWhole>(int64_t d) BATON_INLINE_LAMBDA {
     for (int group = 0; group < kGroupKeys; group += kLanes) {
@@ -185,7 +187,7 @@ inline void score(int count, const Int8Rows& keys, AttentionScratch& scratch) {
   int64_t asked = 0;
   for (int64_t k = keys.first / kGroupKeys * kGroupKeys; k < keys.count; k += kGroupKeys) {
     transpose_keys(keys, k, units);
-    // A few requests between products: the core drops those that it cannot queue.
+    // A few prefetches between products: the core drops those that it cannot queue.
     const int64_t end = k + kGroupKeys < keys.count ? k + kGroupKeys - keys.first : num_keys;
     const int64_t here = end - asked, begin = asked;
     for_query_tiles<kScoreTile>(count, [&]<int kQueries>(int m) {
@@ -198,7 +200,7 @@ inline void score(int count, const Int8Rows& keys, AttentionScratch& scratch) {
 
 // 2. Values.
 
-// For the softmax of scores: weights are floats first.
+// Tells BlockSoftmax how to store weights: as floats first, converted to bytes later.
 struct Weights {
   static bool uses_block_in_place(int) { return false; }
   static BATON_INLINE void put_probabilities(float* scores, int i, Vec weights) {
@@ -206,8 +208,8 @@ struct Weights {
   }
 };
 
-// The first num_vecs vectors of weights become bytes in the same place: 64 high ones, 64 low ones.
-// Returns what a weight is a multiple of.
+// Converts the first num_vecs vectors of weights to bytes in the same place: 64 high bytes, then 64
+// low ones. Returns the unit of which the weights are multiples.
 BATON_INLINE float round_weights(float* scores, int64_t num_vecs) {
   Vec weights[kBlockVecs];
   Vec top = zero();
@@ -222,7 +224,7 @@ BATON_INLINE float round_weights(float* scores, int64_t num_vecs) {
     __builtin_memset(scores, 0, 2 * kBlockKeys);
     return __builtin_nanf("");
   }
-  // A quotient of less would overflow.
+  // A smaller divisor would make the quotient overflow.
   if (most < 0x1p-90f) lift = 0x1p60f;
   most *= lift;
   const Vec factor = set1(most > 0.0f ? 65535.0f / most * lift : 0.0f);
@@ -237,8 +239,9 @@ BATON_INLINE float round_weights(float* scores, int64_t num_vecs) {
   return most / 65535.0f / lift;
 }
 
-// out[four of rows][chunk]: four vectors of fours of rows; in those of 0 and 1 (2 and 3) columns
-// are 0-3, 16-19, .. (4-7, 20-23, ..) and 8-11, 24-27, .. (12-15, 28-31, ..) of the chunk.
+// out[group of four rows][chunk]: four vectors of four bytes per column, one from each row. Vectors
+// 0 and 1 hold columns 0-3, 16-19, .. and 4-7, 20-23, .. of the chunk; 2 and 3 hold columns 8-11,
+// 24-27, .. and 12-15, 28-31, ..
 inline void interleave_rows(const Int8Rows& values, char* out) {
   const int64_t stride = (values.dim + kChunk - 1) / kChunk * 4 * kChunk;
   for (int64_t k = values.first; k < values.count; k += 4) {
@@ -259,7 +262,7 @@ inline void interleave_rows(const Int8Rows& values, char* out) {
   }
 }
 
-// Adds kVecs of the four vectors of one chunk, from `vec` on, to the sums of kQueries query
+// Adds kVecs of the four vectors of one chunk, beginning with `vec`, to the sums of kQueries query
 // vectors.
 template <int kQueries, int kVecs, typename Before>
 BATON_INLINE void weigh_chunk(const float (*p)[kBlockKeys], const float* units,
@@ -286,7 +289,7 @@ BATON_INLINE void weigh_chunk(const float (*p)[kBlockKeys], const float* units,
       }
     }
   }
-  // Into the order of sums that the products of bfloat16 have (tile_bf16.h).
+  // Into the order in which the bfloat16 products keep their sums (tile_bf16.h).
   const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
   const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   BATON_UNROLL
@@ -319,7 +322,7 @@ inline void weigh(int count, const Int8Rows& values, AttentionScratch& scratch) 
   const int64_t fours_per_pass = (num_rows + 3) / 4;
   for_query_tiles<kValueTile>(count, [&]<int kQueries>(int m) {
     constexpr int kVecs = kQueries <= 2 ? 4 : 2;
-    // Requests are spread over all products.
+    // Prefetches are spread over all products.
     int64_t asked = num_rows * m / count, owed = 0;
     const int64_t share = num_rows * (m + kQueries) / count - asked;
     const int64_t steps = chunks * 4 / kVecs * fours_per_pass;
@@ -354,8 +357,8 @@ struct Int8Products<BFloat16> {
     int8_attention::score(count, keys, scratch);
   }
 
-  // scratch.out[m] += sum_k weight[m][k] value[k]; weights: the scores, once softmax has been
-  // through them. An element that is hidden is a number, and its weight 0.
+  // scratch.out[m] += sum_k weight[m][k] value[k]. The weights replaced the scores when softmax
+  // went through them. Hidden int8 elements are always finite, and their weight is 0.
   static void weigh(int count, const Int8Rows& values, AttentionScratch& scratch) {
     int8_attention::weigh(count, values, scratch);
   }

@@ -15,18 +15,19 @@ struct Tile {
   int64_t begin, end;  // keys to stream
 };
 
-// Keys of one block, which begins at a multiple of this: scores of a tile stay in the core's own
-// cache.
+// Keys per block; blocks begin at multiples of this. The scores of a tile then stay in the core's
+// private cache.
 constexpr int kBlockKeys = static_cast<int>(kAttentionBlockColumns);
 
-// A block is streamed from a multiple of this on: what a window hides before it is not read.
+// Within a block, streaming begins at a multiple of this: keys before it, hidden by a window, are
+// not read.
 constexpr int64_t kFirstKeys = 16;
 
 struct Range {
   int64_t begin, end;
 };
 
-// Keys that the token at query index j of the row sees.
+// The keys that the token at query index j of the row sees.
 static inline Range visible(const RaggedAttentionParams& p, const Tile& t, int64_t j) {
   const int64_t position = t.length - t.query_length + j;
   if (position < 0) return {0, 0};
@@ -40,7 +41,7 @@ static inline AttentionRowPlan row_plan(const RaggedAttentionParams& p, int64_t 
                             p.num_heads / p.sizes.num_kv_heads);
 }
 
-// The item's tokens and columns; its heads are still to be chosen.
+// The item's tokens and columns; its heads are chosen later.
 static inline Tile make_tile(const RaggedAttentionParams& p, const AttentionItem& item,
                              const AttentionRowPlan& plan) {
   Tile tile{};
@@ -51,7 +52,7 @@ static inline Tile make_tile(const RaggedAttentionParams& p, const AttentionItem
   tile.num_tokens = tile.query_length - tile.token < plan.tile_tokens
                         ? tile.query_length - tile.token
                         : plan.tile_tokens;
-  // The first token sees the furthest back, the last one the furthest on.
+  // The first token sees furthest back, the last one furthest forward.
   const Range first = visible(p, tile, tile.token);
   const Range last = visible(p, tile, tile.token + tile.num_tokens - 1);
   tile.begin = first.begin / kFirstKeys * kFirstKeys;
@@ -65,7 +66,7 @@ static inline Tile make_tile(const RaggedAttentionParams& p, const AttentionItem
   return tile;
 }
 
-// Keys, or values, that lie one stride apart.
+// Consecutive keys, or values, one stride apart.
 template <typename T>
 struct Run {
   const T* data;
@@ -85,7 +86,7 @@ class Stream {
       pages_ = p.block_table + row * p.block_table_stride;
       page_stride_ = strides.slot_stride;
       page_size_ = p.sizes.capacity;
-      // A page of one column has no other to be apart from.
+      // A page of one column has no second column, so the stride is the distance between pages.
       if (page_size_ == 1) stride_ = page_stride_;
       start_ = column;
       column = 0;
@@ -97,8 +98,9 @@ class Stream {
 
   int64_t stride() const { return stride_; }
 
-  // From this key of the row on, as many of the `wanted` next ones as have one distance from each
-  // other: all in a slot, those of a page and of pages that follow it in memory otherwise.
+  // The longest run of keys one stride apart, from this key of the row on, up to `wanted` keys. In
+  // a slot that is all of them; with pages, the rest of the page and of pages that follow it in
+  // memory.
   Run<T> run(int64_t key, int64_t wanted) const {
     if (!pages_) return {data_ + key * stride_, wanted};
     const int64_t column = start_ + key, index = column / page_size_;
@@ -112,8 +114,8 @@ class Stream {
     fn(data_ + key * stride_, count);
   }
 
-  // Of pages: calls fn(row, number of rows) for the parts of `count` keys that are in one page
-  // each.
+  // With pages: calls fn(row, number of rows) for each part of the `count` keys that lies within
+  // one page.
   template <typename Fn>
   BATON_INLINE void for_each_page(int64_t key, int64_t count, const Fn& fn) const {
     const int64_t first = (start_ + key) / page_size_;
@@ -136,12 +138,12 @@ class Stream {
     return {data, count < wanted ? count : wanted};
   }
 
-  const T* data_ = nullptr;         // the row's first key; of pages, column 0 of page 0
+  const T* data_ = nullptr;         // the row's first key; with pages, column 0 of page 0
   int64_t stride_ = 0;              // elements from one column to the next
-  const int32_t* pages_ = nullptr;  // of the row's columns; null in a slot
+  const int32_t* pages_ = nullptr;  // the row's list of pages; null in a slot
   int64_t page_stride_ = 0;         // elements from one page to the next
   int64_t page_size_ = 0;           // columns of a page
-  int64_t start_ = 0;               // the row's first column, with pages
+  int64_t start_ = 0;               // with pages: the row's first column
 };
 
 template <typename T>
@@ -156,7 +158,7 @@ struct Streams {
   }
 
   Stream<T> keys, values;
-  Stream<float> key_scales, value_scales;  // of elements of eight bits
+  Stream<float> key_scales, value_scales;  // for eight-bit elements
 };
 
 }  // namespace baton::cpu::BATON_ISA

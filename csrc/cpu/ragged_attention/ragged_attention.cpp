@@ -1,15 +1,15 @@
-// ragged_attention on the CPU: one work item is one (row, KV head, query tile), or one segment of
+// ragged_attention on the CPU. One work item is one (row, KV head, query tile), or one segment of
 // its keys. It streams its columns once, in blocks of kBlockKeys, with a running maximum and sum,
-// so that scores exist for one block only. Padding columns are never loaded; hidden ones are
+// so scores exist for one block at a time. Padding columns are never loaded; hidden columns are
 // skipped where a whole block is hidden.
 //
-// Keys and values of eight bits become query's type a block at a time, and the products are those
-// of that type: float32 holds them times their scales; bfloat16 and float16 hold their elements,
-// exactly, and the scales multiply scores and probabilities. For bfloat16 there are products of
-// int8 (int8.h) where the CPU has them.
+// Eight-bit keys and values are converted to query's type a block at a time and then multiplied in
+// that type. float32 holds elements times their scales; bfloat16 and float16 hold the elements
+// exactly, and the scales multiply scores and probabilities. For bfloat16 queries there are int8
+// products (int8.h) on CPUs that have the instructions.
 //
-// Blocks and segments begin at fixed keys of the row, and whatever is decided per query vector is
-// decided from its own scores: a token has the same bits however its row is cut into calls, items
+// Blocks and segments begin at fixed keys of the row, and every decision about a query vector is
+// made from its own scores. So a token has the same bits however its row is cut into calls, items
 // and tiles.
 #include "cpu/kernels.h"
 #include "cpu/ragged_attention/block_rows.h"
@@ -21,7 +21,7 @@ namespace baton::cpu::BATON_ISA {
 
 namespace {
 
-// A tile's query vectors, and what each of them sees.
+// A tile's query vectors, and which keys each of them sees.
 template <typename T>
 struct TileQueries {
   const T* query[kMaxQueries];
@@ -42,7 +42,7 @@ struct TileQueries {
     }
   }
 
-  // Whether some of these keys are hidden from some vector.
+  // Whether any of these keys is hidden from any of the vectors.
   bool some_hides(int64_t begin, int64_t end) const {
     bool hides = false;
     for (int m = 0; m < count; ++m) hides = hides || views[m].hides(begin, end);
@@ -50,9 +50,9 @@ struct TileQueries {
   }
 };
 
-// The product with values for query vectors that do not see all of the block's keys, where a hidden
-// value may be NaN or infinite, which times a probability of 0 is NaN. Each multiplies a copy in
-// which the rows that it does not see are 0, in the same order of additions.
+// The product with values where some query vectors do not see all of the block's keys. A hidden
+// value may be NaN or infinite, and times a probability of 0 that is NaN. So each vector multiplies
+// a copy in which the rows that it does not see are 0, in the same order of additions.
 template <typename BlockRows, typename Softmax>
 __attribute__((noinline)) void weigh_visible(const View* views, int count, int64_t first_key,
                                              const BlockRows& values, Softmax& softmax,
@@ -74,7 +74,7 @@ __attribute__((noinline)) void weigh_visible(const View* views, int count, int64
     __builtin_memcpy(scratch.out.data, before, count * size);
     const Rows<T> seen{copy[0], kMaxHeadDim, values.first, values.count, values.dim, {}};
     AttentionProducts<T>::weigh(count, seen, softmax, scratch);
-    // The heads of a token see the same.
+    // All heads of a token see the same keys.
     for (; next < count && views[next].range.begin == range.begin &&
            views[next].range.end == range.end;
          ++next) {
@@ -84,13 +84,13 @@ __attribute__((noinline)) void weigh_visible(const View* views, int count, int64
   __builtin_memcpy(scratch.out.data, after, count * size);
 }
 
-// Whether products of int8 take the place of those of T.
+// Whether int8 products replace those of T.
 template <typename T>
 BATON_INLINE bool multiplies_int8(const RaggedAttentionParams& p) {
   return Int8Products<T>::kExist && p.cache_dtype == Dtype::kInt8;
 }
 
-// One block with them, from the scores to the sums.
+// Processes one block with int8 products, from the scores to the sums.
 template <typename T>
 void stream_int8_block(const RaggedAttentionParams& p, const TileQueries<T>& queries,
                        const Streams<Int8>& from, int64_t block, int64_t first, int64_t end,
@@ -114,7 +114,7 @@ void stream_int8_block(const RaggedAttentionParams& p, const TileQueries<T>& que
   Products::weigh(queries.count, rows, scratch);
 }
 
-// Prepares the tile's query vectors for the scores.
+// Converts the tile's query vectors into the form that the scores need.
 template <typename T>
 void load_queries(const RaggedAttentionParams& p, const TileQueries<T>& queries,
                   AttentionScratch& scratch) {
@@ -127,9 +127,9 @@ void load_queries(const RaggedAttentionParams& p, const TileQueries<T>& queries,
   AttentionProducts<T>::load_queries(queries.query, queries.count, dim, scratch);
 }
 
-// Streams keys [begin, end) of the tile from nothing; leaves sums, maxima and totals in scratch.
-// `ahead` asks for what will be streamed next; null where that has been streamed before. S: T, or
-// Int8 for elements of eight bits of either kind.
+// Streams keys [begin, end) of the tile, starting from empty sums; leaves sums, maxima and totals
+// in scratch. `ahead` prefetches what will be streamed next; null where that has been streamed
+// before. S: T, or Int8 for eight-bit elements of either kind.
 template <typename T, typename S, bool kCareful>
 void stream(const RaggedAttentionParams& p, const TileQueries<T>& queries, const Streams<S>& from,
             Range keys, ReadAhead<S>* ahead, AttentionScratch& scratch) {
@@ -202,21 +202,21 @@ void stream_segment(const RaggedAttentionParams& p, const TileQueries<T>& querie
                     const Streams<S>& from, Range keys, ReadAhead<S>* ahead,
                     AttentionScratch& scratch) {
   stream<T, S, false>(p, queries, from, keys, ahead, scratch);
-  // Products take whole blocks, and a hidden value that is not finite has left a NaN.
+  // Products take whole blocks, so a hidden value that is not finite has left a NaN.
   if (queries.some_hides(keys.begin, keys.end) &&
       has_nan(queries.count, p.sizes.head_dim, scratch)) {
     stream<T, S, true>(p, queries, from, keys, nullptr, scratch);
   }
 }
 
-// The softmax of one query vector over the segments so far: sums [attention_sums(head_dim)],
+// The softmax of one query vector over the segments so far. sums [attention_sums(head_dim)] are
 // relative to `maximum`.
 struct Merged {
   float* sums;
   float maximum, sum;
 
-  // Adds the next segment. One of which the vector saw nothing is skipped, and so is one whose
-  // scores all overflowed.
+  // Adds the next segment. A segment of which the vector saw nothing is skipped, and so is one
+  // whose scores are all -inf.
   void add(const float* segment_sums, float segment_maximum, float segment_sum, int64_t num_sums) {
     if (segment_sum == 0.0f) return;
     const float top = maximum > segment_maximum ? maximum : segment_maximum;
@@ -229,16 +229,16 @@ struct Merged {
   }
 };
 
-// Divides by the softmax denominator, the sink included, and writes the result of one query vector.
-// `sees`: some key. Where all of its scores are -inf the denominator is 0 without a sink, and the
-// result NaN, as of torch.softmax.
+// Divides by the softmax denominator, sink included, and writes the result of one query vector.
+// `sees`: whether it sees any key. If all of its scores are -inf and there is no sink, the
+// denominator is 0 and the result NaN, as with torch.softmax.
 template <typename T>
 void write_result(const RaggedAttentionParams& p, int64_t token, int64_t head, bool sees,
                   const float* sums, float maximum, float sum) {
   const int64_t dim = p.sizes.head_dim, index = token * p.num_heads + head;
   T* out = static_cast<T*>(p.out) + index * dim;
   float top = maximum, total = sum, weight = 1.0f;
-  // A sink of -inf is none; it must not meet another -inf in a difference.
+  // A sink of -inf means no sink; subtracting another -inf from it would give NaN.
   if (p.sinks && p.sinks[head] != kNothing) {
     const float sink = p.sinks[head];
     top = sink > maximum ? sink : maximum;
@@ -253,7 +253,7 @@ void write_result(const RaggedAttentionParams& p, int64_t token, int64_t head, b
   AttentionProducts<T>::put_result(sums, dim, weight / total, out);
 }
 
-// Where the partial result of one split of a query vector goes.
+// Where the partial result of one split of a query vector is stored.
 static float* partial_of(const RaggedAttentionParams& p, const AttentionWork& work, int64_t row,
                          int64_t num_splits, int64_t split, int64_t token, int64_t head) {
   return work.partials + work.partial_offsets[row] +
@@ -261,7 +261,7 @@ static float* partial_of(const RaggedAttentionParams& p, const AttentionWork& wo
              attention_partial_size(p.sizes.head_dim);
 }
 
-// Of query vector m, as it was streamed last.
+// Stores the partial result of query vector m, which was just streamed.
 static void write_partial(const AttentionScratch& scratch, int m, int64_t dim, float* partial) {
   const int64_t num_sums = attention_sums(dim);
   __builtin_memcpy(partial, scratch.out[m], num_sums * sizeof(float));
@@ -324,7 +324,7 @@ void run_tile(const RaggedAttentionParams& p, const AttentionWork& work, const A
   result([&](int m) { return merged[m]; });
 }
 
-// One split of rows that have it in the same place.
+// Computes one split whose keys several rows share.
 template <typename T, typename S>
 void run_shared_item(const RaggedAttentionParams& p, const AttentionWork& work,
                      const AttentionItem& item, ReadAhead<S>& ahead, AttentionScratch& scratch) {
@@ -339,7 +339,7 @@ void run_shared_item(const RaggedAttentionParams& p, const AttentionWork& work,
     tile.first_head = first_head;
     tile.num_heads = group;
     queries.add(p, tile);
-    // A window lets a longer row begin later.
+    // With a window, a longer row may begin later.
     if (i == 0 || tile.begin < keys.begin) keys.begin = tile.begin;
     if (i == 0 || tile.end > keys.end) keys.end = tile.end;
   }
@@ -364,8 +364,8 @@ void run_item(const RaggedAttentionParams& p, const AttentionWork& work, const A
   if (item.num_sharers > 0) return run_shared_item<T, S>(p, work, item, ahead, scratch);
   const AttentionRowPlan plan = row_plan(p, item.row);
   Tile tile = make_tile(p, item, plan);
-  // Groups wider than a tile are taken in parts; their keys and values are then in the core's
-  // cache.
+  // A group of heads wider than a tile is processed in parts; after the first, its keys and values
+  // are in the core's cache.
   const int64_t group = p.num_heads / p.sizes.num_kv_heads;
   for (int64_t head = 0; head < group; head += kAttentionTileQueries) {
     tile.first_head = item.kv_head * group + head;
@@ -409,7 +409,7 @@ void ragged_attention(const RaggedAttentionParams& p, const AttentionWork& work,
   });
 }
 
-// One item is one KV head of one row: a single long row, too, is shared among the threads.
+// One item is one KV head of one row, so that threads share even a single long row.
 void ragged_attention_merge(const RaggedAttentionParams& p, const AttentionWork& work,
                             int64_t begin, int64_t end) {
   const int64_t group = p.num_heads / p.sizes.num_kv_heads;

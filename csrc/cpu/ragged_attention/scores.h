@@ -1,14 +1,14 @@
-// The scores of one block: query vectors times keys, in one order of additions for every number of
-// query vectors and on both ways through the block.
+// The scores of one block: query vectors times keys, with one order of additions for any number of
+// query vectors and in both ways of reading the block.
 //
-// A row of keys consists of units that fill a 32-bit lane: floats, or pairs of bfloat16 where the
-// CPU multiplies those. Counted from the row's first element, four units are a part, and the parts
-// of a vector register take turns: part g of every register is a chain of additions in the order
-// of units. A chain ends after kChain units at the latest, because a long one rounds more. The
-// chains' sums are added to the score one after the other.
+// A row of keys consists of units that fill a 32-bit lane: floats, or pairs of bfloat16 on CPUs
+// that multiply pairs. From the row's first element on, every four units form a part. The parts are
+// assigned to the parts of a vector register in turn, and each part of the register adds up its
+// units in order, in one chain of additions. A chain ends after kChain units at the latest, because
+// longer chains round more. The sums of the chains are then added to the score one by one.
 //
-// Decode keeps keys where they lie: four of them are transposed inside the parts, so that a lane is
-// one key and one part. Prefill transposes the block, so that a lane is one key.
+// Decode leaves keys where they lie and transposes four of them at a time within the parts, so that
+// a lane holds one part of one key. Prefill transposes the whole block, so that a lane is one key.
 #pragma once
 
 #include "cpu/ragged_attention/tile.h"
@@ -21,20 +21,20 @@ namespace baton::cpu::BATON_ISA {
 constexpr int64_t kChain = 64;
 constexpr int64_t kStretch = kChain * kParts;  // units whose chains run at the same time
 
-// Units of a row.
+// The number of units in a row.
 template <typename T>
 constexpr int64_t num_units(int64_t dim) {
   return dim * kLanes / Dot<T>::kStep;
 }
 
-// A register of them, from element `d` of a row on; 0 from its end on.
+// Loads a register of units, beginning with element `d` of a row; units behind its end are 0.
 template <typename T>
 BATON_INLINE Vec load_units(const T* row, int64_t d, int64_t dim) {
   typedef Dot<T> D;
   return dim - d >= D::kStep ? (Vec)D::operand(row + d) : (Vec)D::operand_partial(row + d, dim - d);
 }
 
-// One unit in every lane.
+// Broadcasts one unit to every lane.
 template <typename T>
 BATON_INLINE typename Dot<T>::Operand repeat_unit(const float* unit) {
 #if defined(__AVX512BF16__)
@@ -45,7 +45,7 @@ BATON_INLINE typename Dot<T>::Operand repeat_unit(const float* unit) {
 
 // 1. Few query vectors.
 
-// Floats of one prepared query vector.
+// The number of floats in one prepared query vector.
 template <typename T>
 constexpr int64_t direct_query_size(int64_t dim) {
   return (dim + Dot<T>::kStep - 1) / Dot<T>::kStep * 4 * kLanes;
@@ -66,7 +66,7 @@ void prepare_direct(const T* const* query, int count, int64_t dim, float* out) {
   }
 }
 
-// total + part 0 + part 1 ...: of four keys each.
+// total + part 0 + part 1 ..., for four keys in parallel.
 BATON_INLINE Quad add_parts(Quad total, Vec sums) {
   total += part<0>(sums);
   if constexpr (kParts > 1) total += part<1>(sums);
@@ -75,7 +75,7 @@ BATON_INLINE Quad add_parts(Quad total, Vec sums) {
 }
 
 // scores[m][k .. k + 4) for kQueries prepared query vectors. Without kWhole the block ends before
-// the fourth key; what lies behind is not read.
+// the fourth key, and rows behind its end are not read.
 template <int kDim, int kQueries, bool kWhole, typename BlockRows>
 BATON_INLINE void score_four(const float* query, const BlockRows& keys, int64_t k,
                              float (*scores)[kBlockKeys]) {
@@ -166,7 +166,7 @@ void prepare_packed(const T* const* query, int count, int64_t dim, Matrix out) {
   }
 }
 
-// keys[unit][k]; keys that the block lacks are 0, so that no stale float enters a product.
+// keys[unit][k]; keys outside the block become 0, so that no stale float enters a product.
 template <typename T>
 void unpack_keys(const Rows<T>& rows, float (*keys)[kBlockKeys]) {
   const int64_t units = num_units<T>(rows.dim);
@@ -184,7 +184,7 @@ void unpack_keys(const Rows<T>& rows, float (*keys)[kBlockKeys]) {
   }
 }
 
-// scores[m][k] = query[m] . keys[.][k]; before(unit) comes before every fourth unit.
+// scores[m][k] = query[m] . keys[.][k]; before(unit) is called before every fourth unit.
 template <typename T, int kQueries, typename Before>
 void score_packed(Matrix query, const float (*keys)[kBlockKeys], int64_t units,
                   float (*scores)[kBlockKeys], Before&& before) {
@@ -225,10 +225,10 @@ void score_packed(Matrix query, const float (*keys)[kBlockKeys], int64_t units,
   }
 }
 
-// The scores of one tile of `count` query vectors, in the way that suits count.
+// The scores of one tile of `count` query vectors, computed in the way that suits count.
 template <typename T>
 struct BlockScores {
-  // Prepares the tile's query vectors.
+  // Converts the tile's query vectors into the form that score() takes.
   static void load_queries(const T* const* query, int count, int64_t dim,
                            AttentionScratch& scratch) {
     if (count <= kDirectQueries) {
@@ -238,14 +238,14 @@ struct BlockScores {
     }
   }
 
-  // Whether few query vectors can be given rows that are scattered.
+  // Whether score() accepts scattered rows if there are few query vectors.
   static constexpr bool kHasScatteredRows = true;
 
   static void score(int count, const ScatteredRows<T>& keys, AttentionScratch& scratch) {
     score_direct(scratch.query.data, count, keys, scratch.scores);
   }
 
-  // scratch.scores[m][k] = q[m] . key[k]. Rows that are scattered need few query vectors.
+  // scratch.scores[m][k] = q[m] . key[k]. Scattered rows are only for few query vectors.
   static void score(int count, const Rows<T>& keys, AttentionScratch& scratch) {
     if (count <= kDirectQueries) {
       score_direct(scratch.query.data, count, keys, scratch.scores);

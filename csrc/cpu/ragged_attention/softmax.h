@@ -1,4 +1,4 @@
-// Scores of one block become probabilities, relative to a maximum that follows them.
+// Turns the scores of one block into probabilities, relative to a running maximum.
 #pragma once
 
 #include "cpu/ragged_attention/item.h"
@@ -12,22 +12,22 @@ constexpr float kNothing = -__builtin_inff();
 // What one query vector sees.
 struct View {
   Range range;       // keys
-  int64_t position;  // its own
-  float slope;       // of ALiBi
+  int64_t position;  // the query vector's own
+  float slope;       // ALiBi's
 
-  // Whether some of these keys are hidden from it.
+  // Whether any of these keys is hidden from it.
   bool hides(int64_t begin, int64_t end) const { return range.begin > begin || range.end < end; }
 };
 
-// Probabilities are relative to a reference that follows the largest score lazily: what was summed
-// before is rescaled only when a score exceeds it by this much. e^10 more costs a float nothing.
-// Each query vector decides for itself, from its own scores of whole blocks, so that the tile it
-// shares with others does not matter.
+// Probabilities are relative to a reference that follows the largest score lazily: earlier sums are
+// rescaled only when a score exceeds it by more than this. A factor of e^10 loses no float
+// accuracy. Each query vector decides this from its own scores of whole blocks, so it does not
+// matter with which other vectors it shares a tile.
 constexpr float kSlack = 10.0f;
 
-// The softmax of one block, for all query vectors of a tile. The constructor moves the references;
-// probabilities are made when they are asked for: where values are used straight from the cache,
-// sixteen keys at a time, because memory would wait for the exponentials of a whole block.
+// The softmax of one block, for all query vectors of a tile. The constructor moves the references.
+// Where values are used straight from the cache, probabilities are computed on demand, sixteen keys
+// at a time: memory would be idle during the exponentials of a whole block.
 template <typename Products>
 class BlockSoftmax {
  public:
@@ -42,7 +42,7 @@ class BlockSoftmax {
     const int num_vecs = static_cast<int>((num_keys + kLanes - 1) / kLanes);
     const bool now = !Products::uses_block_in_place(count);
     for (int m = 0; m < count; ++m) {
-      // Whole blocks in a loop that is unrolled, others in one that leaves out what they lack.
+      // An unrolled loop for whole blocks; for others, a loop over the vectors that they have.
       if (num_vecs == kBlockVecs) {
         begin(views[m], first_key, kBlockVecs, m, now);
       } else {
@@ -52,7 +52,7 @@ class BlockSoftmax {
     if (now) done_ = num_vecs;
   }
 
-  // The scores of keys below `key` are probabilities from here on.
+  // Converts the scores of all keys below `key` to probabilities.
   BATON_INLINE void until(int64_t key) {
     for (; done_ * kLanes < key; ++done_) {
       for (int m = 0; m < count_; ++m) {
@@ -65,8 +65,8 @@ class BlockSoftmax {
   }
 
  private:
-  // Moves the reference of query vector m, whose scores are num_vecs vectors; `now`: makes its
-  // probabilities, too. A block of which it sees nothing changes nothing.
+  // Moves the reference of query vector m, whose scores fill num_vecs vectors; with `now` also
+  // computes its probabilities. A block of which the vector sees nothing changes nothing.
   BATON_INLINE void begin(const View& view, int64_t first_key, int num_vecs, int m, bool now) {
     float* scores = scratch_.scores[m];
     Vec s[kBlockVecs];
@@ -76,7 +76,7 @@ class BlockSoftmax {
     for (int i = 1; i < num_vecs; ++i) top = max(s[i], top);
     const float old = scratch_.maximum[m];
     if (any(top > set1(old + kSlack))) move_reference(m, reduce_max(top));
-    // Nothing seen yet: subtracting 0 keeps exp(-inf) = 0, and a NaN score stays one.
+    // If nothing was seen yet, subtracting 0 keeps exp(-inf) = 0, and a NaN score stays NaN.
     const float maximum = scratch_.maximum[m];
     const float reference = maximum == kNothing ? 0.0f : maximum;
     if (now) {
@@ -96,13 +96,13 @@ class BlockSoftmax {
     for (int i = 0; i < num_vecs; ++i) store(scores + i * kLanes, s[i]);
   }
 
-  // What values are multiplied by: probabilities, times the scales that values of eight bits have.
+  // Stores what values are multiplied by: probabilities, times the scales of eight-bit values.
   BATON_INLINE void put(int m, int i, Vec probability) {
     if (has_scales_) probability = weight(views_[m], i, probability);
     Products::put_probabilities(scratch_.scores[m], i, probability);
   }
 
-  // The scale of a hidden value may be NaN.
+  // Masked again, because the scale of a hidden value may be NaN.
   Vec weight(const View& view, int i, Vec probability) const {
     const int32_t from = in_block(view.range.begin), to = in_block(view.range.end);
     IntVec key;
@@ -111,7 +111,7 @@ class BlockSoftmax {
     return (key >= from) & (key < to) ? weights : zero();
   }
 
-  // A key relative to the block, so that 32 bits are enough.
+  // A key's index relative to the block, so that 32 bits are enough.
   int32_t in_block(int64_t key) const {
     key -= first_key_;
     return key <= 0 ? 0 : static_cast<int32_t>(key < kBlockKeys ? key : kBlockKeys);
@@ -128,7 +128,8 @@ class BlockSoftmax {
     }
   }
 
-  // Scales, softcap, ALiBi and mask of one query vector's scores; true if it was p_.scale alone.
+  // Applies scale, softcap, ALiBi and mask to one query vector's scores; true if only p_.scale
+  // applied.
   BATON_INLINE bool finish_scores(const View& view, const float* scores, int64_t first_key,
                                   int num_vecs, Vec (&out)[kBlockVecs]) const {
     const Vec scale = set1(p_.scale);
@@ -166,7 +167,7 @@ class BlockSoftmax {
   const int64_t first_key_;
   const bool has_scales_;
   AttentionScratch& scratch_;
-  int done_ = 0;  // vectors of keys
+  int done_ = 0;  // vectors of keys whose probabilities are computed
   float factor_[kMaxQueries], reference_[kMaxQueries];
 };
 

@@ -1,10 +1,10 @@
-// What the two products of attention over one block of keys work on: scores = q k^T
+// The data that the two products of attention over one block of keys work on: scores = q k^T
 // (scores.h) and out += p v (values.h).
 //
 // With few query vectors (decode) keys and values are used straight from the cache, each loaded
-// once for all query vectors. With many (prefill) the block is first unpacked, which is paid once
-// for the whole tile. Every sum is taken in one order either way: a token has the same bits
-// decoded, prefilled whole and prefilled in chunks of any size.
+// once for all query vectors. With many (prefill) the block is first unpacked, at a cost that the
+// whole tile shares. Every sum has the same order either way: a token has the same bits whether it
+// is decoded, prefilled whole or prefilled in chunks of any size.
 #pragma once
 
 #include "common/ragged_attention.h"
@@ -15,7 +15,7 @@ namespace baton::cpu::BATON_ISA {
 constexpr int kBlockVecs = kBlockKeys / kLanes;
 constexpr int kMaxQueries = static_cast<int>(kAttentionTileQueries);
 constexpr int kMaxHeadDim = 256;
-// Up to here query vectors share one pass over keys and values where they lie.
+// Up to this many query vectors share one pass over keys and values where they lie.
 constexpr int kDirectQueries = 8;
 
 #if defined(__AVX512F__)
@@ -26,8 +26,8 @@ constexpr int kPackedTile = 6, kPackedVecs = 4, kDirectTile = 4;
 constexpr int kPackedTile = 4, kPackedVecs = 2, kDirectTile = 4;
 #endif
 
-// Rows of floats in scratch, as long as head_dim needs: rows of kMaxHeadDim each would share a few
-// sets of the first-level cache.
+// Rows of floats in scratch, only as long as head_dim needs: rows of kMaxHeadDim floats would map
+// to a few sets of the first-level cache.
 struct Matrix {
   float* data;
   int64_t stride;
@@ -36,7 +36,7 @@ struct Matrix {
   BATON_INLINE Matrix operator+(int64_t row) const { return {data + row * stride, stride}; }
 };
 
-// What one thread needs while it works on tiles.
+// The working memory of one thread while it processes tiles.
 struct AttentionScratch {
   explicit AttentionScratch(int64_t head_dim)
       : out{out_rows, attention_sums(head_dim)},
@@ -50,19 +50,19 @@ struct AttentionScratch {
 
   alignas(64) float scores[kMaxQueries][kBlockKeys];
   alignas(64) float keys[kMaxHeadDim][kBlockKeys];  // prefill only, transposed
-  alignas(64) float sum[kMaxQueries][kLanes];       // in lanes until the segment's last block
-  // Of a block of eight bits; 0 where the block has no key.
+  alignas(64) float sum[kMaxQueries][kLanes];       // per lane until the segment ends
+  // The scales of an eight-bit block; 0 where the block has no key.
   alignas(64) float key_scales[kBlockKeys], value_scales[kBlockKeys];
   float maximum[kMaxQueries];
-  const Matrix out, merged;  // sums of the segment, and of the segments before
+  const Matrix out, merged;  // sums of this segment, and of the segments before
   const Matrix block;        // sums of a block so far; decode only
-  const Matrix query;        // prepared for the scores
+  const Matrix query;        // in the form that the scores need
   const Matrix values;       // prefill only
-  // Of a block of keys or values whose rows are not one run: a copy of them, or where they lie. Of
-  // eight bits: what their elements are as query's type.
+  // For a block of keys or values whose rows are not one run: a copy of the rows, or the places
+  // where they lie. For an eight-bit block: its elements in query's type.
   char* const copy;
   const void** const places;
-  int tile_vectors = 0;  // what AMX tiles are configured for
+  int tile_vectors = 0;  // the number of query vectors that AMX tiles are configured for
 
  private:
   alignas(64) float out_rows[kMaxQueries * kMaxHeadDim];
@@ -74,7 +74,7 @@ struct AttentionScratch {
   const void* row_places[kBlockKeys];
 };
 
-// The keys or values of one block where they lie in the cache: rows [first, count) of it.
+// The keys or values of one block, where they lie in the cache: rows [first, count) of the block.
 template <typename T>
 struct Rows {
   typedef T Element;
@@ -94,17 +94,17 @@ struct Rows {
   BATON_INLINE void used(int64_t k) const {
     k -= first;
     if constexpr (kDim != 0) return ask.template used<kRows, kDim>(k, dim);
-    // The usual ones without a loop.
+    // The usual head sizes without a loop.
     if (dim == 128) return ask.template used<kRows, 128>(k, dim);
     if (dim == 64) return ask.template used<kRows, 64>(k, dim);
     ask.template used<kRows, 0>(k, dim);
   }
 
-  // What query vectors [m, m + n) of `all` ask for.
+  // The prefetches that query vectors [m, m + n) of `all` issue.
   BATON_INLINE auto share(int m, int n, int all) const;
 };
 
-// The same, each row anywhere: what few query vectors read of pages smaller than a block.
+// The same with each row anywhere: few query vectors read pages smaller than a block this way.
 template <typename T>
 struct ScatteredRows : Rows<T> {
   static constexpr bool kScattered = true;
@@ -114,7 +114,7 @@ struct ScatteredRows : Rows<T> {
   BATON_INLINE const T* row(int64_t k) const { return rows[k]; }
 };
 
-// A share of a block's requests: one row with every fourth step, because bursts are dropped.
+// A share of a block's prefetches: one row every fourth step, because the core drops bursts.
 template <typename T>
 struct Share {
   const Rows<T>& rows;

@@ -1,14 +1,14 @@
 // The products of scores.h and values.h for bfloat16 in AMX tiles, both in prefill and in decode:
-// no other instruction adds in the order of a tile, and a token has the same bits in both.
+// no other instruction adds in the order of a tile, and a token must have the same bits in both.
 //
-// Keys are the operand that tiles load straight from the cache, query vectors are packed to pairs
-// once per tile of theirs: tiles of scores come out transposed. Values, of which a product sums
-// over the rows, are interleaved to pairs of rows; probabilities are loaded from the scores. Rows
-// behind the last key are not read: they are padding or another row's.
+// Keys are the operand that tiles load straight from the cache; query vectors are packed into pairs
+// once per query tile. So tiles of scores come out transposed. The product with values sums over
+// rows, so values are interleaved into pairs of rows; probabilities are loaded from the scores.
+// Rows behind the last key are not read: they are padding or belong to another row.
 //
-// Up to 16 query vectors have tiles of their number. Of more, the last tile is whole: rows of
-// scratch beyond them are multiplied too, with any content. No row of a product sees another, and
-// nobody uses theirs.
+// Up to 16 query vectors use tiles of that size. With more, the last tile is whole: rows of scratch
+// behind the last vector are multiplied too, whatever they contain. No row of a product depends on
+// another, and those results are not used.
 #pragma once
 
 #include "cpu/ragged_attention/tile_bf16.h"
@@ -16,7 +16,7 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// The products that ragged_attention is made of, and what a thread holds while it works on items.
+// The products that ragged_attention consists of, and a Scope that lives while a thread uses them.
 template <typename T>
 struct AttentionProducts : BlockProducts<T> {
   struct Scope {};
@@ -28,10 +28,10 @@ template <>
 struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
   typedef Rows<BFloat16> BlockRows;
 
-  // Tiles are loaded from rows one distance apart.
+  // Tiles can only be loaded from rows one distance apart.
   static constexpr bool kHasScatteredRows = false;
 
-  // Left configured, tiles would be saved at every switch of threads.
+  // If tiles stayed configured, every thread switch would save them.
   struct Scope {
     ~Scope() { tile_release(); }
   };
@@ -59,7 +59,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
       multiply<kRows, kColumns>(rows, i * kAmxRows, queries, steps);
       for_each_sum<kRows, kColumns>([&]<int kI, int kJ>() {
         const int64_t k = keys.first + (i + kI) * kAmxRows;
-        // The first query vectors ask for what comes next, a share beside every tile of scores.
+        // The first query vectors prefetch what comes next, a share with every tile of scores.
         constexpr int kShare = kAmxRows / kColumns;
         if (j == 0) keys.used<kShare>(k + kJ * kShare);
         alignas(64) float sums[kAmxRows][kAmxRows];
@@ -103,12 +103,12 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
  private:
   static int64_t num_tiles(int64_t rows) { return (rows + kAmxRows - 1) / kAmxRows; }
 
-  // Floats of one packed tile of columns: a step is 16 pairs of 16 columns.
+  // Floats in one packed tile of columns: a step is 16 pairs for each of 16 columns.
   static int64_t packed_size(int64_t steps) { return steps * kAmxRows * kAmxRows; }
 
-  // Tiles of up to 16 query vectors are as wide (scores) or as high (sums) as these are many: 0 and
-  // 1 are scores, 2 and 3 sums, 4 and 5 keys or values, 6 query vectors, 7 probabilities. More
-  // vectors use TileScope's tiles.
+  // With up to 16 query vectors, tiles are as wide (scores) or as high (sums) as there are vectors:
+  // tiles 0 and 1 hold scores, 2 and 3 sums, 4 and 5 keys or values, 6 query vectors, 7
+  // probabilities. With more vectors the layout is that of TileScope.
   static void configure(int count, AttentionScratch& scratch) {
     const int vectors = count < kAmxRows ? count : kAmxRows;
     if (scratch.tile_vectors == vectors) return;
@@ -123,7 +123,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     tile_configure(config);
   }
 
-  // Rows [row, row + 16) of a step.
+  // Loads rows [row, row + 16) for one step.
   template <int kTile>
   static BATON_INLINE void load_rows(const TileRows& a, int64_t row, int64_t column) {
     if (row + kAmxRows <= a.num_rows && column + kAmxStep <= a.num_columns) {
@@ -153,7 +153,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     }
   }
 
-  // Scores of 16 keys, of which a tile has one in every row.
+  // Stores the scores of 16 keys, one key per row of the tile.
   template <int kTile>
   static void store_scores(int count, const BlockRows& keys, int64_t k, AttentionScratch& scratch) {
     keys.used<kAmxRows>(k);
@@ -161,7 +161,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     alignas(64) float sums[kAmxRows * kAmxRows];
     if (count <= 4) {
       tile_store<kTile>(sums, 4 * sizeof(float));
-      // Vector i has keys 4 i to 4 i + 3: the parts change places, then the lanes inside of them.
+      // Vector i has keys 4 i to 4 i + 3: the parts change places, then the lanes within them.
       const __m512 a = (__m512)load(sums), b = (__m512)load(sums + 16), c = (__m512)load(sums + 32),
                    d = (__m512)load(sums + 48);
       const __m512 ab_even = _mm512_shuffle_f32x4(a, b, 0x88),
@@ -210,7 +210,7 @@ struct AttentionProducts<BFloat16> : BlockProducts<BFloat16> {
     }
   }
 
-  // Tiles of 16 columns of values, in the order of head_dim that put_result() undoes:
+  // Packs 16 columns of values per tile, in the order of head_dim that put_result() undoes:
   // out[tile][step][pair of rows][column]. Rows behind the last one count as 0.
   static void pack_values(const BlockRows& values, float* out) {
     const int64_t steps = tile_steps(values.count), size = packed_size(steps);

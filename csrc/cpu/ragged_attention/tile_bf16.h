@@ -1,9 +1,9 @@
-// The product with values where the CPU multiplies pairs of bfloat16 into float32 sums.
+// The product with values on CPUs that multiply pairs of bfloat16 into float32 sums.
 //
-// Probabilities are rounded to bfloat16 for the product with values, as every tensor-core attention
-// does; their sum is taken before rounding. Two rows of values interleave to pairs of keys with one
-// unpack per half, which leaves the sums in a permuted order of head_dim (inside every 32 elements:
-// 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...); put_result() puts them right.
+// Probabilities are rounded to bfloat16 for the product with values, as tensor-core attention does;
+// their sum is taken before rounding. Two rows of values are interleaved into pairs of keys with
+// one unpack per half. This leaves the sums in a permuted order of head_dim (within every 32
+// elements: 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...), which put_result() undoes.
 #pragma once
 
 #include "cpu/ragged_attention/direct_bf16.h"
@@ -13,7 +13,7 @@
 namespace baton::cpu::BATON_ISA {
 
 // out[m][d ..] += p value over kSteps * 32 elements of head_dim; source(k, i) gives a row pair,
-// before(k) comes before it.
+// before(k) is called first.
 template <int kQueries, int kSteps, typename Source, typename Before>
 BATON_INLINE void weigh_pairs(const float (*p)[kBlockKeys], Columns pairs, const Source& source,
                               Before& before, Matrix out, int64_t d) {
@@ -49,7 +49,8 @@ struct BlockProducts<BFloat16> : BlockScores<BFloat16> {
 
   static bool uses_block_in_place(int count) { return count <= kDirectQueries; }
 
-  // As bfloat16 pairs of keys: the first half of the row holds them, where scores have been used.
+  // Stores them as bfloat16 pairs of keys in the first half of the row, whose scores have been
+  // used.
   static BATON_INLINE void put_probabilities(float* scores, int i, Vec probabilities) {
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)probabilities);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(scores + i * kLanes / 2), rounded);
@@ -86,7 +87,7 @@ struct BlockProducts<BFloat16> : BlockScores<BFloat16> {
 
  private:
   // Row pair k of the block from element d on. The row behind an odd count is not read: it is
-  // padding or another row's.
+  // padding or belongs to another row.
   static BATON_INLINE ValuePairs row_pair(const BlockRows& rows, int64_t k, int64_t d) {
     const BFloat16* even = rows.data + 2 * k * rows.stride + d;
     const BFloat16* odd = even + rows.stride;

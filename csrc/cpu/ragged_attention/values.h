@@ -1,24 +1,24 @@
-// The product of one block's probabilities with its values, and both products by type.
+// The product of one block's probabilities with its values, and both products for each type.
 //
-// A block's sum starts from zero and takes its keys in order; it is then added to the segment's.
-// Added one by one to a long total, small terms would drown. Where the sums of a block find no
-// registers they go on in scratch.block, in the same order.
+// A block's sum starts from zero and adds its keys in order; it is then added to the segment's sum.
+// Small terms would be lost if they were added one by one to a long total. Where a block's sums do
+// not fit in registers, they are kept in scratch.block, in the same order.
 //
-// BlockProducts<T> is the definition for every type; tile_bf16.h replaces it where the
-// CPU multiplies bfloat16 itself.
+// BlockProducts<T> is defined for every type; tile_bf16.h specializes it for CPUs that multiply
+// bfloat16 directly.
 #pragma once
 
 #include "cpu/ragged_attention/scores.h"
 
 namespace baton::cpu::BATON_ISA {
 
-// Rows of a block.
+// A range of the block's rows.
 struct Columns {
   int64_t begin, end;
 };
 
-// Where a block's sums go: what its rows have added up to waits in `block` until the last of them,
-// and is then added to `out`.
+// Where a block's sums go: partial sums wait in `block`, and once the last row has been added they
+// are added to `out`.
 struct Sums {
   Matrix out, block;
 
@@ -26,7 +26,7 @@ struct Sums {
 };
 
 // out[m][d ..] += sum_k p[m][k] value[k][d ..] over these rows, for kQueries query vectors and
-// kVecs vectors of d; before(k) comes before row k.
+// kVecs vectors of d; before(k) is called before row k.
 template <int kQueries, int kVecs, typename BlockRows, typename Before>
 BATON_INLINE void weigh(const float (*p)[kBlockKeys], const BlockRows& values, Columns rows,
                         Sums to, int64_t d, Before&& before) {
@@ -52,7 +52,7 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const BlockRows& values, C
       BATON_UNROLL
       for (int i = 0; i < kVecs; ++i) sums[m][i] = fmadd(weight, v[i], sums[m][i]);
     }
-    // Of one distance an addition per row; float32 was a fifth slower with a product.
+    // One addition per row where the distance is fixed; float32 was a fifth slower with a product.
     if constexpr (!BlockRows::kScattered) value += values.stride;
   }
   const bool is_last = rows.end == values.count;
@@ -70,7 +70,7 @@ BATON_INLINE void weigh(const float (*p)[kBlockKeys], const BlockRows& values, C
   }
 }
 
-// The same for the last elements of head_dim, fewer than a vector.
+// The same for the last elements of head_dim, which fill less than a vector.
 template <int kQueries, typename BlockRows>
 BATON_INLINE void weigh_rest(const float (*p)[kBlockKeys], const BlockRows& values, Columns rows,
                              Sums to, int64_t d) {
@@ -101,8 +101,8 @@ BATON_INLINE void weigh_columns(const float (*p)[kBlockKeys], const BlockRows& v
   if (d < values.dim) weigh_rest<kQueries>(p, values, rows, to, d);
 }
 
-// Many query vectors: each pass over the block's rows serves as many sums as there are registers.
-// `stored`: what the rows have been unpacked from.
+// For many query vectors: each pass over the block's rows computes as many sums as there are
+// registers for. `stored`: the rows before they were unpacked, for prefetching.
 template <typename T, typename Stored>
 void weigh_packed(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
                   const Rows<Stored>& stored, Matrix out) {
@@ -112,9 +112,10 @@ void weigh_packed(const float (*p)[kBlockKeys], int count, const Rows<T>& values
   });
 }
 
-// Few query vectors. Where all sums find registers the block is streamed; else sixteen rows at a
-// time, which stay in the first-level cache while two query vectors after another pass over them.
-// Two, because the sums of whole rows then find registers: rows come in the order of addresses.
+// For few query vectors. If all sums fit in registers, one pass streams the block. Otherwise
+// sixteen rows at a time stay in the first-level cache while pairs of query vectors pass over them.
+// Pairs, because sums over all of head_dim then fit in registers, and rows are read in address
+// order.
 template <typename BlockRows, typename Softmax>
 void weigh_direct(int count, const BlockRows& values, Softmax& softmax, AttentionScratch& scratch) {
   const float (*p)[kBlockKeys] = scratch.scores;
@@ -134,7 +135,7 @@ void weigh_direct(int count, const BlockRows& values, Softmax& softmax, Attentio
     const Columns rows{k, values.count - k < kColumns ? values.count : k + kColumns};
     softmax.until(rows.end);
     for_query_tiles<2>(count, [&]<int kQueries>(int m) {
-      // The first two passes ask, each for half of the rows.
+      // The first two passes prefetch, each for half of the rows.
       const auto before = [&](int64_t row) BATON_INLINE_LAMBDA {
         if (count <= 2) {
           values.template used<1>(row);
@@ -161,15 +162,15 @@ void unpack_values(const Rows<T>& rows, Matrix values) {
 // The products of one tile of `count` query vectors with one block, in the way that suits count.
 template <typename T>
 struct BlockProducts : BlockScores<T> {
-  // Whether weigh asks for probabilities as it goes through the block.
+  // Whether weigh requests probabilities step by step as it goes through the block.
   static bool uses_block_in_place(int count) { return count <= kDirectQueries; }
 
-  // Vector i of a query vector's scores is replaced by these.
+  // Replaces vector i of a query vector's scores by probabilities.
   static BATON_INLINE void put_probabilities(float* scores, int i, Vec probabilities) {
     store(scores + i * kLanes, probabilities);
   }
 
-  // scratch.out[m] += sum_k p[m][k] value[k]; p: the scores, once softmax has been through them.
+  // scratch.out[m] += sum_k p[m][k] value[k]; p replaced the scores when softmax went through them.
   template <typename Softmax>
   static void weigh(int count, const Rows<T>& values, Softmax& softmax, AttentionScratch& scratch) {
     if (count <= kDirectQueries) {
@@ -190,7 +191,7 @@ struct BlockProducts : BlockScores<T> {
     weigh_direct(count, values, softmax, scratch);
   }
 
-  // A query vector's result: factor times its sums, in the order of head_dim.
+  // Writes a query vector's result: factor times its sums, in the order of head_dim.
   static void put_result(const float* sums, int64_t dim, float factor, T* out) {
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) store(out + d, load(sums + d) * set1(factor));

@@ -1,8 +1,8 @@
-// AMX tile instructions as functions: the one place that knows them. Where the CPU has none, tests
-// run them all the same: python/emulation/amx/amx.cpp does in software what the CPU refuses.
+// AMX tile instructions as functions; no other file knows them. On CPUs without AMX, tests run them
+// all the same: python/emulation/amx/amx.cpp executes in software what the CPU refuses.
 //
-// There are eight tiles of at most 16 rows of 64 bytes. A thread configures their shapes before the
-// first use and releases them after the last: TileScope.
+// There are eight tiles of at most 16 rows of 64 bytes. A thread must configure their shapes before
+// the first use and release them after the last: TileScope does both.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -13,8 +13,8 @@
 namespace baton::cpu::BATON_ISA {
 
 constexpr int kAmxRows = 16;      // rows of a tile, and columns of float32 or of bfloat16 pairs
-constexpr int kAmxStep = 32;      // elements of bfloat16 in a row
-constexpr int kAmxRowBytes = 64;  // of a row
+constexpr int kAmxStep = 32;      // bfloat16 elements in a row
+constexpr int kAmxRowBytes = 64;  // bytes in a row
 
 // The memory that ldtilecfg reads.
 struct alignas(64) TileConfig {
@@ -24,7 +24,7 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// Assembly and not the compiler's intrinsics: GCC's take only literal tile numbers, and its
+// Assembly instead of the compiler's intrinsics: GCC's accept only literal tile numbers, and its
 // tile load does not tell the optimizer that memory is read.
 BATON_INLINE void tile_configure(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(config));
@@ -37,7 +37,7 @@ BATON_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
 }
 
-// Rows of the tile's configured bytes, `stride` bytes apart; no alignment is needed.
+// Loads the tile's configured rows, `stride` bytes apart; they need no alignment.
 template <int kTile>
 BATON_INLINE void tile_load(const void* rows, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(kTile) : "memory");
@@ -49,20 +49,20 @@ BATON_INLINE void tile_store(void* rows, int64_t stride) {
 }
 
 // sum[m][n] += sum over pairs k of a[m][k] . b[k][n]: pairs of bfloat16, float32 sums. Element
-// (m, n) takes only row m of a and column n of b, in one order for every shape of the tiles.
+// (m, n) depends only on row m of a and column n of b, in one order for every tile shape.
 template <int kSum, int kA, int kB>
 BATON_INLINE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
 }
 
-// The same of int8, four elements where there is a pair, and int32 sums: exact.
+// The same for int8, with four elements in place of a pair and int32 sums, so exact.
 template <int kSum, int kA, int kB>
 BATON_INLINE void tile_multiply_bytes() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
 }
 
-// Tiles of a kernel call on this thread: 0 to 3 are sums, 4 and 5 rows of the first operand, 6 and
-// 7 pairs of the second, which has `columns` columns.
+// The tiles that a kernel call uses on this thread: 0 to 3 hold sums, 4 and 5 rows of the first
+// operand, 6 and 7 pairs of the second, which has `columns` columns.
 class TileScope {
  public:
   explicit TileScope(int columns) {
@@ -74,7 +74,7 @@ class TileScope {
     }
     tile_configure(config);
   }
-  // Left configured, tiles would be saved at every switch of threads.
+  // If tiles stayed configured, every thread switch would save them.
   ~TileScope() { tile_release(); }
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;

@@ -1,8 +1,8 @@
-// Products of bfloat16 matrices in AMX tiles: 16 to 32 rows, straight from row-major memory, with
-// 16 to 32 columns that were packed to pairs. linear and ragged_attention are made of them.
+// Products of bfloat16 matrices in AMX tiles, used by linear and ragged_attention: 16 to 32 rows,
+// straight from row-major memory, by 16 to 32 columns that were packed into pairs.
 //
-// Every element of a product is summed over steps of 32 in ascending order, for any rows and
-// columns next to it: that makes the bits of a row independent of its batch.
+// Every element of a product is summed over steps of 32 in ascending order, whichever rows and
+// columns are next to it, so the bits of a row do not depend on its batch.
 #pragma once
 
 #include "cpu/simd/amx.h"
@@ -16,7 +16,7 @@ namespace baton::cpu::BATON_ISA {
 
 static inline int64_t tile_steps(int64_t length) { return (length + kAmxStep - 1) / kAmxStep; }
 
-// The 32 elements of a row that begin at `column`, 0 from `length` on; those are not read.
+// The 32 elements of a row from `column` on. Those from `length` on are 0 and not read.
 BATON_INLINE Vec load_step(const BFloat16* row, int64_t column, int64_t length) {
   typedef Dot<BFloat16> D;
   const int64_t rest = length - column;
@@ -24,15 +24,15 @@ BATON_INLINE Vec load_step(const BFloat16* row, int64_t column, int64_t length) 
                                 : D::operand_partial(row + column, rest));
 }
 
-// First operand: a matrix in memory. Rows from num_rows on and columns from num_columns on are
-// somebody else's or nobody's: they are not read, and count as 0.
+// The first operand: a matrix in memory. Rows from num_rows on and columns from num_columns on
+// belong to other data or to none: they are not read and count as 0.
 struct TileRows {
   const BFloat16* data;
   int64_t stride;  // elements from one row to the next
   int64_t num_rows, num_columns;
 };
 
-// Rows [row, row + 16), elements [column, column + 32), where not all of them are the matrix's.
+// Loads rows [row, row + 16), elements [column, column + 32), some of which the matrix lacks.
 template <int kTile>
 __attribute__((noinline)) void load_some_rows(const TileRows& a, int64_t row, int64_t column) {
   alignas(64) float copy[kAmxRows][kAmxRows];
@@ -43,8 +43,8 @@ __attribute__((noinline)) void load_some_rows(const TileRows& a, int64_t row, in
   tile_load<kTile>(copy, kAmxRowBytes);
 }
 
-// Second operand, from `count` vectors of `length` elements: out[step][pair][column], a pair being
-// elements 2 pair and 2 pair + 1 of the step. Columns from count on are 0.
+// Packs the second operand from `count` vectors of `length` elements: out[step][pair][column],
+// where a pair is elements 2 pair and 2 pair + 1 of the step. Columns from count on are 0.
 template <typename Source>
 BATON_INLINE void pack_columns(const Source& vector, int count, int64_t length, int num_columns,
                                float* out) {
@@ -61,16 +61,16 @@ BATON_INLINE void pack_columns(const Source& vector, int count, int64_t length, 
   }
 }
 
-// The second operand as it was packed.
+// The packed second operand.
 struct TileColumns {
   const float* data;
-  int num_columns;   // of a tile
+  int num_columns;   // per tile
   int64_t distance;  // from one tile of columns to the next
 };
 
 // Sums i * 2 + j += rows [row + 16 i ..) x tile j of columns, for kRows x kColumns tiles. With
-// kAhead the rows come from memory: they are prefetched this many steps before their use, because
-// the rows are more streams than the hardware follows.
+// kAhead the rows come from memory and are prefetched this many steps before their use, because
+// they are more streams than the hardware prefetcher follows.
 template <int kRows, int kColumns, bool kAhead = false>
 BATON_INLINE void multiply(const TileRows& a, int64_t row, const TileColumns& b, int64_t steps) {
   constexpr int64_t kAheadSteps = 8;
@@ -115,7 +115,7 @@ BATON_INLINE void for_each_sum(Fn&& fn) {
 }
 
 // Calls fn.operator()<kRows, kColumns>(row tile, column tile) for blocks of at most 2 x 2 tiles.
-// The columns are the inner loop: they were packed, and lie in the core's own cache.
+// The inner loop goes over columns, which were packed and lie in the core's private cache.
 template <typename Fn>
 BATON_INLINE void for_each_block(int64_t row_tiles, int64_t column_tiles, Fn&& fn) {
   for (int64_t i = 0; i < row_tiles; i += 2) {

@@ -1,4 +1,4 @@
-// Vectors of bfloat16 pairs, where the CPU multiplies pairs into float32 sums.
+// Vectors of bfloat16 pairs, for CPUs that multiply pairs into float32 sums.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -25,7 +25,7 @@ BATON_INLINE Pairs broadcast_pair(const void* p) {
 
 constexpr int kPairStep = 32;  // elements of one vector of bfloat16
 
-// One row pair of values, 32 elements of each: [pairs of elements 0-3, 8-11, ..], [4-7, 12-15, ..].
+// A pair of rows of values, 32 elements each: [pairs of elements 0-3, 8-11, ..], [4-7, 12-15, ..].
 struct ValuePairs {
   Pairs low, high;
 };

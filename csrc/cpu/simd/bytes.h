@@ -1,5 +1,5 @@
-// Dot products of int8: four products in each lane of an int32 sum. All of it is exact, so every
-// instruction set has the same sums.
+// Dot products of int8: four products per lane of an int32 sum. Everything is exact, so every
+// instruction set computes the same sums.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -8,8 +8,8 @@ namespace baton::cpu::BATON_ISA {
 
 #if defined(__AVX512VNNI__)
 
-// The CPU multiplies unsigned with signed bytes: the first operand is kByteOffset more than it was,
-// and a sum is more by kByteOffset times the sum of the second operand.
+// The CPU multiplies unsigned with signed bytes: kByteOffset is added to the first operand, which
+// adds kByteOffset times the sum of the second operand to the result.
 constexpr int32_t kByteOffset = 128;
 
 typedef IntVec ByteWeights;
@@ -35,8 +35,8 @@ constexpr int32_t kByteOffset = 0;
 
 typedef int16_t WordVec __attribute__((vector_size(kLanes * 4)));
 
-// The bytes of even and of odd places as words: instructions for bytes add up two products in 16
-// bits, where they do not fit.
+// The even and the odd bytes as words: the instructions for bytes add two products in 16 bits,
+// where they may not fit.
 struct ByteWords {
   WordVec even, odd;
 };
@@ -56,7 +56,7 @@ BATON_INLINE ByteFactor broadcast_bytes(const int8_t* p) {
   return words_of((WordVec)(four - IntVec{}));
 }
 
-// In each lane the sum of both products of words.
+// Each lane gets the sum of its two products of words.
 BATON_INLINE IntVec multiply_words(WordVec a, WordVec b) {
 #if defined(__AVX512F__)
   return (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
@@ -76,7 +76,7 @@ BATON_INLINE IntVec dot_bytes(IntVec sum, ByteWeights weights, ByteFactor factor
 
 #endif
 
-// The lowest byte of each lane.
+// Stores the lowest byte of each lane.
 BATON_INLINE void store_bytes(int8_t* p, IntVec x) {
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
@@ -85,7 +85,7 @@ BATON_INLINE void store_bytes(int8_t* p, IntVec x) {
 #endif
 }
 
-// The largest lane, and the sum of all.
+// The largest lane, and the sum of all lanes.
 BATON_INLINE int32_t reduce_max(IntVec x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_epi32((__m512i)x);

@@ -36,7 +36,7 @@ BATON_INLINE void for_each_query(const int32_t* cu_seqlens, int64_t num_queries,
   }
 }
 
-// Copies `rows` runs of `bytes` bytes; adjacent runs become one.
+// Copies `rows` runs of `bytes` bytes; adjacent runs are copied as one.
 static inline void copy_rows(char* target, int64_t target_stride, const char* source,
                              int64_t source_stride, int64_t rows, int64_t bytes) {
   if (target_stride == bytes && source_stride == bytes) {
@@ -48,12 +48,12 @@ static inline void copy_rows(char* target, int64_t target_stride, const char* so
   }
 }
 
-// A call that writes more than this to each cache is not read again before it has left the core's
-// own caches: written past them, it need not be fetched first.
+// If a call writes more than this to each cache, the data leaves the core's caches before anything
+// reads it again. Such data is written past the caches, which need not fetch its lines first.
 constexpr int64_t kStreamBytes = 256 * 1024;
 
-// Runs of whole cache lines. Rows of another head lie between two of the source's, so the hardware
-// does not foresee them: each row prefetches one that comes later.
+// Copies runs of whole cache lines. Between two rows of the source lie rows of other heads, which
+// defeats the hardware prefetcher, so each row prefetches a later one.
 static inline void stream_rows(char* target, int64_t target_stride, const char* source,
                                int64_t source_stride, int64_t rows, int64_t bytes) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -66,8 +66,8 @@ static inline void stream_rows(char* target, int64_t target_stride, const char* 
   }
 }
 
-// copy_rows, past the caches if `streams` and the lines are whole. End a range of work that may
-// have streamed with end_stream.
+// Like copy_rows, but past the caches if `streams` is true and the lines are whole. A range of work
+// that may have streamed must end with end_stream.
 static inline void copy_rows_away(bool streams, char* target, int64_t target_stride,
                                   const char* source, int64_t source_stride, int64_t rows,
                                   int64_t bytes) {

@@ -6,7 +6,7 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// kStep elements of each operand are multiplied and added into the lanes of a float sum.
+// Multiplies kStep elements of each operand and adds the products into the lanes of a float sum.
 template <typename T>
 struct Dot {
   static constexpr int kStep = kLanes;
@@ -17,7 +17,7 @@ struct Dot {
 };
 
 #if defined(__AVX512BF16__)
-// Pairs of bfloat16 products are summed in float32 by one instruction.
+// One instruction sums pairs of bfloat16 products in float32.
 template <>
 struct Dot<BFloat16> {
   static constexpr int kStep = 32;

@@ -1,4 +1,4 @@
-// Elements of eight bits: what they are as floats, and how a token's floats are rounded to them
+// Eight-bit elements: conversion to floats, and rounding of a token's floats to them
 // (common/kv_scales.h).
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// kLanes elements; conversions are exact.
+// Loads kLanes elements; the conversion is exact.
 BATON_INLINE Vec load(const Int8* p) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -36,8 +36,8 @@ BATON_INLINE UintVec load_bits(const Float8* p) {
 
 BATON_INLINE Vec load(const Float8* p) {
   const UintVec bits = load_bits(p), magnitude = bits & 0x7fu;
-  // Subnormal numbers are multiples of 2^-9. They are made without subnormal floats, which a
-  // thread may be told to flush to 0.
+  // Subnormal numbers are multiples of 2^-9. They are computed without subnormal floats, because a
+  // thread may be set to flush those to 0.
   const Vec subnormal = __builtin_convertvector((IntVec)magnitude, Vec) * set1(0x1p-9f);
   const UintVec normal = (magnitude << 20) + (120u << 23);
   UintVec x = (UintVec)(magnitude < 8u ? as_bits(subnormal) : normal);
@@ -45,7 +45,7 @@ BATON_INLINE Vec load(const Float8* p) {
   return as_float(x | (bits & 0x80u) << 24);
 }
 
-// out[i] = in[i] as a T, which represents every element; dim is a multiple of 8.
+// out[i] = in[i] as a T, which can represent every element; dim is a multiple of 8.
 template <typename T, typename S>
 BATON_INLINE void widen(const S* in, int64_t dim, T* out) {
   int64_t i = 0;
@@ -66,7 +66,7 @@ BATON_INLINE __m512i to_bfloat16(__m256i bytes, Int8) {
 }
 
 BATON_INLINE __m512i to_bfloat16(__m256i bytes, Float8) {
-  // The subnormal numbers, by the three bits that tell them apart.
+  // The eight subnormal numbers, looked up by their low three bits.
   const __m512i subnormals = _mm512_set4_epi64(0, 0, 0x3c603c403c203c00, 0x3bc03b803b000000);
   const __m512i words = _mm512_cvtepu8_epi16(bytes);
   const __m512i magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7f));
@@ -109,8 +109,8 @@ static inline void dequantize(const S* in, float scale, int64_t dim, T* out) {
   }
 }
 
-// The bits of the Int8 or Float8 nearest to x, in the low byte of each lane. |x| exceeds their
-// largest number by a rounding error at most.
+// The bits of the Int8 or Float8 nearest to x, in the low byte of each lane. |x| may exceed their
+// largest number only by a rounding error.
 BATON_INLINE UintVec round_to(Vec x, Int8) {
   constexpr float kShift = 0x1.8p23f;  // its unit in the last place is 1
   IntVec rounded = (IntVec)(as_bits(x + set1(kShift)) - as_bits(set1(kShift)));
@@ -121,7 +121,7 @@ BATON_INLINE UintVec round_to(Vec x, Int8) {
 
 BATON_INLINE UintVec round_to(Vec x, Float8) {
   const UintVec bits = as_bits(x), magnitude = bits & 0x7fffffffu;
-  // Below the smallest normal number, 2^-6: in units of 2^-9, the last place of kShift.
+  // Below 2^-6, the smallest normal number: in units of 2^-9, the last place of kShift.
   constexpr float kShift = 0x1.8p14f;
   const UintVec subnormal = as_bits(as_float(magnitude) + set1(kShift)) - as_bits(set1(kShift));
   const UintVec normal = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
@@ -139,7 +139,7 @@ static inline float quantize(const T* x, int64_t dim, S* out) {
   const auto part = [&](int64_t i) BATON_INLINE_LAMBDA {
     return dim - i >= kLanes ? load(x + i) : load_partial(x + i, dim - i);
   };
-  // Of magnitudes: their bits are in the order of numbers, then infinity, then NaN.
+  // The maximum magnitude, by bits: they sort like the numbers, then infinity, then NaN.
   IntVec top{};
   for (int64_t i = 0; i < dim; i += kLanes) {
     const IntVec magnitude = (IntVec)(as_bits(part(i)) & 0x7fffffffu);

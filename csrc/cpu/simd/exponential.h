@@ -8,8 +8,8 @@ namespace baton::cpu::BATON_ISA {
 // exp(x) to about one unit in the last place: x log2(e) = n + r, |r| <= 1/2, a polynomial for 2^r.
 // Results below 1.3e-38, about the smallest normal float, are 0, as exp(-inf) is; NaN stays NaN.
 BATON_INLINE Vec exp(Vec x) {
-  // Subnormal results, also those that round to 0, would cost 30 times as much: hidden keys are
-  // full of them. Above the other bound the result is infinity anyway.
+  // Subnormal results, and those that round to 0, would take 30 times as long, and hidden keys
+  // produce many of them. Above the other bound the result is infinity anyway.
   const Vec low = set1(-87.3f);
 #if defined(__AVX512F__)
   const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
@@ -34,7 +34,7 @@ BATON_INLINE Vec exp(Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_maskz_scalef_ps(is_normal, (__m512)p, (__m512)n);
 #else
-  // 2^n in two factors: n = 128 is not the exponent of a float.
+  // 2^n as two factors, because 2^128 is not a float.
   const IntVec exponent = (IntVec)as_bits(shifted) - 0x4b400000;
   const IntVec first = exponent >> 1, second = exponent - first;
   const Vec scaled =
@@ -43,14 +43,14 @@ BATON_INLINE Vec exp(Vec x) {
 #endif
 }
 
-// 1 / (1 + exp(-x)) for a factor of a result in T.
+// 1 / (1 + exp(-x)), as a factor of a result that is rounded to T.
 template <typename T>
 BATON_INLINE Vec sigmoid(Vec x) {
   return set1(1.0f) / (set1(1.0f) + exp(-x));
 }
 
 #if defined(__AVX512F__)
-// To 14 bits, where the result keeps 8: one division takes as long as all of this.
+// Accurate to 14 bits, of which the result keeps 8: a division takes as long as all of this.
 template <>
 BATON_INLINE Vec sigmoid<BFloat16>(Vec x) {
   // 2^129 is infinity, whose reciprocal is 0.
@@ -67,7 +67,7 @@ BATON_INLINE Vec sigmoid<BFloat16>(Vec x) {
 }
 #endif
 
-// tanh(x); near 0 by a polynomial, because 1 - 2 / (exp(2 x) + 1) cancels there.
+// tanh(x); a polynomial near 0, where 1 - 2 / (exp(2 x) + 1) would cancel.
 BATON_INLINE Vec tanh(Vec x) {
   const Vec magnitude = as_float(as_bits(x) & 0x7fffffffu);
   const Vec far = set1(1.0f) - set1(2.0f) / (exp(magnitude + magnitude) + set1(1.0f));

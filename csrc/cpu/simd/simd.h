@@ -1,6 +1,6 @@
-// One vector type for every instruction set. Kernels of this folder are compiled once per set, with
-// BATON_ISA naming the namespace they live in, and speak of float lanes only; this header is the
-// one place that knows intrinsics.
+// One vector type for every instruction set. The kernels in this folder are compiled once per set,
+// with BATON_ISA naming their namespace, and use float lanes only; this header is the only file
+// with general intrinsics.
 //
 // Contract: load and store convert between the storage type and float; *_partial touches exactly n
 // elements and reads the missing lanes as 0; every reduction has one fixed order. Nothing here
@@ -24,7 +24,7 @@
 
 #define BATON_INLINE inline __attribute__((always_inline))
 #define BATON_INLINE_LAMBDA __attribute__((always_inline))
-// Loops over a register tile must disappear, or the tile lives in memory.
+// Loops over a register tile must be unrolled completely, or the tile lives in memory.
 #define BATON_UNROLL _Pragma("GCC unroll 16")
 
 namespace baton::cpu::BATON_ISA {
@@ -50,8 +50,8 @@ BATON_INLINE UintVec as_bits(Vec x) { return reinterpret_cast<UintVec>(x); }
 
 BATON_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// x within [low, high]; NaN passes. The intrinsics return their second operand for NaN, which the
-// compiler does not make of the comparisons.
+// x clamped to [low, high]; NaN passes through. The intrinsics return their second operand for NaN;
+// the compiler does not derive them from the comparisons.
 BATON_INLINE Vec clamp(Vec x, Vec low, Vec high) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));
@@ -77,7 +77,7 @@ BATON_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Sum of the lanes: halves are folded onto each other. reduce_add4 does the same for four vectors
+// Sum of the lanes, by folding halves onto each other. reduce_add4 does the same for four vectors
 // at once, in fewer instructions and with the same order of additions.
 BATON_INLINE Quad fold_to_quad(Vec x) {
 #if defined(__AVX512F__)
@@ -157,8 +157,8 @@ BATON_INLINE Vec load(const float* p) {
   return x;
 }
 
-// Between 16 and 32 bits; narrow takes values below 2^16. GCC 12 makes five instructions of
-// __builtin_convertvector where there is one.
+// Convert between 16 and 32 bits; narrow takes values below 2^16. GCC 12 compiles
+// __builtin_convertvector to five instructions where one would do.
 BATON_INLINE UintVec widen(ShortVec x) {
 #if defined(__AVX512F__)
   return (UintVec)_mm512_cvtepu16_epi32((__m256i)x);
@@ -236,7 +236,7 @@ BATON_INLINE ShortVec round_to_bfloat16(Vec x) {
 
 BATON_INLINE ShortVec to_bfloat16(Vec x) {
 #if defined(__AVX512BF16__)
-  // The CPU's own conversion flushes subnormal numbers to 0: they go the long way.
+  // The CPU's own conversion flushes subnormal numbers to 0, so they take the slow way.
   constexpr int kSubnormal = 0x20;
   if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, kSubnormal) == 0, true)) {
     return (ShortVec)_mm512_cvtneps_pbh((__m512)x);
@@ -261,7 +261,7 @@ BATON_INLINE ShortVec to_half(Vec x) {
   const UintVec bits = as_bits(x);
   const UintVec sign = (bits >> 16) & 0x8000u;
   const UintVec magnitude = bits & 0x7fffffffu;
-  // Normal results: rebias the exponent, round to nearest even on the 13 bits that go.
+  // Normal results: rebias the exponent, round to nearest even on the 13 bits that are dropped.
   const UintVec normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Subnormal results: adding 0.5 lets the float adder round at the last half bit.
   const UintVec subnormal = as_bits(as_float(magnitude) + set1(0.5f)) - 0x3f000000u;
@@ -287,7 +287,7 @@ BATON_INLINE void store_partial(T* p, Vec x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
-// The value that x has after a round trip through T.
+// x after a round trip through T.
 template <typename T>
 BATON_INLINE Vec round_to(Vec x) {
   if constexpr (sizeof(T) == 4) {

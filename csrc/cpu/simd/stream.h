@@ -1,5 +1,5 @@
-// Stores that go past the caches: for what is read much later, if at all by this core. A store
-// through the caches fetches its line first, which such a line is not worth.
+// Stores that bypass the caches, for data that is read much later, if at all by this core. A store
+// through the caches would fetch its line first, which is wasted on such data.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,14 @@
 
 namespace baton::cpu::BATON_ISA {
 
-// A result of this size has left the caches before anything reads it.
+// A result of at least this size has left the caches before anything reads it.
 constexpr int64_t kStreamResultBytes = 8 * 1024 * 1024;
 
-// Elements that one store past the caches writes: whole lines of two-byte ones where vectors are
-// as long as a line. A line in pieces may leave the core in pieces.
+// Elements per store that bypasses the caches: whole lines of two-byte elements where vectors are
+// as long as a line. A line that is stored in pieces may leave the core in pieces.
 constexpr int64_t kStreamStep = 2 * kLanes;
 
-// Whether a result, rows of `size` elements from p on, is written past the caches.
+// Whether a result, `num_rows` rows of `size` elements at p, is written past the caches.
 template <typename T>
 BATON_INLINE bool streams(const T* p, int64_t num_rows, int64_t size) {
   constexpr int64_t kStepBytes = kStreamStep * sizeof(T);
@@ -24,7 +24,7 @@ BATON_INLINE bool streams(const T* p, int64_t num_rows, int64_t size) {
 }
 
 #if defined(__AVX2__)
-// Rounds like store. p is aligned to the bytes of kStreamStep elements.
+// Rounds like store. p must be aligned to the bytes of kStreamStep elements.
 BATON_INLINE void stream(float* p, Vec low, Vec high) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)low);
@@ -56,7 +56,7 @@ BATON_INLINE void stream(T* p, Vec low, Vec high) {
 }
 #endif
 
-// One cache line; target is aligned to it.
+// Writes one cache line; target must be aligned to it.
 BATON_INLINE void stream_line(char* target, const char* source) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(target), _mm512_loadu_si512(source));
@@ -70,7 +70,7 @@ BATON_INLINE void stream_line(char* target, const char* source) {
 #endif
 }
 
-// Streaming stores are not ordered by what hands the tensor to another thread: after the last one.
+// Call after the last streaming store: handing a tensor to another thread does not order them.
 BATON_INLINE void end_stream() {
 #if defined(__AVX2__)
   _mm_sfence();

@@ -1,15 +1,15 @@
-// Vectors of 32-bit elements as the rows of small matrices: transposition, whole and in parts of
-// four lanes. Elements are moved, never computed with: they may be pairs of bfloat16.
+// Vectors of 32-bit elements as the rows of small matrices: transposition, of the whole or within
+// parts of four lanes. Elements are only moved, never computed with: they may be bfloat16 pairs.
 #pragma once
 
 #include "cpu/simd/simd.h"
 
 namespace baton::cpu::BATON_ISA {
 
-// Four 32-bit lanes are a part of a vector: 128 bits.
+// A part of a vector is four 32-bit lanes: 128 bits.
 constexpr int kParts = kLanes / 4;
 
-// In every part on its own, rows[i][j] <- rows[j][i] for four vectors of 32-bit elements.
+// Within every part, rows[i][j] <- rows[j][i] for four vectors of 32-bit elements.
 BATON_INLINE void transpose_parts(Vec& w, Vec& x, Vec& y, Vec& z) {
 #if defined(__x86_64__)
 #if defined(__AVX512F__)
@@ -43,7 +43,7 @@ BATON_INLINE void transpose_parts(Vec& w, Vec& x, Vec& y, Vec& z) {
 #endif
 }
 
-// Lane kLane of every part, in all four lanes of the part.
+// Copies lane kLane of every part to all four lanes of the part.
 template <int kLane>
 BATON_INLINE Vec repeat_in_parts(Vec x) {
 #if defined(__AVX512F__)
@@ -74,7 +74,7 @@ BATON_INLINE void transpose(Vec (&rows)[kLanes]) {
   for (int i = 0; i < kLanes; i += 4) {
     transpose_parts(rows[i], rows[i + 1], rows[i + 2], rows[i + 3]);
   }
-  // Then the parts among each other.
+  // Then transpose the parts among each other.
 #if defined(__AVX512F__)
   Vec parts[kLanes];
   BATON_UNROLL
