@@ -75,13 +75,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --backend, tests of ops that do not run on it are left out; with --quick, most are;
     without --full, combinations of cases that others stand for."""
-    kept = items
+    kept, own = items, f"cpu-{baton_kernels.build_info()['cpu']['isa_used']}"
     if not config.getoption("full"):
-        kept = judged.without_the_other_half(
-            [item for item in items if not judged.is_left_to_full(item)]
+        kept = judged.without_repetitions(
+            [item for item in items if not judged.is_left_to_full(item)], own
         )
     if config.getoption("quick"):
-        kept = quick.chosen(kept, f"cpu-{baton_kernels.build_info()['cpu']['isa_used']}")
+        kept = quick.chosen(kept, own)
     name = config.getoption("backend")
     if name is not None:
         if name not in (backend.name for backend in BACKENDS):

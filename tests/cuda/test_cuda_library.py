@@ -77,6 +77,29 @@ def test_build_info_says_what_is_compiled():
     assert compiled("ptx") == {architectures[-1]}
 
 
+@needs_library
+def test_no_kernel_spills_on_any_architecture():
+    """A spilled register and an array that is not in registers are both in the stack's frame."""
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("cuobjdump is not installed")
+    command = [cuobjdump, "-res-usage", str(_library.cuda)]
+    architecture, kernels = None, {}
+    for line in subprocess.check_output(command, text=True).splitlines():
+        if found := re.search(r"arch = (sm_\d+)", line):
+            architecture = found[1]
+        elif found := re.search(r"Function (\w+):", line):
+            name = found[1]
+        elif found := re.search(r"\bREG:(\d+) STACK:(\d+) .*\bLOCAL:(\d+)", line):
+            kernels[architecture, name] = tuple(map(int, found.groups()))
+    names = {name for _, name in kernels}
+    architectures = baton_kernels.build_info()["cuda"]["architectures"]
+    assert kernels.keys() == {(each, name) for each in architectures for name in names}
+    assert sum("attention" in name or "decode" in name for name in names) > 20
+    for kernel, (registers, stack, local) in kernels.items():
+        assert registers > 0 and stack == 0 and local == 0, kernel
+
+
 # Calls.
 
 

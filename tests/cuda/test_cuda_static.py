@@ -191,12 +191,12 @@ def test_attention_fits_the_occupancy_it_was_cut_for(source, architectures):
         assert resident >= (1 if small else 2), kernel.name
 
 
-def test_decode_has_loads_on_their_way_all_the_time():
+def test_decode_has_loads_in_flight_all_the_time(every_case):
     """Data allow 36 KB at any moment and 64 KB on average. Warps that wait for keys and values
     together have none in flight just then, and 32 KB on average, which is what an A100 and an
     H100 need and more."""
     source = next(s for s in cuda_static.SOURCES if s.stem == "bfloat16")
-    for kernel in compile_kernels(source, (80, 90, 100)):
+    for kernel in compile_kernels(source, (80, 90, 100) if every_case else (80, 90)):
         if re.search(r"decode_kernel<\w+, 128, 1>", kernel.name):
             shared = cuda_static.dynamic_shared(kernel.name)
             threads = 128 * kernel.blocks_per_sm(128, shared)

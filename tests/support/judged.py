@@ -1,8 +1,11 @@
-"""Which cases the emulated CUDA backends run, and what the marker `full` leaves to --full.
+"""Which cases of the ops' tests the backends run in `make test`, and what is left to --full.
 
-float16 and bfloat16 are one kernel with another type of number: every access is at the same place,
-and every sum in the same order. So of each case the judge of memory accesses runs one of them, by
-turns, and the emulator, under another schedule, the other one; float32 runs on both.
+The machine's own instruction set runs every case in every dtype. Each of the others runs every case
+in one dtype, by turns: AMX's tiles in bfloat16, which is what they are for.
+
+float16 and bfloat16 are one CUDA kernel with another type of number: every access is at the same
+place, and every sum in the same order. So of each case the judge of memory accesses runs one of
+them, by turns, and the emulator, under another schedule, the other one; float32 runs on both.
 """
 
 from __future__ import annotations
@@ -14,31 +17,52 @@ import torch
 from quick import parameters
 
 HALVES = (torch.float16, torch.bfloat16)
-# One whose name is not here runs both types.
-TAKES = {"cuda-judged": 1, "cuda-emulated": 0}
+JUDGED, EMULATED = "cuda-judged", "cuda-emulated"
 
 
-def without_the_other_half(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The tests, in their order."""
+def without_repetitions(items: list[pytest.Item], own: str) -> list[pytest.Item]:
+    """The tests, in their order, without dtypes that other cases or backends stand for.
+
+    Args:
+        items: tests.
+        own: the backend of the machine's own instruction set.
+    """
+    # By function and case: by backend, the tests of all dtypes.
     groups: dict[object, dict[str, dict[str, list[pytest.Item]]]] = {}
     for item in items:
         found = parameters(item)
-        backend = getattr(found.get("ops"), "name", None)
-        dtypes = [name for name, value in found.items() if value in HALVES]
-        if backend in TAKES and len(dtypes) == 1:
-            others = str({
-                name: str(value) for name, value in found.items() if name not in (dtypes[0], "ops")
-            })  # fmt: skip
-            cases = groups.setdefault(item.function, {}).setdefault(others, {})
+        backend = getattr(found.get("ops"), "name", own)
+        dtypes = {name for name, value in found.items() if isinstance(value, torch.dtype)}
+        if backend != own and dtypes:
+            case = str({n: str(v) for n, v in found.items() if n not in {*dtypes, "ops"}})
+            cases = groups.setdefault(item.function, {}).setdefault(case, {})
             cases.setdefault(backend, []).append(item)
-    left_out = set()
+    left_out: set[pytest.Item] = set()
     for cases in groups.values():
         for number, backends in enumerate(cases.values()):
-            for backend, pair in backends.items():
-                # A test that has no other cases runs both, and so does one that nobody judges.
-                if len(cases) > 1 and len(pair) == 2 and "cuda-judged" in backends:
-                    left_out.add(pair[(number + 1 - TAKES[backend]) % 2])
+            for place, (backend, same) in enumerate(backends.items()):
+                if backend in (JUDGED, EMULATED):
+                    # A test that has no other cases runs both, and so does one nobody judges.
+                    if len(cases) > 1 and JUDGED in backends:
+                        left_out |= _other_half(same, number + (backend == JUDGED))
+                elif not backend.startswith("cuda"):
+                    left_out |= _all_but_one(same, number + place, backend)
     return [item for item in items if item not in left_out]
+
+
+def _other_half(same: list[pytest.Item], turn: int) -> set[pytest.Item]:
+    halves = [item for item in same if any(dtype in HALVES for dtype in _dtypes(item))]
+    return {halves[turn % 2]} if len(halves) == 2 else set()
+
+
+def _all_but_one(same: list[pytest.Item], turn: int, backend: str) -> set[pytest.Item]:
+    tiles = [item for item in same if "amx" in backend and torch.bfloat16 in _dtypes(item)]
+    chosen = tiles or same
+    return set(same) - {chosen[turn % len(chosen)]}
+
+
+def _dtypes(item: pytest.Item) -> list[torch.dtype]:
+    return [value for value in parameters(item).values() if isinstance(value, torch.dtype)]
 
 
 def is_left_to_full(item: pytest.Item) -> bool:

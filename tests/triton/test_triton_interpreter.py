@@ -17,33 +17,29 @@ import pytest
 import baton_kernels
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# The interpreter takes milliseconds per program: of each op's tests, those with few programs. All
-# dtypes, layouts, options, poison and batch invariance are among them.
+# The interpreter takes milliseconds per program: of each op's tests, those with few programs.
+# Layouts, options, poison and batch invariance are among them. `make test` takes each case in one
+# dtype, by turns (tests/support/judged.py), --full in all.
 SMALL = "not triton-1000 and not triton-128-"
-# Of bits in a batch: in bfloat16.
-INVARIANCE = "(test_batch_invariance or test_the_same_bits)"
 ATTENTION = (
-    # Every case in bfloat16, and the other dtypes where all options meet.
-    "test_matches_reference and (dtype2 or everything) and not long and not mixture",
-    "test_layouts and dtype1",
-    "test_padding_is_not_read and (everything or 24) and not dtype1",
-    "test_batch_invariance and thirds and dtype2",
+    "test_matches_reference and not long and not mixture",
+    "test_layouts",
+    "test_padding_is_not_read and (everything or 24)",
+    "test_batch_invariance and thirds",
     "test_no_rows or test_rows_without or test_more_query or test_large_scores or test_by_hand",
 )
 PAGED = (
     "test_by_hand or test_no_rows or test_rows_without or test_strided_table",
-    "test_same_bits_as_dense and 24 and dtype2",
-    "test_rows_share_pages and dtype1",
+    "test_same_bits_as_dense and 24",
+    "test_rows_share_pages",
 )
 SELECTED = {
     "append_kv": SMALL,
     "attention_mask": SMALL,
     "extract_kv": SMALL,
     "insert_kv": SMALL,
-    "linear": SMALL + " and not (test_batch_invariance and (576 or not dtype2))",
-    "masked_softmax": SMALL
-    + f" and not ((test_windows or {INVARIANCE}) and not dtype2)"
-    + " and not triton-63 and not test_rows",
+    "linear": SMALL + " and not (test_batch_invariance and 576)",
+    "masked_softmax": SMALL + " and not triton-63 and not test_rows",
     "merge_attention": SMALL,
     "move_kv": SMALL,
     "ragged_attention": " or ".join(f"({case})" for case in ATTENTION),
@@ -51,11 +47,6 @@ SELECTED = {
     "rms_norm": SMALL + " and not test_large_results",
     "silu_and_mul": SMALL + " and not test_large_results",
     "triton_torch": "test_triton",
-}
-# Of bits, and of an output that is given, --full runs every dtype.
-LEFT_TO_FULL = {
-    **dict.fromkeys(("append_kv", "rms_norm", "silu_and_mul"), f"{INVARIANCE} and not dtype2"),
-    "extract_kv": "test_out and not dtype2",
 }
 
 
@@ -68,11 +59,6 @@ GROUPS = {
 GROUPS["others"] = tuple(op for op in SELECTED if op not in sum(GROUPS.values(), ()))
 
 
-def selected(op: str, every_case: bool) -> str:
-    left_out = "" if every_case or op not in LEFT_TO_FULL else f" and not ({LEFT_TO_FULL[op]})"
-    return f"test_{op}.py and ({SELECTED[op]}){left_out}"
-
-
 def run(
     ops: Sequence[str], folder: pathlib.Path, every_case: bool
 ) -> tuple[dict[str, list[str]], list[str]]:
@@ -80,10 +66,11 @@ def run(
     pytest.importorskip("triton")
     report = folder / "report.xml"
     paths = [str(next((ROOT / "tests").glob(f"*/test_{op}.py"))) for op in ops]
-    chosen = " or ".join(f"({selected(op, every_case)})" for op in ops)
+    chosen = " or ".join(f"(test_{op}.py and ({SELECTED[op]}))" for op in ops)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-         "-W", "ignore", f"--junitxml={report}", "-k", f"triton and ({chosen})", *paths],
+         "-W", "ignore", f"--junitxml={report}", *(["--full"] if every_case else []),
+         "-k", f"triton and ({chosen})", *paths],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -245,19 +245,14 @@ class Compiled(NamedTuple):
 
 
 def first_architectures(source: Path) -> tuple[int, ...]:
-    """Those that stand for the others.
+    """Those that stand for the others: both whose PTX the machine executes, and sm_90.
 
-    sm_89 gets the instructions and registers of sm_86, and holds no fewer blocks. Of sm_86 and
-    sm_120, with as many registers and as much shared memory, the sources take one by turns, but
-    bfloat16.cu both; half.cu, the same kernels with another type of number, takes none. The kernels
-    with a block table differ from these in where they look for keys.
+    half.cu is bfloat16.cu with another type of number, and the kernels with a block table differ
+    from these in where they look for keys. `make test-cuda-build` asks the library, which is
+    compiled for all of them, for the registers and the local memory of each.
     """
-    of_tables = {"bfloat16_paged": (75, 80, 90), "half_paged": (75, 80)}
-    if source.stem in of_tables:
-        return of_tables[source.stem]
-    turn = (86, 120)[SOURCES.index(source) % 2]
-    left_out = {"bfloat16": (89,), "half": (86, 89, 120)}.get(source.stem, (89, turn))
-    return tuple(sm for sm in ARCHITECTURES if sm not in left_out)
+    same = source.stem.startswith("half") or source.stem.endswith("_paged")
+    return PTX_ARCHITECTURES if same else (*PTX_ARCHITECTURES, 90)
 
 
 def other_architectures(source: Path) -> tuple[int, ...]:

@@ -1,0 +1,72 @@
+"""Which dtypes of an op's cases `make test` leaves to --full.
+
+| test | what it holds |
+| --- | --- |
+| own | the machine's own instruction set runs every case in every dtype |
+| turns | every other one runs every case, in one dtype, and every dtype in some case |
+| tiles | AMX runs every case in bfloat16 |
+| halves | the judge and the emulator share the 16-bit types of a case; float32 runs on both |
+"""
+
+from types import SimpleNamespace
+
+import judged
+import pytest
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CASES = ("decode", "prefill", "mixture", "windows")
+OWN = "cpu-avx512_bf16"
+BACKENDS = (
+    OWN,
+    "cpu-avx2",
+    "cpu-baseline",
+    "cpu-amx_bf16-emulated",
+    "cuda-judged",
+    "cuda-emulated",
+)
+
+
+class Item:
+    """As much of pytest's as is looked at."""
+
+    function = "test"
+
+    def __init__(self, params: dict[str, object]):
+        self.callspec = SimpleNamespace(params=params)
+
+
+@pytest.fixture
+def kept() -> dict[tuple[str, str], set[torch.dtype]]:
+    """The dtypes that are run, by backend and case."""
+
+    items = [
+        Item({"ops": SimpleNamespace(name=backend), "name": case, "dtype": dtype})
+        for backend in BACKENDS for case in CASES for dtype in DTYPES
+    ]  # fmt: skip
+    found: dict[tuple[str, str], set[torch.dtype]] = {}
+    for each in judged.without_repetitions(items, OWN):
+        params = each.callspec.params
+        found.setdefault((params["ops"].name, params["name"]), set()).add(params["dtype"])
+    return found
+
+
+def test_own(kept):
+    assert all(kept[OWN, case] == set(DTYPES) for case in CASES)
+
+
+@pytest.mark.parametrize("backend", ["cpu-avx2", "cpu-baseline"])
+def test_turns(kept, backend):
+    assert [len(kept[backend, case]) for case in CASES] == [1] * len(CASES)
+    assert set.union(*(kept[backend, case] for case in CASES)) == set(DTYPES)
+
+
+def test_tiles(kept):
+    assert all(kept["cpu-amx_bf16-emulated", case] == {torch.bfloat16} for case in CASES)
+
+
+def test_halves(kept):
+    for case in CASES:
+        by_judge, by_emulator = kept["cuda-judged", case], kept["cuda-emulated", case]
+        assert by_judge & by_emulator == {torch.float32}
+        assert by_judge | by_emulator == set(DTYPES)
