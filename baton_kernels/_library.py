@@ -47,7 +47,7 @@ except OSError as error:
 
 
 def _load_cuda() -> tuple[Path | None, str | None]:
-    """The CUDA library, or why it is not there. Without it the Triton kernels run on GPUs."""
+    """The CUDA library, or why it is missing. Without it the Triton kernels run on GPUs."""
     if torch.version.cuda is None:
         return None, "this torch has no CUDA"
     library = _file("baton_kernels_cuda")
@@ -61,7 +61,7 @@ def _load_cuda() -> tuple[Path | None, str | None]:
         return None, reason
 
 
-# The file of the CUDA library, or why there is none.
+# The file of the CUDA library, or the reason why there is none.
 cuda, why_no_cuda = _load_cuda()
 
 ops = torch_ops.ops

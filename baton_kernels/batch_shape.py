@@ -18,7 +18,7 @@ _MAX_INDEX = 2**31 - 1
 
 
 class ShapeTensors(NamedTuple):
-    """Rows as the ops want them: the arguments of `ragged_attention` by their names."""
+    """Rows in the form that the ops take: arguments of `ragged_attention`, by name."""
 
     slots: torch.Tensor
     starts: torch.Tensor
@@ -35,7 +35,7 @@ class Moves:
     when nothing has to move.
 
     Args:
-        source_slots: ints, one per move, as all of these.
+        source_slots: ints, one per move, like all of these.
         source_starts: ints, in columns.
         target_slots: ints.
         target_starts: ints, in columns.
@@ -94,8 +94,8 @@ class BatchShape:
         self._num_slots = checked_int("BatchShape", "num_slots", num_slots, 1, _MAX_INDEX)
         self._capacity = checked_int("BatchShape", "capacity", capacity, 1, _MAX_INDEX)
         self._aligned = bool(aligned)
-        # Slot -> length of the rows in use. Starts follow from it and the width, so they cannot
-        # disagree.
+        # Slot -> length of the rows in use. Starts follow from the lengths and the width, so the
+        # two cannot disagree.
         self._lengths: dict[int, int] = {}
         self._aligned_width = 0
 
@@ -269,11 +269,11 @@ class BatchShape:
         self._num_slots = num_slots
 
     def tensors(self, slots: Iterable[int], device: torch.device | str = "cpu") -> ShapeTensors:
-        """Slots, starts and lengths of rows as the ops want them.
+        """Slots, starts and lengths of rows in the form that the ops take.
 
         Args:
-            slots: ints, in use, in the order wanted.
-            device: where the tensors shall live.
+            slots: ints, in use, in the order of the result's rows.
+            device: where to create the tensors.
 
         Returns:
             slots, starts, lengths: int32 `[rows]` each, contiguous, by name or unpacked.
@@ -284,7 +284,7 @@ class BatchShape:
         slots = [self._used_slot("tensors", slot) for slot in slots]
         starts = [self._start(slot) for slot in slots]
         lengths = [self._lengths[slot] for slot in slots]
-        # One tensor and three views of its rows: one copy to a device instead of three.
+        # One tensor and three views of its rows, so that one copy to a device replaces three.
         packed = torch.tensor([slots, starts, lengths], dtype=torch.int32, device=device)
         return ShapeTensors(*packed.unbind())
 
@@ -295,7 +295,7 @@ class BatchShape:
         return other
 
     def assign(self, other: BatchShape) -> None:
-        """Becomes equal to `other`: takes over a change that was tried out on a copy.
+        """Becomes equal to `other`, e.g. to adopt a change that was tried out on a copy.
 
         Args:
             other: BatchShape, not changed and not shared.
@@ -309,7 +309,7 @@ class BatchShape:
             return NotImplemented
         return self._state() == other._state()
 
-    # A shape changes, so it must not be a key of a dict.
+    # Not hashable, because a shape changes.
     __hash__ = None  # type: ignore[assignment]  # the documented way to say so
 
     def __repr__(self) -> str:
@@ -345,7 +345,7 @@ class BatchShape:
         )
 
     def _extend_width(self, slots: list[int], counts: list[int]) -> Moves:
-        """Widens an aligned shape by the common count; the lengths are the caller's to change."""
+        """Widens an aligned shape by the common count; the caller updates the lengths."""
         missing = sorted({slot for slot, n in self._lengths.items() if n > 0}.difference(slots))
         if missing:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The memory of a KV cache's rows, and how copies and pickles of a cache get their own."""
+"""The memory of a KV cache's rows, and copies and pickles of a cache."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from baton_kernels.slot_memory import KVMemory
 
 
 class CacheMemory:
-    """What `KVCache` is made of: keys and values of all slots and, of eight bits, their scales, the
-    shape that says which of their columns are valid, and which columns each slot has had in use."""
+    """The state of a `KVCache`: keys and values of all slots, scales for eight-bit types, the shape
+    that says which columns are valid, and the columns that each slot has had in use."""
 
     _num_layers: int
     _num_kv_heads: int
@@ -40,23 +40,24 @@ class CacheMemory:
 
     @property
     def key_scales(self) -> torch.Tensor | None:
-        """Scales `[num_layers, num_slots, num_kv_heads, capacity]` of keys of eight bits."""
+        """Scales `[num_layers, num_slots, num_kv_heads, capacity]` of eight-bit keys, else None."""
         return self._memory.key_scales
 
     @property
     def value_scales(self) -> torch.Tensor | None:
-        """Scales `[num_layers, num_slots, num_kv_heads, capacity]` of values of eight bits."""
+        """Scales `[num_layers, num_slots, num_kv_heads, capacity]` of eight-bit values, else
+        None."""
         return self._memory.value_scales
 
     @property
     def bytes_reserved(self) -> int:
-        """Bytes of address space (CPU) or of device memory that keys and values take, scales
-        included."""
+        """Bytes of address space (CPU) or of device memory for keys and values, including
+        scales."""
         return self._memory.num_bytes
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values, all layers, scales included."""
+        """Bytes of one token's keys and values in all layers, including scales."""
         return self._num_layers * self._num_kv_heads * self._memory.head_bytes
 
     @property
@@ -66,16 +67,16 @@ class CacheMemory:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes of keys and values copied from one place in the cache to another so far: what it
-        costs to keep rows aligned, and to change the number of slots."""
+        """Bytes of keys and values copied within the cache so far, to keep rows aligned or to
+        change the number of slots."""
         return self._bytes_moved
 
     @property
     def bytes_committed(self) -> int:
-        """Bytes of the pages that back the cache, an upper bound if nobody writes padding.
+        """Bytes of the pages that back the cache; an upper bound if nothing writes padding.
 
         CPU: the pages between the lowest and the highest column that each slot has had in use since
-        the cache was made or resized, or the slot released. Other devices: `bytes_reserved`.
+        the cache was created or resized, or the slot released. Other devices: `bytes_reserved`.
         """
         return self._memory.committed(self._touched)
 
@@ -86,7 +87,7 @@ class CacheMemory:
         return copied
 
     def __copy__(self) -> CacheMemory:
-        """As `copy.deepcopy`: two caches never share rows that either of them may change."""
+        """Like `copy.deepcopy`: two caches never share rows that either of them may change."""
         copied = type(self).__new__(type(self))
         copied._restore(self.__dict__, self._rows())
         return copied
@@ -94,7 +95,7 @@ class CacheMemory:
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: the sizes, the shape, and the rows without their padding."""
         state = {name: value for name, value in self.__dict__.items() if name != "_memory"}
-        # A view would be pickled together with all the memory that it is a view of.
+        # Pickling a view would include all the memory that it is a view of.
         return {**state, "rows": [tuple(map(_bits_of, row)) for row in self._rows()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -107,7 +108,7 @@ class CacheMemory:
             yield self._memory.row(slot, slice(self._shape.start(slot), self._shape.end(slot)))
 
     def _restore(self, state: Mapping[str, Any], rows: Iterable[tuple[torch.Tensor, ...]]) -> None:
-        """Becomes a cache of this state with these rows, in new memory."""
+        """Becomes a cache with this state and these rows, in new memory."""
         own = {name: value for name, value in state.items() if name not in ("_memory", "rows")}
         self.__dict__.update(own)
         self._shape = own["_shape"].copy()
@@ -132,5 +133,5 @@ class CacheMemory:
 
 
 def _bits_of(x: torch.Tensor) -> torch.Tensor:
-    """A copy that can be pickled: torch has no pickle of float8."""
+    """A copy that can be pickled, because torch cannot pickle float8."""
     return x.clone().view(torch.int8) if x.dtype == torch.float8_e4m3fn else x.clone()

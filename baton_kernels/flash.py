@@ -1,8 +1,8 @@
-"""flash-attn's three functions on `ragged_attention`: what was written against them runs on these.
+"""flash-attn's three functions on `ragged_attention`, so that code written for them runs on these.
 
 Signatures, layouts and meanings are flash-attn's (version 2), on CPU as on CUDA: `[batch, tokens,
-heads, head_dim]`, `causal=False` by default, masks aligned at the last token. What the ops do not
-compute is refused by name and never ignored. There is no backward.
+heads, head_dim]`, `causal=False` by default, masks aligned at the last token. Options that the ops
+do not support raise an error that names them; they are never ignored. There is no backward pass.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def flash_attn_func(
         v: As k.
         dropout_p: 0.
         softmax_scale: Factor of the scores; `head_dim ** -0.5` if None.
-        causal: Whether a token is kept from seeing later ones; the last query sees the last key.
+        causal: Whether later tokens are hidden from a token; the last query sees the last key.
         window_size: (left, right): keys that a token sees before and after its own; -1 for all.
             right must be 0 or -1.
         softcap: Bound of the scores; 0 for none.
@@ -201,13 +201,13 @@ def flash_attn_with_kvcache(
         v_cache: As k_cache. Written.
         k: `[batch, new, num_kv_heads, head_dim]`; None to write nothing.
         v: As k.
-        rotary_cos: `[positions, head_dim / 2]`: rotates k, and q, at the position of their column;
-            None to rotate nothing. Needs k, no cache_leftpad, rotary_interleaved=False, and causal
-            or one query, without which flash-attn rotates all queries to one position.
+        rotary_cos: `[positions, head_dim / 2]`: rotates k and q at the position of their column;
+            None to rotate nothing. Requires k, no cache_leftpad, rotary_interleaved=False, and
+            causal or one query; otherwise flash-attn rotates all queries to one position.
         rotary_sin: As rotary_cos.
-        cache_seqlens: int or `[batch]` int32: columns in use before, padding included; None for
+        cache_seqlens: int or `[batch]` int32: columns in use before, including padding; None for
             all (without k).
-        cache_batch_idx: `[batch]`, int32: the cache's row of each row; None for i, and with
+        cache_batch_idx: `[batch]`, int32: the cache row of each row; None for i; must be None with
             block_table.
         cache_leftpad: `[batch]`, int32: the first valid column; None for 0.
         block_table: `[batch, max_pages]`, int32: the pages of each row.
@@ -217,7 +217,7 @@ def flash_attn_with_kvcache(
         softcap: As in `flash_attn_func`.
         rotary_interleaved: False if rotary_cos is given.
         alibi_slopes: As in `flash_attn_func`.
-        num_splits: Ignored: splits follow from a row's length, so that its bits do.
+        num_splits: Ignored: the splits depend only on a row's length, so that its bits do too.
         return_softmax_lse: Also return the logarithm of the softmax denominator.
 
     Returns:
@@ -314,7 +314,7 @@ def _boundaries(batch: int, queries: int, device: torch.device) -> torch.Tensor:
 
 
 def _check_table(op: str, table: torch.Tensor, rows: int, pages: torch.Tensor) -> None:
-    """Refuses a table that `ragged_attention` would, before anything is written."""
+    """Rejects a table that `ragged_attention` would reject, before anything is written."""
     check = Checker(op)
     check.index_rows("block_table", table, rows, pages.device)
     if table.shape[1] < 1 or pages.shape[1] < 1:
@@ -356,7 +356,7 @@ def _slopes(op: str, alibi_slopes: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _refuse(op: str, dropout_p: float) -> None:
-    """Raise for what no op computes."""
+    """Raise for options that no op supports."""
     if dropout_p:
         raise NotImplementedError(f"{op}: dropout_p must be 0, got {dropout_p}")
 

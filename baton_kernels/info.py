@@ -1,4 +1,4 @@
-"""What this build is and where each op runs."""
+"""Describes this build and where each op runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from baton_kernels._library import cuda, ops, why_no_cuda
 
 
 def _version() -> str:
-    """That of pyproject.toml, as installed; in a source tree that is not, one below all others."""
+    """The installed version; if the package is not installed, a version below all others."""
     try:
         return importlib.metadata.version("baton_kernels")
     except importlib.metadata.PackageNotFoundError:
@@ -49,7 +49,7 @@ def _cuda_build() -> dict[str, Any]:
         return {"architectures": [], "toolkit": "", "why_not": why_no_cuda}
     version, *numbers = map(int, ops.cuda_build().split())
     return {
-        # The last one is there as PTX too, for all that follow.
+        # The last architecture is included as PTX too, for all newer ones.
         "architectures": [f"sm_{number}" for number in numbers],
         "toolkit": f"{version // 1000}.{version % 1000 // 10}",
         "why_not": None,
@@ -61,8 +61,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         `version`, `python`, `torch`, `threads`; `cpu` with `isa_compiled`, `isa_found` (both from
-        the plainest to the best) and `isa_used`; `cuda` with `architectures` (compiled; of the last
-        one also PTX, which serves all newer GPUs), `toolkit` and `why_not` (None where the CUDA
+        the plainest to the best) and `isa_used`; `cuda` with `architectures` (those compiled; the
+        last one also as PTX, for all newer GPUs), `toolkit` and `why_not` (None if the CUDA
         library is loaded); `ops`: for each op, `cpu`, `cuda` and `triton`, each "yes" or
         "no: <why>".
     """

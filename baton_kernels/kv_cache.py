@@ -1,7 +1,7 @@
-"""A dense KV cache for all layers of a model whose rows may come and go between two decode steps.
+"""A dense KV cache for all layers of a model; its rows may come and go between two decode steps.
 
-Tensors and the `BatchShape` that says which of their columns are valid, kept in step: each method
-first works out the new shape on a copy, then lets the ops write, then takes the copy over. A call
+Tensors, and the `BatchShape` that says which of their columns are valid, change together: each
+method first computes the new shape on a copy, then lets the ops write, then adopts the copy. A call
 that raises leaves both as they were.
 """
 
@@ -27,12 +27,12 @@ class KVCache(CacheMemory):
     `values`. Every other column is padding, which nothing here clears and nothing may read.
 
     On the CPU the cache reserves address space and commits memory page by page as columns are
-    written, so a large capacity costs nothing until it is used; `release` gives the pages of free
-    slots back. On other devices it is allocated whole.
+    written, so a large capacity costs nothing until it is used; `release` returns the pages of free
+    slots. On other devices it is allocated whole.
 
     `keys`, `values` and `shape` are for reading (the ops write columns of rows in use through
-    `layer`); rows change through the methods. `resize` replaces `keys` and `values`, so
-    views of them must be taken again after it.
+    `layer`); rows change only through the methods. `resize` replaces `keys` and `values`, so views
+    of them must be taken again afterwards.
 
     Args:
         num_layers: int, at least 1.
@@ -40,29 +40,30 @@ class KVCache(CacheMemory):
         num_kv_heads: int, at least 1.
         capacity: int, at least 1; columns of a slot.
         head_dim: int, a multiple of 8 from 16 to 256.
-        dtype: float32, float16 or bfloat16; on the CPU also int8 or float8_e4m3fn: elements of
-            eight bits, and a float32 scale for each token and head (`insert_kv` has the formula).
-        device: where keys and values live.
+        dtype: float32, float16 or bfloat16; on the CPU also int8 or float8_e4m3fn, with a float32
+            scale per token and head (`insert_kv` has the formula).
+        device: where keys and values are stored.
         aligned: bool; whether all rows end in the same column, see `BatchShape`.
-        huge_pages: bool; CPU: requests huge pages from Linux, in which attention reads a few
-            percent faster. Each slot of each layer is then whole huge pages (mostly 2 MiB), and
-            memory is committed in these: for slots that are large and will be filled. Without
+        huge_pages: bool; CPU: requests huge pages from Linux, with which attention is a few percent
+            faster. Each slot of each layer then consists of whole huge pages (mostly 2 MiB), in
+            which memory is committed, so this suits slots that are large and will be filled. No
             effect elsewhere.
 
     Attributes:
         keys: `[num_layers, num_slots, num_kv_heads, capacity, head_dim]`, last dimension
             contiguous.
         values: the same.
-        key_scales: of eight bits `[num_layers, num_slots, num_kv_heads, capacity]`, else None.
+        key_scales: `[num_layers, num_slots, num_kv_heads, capacity]` for eight-bit types, else
+            None.
         value_scales: the same.
 
     Raises:
-        TypeError: a size is not an integer, or dtype is another than these.
+        TypeError: a size is not an integer, or dtype is none of these.
         ValueError: a size is below 1.
-        NotImplementedError: the ops do not support head_dim, or eight bits on this device.
+        NotImplementedError: the ops do not support head_dim, or eight-bit types on this device.
         MemoryError: the address space could not be reserved.
 
-    Undefined: the content of padding, fresh or left behind by a query.
+    Undefined: the content of padding, whether new or left behind by a query.
 
     Source: BATON, section on embedding prefilled keys and values into the KV cache of the running
     batch.
@@ -88,7 +89,7 @@ class KVCache(CacheMemory):
         if dtype not in (*FLOATS, *EIGHT_BITS):
             expected = "float32, float16, bfloat16, int8 or float8_e4m3fn"
             check.fail("dtype", expected, dtype_name(dtype), TypeError)
-        # The ops' own checks of such a cache, before memory is requested.
+        # Runs the ops' own checks of such a cache before memory is requested.
         column = torch.empty(1, 1, 1, 1, self._head_dim, dtype=torch.float32, device="meta")
         check.caches(column, column, with_layers=True, written=True)
         self._dtype = dtype
@@ -98,7 +99,7 @@ class KVCache(CacheMemory):
         self._huge_pages = huge_pages
         self._shape = BatchShape(num_slots, capacity, aligned=aligned)
         self._memory = self._new_memory(self._shape.num_slots)
-        # With its index: "cuda" would follow the current device, and the tensors do not.
+        # With its index: "cuda" by itself would follow the current device, the tensors do not.
         self._device = self.keys.device
         # Per slot, the columns [low, high) that may have been written.
         self._touched = [(0, 0)] * self._shape.num_slots
@@ -110,7 +111,7 @@ class KVCache(CacheMemory):
         return self._shape
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of one layer, key_cache and value_cache as the ops take them.
+        """Views of one layer: key_cache and value_cache for the ops.
 
         `[num_slots, num_kv_heads, capacity, head_dim]` each.
 
@@ -124,14 +125,14 @@ class KVCache(CacheMemory):
         return self.keys[index], self.values[index]
 
     def scales(self, index: int | None = None) -> Scales:
-        """What the ops take as key_scale and value_scale with the layer's caches.
+        """The arguments key_scale and value_scale of the ops for the layer's caches.
 
         Args:
             index: int, 0 to num_layers - 1; None for all layers, with `keys` and `values`.
 
         Returns:
-            Keyword arguments: both, `[num_slots, num_kv_heads, capacity]`, all layers' with a
-            leading num_layers; none at all unless the cache is of eight bits.
+            Keyword arguments: both scales, `[num_slots, num_kv_heads, capacity]`, for all layers
+            with a leading num_layers; empty unless the cache has an eight-bit type.
 
         Raises:
             ValueError: index is out of range.
@@ -145,7 +146,7 @@ class KVCache(CacheMemory):
         return {"key_scale": key, "value_scale": value}
 
     def allocate(self, length: int, slot: int | None = None) -> int:
-        """Takes a free slot for `length` tokens, whose keys and values the caller writes.
+        """Takes a free slot for `length` tokens, whose keys and values the caller must write.
 
         Args:
             length: int, 0 to capacity, in tokens.
@@ -166,14 +167,15 @@ class KVCache(CacheMemory):
         return slot
 
     def extend(self, slots: Iterable[int], counts: Iterable[int] | None = None) -> None:
-        """Adds tokens at the end of rows, whose keys and values the caller writes (`append_kv`).
+        """Adds tokens at the end of rows; the caller must write their keys and values
+        (`append_kv`).
 
         The new tokens of a row are its columns `[end - counts[i], end)` after the call.
 
         Args:
             slots: ints, distinct, in use. Aligned: every row that has tokens.
-            counts: ints, at least 0, in tokens, one per slot, equal ones if aligned; None stands
-                for 1 each.
+            counts: ints, at least 0, in tokens, one per slot, equal ones if aligned; None means 1
+                each.
 
         Raises:
             ValueError: see `BatchShape.extend`.
@@ -192,8 +194,8 @@ class KVCache(CacheMemory):
 
         Args:
             key: `[num_layers, tokens, num_kv_heads, head_dim]`, the cache's dtype and device,
-                last dimension contiguous. For a cache of eight bits float32, float16 or bfloat16,
-                or tokens as `extract` gives them.
+                last dimension contiguous. For an eight-bit cache float32, float16 or bfloat16, or
+                tokens as `extract` returns them.
             value: the same.
             slot: int, the free slot to take; None takes the lowest.
 
@@ -202,8 +204,8 @@ class KVCache(CacheMemory):
 
         Raises:
             TypeError: key or value has another dtype than the cache.
-            ValueError: key or value has another shape, stride or device than stated, tokens passes
-                the capacity, the slot is out of range or in use, or none is free.
+            ValueError: key or value has another shape, stride or device than stated, the tokens
+                exceed the capacity, the slot is out of range or in use, or none is free.
 
         Source: BATON, shaping and embedding of a new query.
         """
@@ -216,8 +218,8 @@ class KVCache(CacheMemory):
         planned = self._shape.copy()
         slot, moves = planned.allocate(tokens, slot)
         index = self._index([0, tokens, slot, planned.start(slot)])
-        # First into the free slot, which no row can see yet, then the moves: whichever op refuses,
-        # no row is changed.
+        # Writes into the free slot first, which no row can see yet, and then moves: if an op
+        # raises, no row has changed.
         insert_kv(
             key, value, self.keys, self.values, index[:2], index[2:3], index[3:], **self.scales()
         )  # fmt: skip
@@ -239,12 +241,13 @@ class KVCache(CacheMemory):
 
         Args:
             slot: int, a slot in use.
-            out: key and value to write instead of new ones; see `extract_kv`. Written.
-            dtype: of a cache of eight bits: the floats to return; None for the tokens as they are,
-                `[..., head_dim + 4]`.
+            out: key and value to write into instead of new ones; see `extract_kv`. Written.
+            dtype: for an eight-bit cache: the float dtype to return; None for the stored tokens
+                with their scales, `[..., head_dim + 4]`.
 
         Returns:
-            key, value: `[num_layers, tokens, num_kv_heads, head_dim]`, what `insert` takes.
+            key, value: `[num_layers, tokens, num_kv_heads, head_dim]`, in a form that `insert`
+                takes.
 
         Raises:
             ValueError: slot is not in use.
@@ -284,7 +287,7 @@ class KVCache(CacheMemory):
         planned = self._shape.copy()
         target, moves = planned.allocate(tokens, target)
         places = (slot, self._shape.start(slot), target, planned.start(target), tokens)
-        # As in `insert`: first the free slot, which no row can see yet, then the moves.
+        # As in `insert`: writes into the free slot first, which no row can see yet, then moves.
         if tokens:
             index = self._index([[place] for place in places])
             move_kv(self.keys, self.values, *index, **self.scales())
@@ -343,9 +346,9 @@ class KVCache(CacheMemory):
         self._commit(planned)
 
     def release(self) -> None:
-        """Gives the memory of free slots back to the operating system.
+        """Returns the memory of free slots to the operating system.
 
-        On other devices than the CPU there is nothing to give back slot by slot: nothing happens.
+        On other devices than the CPU, memory cannot be returned per slot, and this does nothing.
 
         Undefined: the content of free slots, before and after.
         """
@@ -354,10 +357,10 @@ class KVCache(CacheMemory):
             self._touched[slot] = (0, 0)
 
     def release_below(self, slot: int, column: int) -> None:
-        """Gives the memory of a slot's columns below `column` back to the operating system, page
-        by page: those behind a sliding window, which nothing reads again.
+        """Returns the memory of a slot's columns below `column` to the operating system, page by
+        page. Meant for columns behind a sliding window, which are not read again.
 
-        On other devices than the CPU nothing happens.
+        On other devices than the CPU it does nothing.
 
         Args:
             slot: int, in use or free.
@@ -394,7 +397,7 @@ class KVCache(CacheMemory):
                 moves.target_starts,
                 moves.lengths,
             )
-            # One tensor and views of its rows: one copy to a device instead of five.
+            # One tensor and views of its rows, so that one copy to a device replaces five.
             move_kv(self.keys, self.values, *self._index(index), **self.scales())
             self._bytes_moved += self.bytes_per_token * sum(moves.lengths)
 

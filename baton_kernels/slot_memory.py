@@ -1,7 +1,7 @@
 """The memory of a KV cache: tensors over all layers and slots, committed as they are written.
 
-`[num_layers, num_slots, num_kv_heads, capacity, head_dim]`; `KVCache` has one for its keys and
-one for its values, and of eight bits one for the scales of each.
+`[num_layers, num_slots, num_kv_heads, capacity, head_dim]`; `KVCache` has one for its keys and one
+for its values, and with an eight-bit type one for the scales of each.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import TypedDict
 
 import torch
 
-# Address space for a long capacity may exceed memory and swap together; by default Linux refuses
-# such a private mapping unless it is told that most of it will never be written. Python's own
-# constant came with 3.11.
+# Address space for a large capacity may exceed memory and swap together. By default Linux rejects
+# such a private mapping unless told that most of it will never be written. Python has the constant
+# since 3.11.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 @functools.cache
 def huge_page_bytes() -> int:
-    """Bytes of one of Linux's transparent huge pages; those of a page where it has none."""
+    """Bytes of a transparent huge page of Linux, or of an ordinary page if there are none."""
     try:
         text = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text()
         return max(int(text), mmap.PAGESIZE)
@@ -33,18 +33,19 @@ def huge_page_bytes() -> int:
 
 
 class SlotMemory:
-    """A tensor whose slots can be given back to the operating system.
+    """A tensor whose slots can be returned to the operating system.
 
     On the CPU it lies in an anonymous private mapping, in which each slot of each layer begins on a
-    separate page: no page belongs to two slots, so those of a free slot can be given back. The
-    kernel commits a page when it is first written. On other devices it is a plain `torch.empty`.
+    separate page: no page belongs to two slots, so the pages of a free slot can be returned. The
+    operating system commits a page when it is first written. On other devices it is a plain
+    `torch.empty`.
 
     Args:
         sizes: num_layers, num_slots, num_kv_heads, capacity, head_dim; each at least 1.
         dtype: of the elements.
-        device: where the tensor lives.
-        huge_pages: CPU: requests huge pages. Each slot of each layer is then whole huge pages,
-            committed one by one; where the kernel has none to spare it takes small ones.
+        device: where the tensor is stored.
+        huge_pages: CPU: requests huge pages. Each slot of each layer then consists of whole huge
+            pages, committed one by one; if Linux has none to spare it uses small ones.
 
     Attributes:
         tensor: of these sizes, uninitialized; the last three dimensions are contiguous.
@@ -74,7 +75,7 @@ class SlotMemory:
         pages_per_slot = -(-num_kv_heads * capacity * self._column_bytes // self._page)
         self._slot_bytes = pages_per_slot * self._page
         self.num_bytes = num_layers * num_slots * self._slot_bytes
-        # A mapping begins on a small page: room to begin on a huge one.
+        # A mapping begins on a small page, so reserve room for beginning on a huge page.
         room = self._page - mmap.PAGESIZE
         try:
             self._mapping = mmap.mmap(
@@ -99,7 +100,7 @@ class SlotMemory:
         self.tensor = flat.as_strided(sizes, strides)
 
     def release(self, slot: int) -> None:
-        """Gives back all pages of `slot`, whose content is lost, where they can be."""
+        """Returns all pages of `slot` to the system, where possible; their content is lost."""
         if not self._lazy:
             return
         num_layers, num_slots = self._sizes[:2]
@@ -108,15 +109,15 @@ class SlotMemory:
             self._mapping.madvise(mmap.MADV_DONTNEED, begin, self._slot_bytes)
 
     def release_below(self, slot: int, column: int) -> None:
-        """Gives back the pages that hold nothing but columns of `slot` below `column`, of any head
-        and layer, where they can be; the content of these columns is lost."""
+        """Returns the pages that hold only columns of `slot` below `column`, of any head and layer,
+        where possible; the content of these columns is lost."""
         if not self._lazy:
             return
         num_layers, num_slots, num_kv_heads, capacity, _ = self._sizes
         for layer in range(num_layers):
             slot_begin = self._begin + (layer * num_slots + slot) * self._slot_bytes
             for head in range(num_kv_heads):
-                # A head's first page may hold the last columns of the head before.
+                # A head's first page may hold the last columns of the previous head.
                 first = -(-head * capacity * self._column_bytes // self._page)
                 last = (head * capacity + column) * self._column_bytes // self._page
                 if last > first:
@@ -127,7 +128,7 @@ class SlotMemory:
                     )
 
     def committed(self, columns: Iterable[tuple[int, int]]) -> int:
-        """Bytes of the pages below columns `[low, high)` of every head and layer of some slots.
+        """Bytes of the pages that hold columns `[low, high)` of every head and layer of some slots.
 
         Args:
             columns: low and high for each of these slots, in any order.
@@ -141,7 +142,7 @@ class SlotMemory:
                 continue
             last = -1
             for head in range(num_kv_heads):
-                # Neighboring heads share a page where a head's columns are not whole pages.
+                # Neighboring heads share a page if a head's columns are not whole pages.
                 first = max((head * capacity + low) * self._column_bytes // self._page, last + 1)
                 last = ((head * capacity + high) * self._column_bytes - 1) // self._page
                 pages += last + 1 - first
@@ -150,12 +151,12 @@ class SlotMemory:
     def _advise(self, huge_pages: bool) -> None:
         """Requests small or huge pages explicitly (madvise), independent of the system's default.
 
-        By default small ones: with huge pages the first column written commits 2 MiB per layer and
-        head, which are the stripes of several heads where `capacity * head_dim` is small, and
-        thousands of columns where it is large. What they spare is address translation: a few
-        percent of the time that attention takes (docs/performance.md).
+        By default small pages: with huge pages the first column written commits 2 MiB per layer and
+        head, which spans several heads where `capacity * head_dim` is small, and thousands of
+        columns where it is large. Huge pages save address translation: a few percent of the time
+        that attention takes (docs/performance.md).
         """
-        # Kernels built without transparent huge pages refuse the advice, and have none to take.
+        # Linux kernels built without transparent huge pages reject the advice and have none to use.
         with contextlib.suppress(AttributeError, OSError):
             self._mapping.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
 
@@ -168,20 +169,20 @@ class Scales(TypedDict, total=False):
 
 
 class KVMemory:
-    """What a `KVCache` holds: keys, values and, of eight bits, their scales.
+    """The memory of a `KVCache`: keys, values and, for eight-bit types, their scales.
 
     Args:
-        sizes: as of `SlotMemory`.
+        sizes: as for `SlotMemory`.
         dtype: of keys and values.
-        device: where they live.
-        huge_pages: see `SlotMemory`; of keys and values only, a slot's scales are too few bytes.
+        device: where they are stored.
+        huge_pages: see `SlotMemory`; for keys and values only, because a slot's scales are small.
 
     Attributes:
-        keys, values: of these sizes.
-        key_scales, value_scales: float32 `[num_layers, num_slots, num_kv_heads, capacity]` of eight
-            bits, else None.
-        num_bytes: of all of them.
-        head_bytes: of the key and the value of one token and head, with their scales.
+        keys, values: tensors of these sizes.
+        key_scales, value_scales: float32 `[num_layers, num_slots, num_kv_heads, capacity]` for
+            eight-bit types, else None.
+        num_bytes: bytes of all of them.
+        head_bytes: bytes of the key and the value of one token and head, with their scales.
 
     Raises:
         MemoryError: the address space could not be reserved.
@@ -209,11 +210,11 @@ class KVMemory:
         )
 
     def row(self, slot: int, columns: slice) -> tuple[torch.Tensor, ...]:
-        """Views of these columns of a slot, of everything there is."""
+        """Views of these columns of a slot, in all tensors."""
         return tuple(memory.tensor[:, slot, :, columns] for memory in self._memories)
 
     def copy_row(self, slot: int, columns: slice, source: KVMemory) -> None:
-        """Copies these columns of a slot from the same place in another one."""
+        """Copies these columns of a slot from the same place in another memory."""
         for own, other in zip(self.row(slot, columns), source.row(slot, columns), strict=True):
             own.copy_(other)
 

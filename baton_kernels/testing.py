@@ -1,6 +1,6 @@
-"""Helpers for testing kernels: ragged problems, poison, accuracy against float64, equality of bits.
+"""Helpers for testing kernels: ragged problems, poison, accuracy against float64, bit equality.
 
-Needs torch and this package only. What a kernel must not read is poisoned with NaN and
+Needs only torch and this package. Memory that a kernel must not read is poisoned with NaN and
 infinities, and tensors are slices of larger ones, so that strides are never trivial.
 """
 
@@ -33,7 +33,7 @@ def cumulative(lengths: Sequence[int], device: torch.device | str = "cpu") -> to
 
 
 def available_cpu_isas() -> tuple[str, ...]:
-    """Instruction sets that are compiled in and that this machine can run."""
+    """Instruction sets that are compiled in and supported by this machine."""
     from . import build_info
 
     cpu = build_info()["cpu"]
@@ -43,9 +43,9 @@ def available_cpu_isas() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def cpu_isa(name: str, *, force: bool = False) -> Iterator[None]:
-    """Within the block every CPU kernel runs with this instruction set; afterwards the best.
+    """Within the block every CPU kernel runs with this instruction set; afterwards with the best.
 
-    ``force``: also one that this CPU lacks, for tests that do in software what it refuses.
+    ``force``: allows one that this CPU lacks, for tests that emulate its instructions.
     """
     torch.ops.baton_kernels.set_cpu_isa(name, force)
     try:
@@ -77,7 +77,7 @@ def poison_(x: torch.Tensor) -> torch.Tensor:
 def embed(x: torch.Tensor, margins: Sequence[int] | None = None) -> torch.Tensor:
     """A copy of x that is a slice of a larger, poisoned tensor; the last dimension is contiguous.
 
-    ``margins[d]`` elements stand before and after dimension d. By default 1, and 8 in the last
+    ``margins[d]`` elements precede and follow dimension d. The default is 1, and 8 in the last
     dimension, which keeps rows of 8 elements aligned.
     """
     if margins is None:
@@ -91,8 +91,8 @@ def embed(x: torch.Tensor, margins: Sequence[int] | None = None) -> torch.Tensor
 def before_a_hole(x: torch.Tensor) -> torch.Tensor:
     """A copy of x, without gaps, whose last byte is the last of its memory page (Linux).
 
-    Dimensions lie in memory in the order that they have in x. The page behind it may not be
-    touched: a kernel that loads more than it should ends the process.
+    Dimensions keep their order in memory. The page after it must not be touched: a kernel that
+    loads more than it should ends the process.
     """
     size = x.numel() * x.element_size()
     pages = -(-size // mmap.PAGESIZE)
@@ -107,7 +107,7 @@ def before_a_hole(x: torch.Tensor) -> torch.Tensor:
 
 
 def storage(x: torch.Tensor) -> torch.Tensor:
-    """All elements of the memory that x is a view of, also those outside x."""
+    """All elements of the memory that x is a view of, including those outside x."""
     whole = x.untyped_storage()
     return x.new_empty(0).set_(whole, 0, (whole.nbytes() // x.element_size(),), (1,))
 
@@ -140,8 +140,8 @@ def _cast(value: object, dtype: torch.dtype) -> object:
 
 
 def _before_zeros(value: object) -> object:
-    """Copies bfloat16, with zeros behind: oneDNN's products in AMX tiles read past the end of a row
-    and multiply what is there by zero, so that NaN there is NaN in plain torch."""
+    """Copies bfloat16 with zeros behind it: oneDNN's AMX products read past the end of a row and
+    multiply what they find by zero, so NaN there would give NaN in plain torch."""
     if not (isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16):
         return value
     return value.new_zeros(value.numel() + 64)[: value.numel()].view(value.shape).copy_(value)
@@ -158,12 +158,13 @@ def _outputs(
 
 
 class Accuracy:
-    """What results of an op on these arguments are held to; worked out once, for many backends.
+    """The accuracy required of an op's results for these arguments; computed once for many
+    backends.
 
-    The truth is the reference (``op``: its name, or a function that returns tensors) in float64;
-    plain torch is the reference at the dtype of the arguments, or at the dtype of the output where
-    that is a wider one. Both the largest error and the root of the mean square may be at most twice
-    those of plain torch. Elements that are infinite in truth must be equal.
+    The truth is the reference (``op``: its name, or a function that returns tensors) in float64.
+    Plain torch is the reference at the dtype of the arguments, or at the dtype of the output if
+    that is wider. Both the largest error and the root mean square error may be at most twice those
+    of plain torch. Elements whose true value is infinite must be equal.
     """
 
     def __init__(self, op: str | Callable, *args: object, **kwargs: object):
@@ -177,7 +178,7 @@ class Accuracy:
                 self.plains[i] = _outputs(op, args, kwargs, plain.dtype)[i]
 
     def check(self, actual: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        """Raises AssertionError where ``actual`` is less accurate."""
+        """Raises AssertionError if ``actual`` is less accurate."""
         actual = actual if isinstance(actual, tuple) else (actual,)
         assert len(actual) == len(self.truths), f"{len(actual)} outputs, not {len(self.truths)}"
         for i, (got, truth, plain) in enumerate(zip(actual, self.truths, self.plains, strict=True)):
@@ -193,7 +194,7 @@ class Accuracy:
             allowed = (plain.double() - truth).masked_fill(~finite, 0.0)
             for name, norm in (("max", _largest), ("rms", _root_mean_square)):
                 # One unit in the last place of the result: rounding the exact result costs half of
-                # it, and plain torch is exact by luck where there are few elements.
+                # it, and plain torch may be exact by luck if there are few elements.
                 bound = 2 * norm(allowed) + torch.finfo(plain.dtype).eps * norm(truth)
                 assert norm(error) <= bound, (
                     f"output {i}: {name} error {norm(error):.3e} exceeds {bound:.3e}; "
@@ -207,7 +208,7 @@ def assert_accurate(
     *args: object,
     **kwargs: object,
 ) -> None:
-    """``actual`` is as accurate as `Accuracy` of the same arguments demands."""
+    """Checks that ``actual`` is as accurate as `Accuracy` of the same arguments requires."""
     Accuracy(op, *args, **kwargs).check(actual)
 
 
@@ -221,10 +222,10 @@ def _root_mean_square(x: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def nan_in_empty() -> Iterator[None]:
-    """Within the block, memory that torch allocates and nobody has written is poisoned.
+    """Within the block, memory that torch allocates and nothing has written is poisoned.
 
-    Uninitialized results of torch's operators are full of NaN. Memory straight from torch's CPU
-    allocator, which these kernels' results use, has a pattern that is NaN in float32 and in every
+    Uninitialized results of torch's operators are full of NaN. Memory from torch's CPU allocator,
+    which these kernels' results use directly, has a pattern that is NaN in float32 and in every
     other number of the 16-bit types.
     """
     junk = ctypes.c_bool.in_dll(
@@ -242,7 +243,7 @@ def nan_in_empty() -> Iterator[None]:
 class Refusal:
     """One row of an op's table of bad arguments.
 
-    ``changes`` replace valid arguments: by a function of the valid one, or by a value. The op must
+    ``changes`` replace valid arguments, by a value or by a function of the valid one. The op must
     raise ``error`` (through ``torch.ops``: ValueError) with a text that names ``argument`` (a
     regular expression). ``values``: the fault is in the elements of a tensor, which fake tensors
     do not have.
@@ -257,7 +258,7 @@ class Refusal:
         self.routes = ("python", "torch.ops") if values else ("python", "fake", "torch.ops")
 
     def check(self, op: str, arguments: dict[str, object], route: str) -> None:
-        """Calls the op on the changed arguments; nothing may be written."""
+        """Calls the op with the changed arguments, and checks that it writes nothing."""
         import baton_kernels
 
         arguments = dict(arguments)
@@ -322,7 +323,7 @@ class AttentionProblem:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def split(self, packed: torch.Tensor) -> list[torch.Tensor]:
-        """Per row, its part of a packed output."""
+        """The part of a packed output that belongs to each row."""
         bounds = self.cu_seqlens_q.tolist()
         return [packed[bounds[i] : bounds[i + 1]] for i in range(len(bounds) - 1)]
 
@@ -336,7 +337,7 @@ class AttentionProblem:
         return padding
 
     def with_padding(self, fill: float) -> "AttentionProblem":
-        """The same problem with every column of padding set to one value."""
+        """The same problem with every padding column set to one value."""
         padding = self.padding()[:, None, :, None].to(self.key_cache.device)
         caches = [twin(cache) for cache in (self.key_cache, self.value_cache)]
         for cache in caches:
@@ -382,11 +383,11 @@ def attention_problem(
     margins: Sequence[int] | None = None,
     seed: int = 0,
 ) -> AttentionProblem:
-    """Places rows in two caches whose every other column is poisoned.
+    """Places rows in two caches in which every other column is poisoned.
 
     Without ``slots`` and ``starts`` the places are random. ``columns_first`` stores the caches as
-    ``[num_slots, capacity, num_kv_heads, head_dim]`` and passes a transposed view. ``margins``: as
-    `embed` takes them.
+    ``[num_slots, capacity, num_kv_heads, head_dim]`` and passes a transposed view. ``margins``: see
+    `embed`.
     """
     device = rows[0].key.device
     generator = torch.Generator().manual_seed(seed)

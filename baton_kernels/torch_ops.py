@@ -1,8 +1,8 @@
-"""What `torch.ops.baton_kernels` is to a type checker: the schemas as protocols.
+"""The type of `torch.ops.baton_kernels` for a type checker: the schemas as protocols.
 
 `ops` is that namespace, for engines that call the ops without their Python functions. A call
-without an overload is one of `default`. tests/test_torch_ops.py holds these protocols equal to the
-schemas of csrc/bindings/library.cpp.
+without an overload is a call of `default`. tests/test_torch_ops.py checks that these protocols
+equal the schemas of csrc/bindings/library.cpp.
 """
 
 from __future__ import annotations
@@ -380,7 +380,7 @@ class TorchOps(Protocol):
     extract_kv: _ExtractKvOverloads
     insert_kv: _InsertKvOverloads
     linear: _LinearOverloads
-    # On the CPU alone: what PackedWeight is made of.
+    # CPU only: the ops behind PackedWeight.
     linear_packed: _LinearPackedOverloads
     pack_linear: _PackLinearOverloads
     unpack_linear: _UnpackLinearOverloads
@@ -397,5 +397,5 @@ class TorchOps(Protocol):
     def cuda_build(self) -> str: ...  # of the CUDA library
 
 
-# torch's own type of a namespace knows no op.
+# torch's own namespace type knows no ops.
 ops = cast(TorchOps, torch.ops.baton_kernels)

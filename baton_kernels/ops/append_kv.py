@@ -90,8 +90,8 @@ def append_kv(
     A row is a token, not a query: the tokens of a whole prefill are rows with one slot and
     consecutive columns. The angle belongs to the token's position, never to its column.
 
-    Into caches of eight bits goes what `insert_kv` makes of the rotated key (rounded to key's
-    dtype) and of the value: the same bits as by those two steps.
+    Eight-bit caches get the rotated key (rounded to key's dtype) and the value, quantized as by
+    `insert_kv`: the bits are the same as with these two steps.
 
     Args:
         key: `[rows, num_kv_heads, head_dim]`, float32, float16 or bfloat16, last dimension
@@ -106,28 +106,28 @@ def append_kv(
         cos: Cosines of each row's position, `[rows, head_dim / 2]`, or `[rows, head_dim]` with one
             angle per element; float32 or key's dtype. Without cos and sin nothing is rotated.
         sin: Sines, as cos.
-        key_scale: Of caches of eight bits (int8, float8_e4m3fn), on the CPU: the scale of each
-            token and head, float32 `[num_slots, num_kv_heads, capacity]`. Required with
-            such caches, None with others. Written.
+        key_scale: For eight-bit caches (int8, float8_e4m3fn; CPU only): the scale of each token and
+            head, float32 `[num_slots, num_kv_heads, capacity]`. Required with such caches, None
+            with others. Written.
         value_scale: As key_scale. Written.
 
     Returns:
         The rotated query `[rows, num_heads, head_dim]`, contiguous; None without query.
 
     Raises:
-        ValueError: A shape, stride, device or index value does not fit, two rows name one place,
-            only one of cos and sin is given, or a cache shares memory with another argument.
-            Nothing is written then.
+        ValueError: A shape, stride, device or index value does not fit, two rows have the same
+            slot and column, only one of cos and sin is given, or a cache shares memory with another
+            argument. Nothing is written then.
         TypeError: A dtype is not supported, or differs between tensors of the cache's dtype.
-        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or caches of eight bits
-            are not on the CPU.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or eight-bit caches are
+            not on the CPU.
 
-    On a GPU index values are not checked; out of range they are skipped, and the result of two rows
+    On a GPU index values are not checked: rows out of range are skipped, and the result of two rows
     in one place is undefined.
 
     Source: Llama's rotary embedding as in Hugging Face transformers; BATON's decode step.
     """
-    # An option at its default costs less where torch fills it in.
+    # Options with default values are faster if torch fills them in.
     rotary = () if cos is None and sin is None else (cos, sin)
     if key_scale is not None or value_scale is not None:
         rows = key, value, key_cache, value_cache, slots, columns

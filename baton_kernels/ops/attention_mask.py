@@ -1,4 +1,4 @@
-"""attention_mask: the dense mask of a shaped batch, for engines that want one."""
+"""attention_mask: the dense mask of a shaped batch, for engines that need one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def attention_mask(
     Source: BATON (arXiv 2410.18701), the new mask of a shaped batch; values as in Hugging Face
     transformers.
     """
-    # Converting a dtype takes most of a microsecond: not where it is the default.
+    # Converting a dtype takes most of a microsecond, so the default is not passed.
     options = () if dtype is torch.bool and window is None else (dtype, window)
     return call(
         "attention_mask",

@@ -1,10 +1,10 @@
 """Checks of arguments by shape and dtype, with the documented error classes.
 
-An op's fake implementation runs them, and so does its Python function when the C++ checks have
-refused a call: C++ can only raise ValueError. One place thus decides what is TypeError, ValueError
-or NotImplementedError, and a correct call pays for the C++ checks only.
+An op's fake implementation runs them. Its Python function runs them when the C++ checks have
+rejected a call, because C++ can only raise ValueError. So one place decides between TypeError,
+ValueError and NotImplementedError, and a correct call pays for the C++ checks only.
 
-Index values live in tensors; only C++ checks them.
+Index values are the contents of tensors; only C++ checks them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Of caches whose tokens have scales, and the magnitude that the largest element of a token and head
-# becomes.
+# Dtypes of caches whose tokens have scales, and the value to which the largest magnitude of a token
+# and head is mapped.
 EIGHT_BITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# Behind the elements of a token that is taken out as it is.
+# Bytes of the scale that follows the elements of a token that is extracted unconverted.
 SCALE_BYTES = 4
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 16, 256, 8
 
@@ -30,14 +30,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """x as [rows, last dimension], a view wherever its strides allow one."""
+    """x as [rows, last dimension]; a view if its strides allow one."""
     if x.dim() == 2 or x.dim() == 0:
         return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def count_rows(*indices: torch.Tensor | None, otherwise: int) -> int:
-    """The rows of a call: as many as the first index argument that is given has."""
+    """The number of rows in a call: the length of the first index argument that is given."""
     return next((tensor.numel() for tensor in indices if tensor is not None), otherwise)
 
 
@@ -47,40 +47,40 @@ def count_packed_rows(
     cu_seqlens: torch.Tensor | None,
     total_tokens: int,
 ) -> int:
-    """The same of packed tokens, one per row if nothing says otherwise."""
+    """The same for packed tokens; if no argument says otherwise, there is one token per row."""
     rows = total_tokens if cu_seqlens is None else max(cu_seqlens.numel() - 1, 0)
     return count_rows(slots, starts, otherwise=rows)
 
 
 def default_slots(slots: torch.Tensor | None, rows: int, device: torch.device) -> torch.Tensor:
-    """Row i in slot i, unless given."""
+    """The given slots; by default row i is in slot i."""
     return torch.arange(rows, dtype=torch.int32, device=device) if slots is None else slots
 
 
 def default_starts(starts: torch.Tensor | None, rows: int, device: torch.device) -> torch.Tensor:
-    """Rows that begin in column 0, unless given."""
+    """The given starts; by default all rows begin in column 0."""
     return torch.zeros(rows, dtype=torch.int32, device=device) if starts is None else starts
 
 
 def default_cu_seqlens(
     cu_seqlens: torch.Tensor | None, rows: int, device: torch.device
 ) -> torch.Tensor:
-    """One token per row, unless given."""
+    """The given boundaries; by default each row has one token."""
     return default_slots(cu_seqlens, rows + 1, device)
 
 
 def call(op: str, native: Callable[..., Any], check: Callable[..., object], *args):
-    """Calls the native op; a refusal becomes the documented error.
+    """Calls the native op; if it rejects the call, raises the documented error.
 
     Args:
-        op: Name of the op, as errors begin with it.
+        op: Name of the op, with which errors begin.
         native: The overload of torch.ops.
         check: The op's checks by shape and dtype; raises the documented error.
         args: Arguments of both, by position: torch needs half a microsecond for each keyword.
 
     Raises:
         ValueError, TypeError, NotImplementedError: As `check` decides, else what the op raised.
-        NotImplementedError: A tensor requires grad and gradients are on: there is no backward.
+        NotImplementedError: A tensor requires grad and gradients are on; there is no backward.
     """
     if is_grad_enabled():
         for argument in args:
@@ -93,7 +93,7 @@ def call(op: str, native: Callable[..., Any], check: Callable[..., object], *arg
         return native(*args)
     except (ValueError, RuntimeError) as error:
         check(*args)
-        # Shapes and dtypes are right: an index value, or a failure that is not the caller's.
+        # Shapes and dtypes are right: an index value is wrong, or the failure is not the caller's.
         if isinstance(error, ValueError):
             raise ValueError(str(error)) from None
         raise
@@ -159,7 +159,7 @@ class Checker:
             self.fail(name, "contiguous", "a strided tensor")
 
     def not_expanded(self, name: str, tensor: torch.Tensor) -> None:
-        # By value, so that this also works on strides a compiler knows only as symbols.
+        # Compares values, so that this also works on strides that a compiler knows as symbols only.
         steps = sorted(
             ((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
              if size > 1),
@@ -188,7 +188,7 @@ class Checker:
             self.index(name, tensor, size, device)
 
     def index_rows(self, name: str, tensor: torch.Tensor, rows: int, device: torch.device):
-        """Int32 in any number of columns, of which each row is contiguous."""
+        """An int32 matrix with any number of columns, each row contiguous."""
         self.device(name, tensor, device)
         if tensor.dtype != torch.int32:
             self.fail(name, "int32", dtype_name(tensor.dtype), TypeError)
@@ -199,7 +199,7 @@ class Checker:
     def cu_seqlens(
         self, name: str, tensor: torch.Tensor | None, rows: int, total: int, device: torch.device
     ) -> None:
-        """Boundaries of the rows' tokens; left out, every row has one."""
+        """Boundaries of the rows' tokens; if left out, every row has one token."""
         if tensor is not None:
             self.index(name, tensor, rows + 1, device)
         elif total != rows:
@@ -210,7 +210,7 @@ class Checker:
         self, key_cache, value_cache, *, with_layers: bool, written: bool, key_scale=None,
         value_scale=None,
     ) -> None:  # fmt: skip
-        """With both scales the caches are of eight bits, else of floats."""
+        """With both scales the caches have an eight-bit type, else a float type."""
         self.tensor("key_cache", key_cache)
         if (key_scale is None) != (value_scale is None):
             given = "only key_scale" if value_scale is None else "only value_scale"
@@ -260,7 +260,7 @@ class Checker:
     def tokens(self, name: str, tensor: torch.Tensor, key_cache: torch.Tensor) -> None:
         """Packed keys or values [(num_layers,) total_tokens, num_kv_heads, head_dim].
 
-        For a cache of eight bits they are floats, or elements and scales as they are.
+        For an eight-bit cache they are floats, or stored elements with their scales.
         """
         *layers, _, num_kv_heads, _, head_dim = key_cache.shape
         self.tensor(name, tensor)

@@ -45,34 +45,34 @@ def extract_kv(
             last dimension contiguous, or with a leading num_layers.
         value_cache: As key_cache.
         cu_seqlens: `[num_queries + 1]`, int32: where each query's tokens begin, from 0 to
-            total_tokens; if None, each query has one.
+            total_tokens; if None, each query has one token.
         slots: `[num_queries]`, int32: the slot of each query; query i in slot i if None. Queries
             may share a slot.
         starts: `[num_queries]`, int32: the column of each query's first token; 0 if None.
-        total_tokens: `cu_seqlens[-1]`, known to the host, so that no device is asked.
-        out: key and value to write instead of new ones, of their shape and the caches' dtype, last
-            dimension contiguous, apart from the caches and from each other. On a CPU new memory
-            costs several times the copy: a server keeps a buffer. Written.
-        key_scale: Of caches of eight bits (int8, float8_e4m3fn), on the CPU: the scale of each
-            token and head, float32 `[num_slots, num_kv_heads, capacity]`, or with a leading
-            num_layers. Required with
-            such caches, None with others.
+        total_tokens: `cu_seqlens[-1]`, known to the host, so that the device need not be read.
+        out: key and value to write into instead of new ones, of their shape and the caches' dtype,
+            last dimension contiguous, apart from the caches and from each other. On a CPU
+            allocating memory takes several times as long as the copy, so a server should keep a
+            buffer. Written.
+        key_scale: For eight-bit caches (int8, float8_e4m3fn; CPU only): the scale of each token and
+            head, float32 `[num_slots, num_kv_heads, capacity]`, or with a leading num_layers.
+            Required with such caches, None with others.
         value_scale: As key_scale.
-        dtype: Of caches of eight bits: float32, float16 or bfloat16 for `element * scale`, computed
-            in float32; None for the tokens as they are. With out its dtype says so.
+        dtype: For eight-bit caches: float32, float16 or bfloat16 for `element * scale`, computed in
+            float32; None for the stored tokens with their scales. With out, its dtype decides.
 
     Returns:
         key and value, `[total_tokens, num_kv_heads, head_dim]`, contiguous; with a leading
-        num_layers if the caches have one. With out: out's tensors. As they are, tokens of eight
-        bits are `[..., head_dim + 4]`: the elements of a head, then the four bytes of its scale;
+        num_layers if the caches have one. With out: out's tensors. Stored eight-bit tokens are
+        `[..., head_dim + 4]`: the elements of a head, then the four bytes of its scale;
         `insert_kv` takes them back, bit by bit.
 
     Raises:
         ValueError: A shape, stride, device or index value does not fit. Nothing is written then.
         TypeError: A dtype is not supported, out is not a pair of tensors of the caches' dtype, or
-            dtype is given with caches of floats.
-        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or caches of eight bits
-            are not on the CPU.
+            dtype is given with float caches.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or eight-bit caches are
+            not on the CPU.
 
     On a GPU index values are not checked; the tokens of a query out of range are undefined.
 

@@ -31,14 +31,14 @@ def insert_kv(
         key_cache[slots[i], :, starts[i] + t] = key[cu_seqlens[i] + t]
 
     and value likewise. Two queries of 2 and 3 tokens, into slots 3 and 0 of an aligned shape that
-    ends in column 4 (`.` stays as it is)::
+    ends in column 4 (`.` is not written)::
 
         key    a0 a1 b0 b1 b2      slot 0   .  b0 b1 b2  .       starts = [2, 1]
                                    slot 3   .  .  a0 a1  .       cu_seqlens = [0, 2, 5]
 
-    With caches of eight bits every token and head x is quantized, in float32::
+    With eight-bit caches every token and head x is quantized, in float32::
 
-        scale = max |x| / top;  element = round(x / scale), half to even
+        scale = max |x| / top;  element = round(x / scale), ties to even
 
     top is 127 for int8 (elements within [-127, 127]), 448 for float8_e4m3fn. Scale and elements are
     0 where max |x| / top is below the smallest normal float32; where an element of x is NaN or
@@ -46,33 +46,32 @@ def insert_kv(
 
     Args:
         key: Packed keys, `[total_tokens, num_kv_heads, head_dim]`, float32, float16 or bfloat16,
-            last dimension contiguous. With caches of all layers: a leading num_layers. For caches
-            of eight bits also what `extract_kv` gives as it is, `[..., head_dim + 4]` of the
-            caches' dtype: the elements of a head and the bytes of its scale.
+            last dimension contiguous; with a leading num_layers if the caches have one. For
+            eight-bit caches also tokens as `extract_kv` returns them without dtype, `[...,
+            head_dim + 4]` of the caches' dtype: the elements of a head and the bytes of its scale.
         value: As key.
         key_cache: `[num_slots, num_kv_heads, capacity, head_dim]`, last dimension contiguous, or
             with a leading num_layers. Written.
         value_cache: As key_cache. Written.
         cu_seqlens: `[num_queries + 1]`, int32: where each query's tokens begin, from 0 to
-            total_tokens; if None, each query has one.
+            total_tokens; if None, each query has one token.
         slots: `[num_queries]`, int32: the slot of each query; query i in slot i if None.
         starts: `[num_queries]`, int32: the column of each query's first token; 0 if None.
         zero_padding: Also clear columns `[0, starts[i])`, for consumers that multiply padding.
-        key_scale: Of caches of eight bits (int8, float8_e4m3fn), on the CPU: the scale of each
-            token and head, float32 `[num_slots, num_kv_heads, capacity]`, or with a leading
-            num_layers. Required with
-            such caches, None with others. Written.
+        key_scale: For eight-bit caches (int8, float8_e4m3fn; CPU only): the scale of each token and
+            head, float32 `[num_slots, num_kv_heads, capacity]`, or with a leading num_layers.
+            Required with such caches, None with others. Written.
         value_scale: As key_scale. Written.
 
     Raises:
         ValueError: A shape, stride, device or index value does not fit, two queries' targets
-            overlap (columns that zero_padding clears included), or a cache shares memory with
+            overlap (including columns that zero_padding clears), or a cache shares memory with
             another argument. Nothing is written then.
         TypeError: A dtype is not supported, or differs between tensors of the cache's dtype.
-        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or caches of eight bits
-            are not on the CPU.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or eight-bit caches are
+            not on the CPU.
 
-    On a GPU index values are not checked; out of range they are skipped, and the result of
+    On a GPU index values are not checked: queries out of range are skipped, and the result of
     overlapping targets is undefined.
 
     Source: BATON (arXiv 2410.18701), embedding of prefilled keys and values in the running batch.

@@ -17,17 +17,17 @@ def linear(
 ) -> torch.Tensor:
     """Projects each row: `y = x @ weight.T + bias`, accumulated in float32.
 
-    Batch invariance: the bits of a row of y depend on that row of x alone, not on how many rows
-    there are. General matrix products choose their order of summation by the number of rows, so a
+    Batch invariance: the bits of a row of y depend only on that row of x, not on the number of
+    rows. General matrix products choose their order of summation by the number of rows, so a
     query's logits change with the batch it is decoded in; with this op they do not. Weights are
-    used as they are, row-major, or as `pack_linear` has packed them, which CPUs read faster, and
-    read once per 96 rows. Packed ones are summed in another order, so their last bits differ.
+    used unpacked, row-major, or as `pack_linear` has packed them, which CPUs read faster. They are
+    read once per 96 rows. Packed weights are summed in another order, so the last bits differ.
 
-    Weights packed to int8 multiply rows of x that are rounded to int8 too, with a scale for each 64
-    elements, because a few are often many times as large as the others. `y = (sum over groups of
-    float32(sum of the group's products) * scale of the group) * scale of the weight + bias`: sums
-    of a group are exact and groups are added up in float32 in their order, so all CPUs have the
-    same bits. A row with NaN or infinity gives NaN throughout.
+    Weights packed to int8 are multiplied by rows of x that are rounded to int8 too, with a scale
+    per 64 elements, because a few elements are often many times as large as the others. `y = (sum
+    over groups of float32(sum of the group's products) * scale of the group) * scale of the weight
+    + bias`: the sums of a group are exact, and groups are added up in float32 in order, so all CPUs
+    compute the same bits. A row with NaN or infinity gives NaN throughout.
 
     Args:
         x: `[rows, in_features]`, float32, float16 or bfloat16, last dimension contiguous.

@@ -7,9 +7,9 @@ import torch
 from baton_kernels._library import ops
 from baton_kernels.ops.checks import FLOATS, Checker, call, dtype_name
 
-# Outputs of a panel; csrc/common/linear_packed.h says how they lie in it.
+# Outputs per panel; csrc/common/linear_packed.h describes the layout.
 PANEL_OUTPUTS = 48
-# Elements that a panel holds of one output in succession; one of other dtypes.
+# How many consecutive elements of one output a panel holds; 1 for other dtypes.
 _TERMS = {torch.bfloat16: 2, torch.int8: 4}
 
 _linear = ops.linear_packed.default
@@ -31,7 +31,7 @@ def panel_shape(dtype: torch.dtype, out_features: int, in_features: int) -> tupl
 def linear_packed(
     x: torch.Tensor, panels: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`linear` of a weight that was packed; see there."""
+    """`linear` with a weight that was packed; see there."""
     return call("linear_packed", _linear, _check_linear, x, panels, out_features, bias)
 
 
@@ -42,19 +42,20 @@ def linear_packed_int8(
     out_features: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`linear` of a weight that was rounded to int8 and packed; see there."""
+    """`linear` with a weight that was rounded to int8 and packed; see there."""
     return call(
         "linear_packed", _linear_int8, _check_linear_int8, x, panels, scales, out_features, bias
     )
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows rounded to int8, and the float32 scale of each; see `pack_linear`."""
+    """The weight with its rows rounded to int8, and the float32 scale of each; see
+    `pack_linear`."""
     return call("quantize_linear", _quantize, _check_quantize, weight)
 
 
 def pack_into(weight: torch.Tensor, panels: torch.Tensor) -> None:
-    """Packs a weight into panels of its `panel_shape`, which are written."""
+    """Packs a weight into `panels`, which have the shape `panel_shape` and are written."""
     call("pack_linear", _pack, _check_pack, weight, panels)
 
 
@@ -64,7 +65,7 @@ def unpack(
     in_features: int,
     outputs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weight that was packed, or the rows of it that int32 `outputs` names."""
+    """The packed weight, or the rows of it that int32 `outputs` selects."""
     return call("unpack_linear", _unpack, _check_unpack, panels, out_features, in_features, outputs)
 
 
@@ -120,7 +121,7 @@ def _check_quantize(weight) -> None:
 
 
 def _check_layout(check: Checker, name: str, tensor) -> None:
-    """A dtype that panels can have."""
+    """Checks for a dtype that panels can have."""
     check.tensor(name, tensor)
     if tensor.dtype not in (*FLOATS, torch.int8):
         check.fail(name, "float32, float16, bfloat16 or int8", dtype_name(tensor.dtype), TypeError)

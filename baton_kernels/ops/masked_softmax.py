@@ -56,7 +56,7 @@ def masked_softmax(
     Source: BATON (arXiv 2410.18701), the mask of a shaped batch; fused masked softmax as in
     Megatron-LM.
     """
-    # As in ragged_attention: options cost nothing where they are the defaults.
+    # As in ragged_attention, default options are not passed, to save time.
     options = () if scale == 1.0 and window is None else (scale, window)
     return call("masked_softmax", _native, check_arguments, scores, starts, lengths, *options)
 

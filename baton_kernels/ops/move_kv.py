@@ -45,10 +45,9 @@ def move_kv(
         target_slots: `[num_moves]`, int32; move i in slot i if None.
         target_starts: `[num_moves]`, int32: first column that is written; 0 if None.
         lengths: `[num_moves]`, int32: columns to move. Required.
-        key_scale: Of caches of eight bits (int8, float8_e4m3fn), on the CPU: their scales, which
-            move with them, float32 `[num_slots, num_kv_heads, capacity]`, or with a leading
-            num_layers. Required with
-            such caches, None with others. Written.
+        key_scale: For eight-bit caches (int8, float8_e4m3fn; CPU only): their scales, which move
+            with the elements, float32 `[num_slots, num_kv_heads, capacity]`, or with a leading
+            num_layers. Required with such caches, None with others. Written.
         value_scale: As key_scale. Written.
 
     Raises:
@@ -56,11 +55,11 @@ def move_kv(
             target overlaps the source of another move, or a cache shares memory with another
             argument. Nothing is written then.
         TypeError: A dtype is not supported.
-        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or caches of eight bits
-            are not on the CPU.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or eight-bit caches are
+            not on the CPU.
 
-    On a GPU index values are not checked; out of range they are skipped, and moves that overlap
-    each other are undefined.
+    On a GPU index values are not checked: moves out of range are skipped, and the result of moves
+    that overlap each other is undefined.
 
     Source: BATON (arXiv 2410.18701), shaping of the running batch and removal of finished rows.
     """

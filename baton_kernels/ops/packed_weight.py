@@ -1,4 +1,4 @@
-"""Weights of `linear` packed once, in the order in which a CPU reads them."""
+"""Weights of `linear` that are packed once, in the order in which a CPU reads them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from baton_kernels.ops.checks import Checker, dtype_name
 from baton_kernels.ops.linear_packed import pack_into, panel_shape, quantize, unpack
 from baton_kernels.slot_memory import huge_page_bytes
 
-# Panels begin on a small page: a stream of reads then crosses as few as it can.
+# Panels begin on a small page, so that a stream of reads crosses as few pages as possible.
 _ALIGNMENT = mmap.PAGESIZE
 
 
 class PackedWeight(NamedTuple):
-    """A weight as `linear` takes it besides a tensor; made by `pack_linear`.
+    """A packed weight, which `linear` takes instead of a tensor; made by `pack_linear`.
 
     Attributes:
         panels: on the CPU `[ceil(out_features / 48), in_features, 48]`, in bfloat16 `[ceil(
             out_features / 48), ceil(in_features / 2), 48, 2]`, in int8 `[ceil(out_features / 48),
-            ceil(in_features / 4), 48, 4]`: for 48 outputs at a time all that they multiply, outputs
-            side by side. On other devices the weight itself, whose kernels read it as it is.
+            ceil(in_features / 4), 48, 4]`: the weights of 48 outputs at a time, with the outputs
+            side by side. On other devices the unpacked weight, which their kernels use directly.
         out_features, in_features: int, the weight's sizes.
-        scales: float32 `[out_features]` of a weight that was rounded to int8, else None.
+        scales: float32 `[out_features]` if the weight was rounded to int8, else None.
     """
 
     panels: torch.Tensor
@@ -36,13 +36,13 @@ class PackedWeight(NamedTuple):
 
     @property
     def is_packed(self) -> bool:
-        """Whether `panels` are panels, and not the weight itself."""
+        """Whether `panels` are panels rather than the unpacked weight."""
         # A weight has two dimensions.
         return self.panels.dim() > 2
 
     def unpack(self) -> torch.Tensor:
-        """The weight, `[out_features, in_features]`, with the bits that were packed; one that was
-        rounded to int8 as float32, `int8 * scale`."""
+        """The weight, `[out_features, in_features]`, with the bits that were packed; if it was
+        rounded to int8, `int8 * scale` as float32."""
         if not self.is_packed:
             return self.panels
         weight = unpack(self.panels, self.out_features, self.in_features)
@@ -55,10 +55,10 @@ class PackedWeight(NamedTuple):
             outputs: int32 or int64 `[rows]`, each below `out_features`.
 
         Returns:
-            `[rows, in_features]`, as those of `unpack`.
+            `[rows, in_features]`, with the values of `unpack`.
 
         Raises:
-            ValueError: An index is not of a row.
+            ValueError: An index is out of range.
         """
         if not self.is_packed:
             return self.panels[outputs]
@@ -74,21 +74,20 @@ def pack_linear(
 ) -> PackedWeight:
     """Packs a weight for `linear`: the same elements in the order in which a CPU reads them.
 
-    On the CPU the panels are a copy, in huge pages where the system has them. On other devices
-    nothing is copied: the result holds the weight itself, and `linear` does what it does with it.
+    On the CPU the panels are a copy, in huge pages if the system has them. On other devices nothing
+    is copied: the result holds the weight itself, and `linear` uses it as such.
 
     With `dtype=torch.int8` each output's row is rounded to `round(row / scale)`, from -127 to 127,
     ties to even, where `scale` is its largest magnitude / 127: half of bfloat16's bytes. `linear`
-    rounds x in the same way, each 64 elements of a row with a scale of their own. An output whose
-    row holds NaN or infinity gives NaN; one whose largest magnitude is below 127 / 3.4e38 counts as
-    0.
+    rounds x in the same way, with a scale per 64 elements of a row. An output whose row holds NaN
+    or infinity gives NaN; one whose largest magnitude is below 127 / 3.4e38 counts as 0.
 
     Args:
         weight: `[out_features, in_features]`, float32, float16 or bfloat16, last dimension
             contiguous.
-        dtype: of the panels: the weight's own, which is the default, or torch.int8, on the CPU.
-        memory: where the panels of many weights lie side by side; by default in memory of their
-            own.
+        dtype: of the panels: by default the weight's own, or torch.int8, on the CPU.
+        memory: shared memory for the panels of many weights; by default each weight has separate
+            memory.
 
     Returns:
         The `PackedWeight`, which `linear` takes in place of `weight`.
@@ -98,8 +97,8 @@ def pack_linear(
         TypeError: A dtype is not supported.
         NotImplementedError: int8 on another device than the CPU.
 
-    Source: the packed operands of BLAS libraries (BLIS, oneDNN), kept; int8 with scales for
-    blocks of elements as in ggml's Q8_0, here of x only.
+    Source: packed operands as in BLAS libraries (BLIS, oneDNN), kept between calls; int8 with
+    scales per block of elements as in ggml's Q8_0, here for x only.
     """
     check = Checker("pack_linear")
     check.floating("weight", weight)
@@ -130,7 +129,7 @@ def _panel_dtype(check: Checker, weight: torch.Tensor, dtype: torch.dtype | None
 
 
 def panel_bytes(weight: torch.Tensor, *, dtype: torch.dtype | None = None) -> int:
-    """Bytes that the panels of a weight take of a `PanelMemory`.
+    """Bytes that the panels of a weight take in a `PanelMemory`.
 
     Args:
         weight: see `pack_linear`.
@@ -144,7 +143,7 @@ def panel_bytes(weight: torch.Tensor, *, dtype: torch.dtype | None = None) -> in
 class PanelMemory:
     """Memory for the panels of many weights, in huge pages where the system has them.
 
-    Pages are committed as they are written. Tensors of it keep it alive.
+    Pages are committed as they are written. Tensors in it keep it alive.
 
     Args:
         num_bytes: the sum of `panel_bytes` of the weights.
@@ -154,7 +153,7 @@ class PanelMemory:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        # A mapping begins on a small page: room to begin on a huge one.
+        # A mapping begins on a small page, so reserve room for beginning on a huge page.
         huge = huge_page_bytes()
         try:
             self._mapping = mmap.mmap(
@@ -164,8 +163,8 @@ class PanelMemory:
             raise MemoryError(
                 f"pack_linear: {num_bytes} bytes for panels could not be reserved"
             ) from error
-        # Less than a huge page is not worth one. Kernels built without transparent huge pages
-        # refuse the advice.
+        # Smaller amounts would waste a huge page. Linux kernels built without transparent huge
+        # pages reject the advice.
         if num_bytes >= huge:
             with contextlib.suppress(AttributeError, OSError):
                 self._mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -182,7 +181,7 @@ class PanelMemory:
             dtype: of its elements.
 
         Raises:
-            ValueError: There is no room left for it.
+            ValueError: There is not enough room left.
         """
         count = math.prod(shape)
         if count == 0:
@@ -198,7 +197,7 @@ class PanelMemory:
         return tensor.view(shape)
 
     def release(self, tensor: torch.Tensor) -> None:
-        """Gives the pages of a tensor of this memory back to the system, where they can be; its
+        """Returns the pages of a tensor in this memory to the system, as far as possible; its
         content is lost."""
         if tensor.numel() == 0:
             return

@@ -136,14 +136,14 @@ def ragged_attention(
         slot 1  columns 0 1 2       token 1   x x .          cu_seqlens_q = [0, 1, 3]
                                     token 2   x x x
 
-    A hidden key never reaches a token, even if its key or value is NaN or infinite.
+    A hidden key never affects a token, even if its key or value is NaN or infinite.
 
     Batch invariance: a row's bits depend on that row only, not on the rest of the batch, its slot,
     its start, the capacity or the number of threads. On the CPU a token's bits depend only on its
-    query vector, its position and the keys and values that it sees: decoded, prefilled whole or in
-    chunks of any size, computed again or behind a reused prefix it gets the same ones.
-    The CUDA kernels keep that for chunks of two tokens and more; a row of one token has the bits of
-    decoding, which are those of its position as well.
+    query vector, its position and the keys and values that it sees: it gets the same bits whether
+    it is decoded, prefilled whole or in chunks of any size, computed again, or behind a reused
+    prefix. The CUDA kernels guarantee that for chunks of at least two tokens; a row of one token
+    has the bits of decoding, which depend only on the token's position as well.
 
     Args:
         query: `[total_queries, num_heads, head_dim]`, float32, float16 or bfloat16, last dimension
@@ -153,57 +153,57 @@ def ragged_attention(
             block_table `[pages, num_kv_heads, page, head_dim]`.
         value_cache: As key_cache.
         cu_seqlens_q: `[rows + 1]`, int32: where each row's query tokens begin, from 0 to
-            total_queries; if None, each row has one (decode).
-        slots: `[rows]`, int32; row i in slot i if None. Rows may share a slot. Not looked at with
+            total_queries; if None, each row has one token (decode).
+        slots: `[rows]`, int32; row i in slot i if None. Rows may share a slot. Ignored with
             block_table.
         starts: `[rows]`, int32: the first valid column; 0 if None.
-        lengths: `[rows]`, int32: the number of valid columns, the query tokens' own included.
+        lengths: `[rows]`, int32: the number of valid columns, including the query tokens' own.
             Required.
         scale: Factor of the scores; `head_dim ** -0.5` if None.
-        causal: Whether a token is kept from seeing later ones.
+        causal: Whether later tokens are hidden from a token.
         window: A token sees the last `window` tokens, itself included; all if None.
         softcap: Bound of the scores; 0 for none.
         alibi_slopes: `[num_heads]`, float32: penalty per position of distance.
         sinks: `[num_heads]`, float32: one more logit in the softmax denominator.
         return_lse: Also return the logarithm of the softmax denominator.
-        out: A tensor to write instead of a new one, of query's shape and dtype; with return_lse a
-            pair, whose second is float32 `[total_queries, num_heads]`. Contiguous, apart from the
-            other tensors. Written.
-        max_query_length: A bound of the rows' query lengths that the host knows. It only spares
-            work, never changes a result.
+        out: A tensor to write into instead of a new one, of query's shape and dtype; with
+            return_lse a pair, whose second tensor is float32 `[total_queries, num_heads]`.
+            Contiguous, apart from the other tensors. Written.
+        max_query_length: An upper bound of the rows' query lengths that the host knows. It saves
+            work and never changes a result.
         max_length: The same for lengths.
         block_table: `[rows, max_pages]`, int32, last dimension contiguous: column c of row i is
             column `c % page` of page `block_table[i, c // page]`. Rows may share pages; entries
-            that hold none of a row's valid columns may be anything. The bits are those of the same
-            columns in slots.
-        key_scale: Of caches of eight bits (int8, float8_e4m3fn), on the CPU: the scale of each
-            token and head, float32 `[num_slots, num_kv_heads, capacity]`; a key is its elements
-            times its scale. Required with such caches, None with others.
+            without any of a row's valid columns may be anything. The bits are the same as for the
+            same columns in slots.
+        key_scale: For eight-bit caches (int8, float8_e4m3fn; CPU only): the scale of each token and
+            head, float32 `[num_slots, num_kv_heads, capacity]`; a key is its elements times its
+            scale. Required with such caches, None with others.
         value_scale: As key_scale.
 
     Returns:
         out `[total_queries, num_heads, head_dim]`, contiguous; with return_lse also lse
-        `[total_queries, num_heads]`, float32, natural logarithm, sink included. A token that sees
-        nothing (`p < 0`, when a row has more query tokens than `lengths[i]`) gives zeros and
+        `[total_queries, num_heads]`, float32, natural logarithm, including the sink. A token that
+        sees no key (`p < 0`, when a row has more query tokens than `lengths[i]`) gives zeros and
         lse = -inf, or the sink. A token that sees keys whose scores are all -inf (overflowed) gives
-        NaN and lse = -inf, as torch.softmax and logsumexp do; a sink makes that zeros and the sink.
-        A score of +inf or NaN gives NaN for both. With out: out's tensors.
+        NaN and lse = -inf, as torch.softmax and logsumexp do; with a sink it gives zeros and the
+        sink. A score of +inf or NaN gives NaN for both. With out: out's tensors.
 
     Raises:
         ValueError: A shape, stride, device, index value or option does not fit.
-        TypeError: A dtype is not supported, or differs between query and caches of floats.
-        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256; or caches of eight bits
-            are given to other kernels than the CPU's.
+        TypeError: A dtype is not supported, or differs between query and float caches.
+        NotImplementedError: head_dim is not a multiple of 8 from 16 to 256, or eight-bit caches are
+            not on the CPU.
 
-    On a GPU index values are not checked: a row out of range is skipped, its part of the results is
-    undefined, and so is that of a row with a page out of range; no byte outside the caches is read.
-    There is no backward.
+    On a GPU index values are not checked: a row out of range is skipped, and its part of the
+    results is undefined, as is that of a row with a page out of range; no byte outside the caches
+    is read. There is no backward pass.
 
     Source: BATON (arXiv 2410.18701), the mask of a shaped batch; online softmax and split keys as
     in FlashAttention-2 and Flash-Decoding; sinks as in gpt-oss; block tables as in vLLM's
     PagedAttention.
     """
-    # Converting ten options takes most of a microsecond: not where they are the defaults.
+    # Converting ten options takes most of a microsecond, so defaults are not passed.
     native: Any = _native
     options: tuple[Any, ...] = ()
     if not (
@@ -250,7 +250,7 @@ def check_arguments(
     max_query_length=None, max_length=None, block_table=None, key_scale=None, value_scale=None, *,
     in_triton=False,
 ) -> None:  # fmt: skip
-    """in_triton: the kernels are Triton's, independent of torch's choice for the device."""
+    """in_triton: the kernels are Triton's, regardless of torch's choice for the device."""
     check = Checker("ragged_attention")
     check.caches(
         key_cache, value_cache, with_layers=False, written=False, key_scale=key_scale,

@@ -73,7 +73,7 @@ def rms_norm(
 
     Source: LlamaRMSNorm of Hugging Face transformers, which rounds once more before the weight.
     """
-    # A view costs as much as a small row's arithmetic: none where the shape is right already.
+    # Creating a view costs as much as a small row's arithmetic, so avoid it if the shape is right.
     if residual is None:
         if x.dim() == 2:
             return call("rms_norm", _native, check_arguments, x, weight, eps)

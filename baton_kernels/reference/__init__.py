@@ -1,8 +1,8 @@
-"""Definitions of the ops in naive torch: what the kernels are compared with.
+"""The definitions of the ops in naive torch, with which the kernels are compared.
 
-Every function has the name and the signature of its op, computes in its inputs' own dtype (float64
-tensors give the truth, bfloat16 tensors give plain torch at that dtype), checks nothing and imports
-torch only.
+Every function has the name and the signature of its op and computes in its inputs' own dtype:
+float64 tensors give the true result, bfloat16 tensors give plain torch at that dtype. It checks
+nothing and imports only torch.
 """
 
 from .append_kv import append_kv

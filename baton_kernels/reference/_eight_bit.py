@@ -4,8 +4,8 @@ import torch
 def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Elements of ``dtype`` (int8 or float8_e4m3fn) and a float32 scale for each last dimension.
 
-    ``scale = max |x| / top``, ``element = round(x / scale)`` in float32, half to even; 0 where the
-    scale is below the smallest normal number, and scale NaN where x is not finite.
+    ``scale = max |x| / top``, ``element = round(x / scale)`` in float32, ties to even. Both are 0
+    where the scale is below the smallest normal number; where x is not finite, the scale is NaN.
     """
     top = 127.0 if dtype == torch.int8 else 448.0
     x = x.float()
@@ -30,7 +30,7 @@ def as_they_are(elements: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def from_tokens(x: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a cache of eight bits holds of tokens: of floats, or of tokens as they are."""
+    """The contents of an eight-bit cache for tokens that are floats, or elements with scales."""
     if x.dtype != cache.dtype:
         return quantize(x, cache.dtype)
     size = cache.shape[-1]

@@ -18,7 +18,7 @@ def extract_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``key[cu_seqlens[i] + t] = key_cache[slots[i], :, starts[i] + t]``, for all t.
 
-    From caches with scales ``dequantize(...)`` to ``dtype``, or the tokens as they are.
+    From caches with scales: ``dequantize(...)`` to ``dtype``, or the stored tokens.
     """
     rows = next(
         (len(given) for given in (slots, starts) if given is not None),

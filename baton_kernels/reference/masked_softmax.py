@@ -28,7 +28,7 @@ def masked_softmax(
         return scores.new_empty(scores.shape)
     score = torch.where(visible, scale * scores, float("-inf"))
     peak = score.amax(dim=-1, keepdim=True)
-    # Where nothing is visible every score is -inf: subtracting 0 makes exp() 0, not NaN.
+    # If nothing is visible, every score is -inf, and subtracting 0 makes exp() 0 instead of NaN.
     peak = peak.masked_fill(peak == float("-inf"), 0.0)
     weight = torch.exp(score - peak)
     total = weight.sum(dim=-1, keepdim=True)

@@ -13,7 +13,7 @@ def move_kv(
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
 ) -> None:
-    """``cache[target_slots[i], :, target_starts[i] + t]`` is what stood at the source of move i.
+    """``cache[target_slots[i], :, target_starts[i] + t]`` gets what was at the source of move i.
 
     Every source is read before any target is written.
     """

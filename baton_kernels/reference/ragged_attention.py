@@ -29,7 +29,7 @@ def ragged_attention(
     """``softmax(score) @ v`` over the columns ``[start, start + length)`` of every row.
 
     ``score = scale * q.k``, then ``softcap * tanh(score / softcap)``, then
-    ``- slope * |query position - key position|``. What a token does not see never reaches it, not
+    ``- slope * |query position - key position|``. What a token does not see never affects it, not
     even a value that is not finite; a token that sees keys whose scores are all -inf gets NaN.
     With ``block_table`` the caches are pages, and column c of row i is column ``c % page`` of page
     ``block_table[i, c // page]``. With scales the keys are ``dequantize(key_cache, key_scale)``.
@@ -88,12 +88,12 @@ def ragged_attention(
             visible = visible & (k_position > q_position - window)
         score = score.masked_fill(~visible, float("-inf"))
 
-        # A sink is one more logit, of a token that has no value.
+        # A sink is one more logit, for a token that has no value.
         sink = score.new_full((num_heads,), float("-inf")) if sinks is None else sinks
         sink = sink.to(score.dtype)[:, None, None].expand(num_heads, last - first, 1)
         logits = torch.cat((score, sink), dim=-1)
         peak = logits.amax(dim=-1, keepdim=True)
-        # Where every logit is -inf: subtracting 0 makes exp() 0, not NaN.
+        # If every logit is -inf, subtracting 0 makes exp() 0 instead of NaN.
         peak = peak.masked_fill(peak == float("-inf"), 0.0)
         weight = torch.exp(logits - peak)
         total = weight.sum(dim=-1, keepdim=True)
@@ -112,13 +112,13 @@ def ragged_attention(
 
 
 def _weigh(weight: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """``weight @ value``, except that a hidden key's value counts as 0 even where it is not finite.
+    """``weight @ value``, where a hidden key's value counts as 0 even if it is not finite.
 
     weight ``[heads, queries, keys]``, value ``[heads, keys, dim]``, visible ``[queries, keys]``.
     """
     is_finite = value.isfinite()
     total = weight @ value.masked_fill(~is_finite, 0.0)
-    # 0 * NaN and 0 * inf are NaN: the other values are added where they are seen.
+    # 0 * NaN and 0 * inf are NaN, so such values are added only where they are seen.
     for key in (~is_finite).any(-1).any(0).nonzero().flatten().tolist():
         sees = visible[:, key]
         rest = value[:, key].masked_fill(is_finite[:, key], 0.0)[:, None]
