@@ -1,4 +1,4 @@
-"""Time as a comparison needs it: clocks that stop while others have a turn, and who else ran."""
+"""Clocks for a comparison in turns, and the CPU time that other programs used meanwhile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _STAT = Path("/proc/stat")
-# Of the first line of /proc/stat: user nice system idle iowait irq softirq steal.
+# Columns of the first line of /proc/stat: user nice system idle iowait irq softirq steal.
 _IDLE = (3, 4)
 _NUM_FIELDS = 8
 
@@ -43,7 +43,7 @@ class OtherWork:
         self._begin = _times()
 
     def share(self) -> float | None:
-        """From 0 to 1, of all CPUs; None where the system does not say."""
+        """The share from 0 to 1 of all CPUs; None where the system does not report it."""
         begin, end = self._begin, _times()
         if begin is None or end is None:
             return None
@@ -52,7 +52,7 @@ class OtherWork:
 
 
 def _times() -> tuple[float, float, float] | None:
-    """Seconds of CPU time: of all CPUs, those not idle, and those that this process has used."""
+    """Seconds of CPU time: of all CPUs, of those that are not idle, and of this process."""
     try:
         fields = [float(field) for field in _STAT.read_text().split()[1 : _NUM_FIELDS + 1]]
         ticks = os.sysconf("SC_CLK_TCK")

@@ -1,10 +1,10 @@
-"""The main job by run_to_completion and by baton, in turns: counts, figures and a picture.
+"""The same prompts by run_to_completion and by baton, in turns: counts, figures and a picture.
 
-The two policies run the same kernels on the same model in the same process, so the difference is
-the handing on of slots and the way in which prompts are computed. Their answers must be equal token
-by token. They take turns of a second or so, each on a separate clock, so that what else the
-machine does meets both alike. How many steps baton needs depends a little on the machine, as it
-cuts prompts by what forwards cost there.
+The two policies run the same kernels on the same model in the same process, so they differ only in
+how slots are handed on and how prompts are computed. Their answers must be equal token by token.
+They take turns of about a second, each with its own clock, so that other work on the machine
+affects both alike. baton cuts prompts according to what forwards cost on the machine, so its number
+of steps varies a little.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ CAPTIONS = {
     "baton": "a free slot goes to the next query at once",
 }
 ROUNDS = 3
-# No round begins that would end after that.
+# No round begins that would end later than this.
 MOST_SECONDS = 65.0
 # Tokens that a policy generates in one turn: about a second of work.
 TURN_TOKENS = 150
 # Tokens per query of the warm-up: enough that every kernel and thread has run with every row busy.
 WARM_UP_TOKENS = 4
 SHOWN_ANSWERS = 5
-# A share of the CPUs that others may use without a word about it.
+# If other programs use no more than this share of the CPUs, nothing is said about it.
 _QUIET = 0.05
 
 
@@ -169,8 +169,8 @@ def _play(
     progress: RunProgress,
     first: int,
 ) -> dict[str, Run]:
-    """All records by every policy. The one that is behind in tokens has the next turn; `first`
-    begins."""
+    """Answers all records with every policy. The policy that is behind in tokens has the next turn;
+    `first` begins."""
     lanes = [_Lane(policy, patched, tokenizer, records, slots, capacity) for policy in POLICIES]
     order = lanes[first:] + lanes[:first]
     mark = 0
@@ -202,13 +202,13 @@ class _Lane:
     ) -> None:
         self._clock = Stopwatch()
         self.relay = Relay(patched, slots, capacity, policy, tokenizer=tokenizer, clock=self._clock)
-        # Submitting writes the errors it finds into the records; each run gets its own.
+        # Submitting writes the errors it finds into the records, so each run has its own copies.
         own = [replace(record, options=dict(record.options)) for record in records]
         queries = submit_records(self.relay, own, tokenizer, defaults={})
         self.run = RecordRun(self.relay, own, queries, token_ids=True)
 
     def go_on(self, *, until: int) -> None:
-        """Steps until there are `until` output tokens, or all queries have ended."""
+        """Steps until there are `until` output tokens or all queries have ended."""
         with self._clock.running():
             while self.run.open_queries and self.relay.counters.output_tokens < until:
                 self.run.step()
@@ -230,7 +230,7 @@ def _medians(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _verdict(played: Sequence[dict[str, Run]], medians: dict[str, dict[str, Any]]) -> list[str]:
-    """What hardly depends on the clock, then what does."""
+    """The counts that hardly depend on the clock, then those that do."""
     old, new = (medians[policy] for policy in POLICIES)
     sentences = [
         f"[bold]decode steps:[/] {new['steps']:,.0f} by baton, {old['steps']:,.0f} by "
@@ -255,7 +255,7 @@ def _dtype_name(model: Any) -> str:
 
 
 def _answers_table(records: Sequence[PromptRecord], outcome: Outcome) -> Table:
-    """A few answers from all over the list, those that came to their own end first."""
+    """A few answers from all over the list, beginning with those that the model itself ended."""
     answered = [i for i, result in enumerate(outcome.results) if "text" in result]
     whole = [i for i in answered if outcome.results[i]["finish_reason"] == "eos"]
     choice = whole if len(whole) >= SHOWN_ANSWERS else answered
@@ -285,7 +285,7 @@ def _shortened(text: str, limit: int) -> str:
 def _compare(
     records: Sequence[PromptRecord], outcomes: Sequence[Outcome], console: Console
 ) -> bool:
-    """Whether all runs gave the same answers, and all of them; says so."""
+    """Whether all runs completed every answer and the answers are equal; prints the result."""
     for policy, outcome in zip(POLICIES, outcomes, strict=False):
         for error in outcome.errors:
             console.print(f"[red]{policy}: failed:[/] {escape(error)}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The one place where a command's errors become a line for the user and an exit code.
+"""Turns a command's errors into a line for the user and an exit code.
 
 2: the command line cannot be carried out as given; 1: queries failed, or the run did.
 """
@@ -22,9 +22,9 @@ FAILED = 1
 _INTERRUPTED = 130
 
 _Arguments = ParamSpec("_Arguments")
-# Typer's own errors know how to show themselves. It has brought its own click along for some
-# versions, so the class is found by its name. A reader that has gone away, as `head` does, is not
-# an error of ours.
+# Typer's own errors know how to print themselves. Some versions of it bring their own copy of
+# click, so the class is found by its name. A reader that closes the pipe, as `head` does, is not an
+# error of ours.
 _PASSED_ON: tuple[type[BaseException], ...] = (
     typer.Exit,
     typer.Abort,
@@ -47,13 +47,13 @@ class CommandError(Exception):
 
 
 def show_tracebacks(shown: bool) -> None:
-    """Whether errors come with the place they came from, for a report of a bug."""
+    """Whether errors are printed with a traceback, for bug reports."""
     global _show_tracebacks
     _show_tracebacks = shown
 
 
 def reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """A command whose every error becomes one line on standard error and an exit code."""
+    """A command whose errors all become one line on standard error and an exit code."""
 
     @functools.wraps(command)
     def run(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> None:
@@ -72,7 +72,7 @@ def reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
 
 
 def explained(error: BaseException) -> tuple[str, int]:
-    """What to tell the user of an error, and the exit code."""
+    """The message for the user, and the exit code."""
     from ..invariance import TargetError
     from ..llama.load import ModelLoadError
 

@@ -1,7 +1,7 @@
 """Runs a list of prompts through a relay: submits them, follows the run, collects the results.
 
-Nothing a single prompt holds stops the others: what cannot be read, tokenized or served becomes a
-result with an error.
+No single prompt stops the others: if it cannot be read, tokenized or answered, its result holds an
+error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .prompts_io import PromptRecord
 
 @dataclass
 class Outcome:
-    """What became of the prompts: their results in the order of the prompts, and counts.
+    """The results in the order of the prompts, and counts.
 
     A result is empty until its queries have ended.
     """
@@ -30,10 +30,10 @@ class Outcome:
 
 
 class StopRequest:
-    """Makes the first Ctrl-C (or termination signal) a request that is read between two steps.
+    """Turns the first Ctrl-C (or termination signal) into a flag that is read between two steps.
 
-    A step is never torn apart, so what has been generated can be written down. The second signal
-    acts as usual.
+    A step is never interrupted, so everything generated so far can be written. The second signal
+    has its usual effect.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ def result_of(
     answers = [_answer_of(query, token_ids) for query in queries]
     prompt_tokens = {"prompt_tokens": len(queries[0].prompt)}
     if len(answers) == 1:
-        # In the order in which one reads it.
+        # The order that is easiest to read.
         text_and_reason = {name: answers[0].pop(name) for name in ("text", "finish_reason")}
         return {"id": record.id, **text_and_reason, **prompt_tokens, **answers[0]}
     return {"id": record.id, **prompt_tokens, "answers": answers}
@@ -141,7 +141,7 @@ def _answer_of(query: Any, token_ids: bool) -> dict[str, Any]:
 
 
 def was_cancelled(result: Mapping[str, Any]) -> bool:
-    """Whether an answer of the result is not what it would have become."""
+    """Whether an answer of the result was cut off by a cancellation."""
     answers = result.get("answers", [result])
     return any(answer.get("finish_reason") == "cancelled" for answer in answers)
 
@@ -182,14 +182,14 @@ def run_records(
 
 
 class RecordRun:
-    """A run that somebody else steps.
+    """A run that the caller steps.
 
     Args:
         relay, records, queries, on_result, token_ids: see `run_records`.
 
     Attributes:
-        outcome: what became of the records so far.
-        num_ended: of the records.
+        outcome: the results of the records so far.
+        num_ended: records whose queries have all ended.
     """
 
     def __init__(
@@ -224,12 +224,12 @@ class RecordRun:
         """
         more = self._relay.step()
         self._collect()
-        # Such a query would be lost without a word.
+        # Otherwise such a query would be lost silently.
         if self._open and not more:
             raise RuntimeError(f"run: {len(self._open)} queries have not ended, the relay is idle")
 
     def cancel(self) -> None:
-        """End what is open, now."""
+        """Cancel the queries that have not ended."""
         for query in self.open_queries:
             self._relay.cancel(query)
         self._collect()
@@ -250,7 +250,7 @@ class RecordRun:
         outcome.results[index] = result
         if "error" in result:
             outcome.failed += 1
-            # A line number says as well which query it is.
+            # A line number already says which query it is.
             named = result["error"].startswith("line ")
             outcome.errors.append(
                 result["error"] if named else f"query {result['id']}: {result['error']}"

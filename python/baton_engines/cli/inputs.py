@@ -1,4 +1,4 @@
-"""What `baton generate` is asked to do: prompts from everywhere, without those that are done."""
+"""The prompts of `baton generate`, from all sources, without those that have results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def gather_prompts(prompts: Path | None, texts: list[str]) -> list[PromptRecord]
 
 
 def check_output(output: Path | None, prompts: Path | None, resume: bool) -> None:
-    """Results must not replace the prompts, and can only be resumed in a file."""
+    """Results must not overwrite the prompts, and only a file can be resumed."""
     if output is None or str(output) == STDOUT:
         if resume:
             raise typer.BadParameter("--resume needs --output with a file")

@@ -1,5 +1,5 @@
-"""The command `baton invariance`: asks an engine, and shows what was found as a table, as a picture
-and as JSON.
+"""The command `baton invariance`: sends an engine prompts by themselves and in company, and reports
+the differences as a table, a picture and JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Engine(str, Enum):
-    """What answers when no URL is given."""
+    """The engine to test if no URL is given."""
 
     relay = "relay"
     generate = "generate"
@@ -143,7 +143,7 @@ def _open_target(
     dtype: options.Dtype,
     threads: int | None,
 ) -> tuple[Target, Callable[[], object]]:
-    """The engine, and what gives it back."""
+    """The engine, and a function that releases it."""
     if attention is not None and (url is not None or engine is Engine.relay):
         raise CommandError("--attention needs --engine generate or vllm")
     if url is not None:
@@ -211,7 +211,7 @@ def invariance_table(results: Sequence[AxisResult]) -> Table:
 
 
 def as_json(name: str, prompts: Sequence[str], results: Sequence[AxisResult]) -> dict[str, Any]:
-    """Everything that was found."""
+    """All findings."""
     return {
         "target": name,
         "prompts": list(prompts),
@@ -238,8 +238,8 @@ def as_json(name: str, prompts: Sequence[str], results: Sequence[AxisResult]) ->
 
 
 def draw_invariance(name: str, results: Sequence[AxisResult], path: Path) -> None:
-    """Axes by prompts: equal answers blank, others colored by the difference of log-probabilities,
-    and the first differing token as a number.
+    """Axes by prompts: equal answers are pale gray, others colored by the difference of
+    log-probabilities, with the first differing token as a number.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
@@ -259,7 +259,7 @@ def draw_invariance(name: str, results: Sequence[AxisResult], path: Path) -> Non
     ]
     if values:
         axes.imshow(values, cmap="YlOrRd", vmin=_FLOOR, vmax=0.0, aspect="auto")
-        # What is equal is drawn in one quiet color, so that it cannot be taken for missing.
+        # Equal answers have a quiet color of their own, so that they do not look like missing data.
         equal = [[0.0 if math.isnan(value) else math.nan for value in row] for row in values]
         axes.imshow(equal, cmap=ListedColormap(["#DDEFE3"]), aspect="auto")
     for row, result in enumerate(shown):

@@ -1,7 +1,8 @@
 """The command `baton`: generate, invariance, serve, info, demo.
 
-Results go to standard output or a file, everything for human eyes to standard error. Torch and
-transformers are imported when a command needs them, so that help and wrong options answer at once.
+Results go to standard output or a file, everything for humans to standard error. Torch and
+transformers are imported only when a command needs them, so that help and wrong options respond at
+once.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _open_relay(
     """The relay.
 
     Raises:
-        CommandError: what stands against it.
+        CommandError: the model or an option does not allow it.
     """
     from ..relay import Relay
 
@@ -81,14 +82,13 @@ def _open_relay(
             generation_config=generation_config,
             **batching.relay_options(),
         )
-    # No Llama, or one with something that the patch does not know; a process that cannot start; no
-    # package for the mode.
+    # The model is no supported Llama; a process cannot start; a package for the mode is missing.
     except (ImportError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
 
 
 def _empty_generation_config(model: Any) -> Any:
-    """One that only says when an answer ends, as the model's own does."""
+    """A generation config that only says when an answer ends, as the model's own does."""
     from transformers import GenerationConfig
 
     return GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
@@ -110,10 +110,10 @@ def _run(
     """Answers the records, with progress on the console and results on the stream.
 
     Args:
-        name: of the run, for the progress.
+        name: of the run, shown with the progress.
         token_ids: see `run_records`.
-        resume: whether the rest is done another time: results are written as they come, and those
-            of cancelled queries are not.
+        resume: whether the rest may be computed later: results are then written as they come, and
+            those of cancelled queries are left out.
         submission: see `submit_records`.
 
     Returns:
@@ -126,7 +126,7 @@ def _run(
         RunProgress(console, name, len(records), enabled=not quiet) as progress,
         StopRequest() as stopping,
     ):
-        # On a terminal that shows both, results scroll by above the progress.
+        # If both go to one terminal, results scroll by above the progress line.
         shared = progress.console is not None and is_terminal(stream)
         writer = ResultWriter(
             ConsoleStream(progress.console) if shared else stream, in_order=not resume
@@ -149,7 +149,7 @@ def _run(
                 token_ids=token_ids,
             )
         except BaseException:
-            # However the run ended, answers that waited for earlier ones are not lost with it.
+            # However the run ended, answers that waited for earlier ones must not be lost with it.
             with contextlib.suppress(OSError):
                 writer.flush()
             raise
@@ -160,7 +160,7 @@ def _run(
 def _report(
     console: Console, relay: Any, outcome: Any, *, title: str, quiet: bool, timeline: Path | None
 ) -> None:
-    """What a run was like: its figures, the first of its errors, its picture."""
+    """Reports a run: its figures, the first of its errors, its picture."""
     if not quiet:
         from .report import summary_table
 
@@ -188,9 +188,9 @@ def generate(
 ) -> None:
     """Answer prompts; one JSON object per query, in the order of the prompts.
 
-    A query that fails has an `error` in its place and does not stop the others; the exit code is
-    then 1. Ctrl-C writes down what there is, and ends with 130. The file of results appears when
-    the run is over; with `--resume` it grows line by line, and what it already holds is kept.
+    If a query fails, its object has an `error`; the other queries go on, and the exit code is 1.
+    Ctrl-C writes what is finished and exits with 130. The results file appears when the run is
+    over; with `--resume` it grows line by line, and what it already holds is kept.
     """
     policy = batching.make_policy()
     console = Console(stderr=True, highlight=False)
@@ -227,11 +227,11 @@ def generate(
 def _records_to_answer(
     queries: options.Queries, seed: int, console: Console
 ) -> Sequence[PromptRecord]:
-    """The records of the prompts, without those that have results already."""
+    """The records of the prompts, without those that already have results."""
     records = gather_prompts(queries.prompts, queries.prompt or [])
     check_output(queries.output, queries.prompts, queries.resume)
     warn_of_unknown_fields(console, records)
-    # Of all records, so that a record has the same seed when a run is resumed.
+    # Numbered over all records, so that a record keeps its seed when a run is resumed.
     for index, record in enumerate(records):
         record.options.setdefault("seed", seed + index)
     if not records:
@@ -300,7 +300,7 @@ def demo(
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"cannot make {output_dir}: {error.strerror or error}") from error
-    # No spinner: fetching a model draws its own progress.
+    # Without a spinner: downloading a model draws its own progress.
     console.print(f"loading {escape(model)}")
     loaded, tokenizer = load(model, dtype, threads)
     try:
@@ -321,7 +321,8 @@ def demo(
 
 def main() -> None:
     """Entry point of the console script."""
-    # The kernels have their own threads. Those of torch's operators, of which a step calls a few,
-    # would spin for milliseconds on the kernels' cores. OpenMP reads this when torch is imported.
+    # The kernels have their own threads. The threads of torch's operators, of which a step calls a
+    # few, would spin on the kernels' cores for milliseconds. OpenMP reads this when torch is
+    # imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

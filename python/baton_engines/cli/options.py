@@ -1,5 +1,5 @@
-"""The options of the command line: their types, what help says of them, and the checks that refuse
-a wrong one before a model is loaded.
+"""The options of the command line: types, help texts, and checks that reject a wrong value before
+a model is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class Dtype(str, Enum):
-    """Types a model can be loaded in; auto is the one its weights are stored in."""
+    """Types that a model can be loaded in; auto is the one that its weights are stored in."""
 
     auto = "auto"
     float32 = "float32"
@@ -40,7 +40,7 @@ class KVDtype(str, Enum):
 
 
 def _check_policy(name: str) -> str:
-    # Imported here, as in all checks: help must not wait for torch.
+    # Imported here, as in all checks: help must not have to wait for torch.
     from ..policies import NAMES
 
     return _one_of(NAMES, name)
@@ -59,7 +59,7 @@ def _one_of(names: tuple[str, ...], name: str) -> str:
 
 
 def _check_picture(path: Path | None) -> Path | None:
-    """Refuses before the run what would fail after it."""
+    """Rejects before the run what would fail after it."""
     if path is None:
         return None
     if path.suffix.lower() not in PICTURE_SUFFIXES:
@@ -101,7 +101,7 @@ PictureOption = Annotated[
 
 @dataclass(frozen=True)
 class Queries:
-    """What is asked of which model, and where answers go."""
+    """Which model answers what, and where the answers go."""
 
     model: ModelOption = "smollm2"
     prompts: PromptsOption = None
@@ -124,7 +124,7 @@ def _bytes(mib: float | None) -> int | None:
 
 @dataclass(frozen=True)
 class Batching:
-    """How queries are batched, on which cache and cores."""
+    """How queries are batched, and with which cache and cores."""
 
     slots: SlotsOption = 16
     policy: Annotated[
@@ -201,10 +201,10 @@ class Batching:
     threads: ThreadsOption = None
 
     def relay_options(self) -> dict[str, Any]:
-        """What `Relay` takes of these options, without capacity and policy.
+        """The options of `Relay`, without capacity and policy.
 
         Raises:
-            ImportError, ValueError: the mode of prefill cannot be had.
+            ImportError, ValueError: the prefill mode is not available.
         """
         from .. import prefill
 
@@ -223,7 +223,7 @@ class Batching:
         """The policy, with the options that were given.
 
         Raises:
-            typer.BadParameter: the policy does not take an option, or not its value.
+            typer.BadParameter: the policy does not have an option, or rejects its value.
         """
         from ..policies import get
 
@@ -241,7 +241,7 @@ class Batching:
 
 @dataclass(frozen=True)
 class Answering:
-    """How answers are chosen. What is left out is what the model's generation config says."""
+    """How answers are chosen. The model's generation config fills in options that are left out."""
 
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; 128 if nothing says otherwise.")
@@ -293,7 +293,7 @@ class Answering:
     ] = True
 
     def defaults(self) -> dict[str, Any]:
-        """Options of `Relay.submit`, and n, for prompts that do not set their own."""
+        """Options of `Relay.submit`, and n, for prompts that do not set them."""
         elsewhere = ("generation_config", "seed", "stop", "chat")
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in elsewhere}
         return {**given, "stop": tuple(self.stop) if self.stop else None}
@@ -301,7 +301,7 @@ class Answering:
 
 @dataclass(frozen=True)
 class Reporting:
-    """What is said of a run."""
+    """What is reported about a run."""
 
     token_ids: Annotated[bool, typer.Option(help="Add token ids to the results.")] = False
     timeline: Annotated[
@@ -314,7 +314,7 @@ class Reporting:
 
 
 def of_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters are groups of options, as one that takes the options themselves.
+    """Turns a command whose parameters are groups of options into one that takes the options.
 
     Args:
         command: each parameter is annotated with a dataclass of options.
@@ -341,7 +341,7 @@ def of_groups(command: Callable[..., None]) -> Callable[..., None]:
             }
         )
 
-    # What Typer reads.
+    # Typer reads the options from here.
     run.__signature__ = inspect.Signature([*options.values()])  # type: ignore[attr-defined]
     run.__annotations__ = {name: option.annotation for name, option in options.items()}
     return run

@@ -1,7 +1,7 @@
-"""Prompts in: JSONL or plain text lines to PromptRecords.
+"""Reads prompts: lines of JSONL or plain text become PromptRecords.
 
 A line that cannot be used becomes a PromptRecord with an `error` that names the line; reading
-never stops at it.
+goes on after it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ STRICT_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 class EncodingError(ValueError):
-    """Prompts are in another encoding than UTF-8; the message says in which."""
+    """Prompts are not encoded in UTF-8; the message names the encoding."""
 
 
 @dataclass
 class PromptRecord:
-    """One query as it was written down: its content and sampling options, or what is wrong.
+    """One query as the user wrote it: its content and sampling options, or the error in it.
 
-    `continue_final_message` says whether the answer goes on with the last message; None: if that is
+    `continue_final_message`: whether the answer continues the last message; None: only if that is
     the assistant's.
     """
 
@@ -66,10 +66,10 @@ class PromptRecord:
                 messages = self.messages or [{"role": "user", "content": self.prompt}]
                 return encode_messages(tokenizer, messages, continued=self.continue_final_message)
             return list(tokenizer(self.prompt)["input_ids"])
-        # The message names the part of the record.
+        # The message already names the part of the record.
         except ContentError:
             raise
-        # Templates and tokenizers raise what they like (jinja2 errors, TypeError for lone
+        # Templates and tokenizers raise all kinds of exceptions (jinja2 errors, TypeError for lone
         # surrogates, panics); any of them concerns this query only.
         except BaseException as error:
             if not is_failure(error):
@@ -112,7 +112,7 @@ def _is_stop(value: Any) -> bool:
     )
 
 
-# Types only: ranges are checked in one place, by the relay, for every way in.
+# Checks types only: the relay checks ranges, in one place for every source of prompts.
 FIELDS = {
     "id": (lambda v: isinstance(v, str) or _is_int(v), "a string or an integer"),
     "prompt": (lambda v: isinstance(v, str), "a string"),
@@ -136,8 +136,8 @@ FIELDS = {
     "stop": (_is_stop, "a string or a list of strings or of token id lists"),
     "continue_final_message": (lambda v: isinstance(v, bool), "true or false"),
 }
-# Fields of other programs that would change the answer, and what to write instead. To leave them
-# out without a word would be an answer to another question.
+# Fields of other programs that would change the answer, and what to write instead. Ignoring them
+# silently would answer another question.
 REFUSED = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -169,7 +169,7 @@ def parse_object(data: Any, line: int | None, default_id: str | int) -> PromptRe
     if not isinstance(data, dict):
         record.error = f"{where}expected a JSON object, got {type(data).__name__}"
         return record
-    # null means "not given", as in files written by other programs.
+    # null means "not given", as in files that other programs write.
     data = {name: value for name, value in data.items() if value is not None}
     if "id" in data and FIELDS["id"][0](data["id"]):
         record.id = data["id"]
@@ -202,7 +202,7 @@ def parse_object(data: Any, line: int | None, default_id: str | int) -> PromptRe
 
 
 def read_prompts(lines: Iterable[bytes], *, plain_text: bool) -> list[PromptRecord]:
-    """All queries of a file or pipe, blank lines left out; a query's default id is its line number.
+    """All queries of a file or pipe, without blank lines; a query's default id is its line number.
 
     Args:
         lines: raw lines, with or without their ends.
@@ -232,7 +232,7 @@ def read_prompts(lines: Iterable[bytes], *, plain_text: bool) -> list[PromptReco
         except json.JSONDecodeError as error:
             message = f"line {number}: not valid JSON ({error.msg}, column {error.colno})"
             records.append(PromptRecord(id=number, line=number, error=message))
-        # Absurd nesting or absurdly long integers are the line's fault, too.
+        # Absurdly deep nesting or long integers are errors of the line, too.
         except (RecursionError, ValueError) as error:
             message = f"line {number}: not valid JSON ({error})"
             records.append(PromptRecord(id=number, line=number, error=message))
@@ -241,7 +241,7 @@ def read_prompts(lines: Iterable[bytes], *, plain_text: bool) -> list[PromptReco
     return records
 
 
-# The mark of UTF-32 begins with that of UTF-16.
+# The byte order mark of UTF-32 begins with that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -251,9 +251,9 @@ _MARKS = {
 
 
 def _check_encoding(beginning: bytes) -> None:
-    """Refuse what PowerShell and some editors write, once instead of line by line."""
+    """Rejects the encodings of PowerShell and some editors, once instead of line by line."""
     encoding = next((name for mark, name in _MARKS.items() if beginning.startswith(mark)), None)
-    # Without a mark every second byte of ASCII is zero.
+    # Without a byte order mark, every second byte of ASCII text is zero.
     if encoding is None and len(beginning) >= 4 and 0 in beginning[:2]:
         encoding = "UTF-16"
     if encoding is not None:
@@ -261,7 +261,8 @@ def _check_encoding(beginning: bytes) -> None:
 
 
 def read_prompt_file(path: Path) -> list[PromptRecord]:
-    """Queries of a file: JSONL by its suffix, otherwise lines of plain text or JSON objects."""
+    """The queries of a file: JSONL if its suffix says so, else lines of plain text or JSON
+    objects."""
     with path.open("rb") as stream:
         return read_prompts(stream, plain_text=path.suffix.lower() not in STRICT_SUFFIXES)
 

@@ -1,4 +1,4 @@
-"""What the command line shows: progress of a run, its summary, two runs compared, the build."""
+"""What the command line prints: progress, summaries, comparisons of two runs, build information."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _count(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-# Key of Relay.summary(), label, format, and whether the ratio of two runs reads "times as fast"
-# (larger is better: +1, smaller is better: -1, no ratio: 0).
+# Key of Relay.summary(), label, format, and how to read the ratio of two runs: larger is better:
+# +1, smaller is better: -1, no ratio: 0.
 ROWS = (
     ("queries", "queries", _count, 0),
     ("output_tokens", "output tokens", _count, 0),
@@ -53,7 +53,7 @@ ROWS = (
 def summary_table(
     summaries: Mapping[str, Mapping[str, Any]], *, ratio_of: tuple[str, str] | None = None
 ) -> Table:
-    """One column per run, and for `ratio_of = (a, b)` how many times better b is than a."""
+    """One column per run; with `ratio_of = (a, b)` also how many times better b is than a."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in summaries:
@@ -120,7 +120,7 @@ def info_tables(info: Mapping[str, Any], packages: Mapping[str, str]) -> list[Ta
         for device in devices:
             answer, _, reason = str(where.get(device, "-")).partition(": ")
             if reason:
-                # The same reason holds for many ops: it is a note, told once.
+                # The same reason holds for many ops, so it becomes a note that is printed once.
                 answer += f" [{reasons.setdefault(reason, len(reasons) + 1)}]"
             cells.append(Text(answer))
         ops.add_row(op, *cells)
@@ -141,7 +141,7 @@ class RunProgress:
             ),
             TimeElapsedColumn(),
             console=console,
-            # Rich would send results that go down a pipe to the terminal instead.
+            # Rich would send results that are piped elsewhere to the terminal instead.
             redirect_stdout=False,
             redirect_stderr=False,
             disable=not (enabled and console.is_terminal),
@@ -179,8 +179,8 @@ class ConsoleStream:
         self._console = console
 
     def write(self, data: bytes) -> None:
-        """Prints text as it is: no markup, no colors, no line breaks of rich's own."""
+        """Prints text unchanged: without markup, colors or line breaks of rich."""
         self._console.out(data.decode(), end="", highlight=False)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: output is not buffered."""

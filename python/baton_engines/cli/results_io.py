@@ -1,7 +1,8 @@
-"""Where results go: a file that appears whole or grows line by line, standard output, a device.
+"""Writes results: to a file that appears whole or grows line by line, to standard output or a
+device.
 
-After any failure (a full disk, Ctrl-C, a model that cannot be loaded), what was written is whole
-lines, and an older file is there until a new one can take its place.
+After any failure (a full disk, Ctrl-C, a model that cannot be loaded) the output consists of whole
+lines, and an older file stays until a new one can replace it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ STDOUT = "-"
 
 
 class OutputError(OSError):
-    """Results could not be written; the message says where, why, and what there is."""
+    """Results could not be written; the message says where, why, and what has been written."""
 
 
 class LineStream(Protocol):
     """What a ResultWriter writes to."""
 
     def write(self, line: bytes) -> object:
-        """Take one whole line, its end included."""
+        """Write one whole line, including its end."""
 
 
 class FileStream:
@@ -50,11 +51,11 @@ class FileStream:
         self.num_lines = 0
 
     def write(self, line: bytes) -> None:
-        """Write the whole line or, into a regular file, nothing of it.
+        """Write the whole line; if that fails on a regular file, nothing of it remains.
 
         Raises:
             OutputError: it could not be written.
-            BrokenPipeError: the reader of a pipe is gone.
+            BrokenPipeError: the reader of a pipe has closed it.
         """
         begin = os.lseek(self.descriptor, 0, os.SEEK_CUR) if self._is_file else 0
         rest = memoryview(line)
@@ -74,11 +75,11 @@ class FileStream:
 
 @contextlib.contextmanager
 def open_results(output: Path | None, *, resume: bool = False) -> Iterator[LineStream]:
-    """A stream for results; what is there stays until the block has ended well.
+    """A stream for results; an older file stays until the block has ended without an error.
 
-    A file is written under another name and renamed at the end; if the block raises, what it has
-    written stays there, and the error names it. With `resume`, lines are appended
-    to the file as they come.
+    A file is written under another name and renamed at the end. If the block raises, what it has
+    written stays under that name, and the error mentions it. With `resume`, lines are appended to
+    the file as they come.
 
     Args:
         output: a file, a device, "-" or None for standard output.
@@ -90,7 +91,7 @@ def open_results(output: Path | None, *, resume: bool = False) -> Iterator[LineS
     if output is None or str(output) == STDOUT:
         yield _standard_output()
         return
-    # A link keeps pointing at the file.
+    # If `output` is a link, it keeps pointing at the file.
     target = Path(os.path.realpath(output))
     in_place = resume or (target.exists() and not target.is_file())
     if in_place:
@@ -126,7 +127,7 @@ def is_terminal(stream: LineStream) -> bool:
 
 
 def finished_ids(output: Path) -> Counter[str]:
-    """How many results of each id, as `id_key` spells it, a file holds; torn lines do not count.
+    """Counts the results of each id, as `id_key` spells it, in a file; torn lines do not count.
 
     Args:
         output: a file of results, or a name that does not exist yet.
@@ -152,20 +153,20 @@ def finished_ids(output: Path) -> Counter[str]:
 
 
 def id_key(record_id: object) -> str:
-    """An id as a key: 1 and "1" are two."""
+    """An id as a key that keeps 1 and "1" apart."""
     return json.dumps(record_id)
 
 
 class ResultWriter:
-    """JSONL records, each written once those before it are there.
+    """Writes JSONL records, each after all records before it.
 
-    The order of finishing depends on policy and machine; the file does not, so two runs can be
-    compared with `diff`.
+    The order in which queries finish depends on policy and machine. The order in the file does not,
+    so two runs can be compared with `diff`.
 
     Args:
         stream: where lines go.
-        in_order: whether a record waits for those before it; if not, it is written at once, so
-            that the end of the program loses only what has not finished.
+        in_order: whether a record waits for those before it. If not, it is written at once, and
+            when the program ends early only unfinished queries are lost.
     """
 
     def __init__(self, stream: LineStream, *, in_order: bool = True) -> None:
@@ -185,7 +186,7 @@ class ResultWriter:
             self._next += 1
 
     def flush(self) -> None:
-        """Writes what is still held back, for a run that ends early."""
+        """Writes the records that still wait, for a run that ends early."""
         for index in sorted(self._waiting):
             self._write(self._waiting.pop(index))
 
@@ -199,7 +200,7 @@ class ResultWriter:
 
 
 class _StandardOutput:
-    """Python's own standard output where it is not a file, as under a test or in a notebook."""
+    """Python's own standard output where it has no descriptor, e.g. in a test or a notebook."""
 
     def write(self, line: bytes) -> None:
         sys.stdout.buffer.write(line)
@@ -213,8 +214,8 @@ def _standard_output() -> LineStream:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError, AttributeError):
         return _StandardOutput()
-    # Not through Python's buffer: it would keep a line that could not be written, and fail once
-    # more at the end of the program.
+    # Bypasses Python's buffer, which would keep a line that could not be written and fail again at
+    # the end of the program.
     sys.stdout.flush()
     return FileStream(descriptor, "standard output")
 
@@ -227,7 +228,7 @@ def _open(path: Path, flags: int) -> int:
 
 
 def _open_beside(target: Path) -> tuple[Path, int]:
-    """A new file in the same folder: renaming works there, and no older one is overwritten."""
+    """A new file in the same folder: renaming works there, and it overwrites no older file."""
     number = 1
     while True:
         partial = target.with_name(f"{target.name}.partial{'' if number == 1 else f'-{number}'}")
@@ -240,7 +241,7 @@ def _open_beside(target: Path) -> tuple[Path, int]:
 
 
 def _drop_torn_line(descriptor: int) -> None:
-    """Cut a file after its last whole line, and go on there."""
+    """Cuts a file after its last whole line and continues from there."""
     size = os.lseek(descriptor, 0, os.SEEK_END)
     end, block = size, 1 << 16
     while end:

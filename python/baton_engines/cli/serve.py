@@ -13,7 +13,7 @@ from .errors import CommandError
 
 @dataclass(frozen=True)
 class Listening:
-    """What is served where."""
+    """What is served, and where."""
 
     model: options.ModelOption = "smollm2"
     host: Annotated[
@@ -24,13 +24,13 @@ class Listening:
 
 @options.of_groups
 def serve(listening: Listening, batching: options.Batching) -> None:
-    """Serve completions and chat completions as OpenAI's interface has them, whole and streamed.
+    """Serve completions and chat completions in OpenAI's format, whole and streamed.
 
-    A client that leaves frees its slot. Ctrl-C ends it when the running requests have ended, a
-    second one at once.
+    When a client disconnects, its slot is freed. Ctrl-C stops after the running requests have
+    ended, a second Ctrl-C at once.
     """
     policy = batching.make_policy()
-    # Torch and the server are loaded when they are needed.
+    # Torch and the server are imported only when they are needed.
     import torch
 
     from ..llama import load_model
@@ -59,7 +59,6 @@ def serve(listening: Listening, batching: options.Batching) -> None:
             policy=policy,
             **batching.relay_options(),
         )
-    # No Llama, or one with something that the patch does not know; a process that cannot start; no
-    # package for the mode.
+    # The model is no supported Llama; a process cannot start; a package for the mode is missing.
     except (ImportError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error

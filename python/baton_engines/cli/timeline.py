@@ -1,8 +1,9 @@
-"""Draws who held which slot when: one colored bar per query, its prefill darker, idle slots gray.
+"""Draws which query held which slot when: one colored bar per query, its prefill darker, idle slots
+gray.
 
-Takes spans with slot, query_id, begin, end (seconds of one clock) and kind "prefill" or "decode",
-as Relay.timeline has them. Draws only through matplotlib's Figure, so no global state of pyplot
-and no display is touched.
+Takes spans like those of Relay.timeline: slot, query_id, begin, end (seconds of one clock) and kind
+"prefill" or "decode". Draws only through matplotlib's Figure, so neither pyplot's global state nor
+a display is involved.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Ten hues of like weight; neighbors in the list differ in hue, and black text can be read on each.
+# Ten hues of similar weight; neighbors in the list differ in hue, and black text is readable on
+# all.
 PALETTE = (
     "#6FA8DC",
     "#F4A261",
@@ -36,12 +38,12 @@ IDLE = "#E9EAED"
 INK = "#2B2F36"
 FAINT = "#6B7280"
 BAR_HEIGHT = 0.8
-# A pause shorter than this share of the axis is thinner than a pixel: the bar is drawn through.
+# A pause shorter than this share of the axis is thinner than a pixel, so the bar spans it.
 MERGE_SHARE = 0.002
 
 
 class SpanLike(Protocol):
-    """What is drawn; relay's Span is one."""
+    """A span to draw; the relay's Span is one."""
 
     @property
     def slot(self) -> int: ...
@@ -60,7 +62,7 @@ class Panel:
     """One run to draw.
 
     `slot_idle` is the share of slots x steps that no query used, as Relay.summary() gives it;
-    `caption` says in a few words what the reader sees.
+    `caption` explains in a few words what the reader sees.
     """
 
     name: str
@@ -72,17 +74,17 @@ class Panel:
 
     @property
     def seconds(self) -> float:
-        """From the first span's begin to the last one's end."""
+        """From the beginning of the first span to the end of the last one."""
         if not self.spans:
             return 0.0
         return max(s.end for s in self.spans) - min(s.begin for s in self.spans)
 
 
 def panel_of(relay: Any, caption: str = "") -> Panel:
-    """The panel of all that a Relay has done so far."""
+    """A panel with everything that a Relay has done so far."""
     summary = relay.summary()
     spans = relay.timeline
-    # There may have been more slots than there are now.
+    # There may have been more slots earlier.
     num_slots = max([summary["num_slots"], *(span.slot + 1 for span in spans)])
     return Panel(
         summary["policy"],
@@ -96,7 +98,7 @@ def panel_of(relay: Any, caption: str = "") -> Panel:
 
 @dataclass(frozen=True)
 class Bar:
-    """Consecutive spans of a query in a slot; kind "held" is its whole stay, pauses included."""
+    """Consecutive spans of a query in a slot; kind "held" is its whole stay, with pauses."""
 
     slot: int
     query_id: int
@@ -106,10 +108,10 @@ class Bar:
 
 
 def merge_spans(spans: Iterable[SpanLike], tolerance: float = 0.0) -> list[Bar]:
-    """A bar for each run of spans of one slot, query and kind.
+    """One bar per run of spans with the same slot, query and kind.
 
     Args:
-        tolerance: longest pause in seconds that does not end a bar.
+        tolerance: the longest pause in seconds that does not end a bar.
     """
     bars: list[Bar] = []
     for span in sorted(spans, key=lambda s: (s.slot, s.begin, s.end)):
@@ -178,7 +180,7 @@ def _draw_panel(axes: Any, panel: Panel, time_limit: float) -> None:
     for bar in stays:
         draw(bar, "none", edgecolor="white", linewidth=0.9)
         number = str(bar.query_id - first_id + 1)
-        # Nothing can be read on a prefill's dark hatching, with which a stay begins.
+        # A stay begins with a prefill, and nothing is readable on its dark hatching.
         begin = prefill_ends.get((bar.slot, bar.query_id, bar.begin), bar.begin)
         # A digit of the 7 point font is about 0.06 inches wide; one more for air on both sides.
         if (bar.end - begin) * inches_per_second >= (len(number) + 1) * 0.06:
@@ -282,7 +284,7 @@ def draw_timeline(panels: Sequence[Panel], path: Path, *, title: str, note: str 
 
 
 def _mark_time_saved(axes_list: Sequence[Any], panels: Sequence[Panel]) -> None:
-    """How much sooner a panel's run is done than the slowest, in the free space right of it."""
+    """Writes how much sooner a run ended than the slowest, in the free space to the right of it."""
     slowest = max(panel.seconds for panel in panels)
     for axes, panel in zip(axes_list, panels, strict=True):
         saved = slowest - panel.seconds

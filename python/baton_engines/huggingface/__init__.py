@@ -3,7 +3,7 @@
 Importing this package registers `attn_implementation="baton"`.
 """
 
-# First, because it refuses a transformers of which the others import parts that it may not have.
+# First, because it rejects versions of transformers that may lack parts that the others import.
 from . import versions as versions
 from .accelerate import Accelerated, accelerate
 from .adapt import adapt

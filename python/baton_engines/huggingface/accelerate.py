@@ -1,9 +1,9 @@
 """A transformers model's linear layers on packed weights, under the model's own code.
 
-With `attn_implementation="baton"` and a slot cache most of what a decode step on the CPU takes is
-left to `nn.Linear`. `accelerate` gives linear modules another forward, one by one, and changes
-nothing else about a model: any architecture, `generate`, pipelines, compiled steps. In Llama and
-what differs from it in details, norms and feed-forward modules are replaced as well.
+With `attn_implementation="baton"` and a slot cache, most of the time of a decode step on the CPU is
+spent in `nn.Linear`. `accelerate` gives linear modules another forward, one by one, and changes
+nothing else about a model: it works for any architecture, with `generate`, pipelines and compiled
+steps. In Llama and its close relatives, norms and feed-forward modules are replaced as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from baton_engines.llama.check import SUPPORTED_ACTIVATIONS, SUPPORTED_DTYPES
 from baton_engines.llama.family import Family, find_family
 from baton_engines.llama.packed_projection import PackedProjection, memory_for, return_free_memory
 
-# Weights that may exist twice before the C library is asked to give freed memory back.
+# Bytes of weights that may exist twice before the C library is told to return freed memory.
 _TRIM_BYTES = 64 << 20
 
 
@@ -35,27 +35,27 @@ def accelerate(model: PreTrainedModel) -> Accelerated:
     are. In Granite, Llama, Mistral, Qwen2, Qwen3 and SmolLM3 RMSNorm and the gated feed-forward
     part are one and three ops. Results differ from the model's own by rounding.
 
-    The packed weights take the place of the parameters, which hold no memory meanwhile; what reads
-    one (`state_dict`, `save_pretrained`, a copy, a pickle) gets its exact values, and writing is
+    The packed weights replace the parameters, which hold no memory meanwhile. Whoever reads a
+    parameter (`state_dict`, `save_pretrained`, a copy, a pickle) gets its exact values; writing is
     refused. A tied embedding looks its rows up in the packed weight.
 
     Args:
         model: of transformers, on the CPU. Written: `forward` of its modules becomes an instance
-            attribute, and stand-ins take the place of the weights.
+            attribute, and stand-ins replace the weights.
 
     Returns:
-        The handle whose `undo` makes the model what it was.
+        The handle whose `undo` restores the model.
 
     Raises:
         TypeError: model is not a transformers model.
         ValueError: the model is accelerated already.
-        NotImplementedError: it has no linear layer that can be packed: it is patched, or on another
-            device than the CPU, or in another dtype than float32, float16 or bfloat16.
+        NotImplementedError: it has no linear layer that can be packed, because it is patched, on
+            another device than the CPU, or in another dtype than float32, float16 or bfloat16.
 
-    Undefined: results after the model was moved, converted or a module replaced meanwhile.
+    Undefined: results after the model was moved or converted, or a module replaced, meanwhile.
     Forwards that need gradients are refused by the ops.
 
-    Source: linear weights packed once, as inference engines for CPUs hold them.
+    Source: packing linear weights once, as inference engines for CPUs do.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -112,8 +112,8 @@ class Accelerated:
             raise
 
     def undo(self) -> None:
-        """Make the model what it was: the same parameters with the same bits, each with memory of
-        its own, and the modules' forward methods. Undoing twice does nothing."""
+        """Restore the model: the same parameters with the same bits, each with separate memory, and
+        the modules' forward methods. Undoing twice does nothing."""
         for module in self._replaced:
             if isinstance(vars(module).get("forward"), _Replaced):
                 del module.forward
@@ -143,7 +143,7 @@ class Accelerated:
         memory, freed = memory_for(groups), 0
         projections: dict[nn.Module, PackedProjection] = {}
         for linears in groups:
-            # Of a merged pair nobody else has the parameters.
+            # The two parameters of a merged pair are used by no other module.
             sharing = holders[id(linears[0].weight)] if len(linears) == 1 else [linears[0]]
             also = [module for module in sharing if module is not linears[0]]
             freed += sum(linear.weight.nbytes for linear in linears)
@@ -171,7 +171,7 @@ class Accelerated:
 
 
 class _Replaced:
-    """A module's forward while accelerated. A copy or pickle of the module has its own one."""
+    """A module's forward while accelerated. A copy or pickle of the module gets a plain forward."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -184,7 +184,7 @@ class _Linear(_Replaced):
     def __init__(self, module: nn.Linear, taken: PackedProjection) -> None:
         super().__init__(module)
         self.weight = taken.weight
-        # Of several modules with one weight each has its own bias.
+        # Modules that share a weight may have different biases.
         self.bias = None if module.bias is None else module.bias.data
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
@@ -192,13 +192,13 @@ class _Linear(_Replaced):
 
 
 class _Gated(_Replaced):
-    """`down(silu(gate(x)) * up(x))`, gate and up from one weight."""
+    """`down(silu(gate(x)) * up(x))`, with gate and up in one weight."""
 
     def __init__(self, module: Any, gate_up: PackedProjection, down: PackedProjection) -> None:
         super().__init__(module)
         self.gate_up, self.down = (gate_up.weight, gate_up.bias), (down.weight, down.bias)
         linears = (module.gate_proj, module.up_proj, module.down_proj)
-        # The dictionaries themselves, so that a hook that comes later is seen.
+        # Keeps the dictionaries themselves, so that hooks that are added later are seen.
         self.hooks = [h for m in linears for h in (m._forward_hooks, m._forward_pre_hooks)]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -219,7 +219,7 @@ class _Norm(_Replaced):
 def _project(
     x: torch.Tensor, weight: kernels.PackedWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """`linear` of any number of dimensions."""
+    """`linear` for an input with any number of dimensions."""
     rows = kernels.linear(x.reshape(-1, x.shape[-1]), weight, bias)
     return rows.view(*x.shape[:-1], weight.out_features)
 
@@ -229,8 +229,8 @@ def _forward_of(module: nn.Module) -> Callable[..., Any]:
 
 
 def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """The modules that have a parameter as their `weight`, by its id; none where one has it under
-    another name, which a stand-in could not follow."""
+    """The modules that have a parameter as their `weight`, by the parameter's id. Left out are
+    parameters that a module has under another name, which a stand-in could not follow."""
     found: defaultdict[int, list[nn.Module]] = defaultdict(list)
     others = set()
     for module in model.modules():
@@ -249,7 +249,7 @@ def _linears(model: nn.Module, holders: dict[int, list[nn.Module]]) -> Iterator[
 
 
 def _is_packable(module: nn.Module, holders: dict[int, list[nn.Module]]) -> bool:
-    """Whether a module is a plain linear one that computes what its weight says."""
+    """Whether a module is a plain linear one whose forward only uses its weight and bias."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
@@ -267,7 +267,7 @@ def _is_packable(module: nn.Module, holders: dict[int, list[nn.Module]]) -> bool
 def _is_gated(
     module: Any, family: Family | None, config: Any, holders: dict[int, list[nn.Module]]
 ) -> bool:
-    """Whether a module is a Llama's feed-forward part, of three linear ones of its own."""
+    """Whether a module is a Llama's feed-forward part with three separate linear modules."""
     if family is None or type(module) is not family.kind("MLP") or "forward" in vars(module):
         return False
     gate, up, down = linears = (module.gate_proj, module.up_proj, module.down_proj)

@@ -1,7 +1,7 @@
-"""Any transformers decoder as the model of a relay, through its own code and no patch.
+"""Any transformers decoder as the model of a relay, running the model's own code without a patch.
 
 The model computes packed tokens of many queries as if they were one row `[1, total_tokens]`: its
-norms, projections and rotary embedding look at one token at a time, and its attention is ours
+norms, projections and rotary embedding treat each token separately, and its attention is ours
 (`attn_implementation="baton"`), which knows the rows. Keys and values go into a `KVCache` through
 transformers' own cache interface.
 """
@@ -21,39 +21,40 @@ from baton_engines.llama import ModelHandle, PackedBatch
 from .attention import NAME, PackedRows, register
 from .slot_cache import cache_argument
 
-# Layers whose state is keys and values per token, as a KVCache holds them.
+# Layer types whose state is keys and values per token, as a KVCache holds them.
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
-# Their frequencies depend on the longest row of a forward, so on the other queries in it.
+# Their frequencies depend on the longest row of a forward, and so on other queries.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-# Enough for two queries of different lengths, few enough to cost nothing.
+# Enough to see two queries of different lengths, few enough to cost nothing.
 _PROBE_LENGTHS = (3, 2)
 
 
 class AnyModel(ModelHandle):
-    """What a relay needs of a model, on top of an unmodified transformers decoder.
+    """An unmodified transformers decoder as the model of a relay.
 
-    A row's logits are those of `model(input_ids)` on only its query, up to the rounding of the
+    A row's logits are those of `model(input_ids)` on its query by itself, up to the rounding of the
     model's own modules, whose sums may depend on the number of packed tokens (torch's matrix
-    products do). `PatchedLlama` has no such dependence and is faster; it is for Llama.
+    products do). `PatchedLlama` has no such dependence and is faster, but supports Llama and its
+    close relatives only.
 
     Args:
         model: a causal language model of transformers, loaded, in float32, float16 or bfloat16.
             Written: its attention implementation, until `undo`. Two short queries are computed
-            once, to see how its layers use cache and attention.
+            once, to see how its layers use the cache and attention.
 
     Attributes:
         model: the model.
-        num_layers, num_kv_heads, head_dim, vocab_size: int, its sizes as its cache sees them
-            (under tensor parallelism: of this rank).
-        dtype, device: of its keys and values.
+        num_layers, num_kv_heads, head_dim, vocab_size: int, its sizes as its cache needs them
+            (under tensor parallelism: those of this rank).
+        dtype, device: those of its keys and values.
         whole_prompts: bool, False: prompts may be computed in parts.
         num_ranks: int, processes that share every layer (tensor parallelism).
 
     Raises:
         TypeError: model is not a transformers model.
-        NotImplementedError: the model has an encoder, layers with another state than keys and
+        NotImplementedError: the model has an encoder, layers with a state other than keys and
             values, shared or differing layers, attention that is not causal, or a rotary embedding
-            that depends on the longest query; the message names which.
+            that depends on the longest query; the message says which.
 
     Undefined: results after the model's attention implementation was changed while in use.
 
@@ -108,14 +109,14 @@ class AnyModel(ModelHandle):
             token_ids: int32 or int64 `[total_tokens]`.
             batch: PackedBatch of the cache's shape, whose rows already count these tokens.
             cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
-            logits: "last" for those of each row's last token, "all" for those of every packed
+            logits: "last" for the logits of each row's last token, "all" for those of every packed
                 token, "none" for none.
 
         Returns:
             float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`; or None.
 
         Raises:
-            ValueError: token_ids does not fit the batch, or logits is another word.
+            ValueError: token_ids does not fit the batch, or logits is none of the three.
             RuntimeError: `undo` was called.
         """
         if self._former is None:
@@ -152,11 +153,11 @@ class AnyModel(ModelHandle):
         return None if logits == "none" else found.float()
 
     def twin(self) -> AnyModel:
-        """A handle on the same model whose `forward` another thread may call meanwhile."""
+        """A handle on the same model whose `forward` another thread may call at the same time."""
         return copy.copy(self)
 
     def undo(self) -> None:
-        """Give the model its former attention implementation back. Undoing twice does nothing."""
+        """Restore the model's former attention implementation. Undoing twice does nothing."""
         if self._former is not None:
             self.model.set_attn_implementation(self._former)
             self._former = None
@@ -177,7 +178,7 @@ class AnyModel(ModelHandle):
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Computes two short queries, to learn the sizes of keys and values and to see that every
+        """Computes two short queries, to learn the sizes of keys and values and to check that every
         layer writes the cache once and attends through `attention`."""
         config = self.model.config.get_text_config()
         layers = [_ProbeLayer() for _ in range(config.num_hidden_layers)]
@@ -187,7 +188,8 @@ class AnyModel(ModelHandle):
         cu_seqlens, slots, starts, lengths = torch.tensor(
             [*bounds, 0, 0, *bounds[:2], *_PROBE_LENGTHS], dtype=torch.int32, device=device
         ).split([3, 2, 2, 2])
-        # Rows that lie one after the other in slot 0: what one packed forward writes there.
+        # Rows that lie one after the other in slot 0, which is where one packed forward writes
+        # them.
         rows = PackedRows(cu_seqlens, slots, starts, lengths, max(_PROBE_LENGTHS), total)
         positions = torch.cat([torch.arange(n, device=device) for n in _PROBE_LENGTHS])
         token_ids = torch.zeros(total, dtype=torch.long, device=device)
@@ -205,10 +207,10 @@ class AnyModel(ModelHandle):
 
 
 class _Layer(CacheLayerMixin):
-    """What transformers asks of a layer whose length no one may rely on: rows have their own."""
+    """A cache layer for transformers. Rows have lengths of their own, so it reports none."""
 
     is_sliding = False
-    # None in the base class until there is memory, which here there always is.
+    # None in the base class until memory is allocated; here it always is.
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -217,18 +219,18 @@ class _Layer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the memory is there."""
+        """Does nothing: the memory is already allocated."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of keys, and how many were dropped: those of the packed tokens."""
+        """The number of key columns and of dropped columns, for the packed tokens."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens before this forward."""
+        """The number of tokens before this forward."""
         return 0
 
     def get_max_length(self) -> int:
-        """Most tokens; -1 without a bound."""
+        """The largest number of tokens; -1 without a bound."""
         return -1
 
 
@@ -243,7 +245,8 @@ class _PackedLayer(_Layer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values `[1, num_kv_heads, total_tokens, head_dim]`; the slot cache."""
+        """Write keys and values `[1, num_kv_heads, total_tokens, head_dim]`; return the slot
+        cache."""
         kernels.append_kv(
             key_states[0].transpose(0, 1),
             value_states[0].transpose(0, 1),
@@ -256,21 +259,22 @@ class _PackedLayer(_Layer):
 
 
 class _ProbeLayer(_Layer):
-    """Keeps what it is given: a cache of one slot that holds the packed tokens."""
+    """Keeps the keys and values it is given, as a cache of one slot that holds the packed
+    tokens."""
 
     num_updates = 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take keys and values as they come."""
+        """Keep keys and values as they are."""
         self.num_updates += 1
         self.keys, self.values = key_states, value_states
         return key_states, value_states
 
 
 def _check(model: object) -> None:
-    """Refuse what the probe would not notice."""
+    """Rejects models whose problem the probe would not notice."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"AnyModel: model must be a transformers model, got {type(model).__name__}")
     config = model.config.get_text_config()
@@ -280,7 +284,7 @@ def _check(model: object) -> None:
     if others:
         _refuse("layer_types", " or ".join(sorted(_LAYER_TYPES)), sorted(others))
     rope = getattr(config, "rope_parameters", None) or {}
-    # One for all layers, or one per layer type.
+    # One set of parameters for all layers, or one per layer type.
     for parameters in (rope, *(part for part in rope.values() if isinstance(part, dict))):
         if parameters.get("rope_type") in _BATCH_DEPENDENT_ROPE:
             _refuse("rope_type", "one that does not depend on length", parameters["rope_type"])

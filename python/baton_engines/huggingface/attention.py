@@ -2,9 +2,9 @@
 
 `register` adds a mask function and an attention function under the name "baton" to transformers'
 public registries. The mask function says where each row's valid columns are (`row_mask`), and the
-attention function calls `ragged_attention` on keys and values as they lie in the model's cache:
-no 4-D mask, no repeated KV heads, no copy. What cannot be expressed so is computed by transformers'
-own sdpa, with one warning per reason.
+attention function calls `ragged_attention` on keys and values where they lie in the model's cache:
+no 4-D mask, no repeated KV heads, no copy. Where that is not possible, transformers' own sdpa
+computes the attention, with one warning per reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from . import row_mask
 NAME = "baton"
 _log = logging.getLogger(__name__)
 
-# How often attention was computed by sdpa, by reason, outside of compiled code.
+# How often sdpa computed the attention, by reason; compiled code is not counted.
 fallbacks: Counter[str] = Counter()
 
 
@@ -81,7 +81,7 @@ def mask(
 
     Args:
         batch_size: rows.
-        q_length, kv_length: query tokens and columns of keys of a row.
+        q_length, kv_length: query tokens and key columns per row.
         q_offset: tokens of a row before this step; a tensor where the cache keeps it on a device.
         kv_offset: tokens that the layer's cache has dropped on the left.
         mask_function, allow_is_causal_skip, use_vmap, local_size, options: see `sdpa_mask`.
@@ -102,8 +102,8 @@ def mask(
     if isinstance(window, str):
         why = window
     else:
-        # Looking at the values waits for a device, which a decode step must not; and a compiled
-        # graph cannot branch on them. There a row that cannot be expressed gives NaN.
+        # Reading the values waits for the device, which a decode step must not do, and a compiled
+        # graph cannot branch on them. In these cases a row that cannot be expressed gives NaN.
         readable = q_length > 1 or _is_on_host(attention_mask)
         checked = readable and not torch.compiler.is_compiling()
         encoded = row_mask.encode(
@@ -163,19 +163,19 @@ def attention(
         key, value: `[batch, num_kv_heads, columns, head_dim]`, as the cache holds them. Packed: the
             slot cache.
         attention_mask: what `mask` returned, or a dense mask of the user's.
-        dropout, position_bias, is_causal: not expressible unless they are off.
+        dropout, position_bias, is_causal: not supported unless they are off.
         scaling, softcap: see `ragged_attention`.
-        sliding_window: not looked at. The mask knows the window: some models that slide do not
-            pass it (Qwen2-MoE, PhiMoE), and it is the mask that says which layers slide.
+        sliding_window: ignored. The mask knows the window: some models that slide do not pass it
+            (Qwen2-MoE, PhiMoE), and the mask says which layers slide.
         s_aux: `[num_heads]`: attention sinks.
         baton_rows: rows of packed tokens.
-        options: what else models pass; for sdpa.
+        options: other arguments that models pass; handed on to sdpa.
 
     Returns:
         `[batch, q_length, num_heads, head_dim]`, and None for the weights, which never exist.
 
     Raises:
-        NotImplementedError: sinks or softcap where only sdpa could compute the mask.
+        NotImplementedError: sinks or softcap with a mask that only sdpa could apply.
     """
     batch, num_heads, q_length, head_dim = query.shape
     sinks = None if s_aux is None else s_aux.detach().float()
@@ -206,7 +206,7 @@ def attention(
             scaling=scaling, softcap=softcap, is_causal=is_causal, position_bias=position_bias,
             **options,
         )  # fmt: skip
-    # One token per row is the op's default.
+    # One token per row is the op's default, so there is no need for cu_seqlens.
     cu_seqlens = None
     if q_length != 1:
         cu_seqlens = torch.arange(0, batch * q_length + 1, q_length, device=query.device).int()
@@ -237,7 +237,7 @@ def _is_on_host(tensor: torch.Tensor | None) -> bool:
 def _rows_or_why_not(
     query, key, value, attention_mask, dropout, position_bias, is_causal
 ) -> row_mask.Rows | str:
-    """The rows that `ragged_attention` computes of this layer, or why it cannot."""
+    """The rows for `ragged_attention` in this layer, or the reason why it cannot compute them."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "gradients are needed"
     if dropout:

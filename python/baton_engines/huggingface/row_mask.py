@@ -2,10 +2,10 @@
 
 transformers makes a mask once per step and layer type and passes it to every attention layer. Ours
 says only where each row's valid columns are, so no `[rows, 1, queries, keys]` tensor exists. Models
-hand a 4-D tensor through untouched and rebuild anything else, hence the layout `[rows, 2 or 3, 1 +
-window, 1]` of int32: starts and lengths in the layer's own columns, and the sliding window as an
-extent of a dimension without memory (stride 0), which the host can read without waiting for a
-device. The third entry, where present, marks rows that could not be checked on the host.
+pass a 4-D tensor through unchanged and rebuild anything else, hence the layout `[rows, 2 or 3, 1 +
+window, 1]` of int32: starts and lengths in the layer's own columns, and the sliding window as the
+size of a dimension without memory (stride 0), which the host can read without waiting for a device.
+The third entry, if present, marks rows that could not be checked on the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from transformers.masking_utils import causal_mask_function
 
-# Why a pattern cannot be expressed as one span of columns per row; part of a warning.
+# Why a mask cannot be expressed as one span of columns per row; these texts end up in a warning.
 NOT_CAUSAL = "the mask is not causal"
 CHUNKED = "attention is chunked"
 OVERLAID = "packed sequences or bidirectional blocks overlay the causal mask"
@@ -50,10 +50,11 @@ def find_window(
 ) -> int | None | str:
     """The sliding window of a plain causal mask, None without one, or why it is not plain.
 
-    A pattern is a closure that neither says what it composes nor may be looked into while
-    torch.compile traces; what surrounds it tells all the same. transformers withdraws
-    `allow_is_causal_skip` from a causal mask that something overlays, and also, for other reasons,
-    from single tokens of a static cache, where overlays that add keys are told by their name.
+    A pattern is a closure. It does not say what it is composed of, and must not be inspected while
+    torch.compile traces, so this looks at what transformers passes along with it. transformers
+    withdraws `allow_is_causal_skip` from a causal mask that something overlays. It also does so for
+    single tokens of a static cache, for other reasons; there, overlays that add keys are recognized
+    by their name.
 
     Args:
         mask_function: the pattern, of transformers' masking_utils.
@@ -91,11 +92,11 @@ def encode(
             cache keeps it on the device.
         kv_offset: tokens that the layer's cache has dropped on the left.
         window: see `Rows`.
-        attention_mask: bool `[batch_size, tokens]`, whether a token is valid; None for all. May be
-            longer than `end`: what follows does not count.
+        attention_mask: bool `[batch_size, tokens]`, whether a token is valid; None if all are. May
+            be longer than `end`: the rest is ignored.
         device: of the mask.
-        checked: whether to look at the values on the host. Otherwise rows that cannot be expressed
-            are marked.
+        checked: whether to read the values on the host. If not, rows that cannot be expressed are
+            marked instead.
     """
     unexpressed = None
     if attention_mask is None:
@@ -138,7 +139,7 @@ def decode(attention_mask: torch.Tensor) -> Rows:
 
 
 def to_dense(rows: Rows, num_queries: int, num_keys: int) -> torch.Tensor:
-    """The bool mask `[rows, 1, num_queries, num_keys]` that says the same, for other attention.
+    """The equivalent bool mask `[rows, 1, num_queries, num_keys]`, for other attention functions.
 
     Args:
         rows: a decoded mask. A row marked as unexpressed is wrong here too.

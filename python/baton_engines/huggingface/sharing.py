@@ -1,4 +1,4 @@
-"""Who uses a model: relays that share one handle of it, and what is undone when they are gone."""
+"""Relays that share one handle of a model, and what is undone when the last of them is gone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .adapt import adapt
 
 @dataclass
 class _Shared:
-    """A handle that nobody but `shared_handle` undoes, and how many blocks use it."""
+    """A handle that only `shared_handle` may undo, and the number of blocks that use it."""
 
     handle: ModelHandle
     num_users: int = 0
@@ -30,14 +30,14 @@ _shared: WeakKeyDictionary[PreTrainedModel, _Shared] = WeakKeyDictionary()
 def shared_handle(
     model: PreTrainedModel, *, weight_dtype: str | torch.dtype | None = None
 ) -> Iterator[ModelHandle]:
-    """A handle of the model for as long as the block runs; several blocks share one.
+    """A handle of the model for the duration of the block; several blocks share one.
 
-    The last of them undoes it. A patch that the user made with `patch_llama` is used as it is, and
+    The last block undoes it. A patch that the user made with `patch_llama` is used as it is, and
     stays.
 
     Args:
         model: see `adapt`.
-        weight_dtype: see `adapt`; None takes a handle as it is.
+        weight_dtype: see `adapt`; None accepts a handle with any.
 
     Raises:
         ValueError: the model is in use with weights of another dtype.
@@ -67,9 +67,9 @@ def shared_handle(
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Undo every patch of the model, also one that is in use; handles can no longer compute.
+    """Undo every patch of the model, even one in use, whose handles can then no longer compute.
 
-    For a notebook whose handle is lost. A model that is not in use stays as it is.
+    Meant for a notebook that has lost a handle. A model without a patch stays as it is.
 
     Args:
         model: a model of transformers. Written: see `PatchedLlama.undo` and `AnyModel.undo`.

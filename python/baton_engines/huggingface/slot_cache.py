@@ -1,10 +1,10 @@
-"""A transformers cache in slots: appended in place, and rows that come and go between two steps.
+"""A transformers cache in slots: appended in place, with rows that come and go between two steps.
 
-DynamicCache copies every key and value at every step, StaticCache attends to its whole capacity
+DynamicCache copies every key and value at every step, and StaticCache attends to its whole capacity
 under attention that takes a dense mask. `SlotCache` writes each token into its column and leaves
-the rest where it is; with `attn_implementation="baton"` attention reads each row's own columns.
-Rows are aligned as `generate` has them: all end in the same column, padding on the left. `insert`,
-`merge` and `select` are BATON for anybody's own loop over an unmodified model.
+the rest where it is; with `attn_implementation="baton"` attention reads only each row's valid
+columns. Rows are aligned as in `generate`: all end in the same column, with padding on the left.
+`insert`, `merge` and `select` are BATON's re-batching for any loop over an unmodified model.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def slot_cache(model: PreTrainedModel, capacity: int) -> SlotCache:
 
     Raises:
         ValueError: capacity is below 1.
-        NotImplementedError: a layer of the model keeps another state than keys and values.
+        NotImplementedError: a layer of the model has a state other than keys and values.
     """
     return SlotCache(model.config, capacity)
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The name under which a model takes its cache, so that `model(ids, **{cache_argument(model):
-    cache})` is right for every transformers: from 5.24 on "cache", before it "past_key_values".
+    """The name of a model's cache argument, so that `model(ids, **{cache_argument(model): cache})`
+    works with every transformers: "cache" from 5.24 on, "past_key_values" before.
 
     Args:
         model: of transformers.
@@ -50,9 +50,9 @@ def cache_argument(model: PreTrainedModel) -> str:
 class SlotCache(Cache):
     """Keys and values of all layers in slots of a fixed capacity; slot i is row i of the batch.
 
-    Memory is taken at the first forward, when the number of rows is known; on the CPU it is
-    committed as columns are written, and sliding layers give it back behind their window. Shapes
-    never change, so a compiled decode step is one graph.
+    Memory is taken at the first forward, when the number of rows is known. On the CPU it is
+    committed as columns are written, and sliding layers give memory back behind their window.
+    Shapes never change, so a compiled decode step is one graph.
 
     `insert`, `merge` and `select` change rows between two steps. The rows that stay keep their keys
     and values bit by bit. Each takes the batch's attention mask `[rows, tokens]` and returns the
@@ -64,7 +64,7 @@ class SlotCache(Cache):
 
     Raises:
         ValueError: capacity is below 1.
-        NotImplementedError: a layer keeps another state than keys and values.
+        NotImplementedError: a layer has a state other than keys and values.
 
     Source: BATON, shaping and embedding of a new query, removal of finished ones.
     """
@@ -83,7 +83,7 @@ class SlotCache(Cache):
 
     @property
     def slot_layers(self) -> list[SlotLayer]:
-        """`layers`, all of which are of one kind."""
+        """`layers`, with the type that all of them have."""
         return [layer for layer in self.layers if isinstance(layer, SlotLayer)]
 
     def update(
@@ -99,19 +99,19 @@ class SlotCache(Cache):
         Args:
             key_states, value_states: `[rows, num_kv_heads, tokens, head_dim]`.
             layer_idx: of the layer.
-            args, kwargs: what else transformers passes.
+            args, kwargs: other arguments that transformers passes; ignored.
         """
         found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        # The layer before, of this forward or of the last one, has been attended to: a long prompt
-        # takes the memory of all its columns in one sliding layer at a time.
+        # The layer before (of this forward, or of the last one) has finished its attention. So a
+        # long prompt takes the memory of all its columns in one sliding layer at a time.
         self.slot_layers[layer_idx - 1].trim()
         return found
 
     def trim(self) -> None:
         """Give back the memory of columns that no later token of a sliding layer sees.
 
-        Forwards do it by themselves, except compiled ones. On other devices than the CPU nothing
-        happens.
+        Forwards do it by themselves, except compiled ones. On devices other than the CPU it does
+        nothing.
         """
         for layer in self.slot_layers:
             layer.trim()
@@ -124,7 +124,7 @@ class SlotCache(Cache):
 
         Raises:
             ValueError: it is positive, there are not that many tokens, or sliding layers have given
-                back what the next token would see; `activate_past_recording` keeps it.
+                back columns that the next token would see; `activate_past_recording` keeps them.
         """
         for layer in self.slot_layers:
             layer.check_crop(tokens_to_remove)
@@ -132,7 +132,8 @@ class SlotCache(Cache):
             layer.crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
-        """Keep all columns from now on, so that `crop` can go back; speculation does."""
+        """Keep all columns from now on, so that `crop` can go back; speculative decoding needs
+        it."""
         for layer in self.slot_layers:
             layer.activate_past_recording()
 
@@ -150,16 +151,16 @@ class SlotCache(Cache):
 
         Args:
             other: SlotCache of the same model with one row.
-            row: int; the row it takes, whose query is forgotten.
+            row: int; the row to use; the query in it is forgotten.
             attention_mask: `[rows, tokens]` of this batch.
             other_mask: `[1, tokens]` of the query; None if it has no padding.
 
         Returns:
-            The batch's mask from now on, `[rows, tokens]`.
+            The batch's new mask, `[rows, tokens]`.
 
         Raises:
-            ValueError: row is out of range, `other` has more or fewer than one row, is of another
-                model or does not fit the capacity, or a mask does not fit its cache.
+            ValueError: row is out of range, `other` does not have exactly one row, belongs to
+                another model or does not fit the capacity, or a mask does not fit its cache.
         """
         where = "SlotCache.insert"
         rows = self._rows(where, self, attention_mask)
@@ -194,17 +195,17 @@ class SlotCache(Cache):
         return self._place(where, other, targets, attention_mask, other_mask, rows + added)
 
     def select(self, rows: Sequence[int], attention_mask: torch.Tensor) -> torch.Tensor:
-        """Keep these rows, in this order; the columns that are padding in all of them go.
+        """Keep these rows, in this order, and drop the columns that are padding in all of them.
 
         Args:
             rows: ints, at least one.
             attention_mask: `[rows, tokens]` of this batch.
 
         Returns:
-            The mask of the rows that stay, `[len(rows), tokens]`.
+            The mask of the remaining rows, `[len(rows), tokens]`.
 
         Raises:
-            ValueError: rows is empty or names a row that is not there, or the mask does not fit.
+            ValueError: rows is empty or names a row that does not exist, or the mask does not fit.
         """
         where = "SlotCache.select"
         there = self._rows(where, self, attention_mask)
@@ -226,7 +227,7 @@ class SlotCache(Cache):
         other_mask: torch.Tensor | None,
         num_rows: int,
     ) -> torch.Tensor:
-        """Put the rows of another cache at `targets` of `num_rows` rows; the new mask."""
+        """Put the rows of another cache at `targets` of `num_rows` rows; return the new mask."""
         mine, theirs = int(self.get_seq_length()), int(other.get_seq_length())
         length = max(mine, theirs)
         if length > self.capacity:
@@ -245,7 +246,7 @@ class SlotCache(Cache):
         return mask
 
     def _rows(self, where: str, cache: SlotCache, mask: torch.Tensor | None) -> int:
-        """The rows of a cache, whose sizes and mask fit this one."""
+        """The number of rows of a cache, after checking that its sizes and mask fit this one."""
         name = "self" if cache is self else "other"
         if not isinstance(cache, SlotCache) or not cache.slot_layers[0].is_initialized:
             raise ValueError(f"{where}: {name} must be a SlotCache with rows, got none")
@@ -266,7 +267,7 @@ class SlotCache(Cache):
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer, None without one: what transformers' own caches keep."""
+    """The sliding window of each layer, None without one, as transformers' own caches see them."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:

@@ -1,4 +1,4 @@
-"""One layer of a `SlotCache`: keys and values appended in place, the window's columns committed."""
+"""One layer of a `SlotCache`: appends keys and values in place and frees what a window hides."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import baton_kernels as kernels
 class SlotLayer(CacheLayerMixin):
     """One layer of a `SlotCache`.
 
-    With a sliding window a token sees the last `window` columns, its own included. Columns that no
-    later token sees lose their memory page by page, on the CPU and outside of compiled code: a
-    layer holds its window and at most two pages of each head more. All others stay where they are.
+    With a sliding window a token sees the last `window` columns, its own included. The memory of
+    columns that no later token sees is given back page by page, on the CPU and outside of compiled
+    code: a layer holds its window and at most two more pages per head. Other columns stay where
+    they are.
 
     Args:
         capacity: columns of a row.
@@ -24,17 +25,17 @@ class SlotLayer(CacheLayerMixin):
 
     Attributes:
         keys, values: `[rows, num_kv_heads, capacity, head_dim]`, once there are rows.
-        cumulative_length: 0-d int64 on their device: the columns in use. A tensor, because a
-            compiled step must not depend on its value.
+        cumulative_length: 0-d int64 on their device: the number of columns in use. A tensor,
+            because a compiled step must not depend on its value.
         batch_size: rows, once there are any.
-        released: int; columns below it have lost their content.
-        record_past: bool; whether columns are kept until `crop`, which may need them again.
+        released: int; the content of columns below it is lost.
+        record_past: bool; whether columns are kept, because `crop` may need them again.
     """
 
     is_sliding = False
     is_compileable = True
     is_croppable = True
-    # None in the base class until there is memory; nothing here reads them before.
+    # None in the base class until memory is allocated; nothing here reads them before that.
     keys: torch.Tensor
     values: torch.Tensor
     cumulative_length: torch.Tensor  # type: ignore[assignment]  # an int in some other layers
@@ -55,7 +56,7 @@ class SlotLayer(CacheLayerMixin):
 
     @property
     def bytes_committed(self) -> int:
-        """Bytes of memory that the columns in use take, except the released ones."""
+        """Bytes of memory of the columns in use, without the released ones."""
         if not self.is_initialized:
             return 0
         rows, num_kv_heads, _, head_dim = self.keys.shape
@@ -63,10 +64,10 @@ class SlotLayer(CacheLayerMixin):
         return rows * column * (int(self.cumulative_length) - self.released)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take memory for the rows of the first keys and values.
+        """Allocate memory for the rows of the first keys and values.
 
         Raises:
-            NotImplementedError: keys and values differ in shape, or the ops do not take their
+            NotImplementedError: keys and values differ in shape, or the ops do not support their
                 head_dim or dtype.
         """
         if key_states.shape != value_states.shape:
@@ -127,10 +128,10 @@ class SlotLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of keys, and how many were dropped on the left."""
+        """The number of key columns, and of columns that were dropped on the left."""
         return self.capacity, 0
 
-    # As in transformers' own static layers, whose annotation says int all the same.
+    # As in transformers' own static layers, although their annotation says int.
     def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
         """Columns in use, padding included."""
         return self.cumulative_length if self.is_initialized else 0
@@ -145,9 +146,9 @@ class SlotLayer(CacheLayerMixin):
         self.released = 0
 
     def trim(self) -> None:
-        """Give back the memory of columns that no later token sees, where there are pages of them.
+        """Give back the memory of whole pages of columns that no later token sees.
 
-        Nothing happens without a window, on other devices than the CPU, in compiled code, and while
+        Does nothing without a window, on devices other than the CPU, in compiled code, and while
         the past is recorded.
         """
         if self.window is None or self.record_past or not self.is_initialized:
@@ -167,7 +168,7 @@ class SlotLayer(CacheLayerMixin):
         self.record_past = True
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Refuse what `crop` could not do.
+        """Raise if `crop` could not do this.
 
         Args:
             tokens_to_remove: see `crop`.
@@ -177,7 +178,7 @@ class SlotLayer(CacheLayerMixin):
         """
         length = int(self.cumulative_length)
         least = -length
-        # The next token would see columns that are gone.
+        # The next token would see columns that have been released.
         if self.window is not None and self.released:
             least = self.released + self.window - 1 - length
         if not least <= tokens_to_remove <= 0:
@@ -195,18 +196,18 @@ class SlotLayer(CacheLayerMixin):
 
         Raises:
             ValueError: it is positive, there are not that many tokens, or a sliding layer has given
-                back what the next token would see.
+                back columns that the next token would see.
         """
         self.check_crop(tokens_to_remove)
         self.cumulative_length.add_(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
+        """Row i becomes a copy of the former row `beam_idx[i]`."""
         if self.is_initialized:
             self.select(beam_idx.tolist(), 0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, one after the other."""
+        """Repeat each row `repeats` times, copies next to each other."""
         if self.is_initialized:
             self.select([row for row in range(self.batch_size) for _ in range(repeats)], 0)
 
@@ -216,9 +217,9 @@ class SlotLayer(CacheLayerMixin):
             self.select(torch.arange(self.batch_size)[indices.cpu()].tolist(), 0)
 
     def select(self, rows: Sequence[int], padding: int) -> None:
-        """Keep these rows in this order without their first `padding` columns.
+        """Keep these rows in this order, without their first `padding` columns.
 
-        Where the number of rows stays, only rows that change are copied.
+        If the number of rows stays the same, only rows that change are copied.
         """
         end = int(self.cumulative_length)
         begin = max(padding, self.released)
@@ -239,10 +240,10 @@ class SlotLayer(CacheLayerMixin):
         self.cumulative_length.sub_(padding)
 
     def place(self, other: SlotLayer, targets: Sequence[int], length: int, num_rows: int) -> None:
-        """Copy the rows of another layer to `targets`, all rows ending in column `length`."""
+        """Copy the rows of another layer to `targets`; all rows then end in column `length`."""
         mine, theirs = int(self.cumulative_length), int(other.cumulative_length)
         former, there = (self.keys, self.values), self.batch_size
-        # What rows move by, and the first columns that have content, before and after.
+        # How far rows move, and the first columns that have content, before and after.
         by, their_by = length - mine, length - theirs
         first, their_first = self.released, other.released
         if num_rows != there:
@@ -254,7 +255,7 @@ class SlotLayer(CacheLayerMixin):
             self._move(staying, first, first + by, mine - first)
         for new, old in ((self.keys, other.keys), (self.values, other.values)):
             new[targets, :, their_first + their_by : length] = old[:, :, their_first:theirs]
-        # A row's padding is no content that was lost.
+        # Padding counts as released only if content was lost there.
         self.released = max(first and first + by, their_first and their_first + their_by)
         self.cumulative_length.fill_(length)
 
@@ -266,8 +267,8 @@ class SlotLayer(CacheLayerMixin):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """New memory for this many rows; a KVCache has it, which commits what is written."""
-        # What is made in inference mode could not be changed outside of it, where a loop may call
+        """Allocate this many rows, in a KVCache's memory, which is committed as it is written."""
+        # Tensors made in inference mode could not be modified outside of it, where a loop may call
         # `insert` and others.
         with torch.inference_mode(False):
             self._memory = kernels.KVCache(

@@ -1,10 +1,10 @@
-"""The releases of transformers that this package knows; importing it refuses all others."""
+"""The releases of transformers that this package supports; importing it rejects all others."""
 
 from __future__ import annotations
 
 import transformers
 
-# As in pyproject.toml: from the first on, before the second.
+# As in pyproject.toml: from the first on, and before the second.
 OLDEST, NEXT = (5, 17), (6, 0)
 
 

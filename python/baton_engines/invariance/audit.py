@@ -1,4 +1,4 @@
-"""Asks, and compares every answer with the first one to the same prompt."""
+"""Sends prompts and compares every answer with the first one to the same prompt."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class AxisResult:
-    """What one axis showed.
+    """The result for one axis.
 
     Attributes:
         name: of the axis.
         findings: one per prompt, in the order of the prompts; empty if `unsupported`.
-        unsupported: why the engine cannot be asked like this, or None.
+        unsupported: why the engine cannot be tested on this axis, or None.
     """
 
     name: str
@@ -72,10 +72,10 @@ def audit(
 
     Args:
         target: the engine.
-        prompts: those that the axes were made for.
+        prompts: the ones that the axes were made for.
         axes: see `make_axes`.
         max_tokens: of every answer, as in the axes.
-        on_axis: called with the name of what is asked next.
+        on_axis: called with the name of each axis before it is tested.
 
     Raises:
         TargetError: a prompt got no answer, or an empty one, which shows nothing.

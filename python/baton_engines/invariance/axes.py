@@ -1,4 +1,4 @@
-"""The kinds of company in which a prompt is asked again."""
+"""The kinds of company in which a prompt is sent again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .target import Request
 
-# A tail makes another prompt with the same beginning.
+# Appending a tail makes another prompt with the same beginning.
 _TAILS = (" Then,", " However,", " For example,")
 _FILLER = "The lamp was lit every evening and put out every morning, and nobody asked why. "
 
@@ -32,7 +32,7 @@ class Axis:
 
     Attributes:
         name: for a table.
-        batches: sent one after another; every prompt is watched once in them.
+        batches: sent one after another; every prompt is watched exactly once.
     """
 
     name: str
@@ -70,7 +70,7 @@ def make_axes(
     axes += [
         Axis(
             f"batch of {size}",
-            # The last batch takes prompts of the first one as neighbors until it is full.
+            # The last batch is filled up with prompts of the first one as neighbors.
             tuple(_grouped(indices, size, asked)),
         )
         for size in batch_sizes
@@ -120,13 +120,14 @@ def _grouped(indices: Sequence[int], size: int, requests: Sequence[Request]) -> 
 
 
 def _with_neighbors(index: int, requests: Sequence[Request], neighbors: Sequence[Request]) -> Batch:
-    # Neighbors come first, so that the engine is at work on them when the watched prompt arrives.
+    # Neighbors come first, so that the engine is busy with them when the watched prompt arrives.
     return Batch((*neighbors, requests[index]), (*[None] * len(neighbors), index))
 
 
 def _after_same_beginnings(requests: Sequence[Request], max_tokens: int) -> Iterator[Batch]:
     for index, request in enumerate(requests):
         same = [Request(request.prompt + tail, max_tokens) for tail in _TAILS]
-        # By then the engine may have kept the beginning, and it meets it again in the same batch.
+        # After this the engine may have cached the beginning; it then occurs again within one
+        # batch.
         yield Batch((same[0],), (None,))
         yield Batch((*same[1:], request), (None, None, index))

@@ -1,4 +1,4 @@
-"""A transformers model as a target: left-padded batches through `generate`."""
+"""A transformers model as a target: `generate` on left-padded batches."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class GenerateTarget:
 
 
 def _cut(tokens: torch.Tensor, logprobs: torch.Tensor, most: int, ends: set[int]) -> Answer:
-    """A row without what follows its end, which is padding."""
+    """A row without the padding that follows its end."""
     ids = tokens.tolist()[:most]
     count = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
     return Answer(tuple(ids[:count]), tuple(logprobs[:count].tolist()))

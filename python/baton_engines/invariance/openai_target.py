@@ -1,7 +1,7 @@
 """A server with OpenAI's interface as a target.
 
-Answers are streamed, so that requests can come late and be cancelled: a server learns of a
-cancellation by the end of the connection. Nothing but the standard library is needed.
+Answers are streamed, so that requests can arrive late and be cancelled: a server notices a
+cancellation when the connection closes. Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class OpenAITarget:
     """A server.
 
     Args:
-        url: what the paths of the interface follow, e.g. "http://localhost:8000/v1".
+        url: the base URL that the interface's paths are appended to, e.g.
+            "http://localhost:8000/v1".
         model: the name that the server knows the model by.
-        api: "completions", or "chat" for servers that have nothing else.
-        key: what the server wants as a bearer token, or None.
+        api: "completions", or "chat" for servers that have only that.
+        key: sent as a bearer token, or None.
         timeout: seconds without a byte from the server.
     """
 
@@ -65,7 +66,7 @@ class OpenAITarget:
                     received.wait(index - 1, requests[index].after)
                 return self._stream(requests[index], lambda count: received.put(index, count))
             finally:
-                # Whoever waits for its tokens need not wait longer.
+                # Threads that wait for its tokens can stop waiting.
                 received.put(index, sys.maxsize)
 
         with ThreadPoolExecutor(len(requests)) as threads:
@@ -130,12 +131,12 @@ def _events(response: Any) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise TargetError(f"an event is not JSON: {data[:_SHOWN]!r}") from error
         if not isinstance(event, dict):
-            raise TargetError(f"an event is no object: {data[:_SHOWN]!r}")
+            raise TargetError(f"an event is not an object: {data[:_SHOWN]!r}")
         yield event
 
 
 def _tokens(event: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
-    """Tokens and their log-probabilities, in either of the two forms in use."""
+    """Tokens and their log-probabilities, in either of the two formats in use."""
     for choice in event.get("choices") or ():
         logprobs = choice.get("logprobs") or {}
         if logprobs.get("content"):
@@ -150,7 +151,7 @@ def _tokens(event: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
 
 
 class _Counts:
-    """How many tokens each request has received; threads wait for one another's."""
+    """The number of tokens that each request has received; threads can wait for a count."""
 
     def __init__(self, requests: int):
         self._counts = [0] * requests

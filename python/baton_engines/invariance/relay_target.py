@@ -1,4 +1,4 @@
-"""The relay as a target: all kinds of company, in this process."""
+"""A relay in this process as a target; it supports all kinds of company."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RelayTarget:
     """A relay.
 
     Args:
-        relay: one that nobody else uses meanwhile.
+        relay: one that is not used elsewhere meanwhile.
         encode: from a prompt to token ids.
         name: for the heading of a report.
     """

@@ -1,4 +1,4 @@
-"""What an engine has to be able to do in order to be audited."""
+"""What an engine must be able to do so that it can be audited."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Protocol
 
 
 class TargetError(RuntimeError):
-    """The engine gave no answer; the message says what it gave."""
+    """The engine gave no answer; the message says what happened instead."""
 
 
 class UnsupportedError(Exception):
-    """The engine cannot be asked in this way; the message says why."""
+    """The engine does not support these requests; the message says why."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and when it comes and goes.
+    """A prompt, and when it is sent and cancelled.
 
     Attributes:
         prompt: text.
         max_tokens: the most tokens of the answer, which is greedy.
-        after: tokens that the request before this one in the same batch has received when this one
-            is sent. 0: both are sent at once.
-        cancel_after: tokens after which the request is cancelled; None: it is answered to its end.
+        after: sent when the request before this one in the same batch has received this many
+            tokens. 0: both are sent at once.
+        cancel_after: tokens after which the request is cancelled; None: never.
     """
 
     prompt: str
@@ -35,10 +35,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
+    """An answer to a request.
 
     Attributes:
-        tokens: ids, or texts where an engine only gives these.
+        tokens: ids, or texts if the engine only gives these.
         logprobs: natural logarithms of the tokens' probabilities; empty if the engine gives none.
     """
 
@@ -65,10 +65,10 @@ class Target(Protocol):
 
 
 def refuse_comings_and_goings(requests: Sequence[Request], reason: str) -> None:
-    """For engines whose batches are fixed from the beginning to the end.
+    """Rejects late and cancelled requests, for engines whose batches are fixed from start to end.
 
     Raises:
-        UnsupportedError: a request comes late or is cancelled.
+        UnsupportedError: a request arrives late or is cancelled.
     """
     if any(request.after or request.cancel_after is not None for request in requests):
         raise UnsupportedError(reason)

@@ -1,6 +1,6 @@
-"""What a model must be for the patched Llama pass, checked before anything is changed.
+"""Checks whether the patched Llama pass supports a model, before anything is changed.
 
-An unsupported model is refused here, with what is supported, and never computed wrongly.
+An unsupported model is rejected here, with a list of what is supported, and never computed wrongly.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def check_model(model: object) -> Family:
 
 
 def _check_modules(model: nn.Module, family: Family) -> None:
-    """A replaced module (quantised, adapted) computes something else than its weights say."""
+    """Rejects replaced modules (quantised, adapted): they do more than their weights say."""
     decoder, norm = structure_of(model), family.kind("RMSNorm")
     body = decoder.model
     expected: list[tuple[str, object, type[Any]]] = [("model", body, family.kind("Model"))]
@@ -109,8 +109,8 @@ def _check_modules(model: nn.Module, family: Family) -> None:
 def foreign_hooks(model: nn.Module) -> Iterator[str]:
     """The names of modules with a forward hook that the packed pass would not call.
 
-    Those with which transformers itself records hidden states and attentions do not count: they
-    only act in a forward that requests these.
+    The hooks with which transformers itself records hidden states and attentions do not count:
+    they act only in a forward that requests these.
     """
     for name, module in model.named_modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -124,7 +124,7 @@ def is_foreign(hook: object) -> bool:
 
 
 def _check_forwards(model: nn.Module, family: Family) -> None:
-    """What runs besides the modules' own forward methods would be left out without a word."""
+    """Rejects code outside of the modules' own forward methods, which would silently not run."""
     kind = type(model)
     _supported(
         "forward",
@@ -140,7 +140,7 @@ def _check_forwards(model: nn.Module, family: Family) -> None:
         hooked is None,
     )
     replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
-    # A forward that hides the model's own is called by the unpatched way in, and comes back.
+    # A forward that hides the model's own is called by unpatched calls, and is restored by undo.
     replaced = [name for name in replaced if name]
     _supported(
         "modules",
@@ -178,7 +178,7 @@ def _full_name(kind: type) -> str:
 
 
 def _advice(kind: type) -> str:
-    """What to do about a class that replaces one of the model's."""
+    """Advice on a class that replaces one of the model's."""
     package = kind.__module__
     if package.split(".")[0] == "peft":
         return "; merge the adapter first: model = model.merge_and_unload()"

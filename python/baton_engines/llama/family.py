@@ -1,8 +1,8 @@
-"""The decoders that the packed pass computes: Llama, and those that differ from it in details.
+"""The decoders that the packed pass supports: Llama, and decoders that differ from it in details.
 
 Details are a sliding window, norms of each head's query and key, layers without rotary embedding,
-and constant factors. Everything else about a decoder is Llama's, which `check_model` holds module
-by module.
+and constant factors. Everything else must be as in Llama; `check_model` checks that module by
+module.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PREFIXES = {
     "qwen3": "Qwen3",
     "smollm3": "SmolLM3",
 }
-# Of these every layer slides if the config has a window; of those with layer types, the ones named.
+# In these every layer slides if the config has a window; elsewhere only the layers that are named.
 _ALL_LAYERS_SLIDE = {"Mistral"}
 _LAYERS_SLIDE_BY_TYPE = {"Qwen2", "Qwen3", "SmolLM3"}
 
@@ -32,8 +32,8 @@ class Family(NamedTuple):
     """The classes of a supported model.
 
     Attributes:
-        prefix: of their names, e.g. "Qwen3".
-        model: the class of the model or of one of its bases.
+        prefix: of the class names, e.g. "Qwen3".
+        model: the model's class or one of its bases.
     """
 
     prefix: str
@@ -44,7 +44,7 @@ class Family(NamedTuple):
         return getattr(sys.modules[self.model.__module__], f"{self.prefix}{name}")
 
     def window(self, config: PreTrainedConfig, layer: int) -> int | None:
-        """How many tokens a token of that layer sees, itself included; None for all.
+        """How many tokens a token of that layer sees, including itself; None for all.
 
         Args:
             config: of the model.
@@ -59,7 +59,7 @@ class Family(NamedTuple):
 
 
 def find_family(model: object) -> Family | None:
-    """The family of a model, by the class that it is or inherits from; None if it has none."""
+    """The family of a model, found by its class or a base class; None if there is none."""
     for kind in type(model).__mro__:
         root, _, package = kind.__module__.rpartition(".")[0].rpartition(".")
         prefix = _PREFIXES.get(package)

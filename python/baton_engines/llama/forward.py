@@ -1,10 +1,10 @@
 """A Llama forward pass on packed tokens, laid over an unmodified transformers model.
 
-The patched pass computes any mixture of prefilling and decoding queries in one go, without padding.
-Per layer: norm with the residual added in, one projection for q, k and v, rotation and cache write
-in one op, attention over the rows of the cache, and one projection for gate and up. On the CPU the
-weights of projections lie packed, and the model's parameters step aside meanwhile; elsewhere they
-are the model's own: what is merged here is what its parameters are views of.
+The patched pass computes any mixture of prefilling and decoding queries at once, without padding.
+Each layer runs a norm that also adds the residual, one projection for q, k and v, rotation and
+cache write in one op, attention over the rows of the cache, and one projection for gate and up. On
+the CPU the weights of projections are packed, and the model's parameters hold no memory meanwhile.
+Elsewhere the weights are the model's own: its parameters become views of the merged weights.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _LOGITS = ("last", "all", "none")
 
 
 def project(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    """Every projection of the patched pass, `x @ weight.T + bias`: here to be replaced in one
-    place.
+    """Every projection of the patched pass, `x @ weight.T + bias`, in one function that can be
+    replaced.
 
     Args:
         x: `[tokens, in_features]`.
-        weight: `[out_features, in_features]`, on the CPU packed.
+        weight: `[out_features, in_features]`; packed on the CPU.
         bias: `[out_features]` or None.
     """
     return kernels.linear(x, weight, bias)
@@ -55,47 +55,47 @@ def patch_llama(
     """Lay the packed forward pass over a model, until `undo`.
 
     `with patch_llama(model) as llama:` undoes at the end of the block. While patched, `model(...,
-    batch=PackedBatch, cache=KVCache)` computes packed. A call without `batch` is what it was
-    before, `generate` included, where the model has its parameters: on devices other than the CPU,
+    batch=PackedBatch, cache=KVCache)` computes packed tokens. A call without `batch`, e.g. by
+    `generate`, works as before where the model keeps its parameters: on devices other than the CPU,
     and with `keep_parameters`.
 
-    On the CPU projections read their weights packed (`baton_kernels.pack_linear`), and the patch
-    owns them: the model's own parameters of these weights hold no memory until `undo` gives them
-    back, bit by bit. Until then an unpatched call is refused, and what reads a parameter
-    (`state_dict`, `save_pretrained`, a copy, a pickle) gets its exact values, unpacked for that one
-    time. A tied embedding looks its rows up in the packed weight.
+    On the CPU the projections read packed weights (`baton_kernels.pack_linear`), which the patch
+    owns: the model's own parameters of these weights hold no memory until `undo` restores them, bit
+    by bit. Until then an unpatched call is refused, and whoever reads a parameter (`state_dict`,
+    `save_pretrained`, a copy, a pickle) gets its exact values, unpacked for that one read. A tied
+    embedding looks its rows up in the packed weight.
 
     Args:
         model: LlamaForCausalLM, or a decoder that differs from it in details (Granite, Mistral,
             Qwen2, Qwen3, SmolLM3), in float32, float16 or bfloat16, on one device. Written:
-            `model.forward` becomes an instance attribute. On the CPU, stand-ins take the place of
-            the projections' weights; elsewhere those of q, k, v and of gate, up become views of
-            merged tensors, with the same values. At most one layer's weights exist twice while that
-            is done.
+            `model.forward` becomes an instance attribute. On the CPU, stand-ins replace the weights
+            of the projections; elsewhere those of q, k, v and of gate, up become views of merged
+            tensors, with the same values. At most one layer's weights exist twice at a time.
         weight_dtype: "int8" rounds the weights of all projections and of the head to int8, with a
-            scale per output (`pack_linear`), on the CPU: half of bfloat16's memory. Logits differ;
-            `python -m bench.weights` prints by how much. Their own values are gone then, also after
-            `undo`: whoever reads them is told so. `keep_parameters` keeps them. None: the model's
-            dtype, exact.
-        keep_parameters: on the CPU the model keeps its parameters beside the packed weights, which
-            takes their memory twice, and unpatched calls go on working. What is written into a
-            parameter meanwhile is not seen by the packed pass. Elsewhere it changes nothing.
+            scale per output (`pack_linear`), on the CPU only; this takes half of bfloat16's memory.
+            Logits differ; `python -m bench.weights` prints by how much. The original values are
+            then lost, even after `undo`, and reading them raises an error, unless `keep_parameters`
+            is set. None: the model's dtype, exact.
+        keep_parameters: on the CPU the model keeps its parameters in addition to the packed
+            weights, which takes their memory twice; unpatched calls then keep working. Values that
+            are written into a parameter meanwhile do not reach the packed pass. On other devices it
+            has no effect.
 
     Raises:
-        TypeError: model is no torch module.
+        TypeError: model is not a torch module.
         ValueError: model is patched already, or weight_dtype is something else.
-        RuntimeError: the model's weights are gone: an earlier patch has rounded them.
-        NotImplementedError: the model, or something in its config, is not supported, or its device
-            has no weights in int8; the message names what is.
+        RuntimeError: the model's weights are lost, because an earlier patch rounded them.
+        NotImplementedError: the model, something in its config, or int8 weights on its device are
+            not supported; the message says what is.
 
-    Undefined: results after a module of the model has been replaced while patched. Moving or
-        converting the model while patched is noticed and refused, and so is a forward hook, which
-        the packed pass would not call.
+    Undefined: results after a module of the model was replaced while patched. Moving or converting
+        the model while patched is noticed and refused, and so is a forward hook, which the packed
+        pass would not call.
 
-    Source: BATON, decoding a batch whose queries come and go; merged projections as engines have
-        them.
+    Source: BATON, decoding a batch whose queries come and go; merged projections are common in
+        engines.
     """
-    # A parameter whose data was made in inference mode could never be trained again.
+    # A parameter whose data was made in inference mode could not be trained any more.
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(getattr(model, "__dict__", {}).get("forward"), PatchedForward):
             raise ValueError(
@@ -115,17 +115,17 @@ class PatchedLlama(ModelHandle):
 
     Args:
         model: a model that `patch_llama` has checked.
-        family: its classes.
-        weight_dtype: of the packed weights; None for the model's.
-        keep_parameters: as `patch_llama` takes it.
+        family: the family of the model's classes.
+        weight_dtype: of the packed weights; None for the model's dtype.
+        keep_parameters: see `patch_llama`.
 
     Attributes:
         model: the model.
         num_layers, num_heads, num_kv_heads, head_dim, vocab_size: int, its sizes.
         dtype, device: of its weights.
         weight_dtype: torch.int8 where the packed weights are rounded to it, else None.
-        whole_prompts: bool; whether a prompt in parts would be another prompt: the frequencies of
-            dynamic RoPE are those of a forward's last token.
+        whole_prompts: bool; whether prompts must be computed whole: dynamic RoPE uses the
+            frequencies of a forward's last token.
     """
 
     model: PreTrainedModel
@@ -151,7 +151,7 @@ class PatchedLlama(ModelHandle):
         self.vocab_size = decoder.lm_head.out_features
         self.dtype, self.device = decoder.lm_head.weight.dtype, decoder.lm_head.weight.device
         self._scale = attention.scaling
-        # Granite multiplies by constants; everywhere else they are 1.
+        # Granite multiplies by constants; in other models they are 1.
         self._embedding_multiplier = getattr(config, "embedding_multiplier", 1.0)
         self._residual_multiplier = getattr(config, "residual_multiplier", 1.0)
         self._logits_scaling = getattr(config, "logits_scaling", 1.0)
@@ -170,10 +170,10 @@ class PatchedLlama(ModelHandle):
             )
         ]
         self._fixed = [*tensors_of((*self._layers, self._weights.head))]
-        # An attribute of the instance hides the method of the class; whatever hid it before comes
-        # back on undo.
+        # An instance attribute hides the method of the class; `undo` restores what was hidden
+        # before.
         self._hidden_forward = model.__dict__.get("forward")
-        # The dictionaries themselves, so that a hook that comes later is seen without a search.
+        # Keeps the dictionaries themselves, so that hooks that are added later are seen at no cost.
         self._hooks = [
             hooks
             for module in model.modules()
@@ -206,15 +206,15 @@ class PatchedLlama(ModelHandle):
     ) -> torch.Tensor | None:
         """Compute the packed tokens: write their keys and values, return logits.
 
-        A row's logits are those of `model(input_ids)` on its query alone, and do not depend on the
-        other rows.
+        A row's logits are those of `model(input_ids)` on its query by itself, and do not depend on
+        the other rows.
 
         Args:
             token_ids: int32 or int64 `[total_tokens]`, on the model's device, each below the
                 vocabulary size.
             batch: PackedBatch of the cache's shape, whose rows already count these tokens.
             cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
-            logits: "last" for those of each row's last token, "all" for those of every packed
+            logits: "last" for the logits of each row's last token, "all" for those of every packed
                 token, "none" for none.
 
         Returns:
@@ -223,7 +223,7 @@ class PatchedLlama(ModelHandle):
 
         Raises:
             ValueError: token_ids does not fit the batch, the cache does not fit the model, or
-                logits is another word.
+                logits is none of the three.
             RuntimeError: the patch was undone, or the model was moved or converted while patched.
 
         Undefined: the result when columns of a row have never been written.
@@ -286,28 +286,28 @@ class PatchedLlama(ModelHandle):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the projections' weights as a forward reads them, the head's included."""
+        """Bytes of the weights that a forward's projections read, including the head's."""
         return self._weights.num_bytes
 
     def addresses(self, longest: int) -> tuple[int, ...]:
         """As `ModelHandle.addresses`."""
         self._check_model()
-        # These two are looked up in each forward: they may have become other objects.
+        # These two are looked up in each forward, because they may be replaced.
         found = (self._weights.embedding, norm_of(self._decoder.model.norm)[0])
         tensors = itertools.chain(self._fixed, found)
         return (*self._rotary.addresses(longest), *map(torch.Tensor.data_ptr, tensors))
 
     def twin(self) -> PatchedLlama:
-        """A handle on the same patch whose `forward` another thread may call meanwhile; use it only
-        until `undo`."""
+        """A handle on the same patch whose `forward` another thread may call at the same time; use
+        it only until `undo`."""
         twin = object.__new__(PatchedLlama)
         twin.__dict__.update(self.__dict__)
-        # The only part of a forward that has state.
+        # The rotary table is the only part of a forward that has state.
         twin._rotary = copy.deepcopy(self._rotary)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As the unpatched model, to be patched where it arrives."""
+        """Pickles as the unpatched model, which is patched again where it is loaded."""
         if not (self._weights.is_exact or self._keep_parameters):
             raise NotImplementedError(
                 "PatchedLlama: a model in int8 can be given to another process only with its own "
@@ -320,26 +320,25 @@ class PatchedLlama(ModelHandle):
         return _patched, (type(self.model), state, options)
 
     def undo(self) -> None:
-        """Make the model what it was before: its forward method, and its parameters, the same
-        objects with the same bits, each with memory of its own again. Undoing twice does
-        nothing.
+        """Restore the model: its forward method, and its parameters, the same objects with the same
+        bits, each with separate memory again. Undoing twice does nothing.
 
-        Weights that were rounded to int8 and not kept are gone: the model's parameters stay without
-        values, and whoever reads them is told so.
+        Weights that were rounded to int8 and not kept are lost: the model's parameters then stay
+        without values, and reading them raises an error.
         """
         forward, self._forward = self._forward, None
         if forward is None:
             return
         forward.handle = None
-        # Someone may have hidden our forward in turn; then theirs stays and ours just passes calls
-        # on.
+        # Something else may have replaced our forward in turn. Its replacement then stays, and ours
+        # just passes calls on.
         if self.model.__dict__.get("forward") is forward:
             if self._hidden_forward is None:
                 del self.model.forward
             else:
                 self.model.forward = self._hidden_forward
         with torch.inference_mode(False), torch.no_grad():
-            # The last references to a weight go before it is restored.
+            # Drops the last references to a weight before it is restored.
             self._layers.clear()
             self._fixed.clear()
             self._weights.restore()
@@ -384,8 +383,8 @@ class PatchedLlama(ModelHandle):
 class PatchedForward:
     """`model.forward` while patched: packed when `batch` is given, else what it was.
 
-    An object and not a closure, so that a copy of a patched model, which is not patched, calls the
-    copy. Its signature is that of the original, which `generate` looks at.
+    An object instead of a closure, so that a copy of a patched model, which is not patched, calls
+    the copy. Its signature is the original's, because `generate` looks at that.
     """
 
     def __init__(self, handle: PatchedLlama, original: Callable[..., Any]) -> None:
@@ -394,7 +393,8 @@ class PatchedForward:
         functools.update_wrapper(self, original)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled model has no owner who could undo its patch: it comes out plain."""
+        """A copied or pickled model has no owner who could undo its patch, so it becomes
+        unpatched."""
         return _as_it_was, (self.original,)
 
     def __call__(
@@ -418,7 +418,7 @@ class PatchedForward:
                     "patch (the relay's close, or the handle's undo), or patch with "
                     "patch_llama(model, keep_parameters=True), before an unpatched call"
                 )
-            # From transformers 5.24 on, a model's own cache has this name too.
+            # From transformers 5.24 on, a model's own cache argument has this name too.
             return self.original(*args, **({} if cache is None else {"cache": cache}), **kwargs)
         token_ids = args[0] if args else kwargs.pop("input_ids", None)
         if batch is None or cache is None or token_ids is None or kwargs or len(args) > 1:
@@ -446,5 +446,5 @@ def _patched(
 
 
 def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """`x * factor`, rounded once; x itself where that is 1."""
+    """`x * factor`, rounded once; x itself if the factor is 1."""
     return x if factor == 1.0 else x * factor

@@ -1,4 +1,4 @@
-"""What a relay needs of a model, whichever code computes it."""
+"""The interface between a relay and a model, whichever code computes the model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class ModelHandle(ABC):
     """A model in use for packed forwards, until `undo`; `with handle:` undoes at the end.
 
     Attributes:
-        model: the model; of what stands in for one, something with a `config`.
+        model: the model; for a stand-in, any object with a `config`.
         num_layers, num_kv_heads, head_dim, vocab_size: int, its sizes as its cache sees them.
         dtype, device: of its keys and values.
-        whole_prompts: bool; whether a prompt in parts would be another prompt.
+        whole_prompts: bool; whether prompts must be computed whole.
         num_ranks: int; processes that share every layer (tensor parallelism).
-        can_be_captured: bool; whether `forward`, of one token per row, may be captured in a CUDA
-            graph: on a GPU it waits for nothing, skips rows in slot -1, and gives a row bits that
-            do not depend on the number of rows. `addresses` then says what it has built in.
+        can_be_captured: bool; whether `forward` with one token per row may be captured in a CUDA
+            graph: on a GPU it never waits, it skips rows in slot -1, and the bits of a row do not
+            depend on the number of rows. `addresses` then returns what a capture depends on.
         takes_eight_bits: bool; whether a cache may be of int8 or float8_e4m3fn.
     """
 
@@ -58,13 +58,13 @@ class ModelHandle(ABC):
             num_slots: int, at least 1; queries it can hold.
             capacity: int, at least 1; columns of a slot.
             aligned: bool; whether all rows end in the same column.
-            dtype: of keys and values; None, or the model's own; int8 or float8_e4m3fn on a CPU
-                where the handle takes them.
+            dtype: of keys and values; None or the model's own; on a CPU also int8 or float8_e4m3fn
+                if the handle supports them.
             huge_pages: bool; see `KVCache`.
 
         Raises:
             ValueError: num_slots or capacity is below 1.
-            NotImplementedError: dtype is none of these.
+            NotImplementedError: dtype is anything else.
         """
         eight_bits = tuple(EIGHT_BITS) if self.takes_eight_bits else ()
         if dtype not in (None, self.dtype, *eight_bits):
@@ -113,7 +113,7 @@ class ModelHandle(ABC):
             token_ids: int32 or int64 `[total_tokens]`.
             batch: PackedBatch of the cache's shape, whose rows already count these tokens.
             cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
-            logits: "last" for those of each row's last token, "all" for those of every packed
+            logits: "last" for the logits of each row's last token, "all" for those of every packed
                 token, "none" for none.
 
         Returns:
@@ -121,25 +121,25 @@ class ModelHandle(ABC):
         """
 
     def addresses(self, longest: int) -> tuple[int, ...]:
-        """Where a forward finds what it reads besides its arguments and the cache: while that stays
-        the same, a captured one may be replayed.
+        """The addresses that a forward reads besides its arguments and the cache. As long as they
+        stay the same, a captured forward may be replayed.
 
         Args:
-            longest: tokens of the longest row; what has to be computed for it is computed now.
+            longest: tokens of the longest row; anything it needs is computed now.
 
         Raises:
-            RuntimeError, NotImplementedError: what `forward` raises if the model was changed.
+            RuntimeError, NotImplementedError: as `forward` if the model was changed.
         """
         raise NotImplementedError(f"{type(self).__name__}.addresses: forward cannot be captured")
 
     @abstractmethod
     def twin(self) -> ModelHandle:
-        """A handle on the same model whose `forward` another thread may call meanwhile; use it only
-        until `undo`."""
+        """A handle on the same model whose `forward` another thread may call at the same time; use
+        it only until `undo`."""
 
     @abstractmethod
     def undo(self) -> None:
-        """Make the model what it was before. Undoing twice does nothing."""
+        """Restore the model. Undoing twice does nothing."""
 
     def __enter__(self: _Self) -> _Self:
         return self

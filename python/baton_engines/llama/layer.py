@@ -1,4 +1,4 @@
-"""What the packed pass calls the ops of a layer with."""
+"""The arguments with which the packed pass calls the ops of a layer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .weights import LayerWeights, Projection
 
 
 class Layer(NamedTuple):
-    """The arguments of a layer's norms (weight, eps) and projections (weight, bias), how many
-    tokens a token sees, norms of each head's query and key, and whether these are rotated."""
+    """The arguments of a layer's norms (weight, eps) and projections (weight, bias), the number
+    of tokens that a token sees, norms of each head's query and key, and whether to rotate these."""
 
     attention_norm: tuple[torch.Tensor, float]
     qkv: Projection
@@ -28,7 +28,7 @@ class Layer(NamedTuple):
 
     @staticmethod
     def of(layer: DecoderLayer, weights: LayerWeights, window: int | None) -> Layer:
-        """Of a module and the weights of its projections.
+        """The arguments for a module and the weights of its projections.
 
         Args:
             layer: the module.

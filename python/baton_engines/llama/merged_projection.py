@@ -1,4 +1,4 @@
-"""Several linear modules on the same input as one weight, without a second copy of any."""
+"""Several linear modules with the same input as one weight, without copies of their weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 
 class MergedProjection:
-    """Several linear modules on the same input as one weight and one bias, which their parameters
-    are views of."""
+    """Several linear modules with the same input as one weight and one bias; the modules'
+    parameters are views of them."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self._weights: list[torch.Tensor] = [linear.weight for linear in linears]
@@ -25,7 +25,7 @@ class MergedProjection:
         return self._weights[0].data_ptr() == self.weight.data_ptr()
 
     def restore(self) -> None:
-        """Give each parameter memory of its own."""
+        """Give each parameter separate memory."""
         for parameter in (*self._weights, *self._biases):
             parameter.data = parameter.data.clone()
 
@@ -41,8 +41,8 @@ def _merge(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _neighbors(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The parts as one tensor, if they lie one after the other in one memory: those of a model that
-    was patched when it was saved do, and need no second copy."""
+    """The parts as one tensor if they are adjacent in memory, else None. They are adjacent in a
+    model that was saved while patched, which then needs no copy."""
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         memory = part.untyped_storage().data_ptr()

@@ -1,7 +1,7 @@
-"""What can be wrong with the files of a model folder, found before a model is built from them.
+"""Finds damaged or missing files of a model folder before a model is built from them.
 
-A download that was cut off, a Git LFS pointer or a web page in place of a file are common, and what
-the readers of these formats say of them names neither the file nor the remedy.
+An interrupted download, a Git LFS pointer or a web page instead of a file are common, and the
+errors of the readers of these formats name neither the file nor the remedy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
-# What transformers reads instead when there are no safetensors.
+# What transformers reads if there are no safetensors.
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _LFS = b"version https://git-lfs"
@@ -25,7 +25,7 @@ class ModelFileError(ValueError):
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise unless the files of the folder can be what they are called.
+    """Raise unless the folder's files appear to be what their names say.
 
     Args:
         folder: an existing folder.
@@ -52,7 +52,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a file that a tokenizer could be read from."""
+    """Whether there is a file from which a tokenizer could be read."""
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
@@ -91,7 +91,7 @@ def _check_beginning(path: Path) -> None:
 
 def _check_safetensors(path: Path) -> None:
     try:
-        # Opening compares the header with the length of the file, and reads no tensor.
+        # Opening compares the header with the file's length and reads no tensor.
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:

@@ -1,7 +1,7 @@
-"""Which tokens one forward pass computes, and where their keys and values go.
+"""Describes which tokens a forward pass computes, and where their keys and values go.
 
-A packed batch is any mixture of queries: those that prefill bring many tokens, those that decode
-bring one. Their tokens lie one after the other without padding, in the order of the rows.
+A packed batch is any mixture of queries: prefilling queries have many tokens, decoding queries one
+each. The tokens are packed one after the other without padding, in the order of the rows.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class PackedBatch:
             cu_seqlens_q[i + 1])`.
         slots: int32 `[rows]`.
         starts: int32 `[rows]`, in columns.
-        lengths: int32 `[rows]`, in tokens, those of this pass included.
+        lengths: int32 `[rows]`, in tokens, including those of this pass.
         token_slots: int32 `[total_tokens]`; the slot of each packed token.
         token_columns: int32 `[total_tokens]`; its column.
-        positions: int32 `[total_tokens]`; its position in its own query, what RoPE uses.
+        positions: int32 `[total_tokens]`; its position in its query, as used by RoPE.
         last_tokens: int32 `[rows]`; the packed index of each row's last token.
-        query_lengths: tuple of int; tokens that each row computes, on the host.
-        total_lengths: tuple of int; `lengths` on the host, so that no device is asked.
+        query_lengths: tuple of int; the number of tokens that each row computes, on the host.
+        total_lengths: tuple of int; `lengths` on the host, so that the device need not be read.
         max_query_length: int, the largest of `query_lengths`.
         max_length: int, the largest of `lengths`.
-        padding: tuple of int; tokens of padding after those of each row, which compute and are
-            cached like tokens, at separate positions and columns behind the row's last one:
+        padding: tuple of int; the number of padding tokens after each row's tokens. They are
+            computed and cached like tokens, at positions and columns behind the row's last token:
             `cu_seqlens_q`, `lengths` and the packed tensors count them, `query_lengths`,
             `total_lengths` and `last_tokens` do not.
     """
@@ -82,17 +82,17 @@ class PackedBatch:
     ) -> PackedBatch:
         """The batch that computes the last tokens of rows of a shape.
 
-        The shape already counts the tokens to compute: allocate or extend first, then build the
-        batch.
+        The shape must already count the tokens to compute: allocate or extend first, then build
+        the batch.
 
         Args:
             shape: BatchShape; read, not kept.
             slots: ints, distinct, in use, at least one; the rows in the order of the packed tokens.
-            query_lengths: ints, one per slot, from 1 to the row's length; None stands for 1 each (a
+            query_lengths: ints, one per slot, from 1 to the row's length; None means 1 each (a
                 decode step).
-            device: where the tensors shall live: that of the model and the cache.
-            padded: bool; whether every row is padded to the number of tokens of the longest,
-                behind its own. The shape does not count the padding, whose columns must be free.
+            device: where to create the tensors: the device of the model and the cache.
+            padded: bool; whether every row is padded at its end to the number of tokens of the
+                longest. The shape does not count the padding, whose columns must be free.
 
         Raises:
             ValueError: no slot, a slot not in use or named twice, query_lengths that do not fit, or
@@ -134,7 +134,7 @@ class PackedBatch:
             "positions": positions,
             "last_tokens": last_tokens,
         }
-        # One tensor and views of it: one copy to a device instead of eight.
+        # One tensor and views of it, so that one copy to the device replaces eight.
         packed = torch.tensor(
             [number for part in parts.values() for number in part], dtype=torch.int32, device=device
         )

@@ -1,4 +1,4 @@
-"""What stands in a module for a parameter whose values lie packed elsewhere."""
+"""Stands in for a module's parameter whose values are packed elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-# What asks about a tensor and does not read it, besides attributes.
+# Functions that ask about a tensor without reading it, besides attributes.
 _QUESTIONS = frozenset(
     (
         *("dim", "size", "stride", "numel", "nelement", "element_size", "storage_offset"),
@@ -26,13 +26,13 @@ _GONE = (
 
 
 class PackedParameter(nn.Parameter):
-    """A parameter without memory: shape, dtype and device are there, values are unpacked anew for
-    whoever reads them.
+    """A parameter without memory: it has a shape, dtype and device, and unpacks its values anew for
+    every reader.
 
-    So `state_dict`, a copy and a pickle have the exact bits, and the latter two plain parameters.
-    Writing is refused, because nobody would read it; `module.to` and its like put real values in
-    its place, which it then stands for. Of a weight that was rounded there are no values: reading
-    is refused too, and goes on to be.
+    So `state_dict`, copies and pickles get the exact bits; copies and pickles are plain parameters.
+    Writing is refused, because nothing would read it. `module.to` and similar functions give it
+    real values, which it then holds. If the weight was rounded, the values are lost, and reading is
+    refused too, from then on.
     """
 
     unpack: Callable[[], torch.Tensor] | None
@@ -44,15 +44,15 @@ class PackedParameter(nn.Parameter):
         unpack: Callable[[], torch.Tensor] | None,
         rows: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> PackedParameter:
-        """The stand-in of a parameter.
+        """The stand-in for a parameter.
 
         Args:
-            parameter: whose place it takes.
-            unpack: makes its values, in memory of their own; None where they are gone.
-            rows: makes the rows of it that int32 or int64 `[n]` names, `[n, in_features]`; None
-                likewise.
+            parameter: the parameter to replace.
+            unpack: returns its values in separate memory; None if they are lost.
+            rows: returns the rows `[n, in_features]` that int32 or int64 indices `[n]` select; None
+                if the values are lost.
         """
-        # One element, seen in every place.
+        # One element that every index maps to.
         nothing = parameter.data.new_empty(1).expand(parameter.shape)
         made = PackedParameter(nothing, parameter.requires_grad)
         made.unpack, made.rows = unpack, rows
@@ -60,7 +60,7 @@ class PackedParameter(nn.Parameter):
 
     @property
     def is_packed(self) -> bool:
-        """Whether nobody has put real values in its place."""
+        """Whether it still stands in, i.e. nobody has given it real values."""
         return self.untyped_storage().nbytes() == self.element_size()
 
     @classmethod
@@ -72,10 +72,10 @@ class PackedParameter(nn.Parameter):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # An embedding reads few rows: these are unpacked, not all.
+        # An embedding reads few rows, so only these are unpacked.
         if function is nn.functional.embedding and kwargs.get("max_norm") is None:
             indices, weight = args[:2]
-            # A compiler cannot trace what `is_packed` asks; a model does not change there.
+            # A compiler cannot trace `is_packed`, and a model does not change while it compiles.
             if isinstance(weight, cls) and (torch.compiler.is_compiling() or weight.is_packed):
                 if weight.rows is None:
                     raise RuntimeError(_GONE)
@@ -105,7 +105,7 @@ class PackedParameter(nn.Parameter):
 
 
 def check_values(model: object) -> None:
-    """Refuse a model whose parameters have lost their values.
+    """Rejects a model whose parameters have lost their values.
 
     Args:
         model: anything; only a module has parameters.
@@ -120,7 +120,7 @@ def check_values(model: object) -> None:
 
 
 def _read(value: Any) -> Any:
-    """The values of a packed parameter; anything else as it is."""
+    """The values of a packed parameter; anything else unchanged."""
     if isinstance(value, PackedParameter) and value.is_packed:
         if value.unpack is None:
             raise RuntimeError(_GONE)

@@ -1,8 +1,8 @@
-"""Linear modules whose weights lie packed, in the order in which a CPU reads them.
+"""Linear modules with packed weights, stored in the order in which a CPU reads them.
 
-Packed weights are as large as the weights, and the parameters cannot be views of them. So unless
-they are kept, the modules' parameters step aside until `restore`, and `PackedParameter` stand in
-for them.
+Packed weights are as large as the weights, and parameters cannot be views of them. So unless they
+are kept, the modules' parameters give up their memory until `restore`, and `PackedParameter`s stand
+in for them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from .packed_parameter import PackedParameter
 
 
 class PackedProjection:
-    """Several linear modules on the same input as one packed weight and one bias.
+    """Several linear modules with the same input as one packed weight and one bias.
 
     Args:
-        linears: of one dtype, on the CPU. Written: unless parameters are kept, stand-ins take the
-            place of their weights, which give up their memory.
-        memory: where the panels lie.
-        dtype: of the panels; see `pack_linear`. Values that are rounded are gone.
-        keep_parameters: whether the modules keep their weights besides.
-        also: other modules with the first linear's parameter.
+        linears: of one dtype, on the CPU. Written: unless parameters are kept, stand-ins replace
+            their weights, which give up their memory.
+        memory: where the panels are stored.
+        dtype: of the panels; see `pack_linear`. The original of rounded values is lost.
+        keep_parameters: whether the modules keep their weights as well.
+        also: other modules that have the first linear module's parameter.
 
     Attributes:
         weight: the `PackedWeight`.
-        bias: theirs one after the other, or None.
+        bias: the modules' biases one after the other, or None.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PackedProjection:
             unpack = functools.partial(self._unpack, begin, end) if is_exact else None
             take_rows = functools.partial(self._rows, begin) if is_exact else None
             shells.append(PackedParameter.of(parameter, unpack, take_rows))
-        # The weights' memory goes before that of the panels comes.
+        # Frees the weights' memory before allocating that of the panels.
         for parameter in parameters:
             parameter.data = parameter.data.new_empty(0)
         self.weight = pack_linear(rows, dtype=dtype, memory=memory)
@@ -76,7 +76,7 @@ class PackedProjection:
             self._stand_ins.append((modules, parameter, shell))
 
     def is_shared(self) -> bool:
-        """Whether the stand-ins are still in place, without values of their own."""
+        """Whether the stand-ins are still in place and nobody has given them values."""
         for modules, _, shell in self._stand_ins:
             same = shell.is_packed and shell.dtype == self._dtype
             if not same or modules[0].weight is not shell:
@@ -84,14 +84,14 @@ class PackedProjection:
         return True
 
     def restore(self) -> None:
-        """Give each module its parameter back, in memory of its own, and the panels' memory to the
-        system. Where values were rounded the stand-ins stay, which say so to whoever reads them."""
+        """Give each module its parameter back, in separate memory, and the panels' memory to the
+        system. Stand-ins for rounded values stay, and raise an error when they are read."""
         if not self._stand_ins:
             return
         if self.weight.scales is not None:
             self._memory.release(self.weight.panels)
             for modules, parameter, shell in self._stand_ins:
-                # Somebody's own values in its place are the parameter's, as below.
+                # Values that somebody gave it belong to the parameter, as below.
                 if not shell.is_packed:
                     parameter.data = shell.data
                     for module in modules:
@@ -104,7 +104,7 @@ class PackedProjection:
         begin = 0
         for modules, parameter, shell in self._stand_ins:
             end = begin + len(shell)
-            # Values that somebody has put in its place are the parameter's now.
+            # Values that somebody gave the stand-in become the parameter's.
             parameter.data = rows[begin:end].clone() if shell.is_packed else shell.data
             begin = end
             for module in modules:
@@ -122,7 +122,7 @@ class PackedProjection:
 def memory_for(
     groups: Iterable[Sequence[nn.Linear]], dtype: torch.dtype | None = None
 ) -> PanelMemory:
-    """Memory for the panels of all groups of linear modules that are to be one projection each.
+    """Memory for the panels of all groups of linear modules that become one projection each.
 
     Args:
         groups: the linear modules.
@@ -137,8 +137,8 @@ def memory_for(
 
 
 def return_free_memory() -> None:
-    """Let the C library give freed blocks back to the system, which it otherwise keeps: what a
-    layer's weights were would stay with the process beside its panels."""
+    """Lets the C library return freed blocks to the system. Otherwise it would keep the memory of a
+    layer's former weights in addition to its panels."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,9 +1,9 @@
 """Rotary cos and sin of packed tokens, in float32, as the model's own rotary module computes them.
 
-Every frequency and scaling factor comes out of that module, so that everything that a config can
-name is computed by one implementation. What is added here: the values are kept in a table indexed
-by position, and for `dynamic` RoPE, whose frequencies depend on the length of the query, each query
-gets those it would get if it were decoded by itself.
+Every frequency and scaling factor comes from that module, so only one implementation computes what
+a config can specify. What is added here: the values are kept in a table indexed by position, and
+with `dynamic` RoPE, whose frequencies depend on the length of the query, each query gets the
+frequencies it would get if it were decoded by itself.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .structure import Rotary
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
-# Positions that the table grows by. Always the same blocks, so that a position has the same bits
-# however the table came about. A dynamic block is shorter as each of its rows is a call of the
-# module.
+# Positions by which the table grows. The blocks are always the same, so that a position has the
+# same bits however the table was built. Blocks for dynamic RoPE are shorter, because each of their
+# rows needs one call of the module.
 _BLOCK = 1024
 _DYNAMIC_BLOCK = 64
 
@@ -27,9 +27,9 @@ _DYNAMIC_BLOCK = 64
 class RotaryTable:
     """cos and sin by position, from a private copy of a Llama model's rotary module.
 
-    `cos[i] = scaling * cos(positions[i] * frequencies)`, sin likewise, half a head wide. A dynamic
-    query that passes the length the model was made for has the frequencies for its length in
-    this pass: what the module does when the query is prefilled in one go and then decoded token
+    `cos[i] = scaling * cos(positions[i] * frequencies)`, sin likewise, half a head wide. With
+    dynamic RoPE, a query that is longer than the trained length has the frequencies for its length
+    in this pass. The module does the same when the query is prefilled whole and then decoded token
     by token, with no other query before it or at the same time.
 
     Args:
@@ -37,8 +37,8 @@ class RotaryTable:
         head_dim: int; the module must rotate the whole head.
 
     Raises:
-        NotImplementedError: another RoPE type than `SUPPORTED_ROPE_TYPES`, or one that rotates part
-            of the head.
+        NotImplementedError: the RoPE type is not one of `SUPPORTED_ROPE_TYPES`, or rotates only
+            part of the head.
     """
 
     def __init__(self, rotary: Rotary, head_dim: int) -> None:
@@ -53,11 +53,11 @@ class RotaryTable:
                 f"patch_llama: the rotary embedding must rotate the whole head ({head_dim}), "
                 f"got {2 * rotary.inv_freq.numel()} of its dimensions"
             )
-        # The module keeps state between calls (dynamic), so the model's own must not see these
-        # calls.
+        # Under dynamic RoPE the module keeps state between calls, so the model's own module must
+        # not see these calls.
         self._rotary = copy.deepcopy(rotary)
-        # Only its dtype and device are looked at: float32 keeps the module from rounding to the
-        # model's dtype.
+        # Only its dtype and device matter: float32 keeps the module from rounding to the model's
+        # dtype.
         self._like = torch.empty(0, dtype=torch.float32, device=rotary.inv_freq.device)
         self._half = head_dim // 2
         self.dynamic = rope_type == "dynamic"
@@ -80,8 +80,8 @@ class RotaryTable:
         return cos, sin
 
     def addresses(self, longest: int) -> tuple[int, ...]:
-        """Size and addresses of the table, which has every position of a query of `longest`
-        tokens."""
+        """Size and addresses of the table, after extending it to all positions of a query of
+        `longest` tokens."""
         if longest > len(self._cos):
             self._grow(longest)
         return len(self._cos), self._cos.data_ptr(), self._sin.data_ptr()
@@ -89,8 +89,9 @@ class RotaryTable:
     def _replace_long_prefills(
         self, batch: PackedBatch, cos: torch.Tensor, sin: torch.Tensor
     ) -> None:
-        """Row p of the table holds for a token that is the last of its query, as when decoding. A
-        longer run of tokens in one pass uses the frequencies of the length at its end."""
+        """Row p of the table is for a token that is the last of its query, as in decoding. In a
+        pass with several tokens per query, all of them use the frequencies for the length at its
+        end."""
         begin = 0
         for count, length, padding in zip(
             batch.query_lengths, batch.total_lengths, batch.padding, strict=True
@@ -113,8 +114,8 @@ class RotaryTable:
         return cos, sin
 
     def _alone(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the positions [begin, end) of a query of length `end`, computed by the
-        module in the state it has before its first query."""
+        """cos and sin of positions [begin, end) of a query of length `end`, computed by the module
+        in the state that it has before its first query."""
         rotary = self._rotary
         if self.dynamic:
             rotary.inv_freq = rotary.original_inv_freq

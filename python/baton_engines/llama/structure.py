@@ -1,6 +1,6 @@
-"""The modules of a Llama, as types: what `check_model` holds and the packed pass reads.
+"""The modules of a Llama as types: what `check_model` checks and the packed pass reads.
 
-`nn.Module` finds its children at run time, so a type checker sees only "a tensor or a module".
+`nn.Module` finds its children at run time, so a type checker only sees "a tensor or a module".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Norm(Protocol):
 
 
 class Attention(Protocol):
-    """Self-attention; `q_norm`, `k_norm` and `use_rope` are there in some families only."""
+    """Self-attention; only some families have `q_norm`, `k_norm` and `use_rope`."""
 
     head_dim: int
     scaling: float
@@ -48,7 +48,7 @@ class DecoderLayer(Protocol):
 
 
 class Rotary(Protocol):
-    """The rotary module, with what it remembers between calls where RoPE is dynamic."""
+    """The rotary module, with the state that it keeps between calls under dynamic RoPE."""
 
     rope_type: str
     inv_freq: torch.Tensor
@@ -80,5 +80,5 @@ class CausalLM(Protocol):
 
 
 def structure_of(model: nn.Module) -> CausalLM:
-    """The model as the type that `check_model` holds it to be, or is about to."""
+    """The model as the type that `check_model` checks, before or after the check."""
     return cast(CausalLM, model)

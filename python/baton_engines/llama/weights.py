@@ -1,4 +1,4 @@
-"""Where the patched pass has its weights: packed on the CPU, merged elsewhere."""
+"""The weights of the patched pass: packed on the CPU, merged on other devices."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class ModelWeights:
     """The weights of a model's projections as the patched pass reads them, until `restore`.
 
     Args:
-        model: a model that `patch_llama` has checked. Written: its parameters; see there.
+        model: a model that `patch_llama` has checked. Written: its parameters, see there.
         num_layers: how many of its layers are used.
-        dtype: of the packed weights, on the CPU; None for the model's own.
-        keep_parameters: as `patch_llama` takes it.
+        dtype: of the packed weights on the CPU; None for the model's own.
+        keep_parameters: see `patch_llama`.
 
     Attributes:
-        layers: of each layer, until `restore`.
-        head: of the projection to logits.
+        layers: the weights of each layer, until `restore`.
+        head: the projection to logits.
         has_parameters: bool; whether the model's parameters hold their values meanwhile.
-        is_exact: bool; whether `restore` gives them back where they do not.
+        is_exact: bool; if they do not, whether `restore` brings the values back.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ModelWeights:
             raise
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """The embedding's rows; a tied one's lie packed.
+        """The embedding's rows for tokens; those of a tied embedding are unpacked.
 
         Args:
             token_ids: int32 or int64 `[tokens]`.
@@ -89,12 +89,12 @@ class ModelWeights:
 
     @property
     def embedding(self) -> torch.Tensor:
-        """Where `embed` looks rows up."""
+        """The tensor in which `embed` looks rows up."""
         return self._embedding.weight if self._looked_up is None else self._looked_up.panels
 
     @property
     def num_bytes(self) -> int:
-        """Of the projections' weights as they are read, the head's included, and their scales."""
+        """Bytes of the weights that projections read, including the head's, and of their scales."""
         projections = [projection for layer in self.layers for projection in layer]
         total = 0
         for weight, _ in (*projections, self.head):
@@ -106,12 +106,12 @@ class ModelWeights:
         return total
 
     def is_shared(self) -> bool:
-        """Whether the model's parameters are still what the patch has made of them."""
+        """Whether the model's parameters are still as the patch left them."""
         return self._taken[0].is_shared()
 
     def restore(self) -> None:
-        """Give each parameter memory of its own; what was taken last, first."""
-        # The last references to a weight go before the next one is restored.
+        """Give each parameter separate memory, in reverse order of packing."""
+        # Drops the last references to a weight before the next one is restored.
         self.layers.clear()
         self._looked_up = None
         self.__dict__.pop("head", None)
@@ -120,7 +120,7 @@ class ModelWeights:
             self._trim()
 
     def _take(self, linears: Sequence[nn.Linear], also: Sequence[nn.Module] = ()) -> Projection:
-        """Linear modules on the same input as one projection."""
+        """Linear modules with the same input as one projection."""
         taken: MergedProjection | PackedProjection
         if self._memory is not None:
             taken = PackedProjection(
@@ -143,7 +143,7 @@ class ModelWeights:
 
 
 def checked_weight_dtype(where: str, value: object, device: torch.device) -> torch.dtype | None:
-    """The dtype of packed weights, of what a user gives for it.
+    """The dtype of packed weights from a user's argument.
 
     Args:
         where: what errors begin with.
@@ -167,7 +167,7 @@ def checked_weight_dtype(where: str, value: object, device: torch.device) -> tor
 
 
 def _linears(layer: DecoderLayer) -> tuple[tuple[nn.Linear, ...], ...]:
-    """A layer's linear modules in the order of `LayerWeights`, those on the same input together."""
+    """A layer's linear modules in the order of `LayerWeights`, grouped by input."""
     attention, mlp = layer.self_attn, layer.mlp
     return (
         (attention.q_proj, attention.k_proj, attention.v_proj),

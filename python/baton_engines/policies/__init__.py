@@ -51,14 +51,14 @@ __all__ = [
 
 
 def get(name: str | Policy, **options) -> Policy:
-    """A new policy of that name; an object that is a policy already is returned as it is.
+    """A new policy with that name; an object that is already a policy is returned as it is.
 
     Args:
         name: one of `NAMES`.
         options: arguments of the policy's class.
 
     Raises:
-        ValueError: no policy has that name, or it has no such option.
+        ValueError: no policy has that name, or the policy has no such option.
     """
     if isinstance(name, Policy):
         return name

@@ -1,11 +1,12 @@
-"""In which order waiting queries enter: an object that every policy takes.
+"""The order in which waiting queries enter: an object that every policy takes.
 
-A query's rank is `cost x overtakes + number in order of submission`, lowest first: how many later
-queries may go ahead of it is bounded by what it costs more than they do. So nobody starves:
+A query's rank is `cost x overtakes + number in order of submission`; the lowest rank enters first.
+So the number of later queries that may overtake a query is bounded by how much more it costs than
+they do, and no query starves:
 
     q is overtaken only by queries submitted less than `(cost(q) - lowest cost) x overtakes` after q
 
-First come first served is the order in which all cost the same.
+First come first served is the order in which all queries cost the same.
 """
 
 import heapq
@@ -19,7 +20,7 @@ Length = Callable[[Query], float]
 
 
 def max_new_tokens(query: Query) -> float:
-    """The predicted answer length when nobody predicts: the most that is allowed."""
+    """The default prediction of the answer's length: the most tokens that are allowed."""
     return query.max_new_tokens
 
 
@@ -41,7 +42,7 @@ class Admission(ABC):
 
     @abstractmethod
     def cost(self, query: Query, reference: float) -> float:
-        """What makes a query come later.
+        """A query with a higher cost enters later.
 
         Args:
             query: waiting or running.
@@ -49,11 +50,11 @@ class Admission(ABC):
         """
 
     def reference(self, running: Iterable[Query], waiting: Iterable[Query]) -> float:
-        """What the costs of an iteration are compared with; 0 where they are absolute."""
+        """The value that costs in this iteration are relative to; 0 if they are absolute."""
         return 0.0
 
     def order(self, view: View) -> Iterator[Query]:
-        """The waiting queries, the first to be admitted in front."""
+        """The waiting queries in order of admission."""
         reference = self.reference(view.running, view.waiting)
         heap = [(*self._rank(query, reference), query) for query in view.waiting]
         heapq.heapify(heap)
@@ -61,12 +62,12 @@ class Admission(ABC):
             yield heapq.heappop(heap)[-1]
 
     def last(self, queries: Collection[Query]) -> Query:
-        """The one that comes after all others."""
+        """The query that comes after all others."""
         reference = self.reference(queries, queries)
         return max(queries, key=lambda query: self._rank(query, reference))
 
     def _rank(self, query: Query, reference: float) -> tuple[float, int]:
-        # The id once more: two queries never have the same rank.
+        # The id is added again as a tie-breaker: no two queries have the same rank.
         return self.overtakes * self.cost(query, reference) + query.id, query.id
 
 
@@ -79,11 +80,11 @@ class FirstCome(Admission):
         super().__init__(0.0)
 
     def cost(self, query: Query, reference: float) -> float:
-        """All the same."""
+        """The same for all queries."""
         return 0.0
 
     def order(self, view: View) -> Iterator[Query]:
-        """As they wait."""
+        """The waiting queries in order of submission."""
         return iter(view.waiting)
 
 
@@ -107,10 +108,10 @@ class ShortestFirst(Admission):
 
 
 class LengthAware(Admission):
-    """Queries whose row becomes about as long as the longest one that runs, first.
+    """Queries whose row will be about as long as the longest running one enter first.
 
     In an aligned cache one long row makes all others carry padding, and in a batch that runs to
-    completion all wait for the longest. In a ragged cache it gains nothing.
+    completion all wait for the longest. In a ragged cache this order gains nothing.
 
     Args:
         length: predicts how many tokens a query will generate; default its `max_new_tokens`.
@@ -124,7 +125,7 @@ class LengthAware(Admission):
         self.length = length
 
     def reference(self, running: Iterable[Query], waiting: Iterable[Query]) -> float:
-        """The longest row that runs; of an empty batch, that of who waits the longest."""
+        """The longest running row; if none runs, the row of the query that has waited longest."""
         first = next(iter(waiting), None)
         alone = 0.0 if first is None else self._row_length(first)
         return max(map(self._row_length, running), default=alone)
@@ -138,7 +139,7 @@ class LengthAware(Admission):
 
 
 class Priority(Admission):
-    """The highest `Query.priority` first, with aging.
+    """The highest `Query.priority` first; waiting queries age, so that none starves.
 
     Args:
         overtakes: how many later submissions outweigh one level of priority.
@@ -150,7 +151,7 @@ class Priority(Admission):
         super().__init__(overtakes)
 
     def cost(self, query: Query, reference: float) -> float:
-        """Less for a higher priority."""
+        """Lower for a higher priority."""
         return -query.priority
 
 
@@ -159,7 +160,7 @@ ADMISSIONS = tuple(_ADMISSIONS)
 
 
 def get_admission(name: str | Admission) -> Admission:
-    """The order of that name; an object that is one already is returned as it is.
+    """The order with that name; an object that is already an order is returned as it is.
 
     Raises:
         ValueError: no order has that name.

@@ -1,4 +1,5 @@
-"""What every policy is, and what most of them share: how many queries fit, prompts packed."""
+"""The base class of policies, and what most of them share: how many queries fit, packing
+prompts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
@@ -8,26 +9,26 @@ from .admission import Admission, FirstCome
 from .costs import Work
 from .plan import Forward, Plan, View
 
-# Tokens that a query which counts with only its prompt may grow before room is needed again. An
-# admission that leaves no such room is undone a few steps later, and copies the query out and in.
+# If a query counts with its prompt only, leave room for this many more tokens. Otherwise the query
+# might be parked again a few steps after its admission, which copies it out and in.
 HEADROOM = 16
 
 
 class Policy(ABC):
     """Decides what a relay does next. One object serves one relay, so it may keep state.
 
-    A plan need not be carried out to the end: a callback can cancel a query, its prefill can fail,
-    Ctrl-C can end an iteration, the budget of bytes can be used up by then. So a plan is made from
-    the view only: a running query that has `prompt_left` is to be prefilled. When nothing runs and
-    something waits, a plan admits something, unless more is to come.
+    A plan is not always carried out completely: a callback may cancel a query, its prefill may
+    fail, Ctrl-C may end an iteration, or the byte budget may be used up by then. So a plan must be
+    made from the view only: a running query with `prompt_left` still needs prefilling. When nothing
+    runs and something waits, a plan must admit something, unless more queries are to come.
 
     Attributes:
-        admission: the order in which queries enter; its last one is the first to be parked when the
-            budget would be exceeded.
+        admission: the order in which queries enter; the last query in this order is the first to be
+            parked when the budget would be exceeded.
         pads: whether it plans padded forwards: the cache then has columns for the padding.
-        splits_prompts: whether it cannot do without computing prompts in parts; such a policy is
-            refused where they have to be computed whole.
-        needs_times: whether it cannot do without `observe`; such a policy is refused under tensor
+        splits_prompts: whether it has to compute prompts in parts; such a policy is rejected where
+            prompts have to be computed whole.
+        needs_times: whether it depends on `observe`; such a policy is rejected under tensor
             parallelism, where every rank plans for itself and all have to plan alike.
     """
 
@@ -41,37 +42,37 @@ class Policy(ABC):
     def plan(self, view: View) -> Plan:
         """The next iteration."""
 
-    # Nothing to do for those that do not ask.
+    # Policies that do not need the times do nothing.
     def observe(self, work: Work, seconds: float) -> None:  # noqa: B027
-        """A forward was run; not called under tensor parallelism, whose ranks have clocks of their
-        own.
+        """Called after a forward, but not under tensor parallelism, because the ranks' clocks
+        differ.
 
         Args:
             work: what it computed.
-            seconds: until its tokens were delivered, what the loop did before it included.
+            seconds: until its tokens were delivered, including the loop's work before it.
         """
 
     def note_end(self, query: Query) -> None:  # noqa: B027
-        """A query has ended, however it did."""
+        """Called when a query has ended for any reason."""
 
     def victim(self, running: Collection[Query]) -> Query:
-        """Who is parked when the running queries outgrow the budget of bytes."""
+        """The query to park when the running queries outgrow the byte budget."""
         return self.admission.last(running)
 
 
 def fitting(
     view: View, candidates: Iterable[Query], num_rows: int, *, reserve_all: bool
 ) -> tuple[Query, ...]:
-    """The first of the candidates, as many as there are rows and room in the budget for.
+    """The first candidates for which there are rows and room in the budget.
 
-    A candidate that does not fit keeps those behind it out: they could starve it.
+    A candidate that does not fit keeps out those behind it; otherwise they could starve it.
 
     Args:
         view: the relay.
-        candidates: waiting queries, those to be admitted first in front.
-        num_rows: the most queries.
-        reserve_all: whether a query, running or not, counts with all the tokens it may ever have,
-            so that none is ever parked; else with its prompt and what it has.
+        candidates: waiting queries, in order of admission.
+        num_rows: the largest number of queries.
+        reserve_all: whether each query, running or not, counts with all the tokens it may ever
+            have, so that none is ever parked; else with its prompt and what it has.
     """
     chosen: list[Query] = []
     room = None
@@ -118,12 +119,12 @@ def pack_chunks(chunks: Iterable[tuple[Query, int]], max_tokens: int) -> tuple[F
 def take_chunks(
     queries: Iterable[Query], room: int | None, *, whole: bool = False
 ) -> list[tuple[Query, int]]:
-    """As much of the prompts as there is room for, one query after the other.
+    """The parts of prompts for which there is room, one query after the other.
 
     Args:
         queries: in the order in which they are served.
-        room: the most tokens; None for all there are.
-        whole: whether prompts are taken whole; the first one then even without room.
+        room: the largest number of tokens; None for no limit.
+        whole: whether prompts are taken whole; the first is then taken even if it does not fit.
     """
     chunks: list[tuple[Query, int]] = []
     for query in queries:

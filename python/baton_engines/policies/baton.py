@@ -1,18 +1,17 @@
 """BATON: a query enters as soon as a row is free, and its prompt joins the running batch's forward.
 
-A finished query never holds the batch up. What is left to decide is how the newcomer's prompt is
-computed. The paper computes it apart, between two decode steps, which reads the weights once more
-and lets everybody wait. Here its tokens join the forward of the queries that decode, so many at a
-time that
+A finished query never delays the batch. What is left to decide is how to compute the newcomer's
+prompt. The paper computes it separately between two decode steps, which reads the weights once more
+and makes all running queries wait. Here its tokens join the forward of the decoding queries, up to
 
     tokens of the forward = max(free, frugal)
 
-where *free* is the most that takes next to no longer than the decoders by themselves, and *frugal*
-the fewest at which a query takes next to no longer than it would with more (`token_budget`). Both
-follow from what forwards cost, which is fitted while they run (`costs`), and from the lengths of
-the queries that have ended. A bound on the time between two tokens of a query cuts chunks down to
+where *free* is the largest number that takes hardly longer than decoding by itself, and *frugal*
+the smallest at which a query takes hardly longer than it would with more (`token_budget`). Both
+follow from the cost of forwards, which is fitted while they run (`costs`), and from the lengths of
+the queries that have ended. A bound on the time between two tokens of a query reduces chunks to
 what is predicted to fit.
-Source: BATON (arXiv 2410.18701) for the handing on of slots, and for `join="never"`; Sarathi-Serve
+Source: BATON (arXiv 2410.18701) for handing on slots and for `join="never"`; Sarathi-Serve
 (OSDI'24) for chunks together with decoders; the sizes are ours.
 """
 
@@ -34,12 +33,12 @@ JOINS = ("auto", "never")
 # Tokens of a forward while too little is known of its costs: the first fits vary by a factor of 4,
 # too small a forward leaves slots empty, and all decoders wait for too large a one.
 FIRST = 256
-# Prompt tokens that join decoders who wait no longer than a bound, while nothing is known.
+# Prompt tokens that join decoders under a bound on their wait, until something is known.
 FIRST_BOUNDED = 8
-# How much longer than without prompts a forward may take at any rate.
+# A forward may always take this many times as long as without prompts.
 FREE = 1.1
-# Queries whose lengths the next ones are taken to have, and below how many of them what the queries
-# that are there say counts too.
+# The lengths of this many ended queries predict those of the next ones. While fewer than KNOWN have
+# ended, what waiting and running queries say about themselves counts too.
 REMEMBERED, KNOWN = 64, 8
 
 
@@ -48,18 +47,19 @@ class Baton(Policy):
 
     Args:
         max_prefill_tokens: the most prompt tokens of a forward; bounds its memory.
-        max_stall_tokens: the most prompt tokens that queries which decode wait for, None for those
-            that pay. A longer prompt comes in chunks, or whole in a separate forward where prompts
+        max_stall_tokens: the most prompt tokens that decoding queries wait for; None for as many as
+            pay off. A longer prompt comes in chunks, or whole in a separate forward where prompts
             have to be whole: in an aligned cache and under dynamic RoPE. Prompts that are computed
-            elsewhere stall nobody, and are not bounded.
-        max_token_gap: seconds; prompts join in chunks that keep a forward within it, as predicted,
-            but at least by a token, and whole where they have to be whole. None: no bound.
+            elsewhere stall no query and are not bounded.
+        max_token_gap: seconds; prompts join in chunks with which a forward is predicted to stay
+            within this time, but at least with one token, and whole where they have to be whole.
+            None: no bound.
         join: "auto": prompts that are computed in the loop join the decoders. "never": they are
-            computed between two steps, as in the paper. Those that `prefill` computes elsewhere
+            computed between two steps, as in the paper. Prompts that `prefill` computes elsewhere
             never join.
-        costs: seconds of a forward by its `Work`, for good. None: fitted to the forwards that run,
-            so that plans depend on the clock; a relay under tensor parallelism, all of whose ranks
-            have to plan alike, then leaves forwards at 256 tokens.
+        costs: the seconds of a forward as a function of its `Work`, fixed. None: fitted to the
+            forwards that run, so that plans depend on the clock; under tensor parallelism, where
+            all ranks have to plan alike, the relay then uses 256 tokens per forward.
         admission: one of `ADMISSIONS`, or an `Admission`.
 
     Raises:
@@ -104,17 +104,17 @@ class Baton(Policy):
         self._frugal: tuple[object, int] = (None, 0)
 
     def observe(self, work: Work, seconds: float) -> None:
-        """A forward took that long."""
+        """A forward of that work took this long."""
         if self._fitted is not None and self.join != "never":
             self._fitted.observe(work, seconds)
 
     def note_end(self, query: Query) -> None:
-        """The next queries are taken to be as long as those that have ended."""
+        """The lengths of ended queries predict those of the next ones."""
         if query.tokens:
             self._ended.append((len(query.prompt), len(query.tokens)))
 
     def plan(self, view: View) -> Plan:
-        """Fill free rows; their prompts join the decoders, or go before them."""
+        """Fill free rows; their prompts join the decoders or are computed before them."""
         if self.join == "never" or view.prefills_elsewhere:
             return self._apart(view)
         return self._joint(view)
@@ -137,7 +137,7 @@ class Baton(Policy):
         if self._fitted is None or self._fitted.settled:
             wanted = self._frugal_tokens(view) - len(decoders)
             if self._fitted is not None:
-                # What lies far beyond all that was seen is not predicted well.
+                # Extrapolation far beyond the forwards seen so far is unreliable.
                 most = max(1, min(most, 2 * self._fitted.largest - len(decoders)))
                 wanted = max(wanted, self._fitted.smallest // 2 - len(decoders))
             if decoders and wanted < most:
@@ -158,8 +158,8 @@ class Baton(Policy):
     def _fits(
         self, queue: Sequence[Query], base: Work, most: int, bound: float, least: int = 0
     ) -> int:
-        """The most prompt tokens, up to `most`, with which a forward takes no longer than the
-        bound; or `least`, where it does with the next one already."""
+        """The most prompt tokens, from `least` to `most`, with which a forward is predicted to stay
+        within the bound; `least` if no larger number does."""
 
         def within(count: int) -> bool:
             prompts = Work.of(take_chunks(queue, count), ())
@@ -177,7 +177,7 @@ class Baton(Policy):
 
     def _frugal_tokens(self, view: View) -> int:
         prompt, answer = self._lengths(view)
-        # Steps of a fifth: the search is worth repeating only for other lengths, or other costs.
+        # In steps of a fifth: the search is repeated only if lengths or costs change noticeably.
         step = round(4 * log2(prompt)), round(4 * log2(answer))
         version = None if self._fitted is None else self._fitted.version
         key = (version, view.num_slots, step)
@@ -190,17 +190,17 @@ class Baton(Policy):
         return self._frugal[1]
 
     def _lengths(self, view: View) -> tuple[float, float]:
-        """Tokens of a prompt and of an answer, in the mean."""
+        """The mean number of tokens of a prompt and of an answer."""
         lengths = list(self._ended)
         if len(lengths) < KNOWN:
-            # The most that is allowed says the least of an answer, but there is nothing better.
+            # The upper limit says little about the answer's length, but nothing better is known.
             there = islice(chain(view.running, view.waiting), KNOWN)
             lengths += [(len(query.prompt), query.max_new_tokens) for query in there]
         prompts, answers = zip(*lengths, strict=True)
         return max(1.0, sum(prompts) / len(lengths)), max(1.0, sum(answers) / len(lengths))
 
     def _apart(self, view: View) -> Plan:
-        """Prompts as far as the stall allows, then one decode step of all."""
+        """Prompts up to the allowed stall, then one decode step of all running queries."""
         candidates, queue, _ = self._sorted(view)
         room = None
         if not view.prefills_elsewhere and any(not query.prompt_left for query in view.running):
@@ -210,8 +210,8 @@ class Baton(Policy):
         return Plan(admit=_begun(candidates, chunks), forwards=(*prefills, Forward(decode=True)))
 
     def _sorted(self, view: View) -> tuple[tuple[Query, ...], list[Query], list[Query]]:
-        """Those that could enter; all that have a prompt to compute, in the order in which they do;
-        all that decode."""
+        """The queries that could enter; all queries that have a prompt to compute, in the order in
+        which they do; all decoding queries."""
         order = self.admission.order(view)
         candidates = fitting(view, order, view.num_free, reserve_all=False)
         there = (*view.running, *candidates)
@@ -220,7 +220,7 @@ class Baton(Policy):
 
 
 def _begun(candidates: Sequence[Query], chunks: Sequence[tuple[Query, int]]) -> tuple[Query, ...]:
-    """Those that something is computed of. One that has nothing left to prefill only needs its
-    row."""
+    """The queries for which something is computed. A query without anything left to prefill only
+    needs its row."""
     begun = {query.id for query, _ in chunks}
     return tuple(query for query in candidates if query.id in begun or not query.prompt_left)

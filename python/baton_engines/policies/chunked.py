@@ -1,7 +1,7 @@
 """Chunked prefill: decoders and chunks of prompts share a forward of a bounded number of tokens.
 
-The decoders come first, then prompts that are under way, then newcomers, until the budget of tokens
-is used up: a forward takes about the same time for any arrivals.
+The decoders come first, then prompts that have been started, then newcomers, until the token budget
+is used up: a forward takes about the same time whatever arrives.
 Source: Sarathi-Serve (OSDI'24), stall-free batching; vLLM's scheduler.
 """
 
@@ -14,7 +14,7 @@ class Chunked(Policy):
     """Decode tokens and prefill chunks in one forward of at most `token_budget` tokens.
 
     Args:
-        token_budget: the most tokens of a forward; more only if there are more decoders.
+        token_budget: the most tokens of a forward; exceeded only if there are more decoders.
         admission: one of `ADMISSIONS`, or an `Admission`.
     """
 
@@ -29,7 +29,7 @@ class Chunked(Policy):
     def plan(self, view: View) -> Plan:
         """One forward; newcomers enter while it has room."""
         room = self.token_budget - sum(not query.prompt_left for query in view.running)
-        # Where the decoders use the budget up, prompts go on by a token per forward.
+        # If the decoders use up the budget, prompts still advance by one token per forward.
         room = max(room, 1)
         chunks = []
         for query in view.running:

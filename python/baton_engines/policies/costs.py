@@ -1,4 +1,4 @@
-"""What a forward computes, and how long it takes: costs that are fitted while forwards run."""
+"""The work of a forward, and its predicted time: costs that are fitted while forwards run."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ import numpy as np
 
 from ..query import Query
 
-# Tokens of a forward between which its seconds are a straight line: a matrix product reads the same
-# weights for a few rows as for one, and has another speed for every few rows more.
+# Numbers of tokens between which a forward's time is linear: a matrix product reads the same
+# weights for one row as for a few, and its speed changes with the number of rows.
 KNOTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-# What a forward weighs compared with the next one of about the same size: some 200 of them count.
-# Those of another size still stand, as nothing newer is known of it.
+# The weight of a forward relative to the next one of similar size: about 200 of them count.
+# Forwards of other sizes keep their weight, because nothing newer is known about those sizes.
 FORGET = 0.995
 # Forwards that have to be seen before anything is predicted, and before predictions choose the size
 # of a forward.
 FEWEST, SETTLED = 8, 32
-# How much of the error of the last forward the scale takes over: nearly all of it in 30 forwards.
+# The share of the last forward's error that the scale adopts: nearly all of it within 30 forwards.
 FOLLOW = 0.1
-# What is taken to be so as far as no forward says otherwise, and the share of a forward's weight
-# that says it: neighboring slopes are alike, and a quarter of the seconds is there without
-# any token. That tries smaller forwards out first, for which nobody waits long.
+# A prior that counts as long as no forward contradicts it, and its share of a forward's weight:
+# neighboring slopes are similar, and a quarter of the time is spent even without tokens. As a
+# result, smaller forwards are tried first, for which no query waits long.
 PRIOR, BASE_SHARE = 0.02, 0.25
-# Forwards that the spread is taken of, and how many of them may take longer than it says.
+# The spread is taken from this many forwards; this many of them may take longer than it says.
 SPREAD_OF, SPREAD_LEAVES = 128, 1
 
 
 class Work(NamedTuple):
-    """What one forward computes.
+    """The work of one forward.
 
     Attributes:
-        tokens: token slots that go through the linear layers, padding included.
-        rows: queries of which it gives logits.
+        tokens: token slots in the linear layers, including padding.
+        rows: queries for which it computes logits.
         decode_rows: those of them that decode one token.
-        decode_columns: cached columns that decoding rows read, padding included.
+        decode_columns: cached columns that decoding rows read, including padding.
         prefill_columns: cached columns that prefilling rows read.
-        pairs: query-key pairs of prefilling rows' attention.
+        pairs: query-key pairs in the attention of prefilling rows.
     """
 
     tokens: int = 0
@@ -52,10 +52,10 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, chunks: Collection[tuple[Query, int]], decoders: Collection[Query]) -> Work:
-        """That of a packed forward.
+        """The work of a packed forward.
 
         Args:
-            chunks: queries and how many tokens of their prompts are computed.
+            chunks: queries, and how many tokens of their prompts are computed.
             decoders: queries that compute one token.
         """
         prompt_tokens = sum(count for _, count in chunks)
@@ -69,24 +69,24 @@ class Work(NamedTuple):
         )
 
     def plus(self, other: Work) -> Work:
-        """Both in one forward."""
+        """The work of both in one forward."""
         return Work(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
 
 
 class FittedCosts:
-    """Seconds of a forward, by those that have been seen.
+    """Predicts the seconds of a forward from those seen so far.
 
     `seconds = scale x (base + sum of slope_k tokens_k + a rows + b decode_columns + c pairs)`
 
-    where tokens_k are the tokens between two of `KNOTS`. All but the scale are non-negative least
-    squares of the relative error, in which a forward counts less the more others of its size came
-    after it; the scale follows the last forwards, so that a machine that becomes slower is noticed
-    before the shape of its costs is known anew.
+    where tokens_k are the tokens between two of `KNOTS`. All parameters but the scale minimize the
+    squared relative error under the constraint that they are not negative. A forward counts less
+    the more forwards of its size came after it. The scale follows the last forwards, so that a
+    machine that slows down is noticed before the other parameters have been fitted again.
 
     Attributes:
         ready: whether enough forwards have been seen.
-        version: changes whenever the shape of the costs does; the scale does not count.
-        smallest, largest: tokens of the forwards that have been fitted.
+        version: changes whenever a parameter other than the scale does.
+        smallest, largest: the tokens of the smallest and largest fitted forward.
     """
 
     def __init__(self) -> None:
@@ -95,15 +95,15 @@ class FittedCosts:
         self.smallest, self.largest = 0, 0
         self._smallest, self._largest = sys.maxsize, 0
         self._size = 1 + len(KNOTS) + 1 + 3
-        # By segment of `KNOTS`: the triangle that all rows of its least squares problem, target
-        # included, come down to; what they weigh; and the rows that are not in it yet.
+        # Per segment of `KNOTS`: the triangle that summarizes all rows of its least squares
+        # problem, including the target; their total weight; and the rows that are not in it yet.
         self._triangles = [np.zeros((0, self._size + 1)) for _ in range(len(KNOTS) + 1)]
         self._weights = [0.0] * (len(KNOTS) + 1)
         self._pending: list[list[list[float]]] = [[] for _ in range(len(KNOTS) + 1)]
         self._count = 0
         self._scale = 1.0
         self._solution = np.zeros(self._size)
-        # The same as seconds at 0 tokens and at every knot, slopes after them, and of the rest.
+        # The same as seconds at 0 tokens and at every knot, the slopes behind, and the other costs.
         self._at = [0.0] * (len(KNOTS) + 1)
         self._slopes = [0.0] * (len(KNOTS) + 1)
         self._rest = (0.0, 0.0, 0.0)
@@ -115,19 +115,19 @@ class FittedCosts:
         return self._count >= SETTLED
 
     def seconds(self, work: Work) -> float:
-        """Of a forward; 0 before any has been fitted."""
+        """The predicted seconds of a forward; 0 before any has been fitted."""
         return self._scale * self._shape(work)
 
     @property
     def spread(self) -> float:
-        """How many times the predicted seconds a forward takes at most, but for one in a hundred;
+        """The factor by which forwards exceed the prediction at most, except for one in a hundred;
         at least 1."""
         if len(self._ratios) < SPREAD_OF // 4:
             return max([1.0, *self._ratios])
         return max(1.0, sorted(self._ratios)[-1 - SPREAD_LEAVES])
 
     def observe(self, work: Work, seconds: float) -> None:
-        """A forward of that work took that long."""
+        """A forward of that work took this long."""
         if seconds <= 0:
             return
         self._smallest = min(self._smallest, work.tokens)
@@ -143,7 +143,7 @@ class FittedCosts:
         relative = [feature * self._scale / seconds for feature in _features(work)]
         self._pending[bisect_left(KNOTS, work.tokens)].append([*relative, 1.0])
         self._count += 1
-        # Often at first, when every forward says something new.
+        # Often at first, when every forward adds information.
         if FEWEST <= self._count <= 2 * FEWEST or self._count % FEWEST == 0:
             self._fit()
 
@@ -184,8 +184,8 @@ class FittedCosts:
         self.ready = True
 
     def _with_prior(self, matrix: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The least squares problem with what is taken to be so as far as it says nothing."""
-        # A coefficient of 1 / size makes all the seconds of the forwards that were seen.
+        """Adds the prior to the least squares problem; it decides what the data leave open."""
+        # A coefficient of 1 / size would explain all the time of the forwards seen.
         size = np.linalg.norm(matrix, axis=0) / np.sqrt(sum(self._weights))
         alike = np.zeros((len(KNOTS), self._size))
         for index, width in enumerate(np.diff((0, *KNOTS))):
@@ -200,12 +200,12 @@ class FittedCosts:
 
 
 def _triangle(rows: np.ndarray) -> np.ndarray:
-    """The same least squares problem in as few rows as it has columns."""
+    """An equivalent least squares problem with as few rows as it has columns."""
     return np.linalg.qr(rows)[1]
 
 
 def _features(work: Work) -> list[float]:
-    """What the seconds are a sum of, by the order of the coefficients."""
+    """The summands of the seconds, in the order of the coefficients."""
     features, below = [1.0], 0
     for knot in KNOTS:
         features.append(float(min(max(work.tokens - below, 0), knot - below)))
@@ -222,7 +222,7 @@ def nonnegative_least_squares(
     Args:
         matrix: [rows, n].
         target: [rows].
-        start: an x >= 0 to begin at; one that is near to the solution saves most of the time.
+        start: a first guess, >= 0; one near the solution saves most of the time.
 
     Source: Lawson and Hanson, Solving Least Squares Problems, chapter 23.
     """
@@ -231,7 +231,7 @@ def nonnegative_least_squares(
     scaled = matrix / scale
     solution = np.zeros(matrix.shape[1]) if start is None else start * scale
     free = solution > 0
-    # Every round frees one coefficient; rounding could free and bind the last one for ever.
+    # Each round frees one coefficient. Rounding could free and bind the last one forever.
     for _ in range(3 * len(solution)):
         while free.any():
             trial = np.zeros_like(solution)
@@ -240,7 +240,7 @@ def nonnegative_least_squares(
             if not negative.any():
                 solution = trial
                 break
-            # As far towards the trial as all stay at least 0; what is at 0 then stays there.
+            # Moves towards the trial until a coefficient reaches 0; it then stays there.
             steps = solution[negative] / (solution[negative] - trial[negative])
             solution = solution + steps.min() * (trial - solution)
             free &= solution > 1e-15

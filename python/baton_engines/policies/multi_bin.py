@@ -1,10 +1,10 @@
 """Multi-bin batching: run to completion, with batches of queries of about the same length.
 
-Queries are sorted into k bins of equal probability mass by their length. Batches form inside a bin,
-and full ones run first come first served: the one that was full first goes first. A batch that is
-not full goes when no full one waits and no more queries are to come, and counts as full once
-several times `bins * batch_size` queries have arrived after its first one: so no query starves.
-Source: Multi-Bin Batching (arXiv 2412.04504), section 3; that last rule is ours.
+Queries are sorted by length into k bins of equal probability mass. Batches form within a bin, and
+the batch that became full first runs first. A batch that is not full runs when no full batch waits
+and no more queries are to come. It counts as full once several times `bins * batch_size` queries
+have arrived after its first one, so that no query starves.
+Source: Multi-Bin Batching (arXiv 2412.04504), section 3; the last rule is ours.
 """
 
 from bisect import bisect_right
@@ -23,7 +23,7 @@ _PATIENCE = 4
 
 
 def prompt_length(query: Query) -> float:
-    """The prompt's length in tokens, for lack of anything that tells the answer's."""
+    """The prompt's length in tokens, if nothing better predicts the answer's length."""
     return len(query.prompt)
 
 
@@ -31,18 +31,18 @@ _LENGTHS = {"max_new_tokens": max_new_tokens, "prompt": prompt_length}
 
 
 class MultiBin(Policy):
-    """Batches of similar length, each until its last query ends.
+    """Batches of queries with similar lengths; each runs until its last query ends.
 
     Args:
         bins: number of bins.
-        length: what a query's service time grows with: "max_new_tokens" (the true length when no
-            query stops before it), "prompt", or a callable that predicts it from a query.
-        batch_size: queries of a full batch; default, and at most, the number of slots.
+        length: the quantity that a query's service time grows with: "max_new_tokens" (the true
+            length if no query stops early), "prompt", or a callable that predicts it from a query.
+        batch_size: queries in a full batch; by default, and at most, the number of slots.
         edges: the `bins - 1` lengths between the bins; default: the quantiles of the lengths seen
             so far.
         max_prefill_tokens: the most prompt tokens that share a forward; bounds the memory of a
             prefill.
-        admission: the order inside a bin; one of `ADMISSIONS`, or an `Admission`.
+        admission: the order within a bin; one of `ADMISSIONS`, or an `Admission`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -81,7 +81,7 @@ class MultiBin(Policy):
         self._newest = -1
 
     def plan(self, view: View) -> Plan:
-        """A new batch if nothing runs, then one decode step of all."""
+        """A new batch if nothing runs, then one decode step of all running queries."""
         newcomers: tuple[Query, ...] = ()
         if not view.running:
             batch = self._next_batch(view)
@@ -90,7 +90,8 @@ class MultiBin(Policy):
         return Plan(admit=newcomers, forwards=(*prefills, Forward(decode=True)))
 
     def _next_batch(self, view: View) -> list[Query]:
-        """The batch that was full first; else, if nothing can fill it, the first one's."""
+        """The batch that became full first; if none can, the one of the query that waits
+        longest."""
         size = min(self.batch_size or view.num_slots, view.num_slots)
         queues: list[list[Query]] = [[] for _ in range(self.bins)]
         edges = self._edges(view)
@@ -98,8 +99,8 @@ class MultiBin(Policy):
             queues[bisect_right(edges, self.length(query))].append(query)
         newest = max((query.id for query in view.waiting), default=0)
         limit = _PATIENCE * self.bins * size
-        # A bin's first batch is full no later than its others; each with the number of the query
-        # that made it so.
+        # A bin's first batch becomes full no later than its others; each is listed with the number
+        # of the query that filled it.
         full = []
         for queue in queues:
             batch = queue[:size]

@@ -1,8 +1,9 @@
-"""Orca: scheduling by iteration, a newcomer's prefill shares one packed forward with the decoders.
+"""Orca: scheduling by iteration; a newcomer's prefill shares one packed forward with the decoders.
 
-Selective batching as in the paper's text: the tokens of all queries lie one after the other for
-everything but attention, which is each query's own; nothing is padded. Keys and values of all the
-tokens that a query may ever have are reserved when it is admitted, so none is ever preempted.
+Selective batching as in the paper's text: all operations except attention treat the tokens of all
+queries as one sequence, and attention is computed per query; nothing is padded. When a query is
+admitted, memory is reserved for the keys and values of all tokens that it may ever have, so no
+query is ever preempted.
 Source: Orca (OSDI'22), sections 3 and 4.
 """
 
@@ -12,7 +13,7 @@ from .plan import Forward, Plan, View
 
 
 class Orca(Policy):
-    """Whole prompts of newcomers and one token of every other query in one forward.
+    """Newcomers' whole prompts and one token of every other query in one forward.
 
     Args:
         admission: one of `ADMISSIONS`, or an `Admission`.
@@ -24,7 +25,7 @@ class Orca(Policy):
         self.admission = get_admission(admission)
 
     def plan(self, view: View) -> Plan:
-        """Fill every free row, then one forward of all."""
+        """Fill every free row, then one forward for all."""
         order = self.admission.order(view)
         newcomers = fitting(view, order, view.num_free, reserve_all=True)
         prefill = tuple(

@@ -1,8 +1,8 @@
 """Padded Orca: as Orca, but the shared forward is a rectangle.
 
-In a forward with a prefill every row is padded to the longest prompt there: the decoders compute
-one token and padding. That is how BATON describes what it improves on; Orca's own
-text packs, see `orca`.
+In a forward with a prefill every row is padded to the longest prompt there, so decoders compute one
+token and padding. This is how BATON describes the system that it improves on; Orca's own paper
+packs tokens, see `orca`.
 """
 
 from .orca import Orca

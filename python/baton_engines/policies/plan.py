@@ -1,9 +1,9 @@
-"""What a policy sees and what it says: the one interface between the relay and its scheduling.
+"""The interface between the relay and its scheduling: what a policy sees and what it answers.
 
-Once per iteration the relay asks `Policy.plan` which queries give up their row, which waiting ones
-enter, and which forwards compute what. The relay does as it is told and knows no policy by name:
-prefill apart or in one forward with the decoders, padded or not, whole prompts or chunks, first
-come first served or any other order, are all plans.
+Once per iteration the relay asks `Policy.plan` which queries give up their row, which waiting
+queries enter, and which forwards compute what. The relay follows the plan and treats all policies
+alike: separate prefills or joint forwards, padding or none, whole prompts or chunks, first come
+first served or any other order are all expressed as plans.
 """
 
 from collections.abc import Collection
@@ -19,21 +19,21 @@ class View:
 
     Attributes:
         waiting: queries without a row, in order of submission; `query.cached` > 0 for those with
-            parked keys, and for those whose beginning the prefix cache holds.
+            parked keys, and for those whose beginning is in the prefix cache.
         running: queries with a row, in order of admission.
-        num_slots: rows that there are.
+        num_slots: the number of rows.
         capacity: the most tokens of a row.
-        bytes_in_use: of the cached keys and values of all rows.
-        bytes_per_token: of one token's keys and values.
+        bytes_in_use: bytes of the cached keys and values in all rows.
+        bytes_per_token: bytes of one token's keys and values.
         now: clock seconds.
-        kv_budget: the most bytes that `bytes_in_use` may ever be; None without a bound.
+        kv_budget: the upper limit of `bytes_in_use`; None without a limit.
         whole_prompts: whether a prompt has to be computed in one forward: in an aligned cache no
-            row can grow without the others, and dynamic RoPE goes by the length that the forward
-            ends at.
-        more_to_come: whether queries will be submitted yet, for which it may pay to wait.
+            row can grow without the others, and dynamic RoPE depends on the length at which a
+            forward ends.
+        more_to_come: whether more queries will be submitted, so that waiting may pay off.
         prefills_elsewhere: whether whole prompts of forwards without decoding are computed outside
-            the loop while queries decode, so that nobody waits for them. A query stays `running`
-            with its `prompt_left` meanwhile; planned again, it is not computed again.
+            the loop while queries decode, so that no query waits for them. Meanwhile a query stays
+            `running` with its `prompt_left`; planning it again does not compute it again.
     """
 
     waiting: Collection[Query]
@@ -58,7 +58,7 @@ class Forward(NamedTuple):
     """One run of the model.
 
     Attributes:
-        prefill: queries and how many tokens of their prompt are computed; all that is left of it
+        prefill: queries and how many tokens of their prompts are computed; everything that is left
             if the view says `whole_prompts`.
         decode: whether every running query whose prompt is complete computes its next token.
         padded: whether every row is padded to the number of tokens of the longest one; needs a
@@ -74,10 +74,10 @@ class Plan(NamedTuple):
     """One iteration.
 
     Attributes:
-        park: running queries that leave their row and wait again, keys kept, nothing to be
-            recomputed.
+        park: running queries that leave their row and wait again; their keys are kept, and nothing
+            is recomputed.
         admit: waiting queries that get a row, at most as many as are free once `park` is done.
-        forwards: run one after the other. A query whose prompt is complete after one can decode in
+        forwards: run one after the other. A query whose prompt is completed by one can decode in
             the next.
     """
 

@@ -1,7 +1,7 @@
-"""Run to completion: a batch is admitted when no row runs, and keeps its rows until all ended.
+"""Run to completion: a batch is admitted when no row runs, and keeps its rows until all have ended.
 
-The relay computes nothing for a finished row, where engines with a static batch go on computing
-padding in it, so this is the kindest version of what it stands for: only the slots are lost.
+The relay computes nothing for a finished row, whereas engines with static batches go on computing
+padding in it. So this is the most favorable version of static batching: only the slots are lost.
 """
 
 from ..query import Query
@@ -11,7 +11,7 @@ from .plan import Forward, Plan, View
 
 
 class RunToCompletion(Policy):
-    """One batch after the other, each until its last query ends.
+    """One batch after the other; each runs until its last query ends.
 
     Args:
         max_prefill_tokens: the most prompt tokens that share a forward; bounds the memory of a
@@ -27,7 +27,7 @@ class RunToCompletion(Policy):
         self.admission = get_admission(admission)
 
     def plan(self, view: View) -> Plan:
-        """A new batch if nothing runs, then one decode step of all."""
+        """A new batch if nothing runs, then one decode step of all running queries."""
         newcomers: tuple[Query, ...] = ()
         if not view.running:
             order = self.admission.order(view)

@@ -1,8 +1,8 @@
-"""Where the prompts of newcomers are computed, by name; see `Relay`.
+"""The places where newcomers' prompts can be computed, by name; see `Relay`.
 
-"serial": by the decode loop, between two steps. "overlapped": by a thread with separate cores.
-"apart": by other processes, which hand keys and values over in shared memory. "ray": by actors of
-Ray, on other machines too.
+"serial": in the decode loop, between two steps. "overlapped": in a thread with separate cores.
+"apart": in other processes, which hand keys and values over in shared memory. "ray": in actors of
+Ray, possibly on other machines.
 """
 
 from .base import Job, Prefilled, Prefiller, Worker
@@ -15,7 +15,7 @@ __all__ = ["NAMES", "Job", "Overlapped", "Prefilled", "Prefiller", "Serial", "Wo
 
 
 def get(mode: str | Prefiller, **options) -> Prefiller:
-    """A new prefiller of that mode; a prefiller is returned as it is.
+    """A new prefiller for that mode; a prefiller is returned as it is.
 
     Args:
         mode: one of `NAMES`.
@@ -31,7 +31,7 @@ def get(mode: str | Prefiller, **options) -> Prefiller:
     if mode == "overlapped":
         return Overlapped(**options)
     if mode == "apart":
-        # Here and not above: it needs Linux.
+        # Imported only here, because it needs Linux.
         from .apart import Apart
 
         return Apart(**options)

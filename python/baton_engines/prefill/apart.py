@@ -1,9 +1,8 @@
 """Prefill by other processes, which hand keys and values over in shared memory.
 
-The model travels once, as `torch.save` writes it, in a file without a name that every worker maps,
-so all workers read one copy of the weights. A worker that dies, or that takes too long, is killed
-and started again, and its prompts are computed once more; the second time they are left to the
-loop.
+The model is handed over once, as `torch.save` writes it, in an anonymous file that every worker
+maps, so all workers read one copy of the weights. A worker that dies or takes too long is killed
+and restarted, and its prompts are computed once more; if that fails too, they are left to the loop.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .handover import Handover, Sizes
 
 _log = logging.getLogger(__name__)
 
-# A worker that could not be started this many times in a row is not tried again.
+# A worker that has failed to start this many times in a row is given up.
 _MAX_FAILED_STARTS = 3
 MAX_MESSAGE_BYTES = 1 << 16
 
@@ -39,15 +38,15 @@ class Apart(Prefiller):
     """Processes; see `Prefiller`.
 
     Args:
-        workers: processes.
+        workers: the number of processes.
         threads, always: see `Prefiller`.
-        timeout: seconds that a forward may take; after them the process is killed.
-        start_timeout: seconds until a process must be ready.
+        timeout: seconds that a forward may take; after that the process is killed.
+        start_timeout: seconds within which a process must be ready.
 
     Raises:
         ValueError: workers or threads is below 1, or a timeout is not above 0.
-        NotImplementedError: on another system than Linux, or, when a relay starts it, for a model
-            that is not on the CPU.
+        NotImplementedError: the system is not Linux, or, when a relay starts it, the model is not
+            on the CPU.
     """
 
     name = "apart"
@@ -72,7 +71,7 @@ class Apart(Prefiller):
         self._workers: list[_ProcessWorker] = []
 
     def make_workers(self, model: ModelHandle, threads: int) -> list[Worker]:
-        """One process's worker each, on one copy of the model's weights."""
+        """One worker per process, all on one copy of the model's weights."""
         device = torch.device(getattr(model, "device", "cpu"))
         if device.type != "cpu":
             # The processes share host memory: each would put its own weights on the GPU, and
@@ -90,13 +89,13 @@ class Apart(Prefiller):
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the processes that live."""
+        """Process ids of the live workers."""
         links = [worker.link for worker in self._workers]
         return [link.process.pid for link in links if link is not None]
 
 
 class _ModelFile:
-    """A model in an anonymous file, which is gone with the last process that has it open."""
+    """A model in an anonymous file, which vanishes with the last process that has it open."""
 
     def __init__(self, model: ModelHandle):
         self.sizes = Sizes.of(model)
@@ -116,7 +115,7 @@ class _ModelFile:
 
 
 class _Link(NamedTuple):
-    """A process and this side of the socket to it."""
+    """A process, and our end of the socket to it."""
 
     process: subprocess.Popen
     socket: socket.socket
@@ -139,16 +138,17 @@ class _ProcessWorker(Worker):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {
             **os.environ,
-            # What this process can import, the other one must.
+            # The worker must be able to import everything that this process can.
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         }
-        # Those of torch's threads that spin would take the loop's cores.
+        # Spinning threads of torch would take cores from the loop.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         command = [sys.executable, "-m", "baton_engines.prefill.apart_worker"]
         numbers = (theirs.fileno(), self._model.file, self._threads)
         with theirs:
-            # A separate session: a Ctrl-C at the terminal is for this process only, and a worker
-            # whose parent is gone sees it by the end of its socket. What it prints is not a result.
+            # A separate session: Ctrl-C in the terminal is meant for this process only, and a
+            # worker notices by the end of its socket that its parent is gone. Its output is not a
+            # result.
             try:
                 process = subprocess.Popen(
                     [*command, *map(str, numbers)],
@@ -183,7 +183,7 @@ class _ProcessWorker(Worker):
         except WorkerLostError as error:
             if self._stopped:
                 raise
-            # As text: the error holds frames, and they hold memory.
+            # Logged as text: the error holds frames, and they hold memory.
             _log.warning("%s; its prompts are computed again", str(error))
         return self._ask(prompts)
 

@@ -1,6 +1,7 @@
-"""The process of `prefill.apart`: computes the prompts it is handed until its socket ends.
+"""The process of `prefill.apart`: computes the prompts that it is given until its socket closes.
 
-python -m baton_engines.prefill.apart_worker SOCKET MODEL THREADS, two descriptors and a number.
+Run as python -m baton_engines.prefill.apart_worker SOCKET MODEL THREADS, with two descriptors and a
+number.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from .handover import Handover, Sizes
 
 
 def main(socket_number: int, model_file: int, threads: int) -> None:
-    """Answer {} when ready, then one message per job: {} for done, or {"error": what it was}."""
+    """Sends {} when ready, then one message per job: {} for success, or {"error": description}."""
     with socket.socket(fileno=socket_number) as parent:
         try:
             torch.set_num_threads(threads)
-            # Mapped and not read: all workers share its pages.
+            # Mapped instead of read, so that all workers share its pages.
             model = torch.load(f"/proc/self/fd/{model_file}", mmap=True, weights_only=False)
             os.close(model_file)
             sizes = Sizes.of(model)

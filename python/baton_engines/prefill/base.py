@@ -1,8 +1,8 @@
-"""Computes prompts outside the decode loop: jobs, the threads that take them, and what a mode adds.
+"""Computes prompts outside the decode loop: jobs, their threads, and what a mode has to implement.
 
-One thread per worker takes jobs first in, first out. A job's outcome is a state of the job and no
-message, so a Ctrl-C in the loop's thread can lose none. The workers touch no cache of the relay:
-keys and values of a job lie in separate memory until the loop inserts them.
+One thread per worker takes jobs first in, first out. The outcome is stored in the job instead of
+sent as a message, so a Ctrl-C in the loop's thread cannot lose it. The workers do not touch the
+relay's cache: keys and values of a job lie in separate memory until the loop inserts them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Prefilled(NamedTuple):
     """Computed prompts.
 
     Attributes:
-        rows: of every prompt, key and value `[num_layers, tokens, num_kv_heads, head_dim]`, last
+        rows: key and value of every prompt, `[num_layers, tokens, num_kv_heads, head_dim]`, last
             dimension contiguous.
-        logits: float32 `[prompts, vocab]`, those after the last token of every prompt.
+        logits: float32 `[prompts, vocab]`, after the last token of every prompt.
     """
 
     rows: Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -39,9 +39,9 @@ class Job:
 
     Attributes:
         prompts: token ids of every prompt.
-        started: whether a worker computes it, or has.
-        abandoned: whether nobody wants it any more; set by the loop, then it need not be computed.
-        prefilled, error: what became of it; one of them is set before `done`.
+        started: whether a worker is computing it, or has.
+        abandoned: whether nobody needs it any more; set by the loop, and it is then not computed.
+        prefilled, error: the outcome; one of them is set before `done`.
         done: whether it has ended.
     """
 
@@ -59,29 +59,29 @@ class Worker(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Make ready; what it raises, `Prefiller.open` raises."""
+        """Prepare for work; `Prefiller.open` passes its exceptions on."""
 
     @abstractmethod
     def compute(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
         """The prompts' keys, values and last logits; an exception ends only this job."""
 
     def stop(self) -> None:  # noqa: B027
-        """Called from another thread before the worker is closed: end `compute` early, if that can
-        be."""
+        """Called from another thread before the worker is closed: end `compute` early, if
+        possible."""
 
     def close(self) -> None:  # noqa: B027
-        """Give everything back; no `compute` is running."""
+        """Release everything; `compute` is not running."""
 
 
 class Prefiller(ABC):
-    """A way of computing prompts elsewhere. One object serves one relay.
+    """A way to compute prompts elsewhere. One object serves one relay.
 
     Args:
-        workers: prompts that are computed at a time.
-        threads: CPU threads of each worker, which decoding goes without meanwhile; default: half of
+        workers: the number of jobs computed at a time.
+        threads: CPU threads of each worker, which decoding does without meanwhile; default: half of
             torch's, divided among the workers.
-        always: hand prompts over even while no query decodes. By default the loop computes them
-            itself then: nobody waits for it, and it has all the cores.
+        always: hand prompts over even while no query decodes. By default the loop then computes
+            them itself, because no query would wait and the loop has all cores.
 
     Raises:
         ValueError: workers or threads is below 1.
@@ -100,7 +100,7 @@ class Prefiller(ABC):
 
     @property
     def host_threads(self) -> int:
-        """Threads that a worker takes from decoding while it computes; of one that is open."""
+        """The threads that an open worker takes from decoding while it computes."""
         return self.threads or 0
 
     @abstractmethod
@@ -122,15 +122,15 @@ class Prefiller(ABC):
             self.threads = max(1, torch.get_num_threads() // (2 * self.num_workers))
         own_threads = torch.get_num_threads()
         desk = _Desk(self.make_workers(model, self.threads))
-        # A worker's `torch.set_num_threads` holds for its own thread, and for those that come
-        # later: they shall be as they would have been.
+        # A worker's `torch.set_num_threads` affects its own thread and threads created later; the
+        # latter must keep the number that they would have had.
         torch.set_num_threads(own_threads)
         self._desk = desk
-        # Also at the end of the program, and when a relay that was never closed is collected.
+        # Also runs at the end of the program, and when a relay that was never closed is collected.
         self._finalizer = weakref.finalize(self, desk.close)
 
     def submit(self, job: Job) -> None:
-        """Compute the job after those that came before it."""
+        """Compute the job after those submitted before it."""
         self._open_desk().jobs.put(job)
 
     def wait(self, jobs: Sequence[Job], timeout: float | None = None) -> None:
@@ -154,8 +154,8 @@ class Prefiller(ABC):
 
 
 class _Desk:
-    """The threads of the workers and what they share; knows no prefiller, which could otherwise
-    never be collected."""
+    """The workers' threads and what they share. Does not refer to the prefiller, which could
+    otherwise never be collected."""
 
     def __init__(self, workers: Sequence[Worker]):
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -194,7 +194,7 @@ class _Desk:
             worker.start()
         except Exception as error:
             self._errors.append(error)
-        # A Ctrl-C may have taken the other side away.
+        # A Ctrl-C may have ended the thread on the other side.
         with contextlib.suppress(threading.BrokenBarrierError):
             self._started.wait()
         while (job := self.jobs.get()) is not None and not self._closing:
@@ -202,7 +202,7 @@ class _Desk:
             if not job.abandoned:
                 try:
                     job.prefilled = worker.compute(job.prompts)
-                # Any exception: the loop waits for this job, and other jobs for the thread.
+                # Any exception: the loop waits for this job, and other jobs wait for this thread.
                 except BaseException as error:
                     job.error = error
             if job.abandoned:
@@ -210,12 +210,12 @@ class _Desk:
             with self.change:
                 job.done = True
                 self.change.notify_all()
-            # Keys and values are the loop's from here on.
+            # From here on keys and values belong to the loop.
             del job
 
 
 def compute(model: ModelHandle, prompts: Sequence[Sequence[int]]) -> Prefilled:
-    """The prompts in one forward of `model`, into a cache that is made for them."""
+    """Computes the prompts in one forward of `model`, with a cache that is made for them."""
     counts = [len(prompt) for prompt in prompts]
     cache = model.new_cache(len(prompts), max(counts))
     for count in counts:

@@ -1,7 +1,7 @@
-"""The memory in which two processes hand over prompts one way, keys, values and logits the other.
+"""Shared memory for a job: prompts go one way; keys, values and logits come back.
 
-One anonymous file per job, mapped on both sides. It has no name, so nothing is left of it when both
-have let go, however they end.
+There is one anonymous file per job, mapped on both sides. It has no name, so it vanishes when both
+processes have released it, however they end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ALIGNMENT = 64
 
 
 class Sizes(NamedTuple):
-    """What the sizes of a job's tensors follow from, besides the prompts' lengths."""
+    """What the sizes of a job's tensors depend on, besides the prompts' lengths."""
 
     num_layers: int
     num_kv_heads: int
@@ -30,17 +30,17 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, model: ModelHandle) -> Sizes:
-        """Those of a model."""
+        """The sizes of a model."""
         sizes = (model.num_layers, model.num_kv_heads, model.head_dim, model.vocab_size)
         return cls(*sizes, model.dtype)
 
 
 class Handover:
-    """Views of a job's file. Mapped as long as one of them is used.
+    """Views of a job's file, which stays mapped as long as one of them is used.
 
     Args:
-        file: descriptor, not kept.
-        sizes: the model's.
+        file: descriptor; not kept.
+        sizes: of the model.
         lengths: of the prompts.
         create: whether the file is still empty.
 

@@ -1,7 +1,7 @@
 """Prefill by a thread of this process while the decode loop goes on.
 
-CPU: the thread has its own OpenMP team, with the cores that it is given. CUDA: it has its own
-stream, and a job is done when the stream is.
+On the CPU, the thread has its own OpenMP team with the cores that it is given. With CUDA, it has
+its own stream, and a job is done when the stream is.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .base import Prefilled, Prefiller, Worker, compute
 
 
 class Overlapped(Prefiller):
-    """Threads of this process; see `Prefiller`. A forward that hangs cannot be taken back."""
+    """Threads of this process; see `Prefiller`. A forward that hangs cannot be stopped."""
 
     name = "overlapped"
 
     def make_workers(self, model: ModelHandle, threads: int) -> list[Worker]:
-        """One thread's worker each, on the model's own weights."""
+        """One worker per thread, all on the model's own weights."""
         return [_ThreadWorker(model.twin(), threads) for _ in range(self.num_workers)]
 
 
@@ -29,16 +29,16 @@ class _ThreadWorker(Worker):
         self._model = model
         self._threads = threads
         device = torch.device(getattr(model, "device", "cpu"))
-        # The worker's stream, and the one in which the loop's thread enqueues later what reads the
-        # keys and values, the insertion.
+        # The worker's stream, and the stream in which the loop's thread will later enqueue the
+        # insertion, which reads the keys and values.
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         if device.type == "cuda":
             self._streams = torch.cuda.Stream(device), torch.cuda.current_stream(device)
 
     def start(self) -> None:
-        # For this thread only: each thread that calls OpenMP has its own team. In a new
-        # thread torch's first look at the number replaces it by the one that was last set anywhere,
-        # so there must have been a look before.
+        # Affects this thread only, because each thread that calls OpenMP has its own team. In a new
+        # thread, torch's first read of the number replaces it by the one that was last set
+        # anywhere, so a read must come before.
         torch.get_num_threads()
         torch.set_num_threads(self._threads)
 
@@ -49,7 +49,7 @@ class _ThreadWorker(Worker):
         with torch.cuda.stream(own):
             prefilled = compute(self._model, prompts)
         for tensor in (prefilled.logits, *(part for row in prefilled.rows for part in row)):
-            # Not to be given out again before the reader has read it.
+            # The memory must not be reused before the reading stream has used it.
             tensor.record_stream(reader)
         own.synchronize()
         return prefilled

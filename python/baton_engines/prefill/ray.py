@@ -1,10 +1,9 @@
 """Prefill by actors of Ray, on any node of its cluster; keys and values come through its object
 store.
 
-Placement and restart are Ray's. A prompt goes to an actor that lives and has nothing to do: one
-that is lost, or hangs and is killed, takes no prompt until Ray has restarted it. What it was
-computing goes to another actor once, if one lives, and else to the loop, which never waits for a
-restart.
+Ray places and restarts the actors. A prompt goes to a live, idle actor. An actor that is lost, or
+that hangs and is killed, gets no prompt until Ray has restarted it. Its current prompts go to
+another live actor once, or if there is none to the loop, which never waits for a restart.
 """
 
 from __future__ import annotations
@@ -38,23 +37,23 @@ class ActorLostError(RuntimeError):
 class Remote(Prefiller):
     """Actors of Ray; see `Prefiller`.
 
-    Where the program is not connected to a cluster, `ray.init()` is called when a relay opens this
+    If the program is not connected to a cluster, `ray.init()` is called when a relay opens this
     object, and `ray.shutdown()` when it closes it.
 
     Args:
-        model: what `load_model` takes, for actors that load it themselves, on whichever node they
-            are; None: the relay's own model travels through the object store.
-        workers: actors.
+        model: an argument of `load_model`, for actors that load the model themselves, on whichever
+            node they are; None: the relay's own model is sent through the object store.
+        workers: the number of actors.
         threads: see `Prefiller`. Only actors on this node take threads from decoding.
         always: see `Prefiller`.
-        timeout: seconds that a forward may take; after them the actor is killed and restarted.
-        start_timeout: seconds until the actors must be ready when a relay opens this object.
+        timeout: seconds that a forward may take; after that the actor is killed and restarted.
+        start_timeout: seconds within which the actors must be ready when a relay opens this object.
         ray_options: of the actors, for example `resources={"prefill": 1}`; default:
             `num_cpus=threads`, `max_restarts=-1` and `scheduling_strategy="SPREAD"`.
 
     Raises:
         ValueError: workers or threads is below 1, or a timeout is not above 0; or, when a relay
-            opens this object, an actor's model is another one than the relay's.
+            opens this object, an actor's model differs from the relay's.
         NotImplementedError: when a relay opens this object, for a model that is not on the CPU.
         RuntimeError: when a relay opens this object and an actor is not ready in time.
     """
@@ -83,7 +82,7 @@ class Remote(Prefiller):
         self._actors: _Actors | None = None
 
     def make_workers(self, model, threads: int) -> list[Worker]:
-        """One actor's worker each; a worker's prompts may go to any of the actors."""
+        """One worker per actor; a worker's prompts may go to any of the actors."""
         device = torch.device(getattr(model, "device", "cpu"))
         if device.type != "cpu":
             raise NotImplementedError(
@@ -105,7 +104,7 @@ class Remote(Prefiller):
 
     @property
     def host_threads(self) -> int:
-        """See `Prefiller`; actors that Ray has moved since they started are not looked for."""
+        """See `Prefiller`; does not notice actors that Ray has moved since they started."""
         if self._actors is None:
             return 0
         here = ray.get_runtime_context().get_node_id()
@@ -114,13 +113,13 @@ class Remote(Prefiller):
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the actors as they started, on whichever node."""
+        """Process ids of the actors when they started, on any node."""
         actors = self._actors
         return [] if actors is None else [each.process for each in actors.introductions]
 
 
 class _Actors:
-    """Actors by what they do; the workers' threads share them.
+    """The actors by state, shared by the workers' threads.
 
     Args:
         source: the model.
@@ -143,14 +142,14 @@ class _Actors:
         self._all: list[Any] = []
         self._idle: list[Any] = []
         self._num_busy = 0
-        # Actors that may come back, and their answers to whether they have.
+        # Actors that may come back, and their pending answers to whether they have.
         self._lost: list[tuple[Any, Any]] = []
         self._closed = False
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             ray.init()
         try:
-            # Held: an actor that is restarted reads it again.
+            # Kept alive: an actor that is restarted reads it again.
             self._source = ray.put(source)
             self._class = ray.remote(PrefillActor).options(**options)
         except BaseException:
@@ -190,7 +189,7 @@ class _Actors:
             self._change.notify()
 
     def take(self) -> Any:
-        """An actor that lives, for one job; waits while all that live are busy."""
+        """Takes a live actor for one job; waits while all live actors are busy."""
         with self._change:
             while True:
                 if self._closed:
@@ -204,14 +203,14 @@ class _Actors:
                 self._change.wait()
 
     def give_back(self, actor: Any, *, lost: bool = False) -> None:
-        """What `take` has given."""
+        """Returns an actor that `take` gave out."""
         with self._change:
             self._num_busy -= 1
             if lost:
                 self._lost.append((actor, _introduce(actor)))
             else:
                 self._idle.append(actor)
-            # All: where none lives any more, everybody has to know.
+            # Wakes all threads: if no actor lives any more, every one of them has to know.
             self._change.notify_all()
 
     def stop(self) -> None:
@@ -233,7 +232,7 @@ class _Actors:
             ray.shutdown()
 
     def _look_for_lost(self) -> None:
-        """Take back the actors that Ray has restarted; those that it gives up are forgotten."""
+        """Takes back actors that Ray has restarted and drops those that it has given up."""
         lost, self._lost = self._lost, []
         for actor, answer in lost:
             if not ray.wait([answer], timeout=0)[0]:
@@ -262,7 +261,7 @@ class _ActorWorker(Worker):
         try:
             return self._ask(prompts)
         except ActorLostError as error:
-            # As text: the error holds frames, and they hold memory.
+            # Logged as text: the error holds frames, and they hold memory.
             _log.warning("%s; its prompts are computed again", str(error))
         return self._ask(prompts)
 
@@ -281,7 +280,7 @@ class _ActorWorker(Worker):
             )
             lost = False
         except ray.exceptions.RayTaskError:
-            # The prompt's fault; the actor lives.
+            # The prompt caused the error; the actor lives.
             lost = False
             raise
         except ray.exceptions.GetTimeoutError as error:
@@ -298,5 +297,5 @@ class _ActorWorker(Worker):
 
 
 def _introduce(actor: Any) -> Any:
-    """The promise of an actor's introduction."""
+    """A future for an actor's introduction."""
     return actor.introduce.remote()

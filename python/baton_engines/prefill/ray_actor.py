@@ -1,7 +1,7 @@
-"""What an actor of `prefill.ray` does, and how tensors travel through Ray's object store.
+"""The actor of `prefill.ray`, and how tensors travel through Ray's object store.
 
-Ray keeps numpy arrays in the shared memory of a node and maps them for every reader there.
-numpy has no bfloat16, so tensors travel as bytes.
+Ray keeps numpy arrays in a node's shared memory and maps them for every reader there. numpy has no
+bfloat16, so tensors travel as bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SavedModel(NamedTuple):
 
     @classmethod
     def of(cls, model) -> SavedModel:
-        """Of a `PatchedLlama` or what stands in for one."""
+        """Saves a `PatchedLlama` or a stand-in for one."""
         stream = io.BytesIO()
         torch.save(model, stream)
         return cls(torch.frombuffer(stream.getbuffer(), dtype=torch.uint8).numpy())
@@ -37,14 +37,14 @@ class SavedModel(NamedTuple):
 
 
 class NamedModel(NamedTuple):
-    """A model that every actor loads for itself: see `load_model`."""
+    """A model that every actor loads by itself: see `load_model`."""
 
     name: str
     dtype: torch.dtype
 
     def load(self):
         """A handle of the model."""
-        # Here and not above: a handle that was sent may need no transformers.
+        # Imported only here: a handle that was sent may not need transformers.
         from ..huggingface.adapt import adapt
         from ..llama import load_model
 
@@ -52,7 +52,7 @@ class NamedModel(NamedTuple):
 
 
 class Introduction(NamedTuple):
-    """What an actor says of itself when it is ready.
+    """What an actor reports when it is ready.
 
     Attributes:
         node: id of Ray's node.
@@ -80,15 +80,15 @@ class PrefillActor:
         self._model = model.load()
 
     def introduce(self) -> Introduction:
-        """Answers when the model is loaded."""
-        # Here and not above: `prefill.ray` says what to do where there is none.
+        """Answers once the model is loaded."""
+        # Imported only here: `prefill.ray` explains what to do if ray is missing.
         import ray
 
         node = ray.get_runtime_context().get_node_id()
         return Introduction(node, os.getpid(), Sizes.of(self._model), used_isa())
 
     def compute(self, prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[Any, Any]], Any]:
-        """`Prefilled` in arrays: bytes of every prompt's key and value, and the logits."""
+        """`Prefilled` as arrays: bytes of every prompt's key and value, and the logits."""
         rows, logits = compute(self._model, prompts)
         return [(_to_bytes(key), _to_bytes(value)) for key, value in rows], logits.numpy()
 
@@ -99,9 +99,9 @@ def used_isa() -> str:
 
 
 def unpack(answer: tuple[list[tuple[Any, Any]], Any], dtype: torch.dtype) -> Prefilled:
-    """What `PrefillActor.compute` computed, in the read-only memory in which it arrived."""
+    """The result of `PrefillActor.compute`, in the read-only memory in which it arrived."""
     rows, logits = answer
-    # Through DLPack: torch.from_numpy warns of memory that cannot be written.
+    # Through DLPack, because torch.from_numpy warns about read-only memory.
     tensor = torch.from_dlpack
     return Prefilled(
         [(tensor(key).view(dtype), tensor(value).view(dtype)) for key, value in rows],

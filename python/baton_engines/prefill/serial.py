@@ -1,4 +1,4 @@
-"""Prefill by the decode loop itself, between two steps: the prefiller that computes nothing."""
+"""Prefill in the decode loop itself, between two steps: this prefiller computes nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .base import Job, Prefiller, Worker
 
 
 class Serial(Prefiller):
-    """Nothing is computed elsewhere; see `Prefiller`. With no workers it is handed no jobs."""
+    """Computes nothing elsewhere; see `Prefiller`. It has no workers and gets no jobs."""
 
     name = "serial"
 
@@ -22,10 +22,10 @@ class Serial(Prefiller):
         return []
 
     def open(self, model: ModelHandle) -> None:
-        """Nothing is started."""
+        """Starts nothing."""
 
     def submit(self, job: Job) -> None:
-        """Refuses the job: it would never end."""
+        """Rejects the job, which would never end."""
         raise RuntimeError("Serial.submit: job must be for another prefiller, got one")
 
     def wait(self, jobs: Sequence[Job], timeout: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""One query: its tokens, how they are chosen, when it ends."""
+"""One query: its tokens, how they are chosen, and when it ends."""
 
 from .query import Query, SharedPrompt, wait_in_order
 from .text import decode_text

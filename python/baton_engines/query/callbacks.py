@@ -1,4 +1,4 @@
-"""Calling what `Relay.submit` was given: on_token with every token, on_text with pieces of text."""
+"""Calls the callbacks of `Relay.submit`: on_token with every token, on_text with pieces of text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .text import decode_text
 
 
 def check_callback(name: str, callback: object) -> None:
-    """Raise unless something can be called between two steps.
+    """Raise unless a callback can be called between two steps.
 
     Args:
         name: of the argument.
-        callback: None, or what was given.
+        callback: None, or the argument.
 
     Raises:
         TypeError: it cannot be called, or would have to be awaited.
@@ -37,7 +37,7 @@ def call(callback: Callable[..., object], query: Query, value: object) -> None:
     """Call a callback.
 
     Raises:
-        TypeError: it returned something to be awaited.
+        TypeError: it returned something that would have to be awaited.
         Exception: what it raises.
     """
     result = callback(query, value)
@@ -48,12 +48,12 @@ def call(callback: Callable[..., object], query: Query, value: object) -> None:
 
 
 def give_text(query: Query, listener: TextListener, has_ended: bool) -> None:
-    """Call a query's on_text with what its newest token made certain.
+    """Calls a query's on_text with the text that its newest token made certain.
 
     Args:
-        query: has the token, and is still served.
-        listener: the query's. Written: how far it has been told.
-        has_ended: whether the token was the last one; all that was held back is then given.
+        query: has the token and has not ended.
+        listener: the query's. Written: how much text it has received.
+        has_ended: whether the token is the last one; everything held back is then passed on.
     """
     if has_ended:
         piece = listener.pieces.finish(final_text(query))
@@ -64,6 +64,6 @@ def give_text(query: Query, listener: TextListener, has_ended: bool) -> None:
 
 
 def final_text(query: Query) -> str:
-    """The whole text of a query whose last token has come, before the relay has ended it."""
+    """The whole text of a query whose last token has arrived, before the relay ends it."""
     text = query.serving.stopper.text
     return decode_text(query.tokenizer, query.tokens) if text is None else text

@@ -1,7 +1,7 @@
-"""Conversations as people send them, made into what a chat template of text takes.
+"""Converts conversations as users send them into what a chat template for text accepts.
 
 The content of a message may be a string or a list of parts, as in OpenAI's interface. Templates
-print what they get, so a list that reaches one would become Python's own spelling of it.
+print what they get, so a list would appear in the prompt in Python's notation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
 
 
 class ContentError(ValueError):
-    """Messages hold something that cannot be text for a template; the message says where."""
+    """Messages contain something that a text template cannot take; the message says where."""
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -36,13 +36,13 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 def encode_messages(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, continued: bool | None = None
 ) -> list[int]:
-    """Token ids of a conversation, ending where the assistant's next words begin.
+    """Token ids of a conversation, up to where the assistant's next words begin.
 
     Args:
         tokenizer: Hugging Face tokenizer with a chat template.
         messages: see `plain_messages`.
-        continued: whether the answer goes on with the last message instead of opening a turn;
-            None: if that message is the assistant's.
+        continued: whether the answer continues the last message instead of opening a turn; None:
+            only if that message is the assistant's.
 
     Raises:
         ContentError: see `plain_messages`.
@@ -58,14 +58,14 @@ def encode_messages(
         add_generation_prompt=not continued,
         continue_final_message=continued,
     )
-    # The template has already written the special tokens.
+    # The template has already added the special tokens.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
     """The special token with which the chat template ends the assistant's turn, if there is one.
 
-    A model that was taught a template ends its answers with this token, whether or not its
+    A model that was trained with a template ends its answers with this token, whether or not its
     generation config says so.
     """
     marker = "answer"
@@ -80,7 +80,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
         before, found, rest = text.rpartition(marker)
         ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
         special = set(tokenizer.all_special_ids)
-    # A template may refuse any conversation; then it does not say how it ends a turn.
+    # A template may reject any conversation; then it is unknown how it ends a turn.
     except Exception:
         return None
     return ids[0] if ids and ids[0] in special else None

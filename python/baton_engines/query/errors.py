@@ -1,24 +1,24 @@
-"""What the relay does with exceptions that end a query and not the run."""
+"""Handles exceptions that end a query but not the run."""
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether something went wrong, as opposed to somebody who wants the program to stop.
+    """Whether the exception is an error, as opposed to a request to stop the program.
 
-    A panic in a library written in Rust (tokenizers, safetensors) is not an `Exception`, but
-    concerns one query or one file all the same.
+    A panic in a library written in Rust (tokenizers, safetensors) is not an `Exception`, but it
+    concerns only one query or one file.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def drop_tracebacks(error: BaseException | None) -> None:
-    """Let go of the frames that an error and its causes came through, and of their tensors."""
+    """Drop the frames of an error and its causes, and with them their tensors."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
 
 def explained(text: str, cause: BaseException) -> RuntimeError:
-    """The relay's error with that text, caused by another."""
+    """The relay's error with that text and cause."""
     error = RuntimeError(f"Relay: {text}")
     error.__cause__ = cause
     return error

@@ -1,7 +1,7 @@
-"""What a model's own generation config says about queries that do not say it themselves.
+"""The settings of a model's generation config for queries that do not set them.
 
-`generate` reads it without being asked to, so a model that was tuned with a repetition penalty, or
-that must not say some tokens, answers here as it does there.
+`generate` applies them by default, so a model that was tuned with a repetition penalty, or that
+must not generate some tokens, answers here as it does there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# What `generate` keeps of the vocabulary when it samples and nobody says how much.
+# The top_k with which `generate` samples by default.
 _TOP_K_OF_GENERATE = 50
 _DEFAULT_NEW_TOKENS = 128
 _COPIED = ("top_p", "min_p", "repetition_penalty", "suppress_tokens", "begin_suppress_tokens")
@@ -52,8 +52,8 @@ class GenerationDefaults:
         min_length: the fewest tokens of prompt and answer together before it may end.
         stop: strings that end an answer.
         sampling: by the names of `SamplingOptions`; without a temperature.
-        temperature: of a query that gives none.
-        top_k: of a query that gives neither temperature nor top_k.
+        temperature: for a query that sets none.
+        top_k: for a query that sets neither temperature nor top_k.
     """
 
     eos: tuple[int, ...] = ()
@@ -66,7 +66,7 @@ class GenerationDefaults:
 
     @classmethod
     def of(cls, config: Any | None, eos: int | Iterable[int] | None = None) -> GenerationDefaults:
-        """The settings of a transformers GenerationConfig, None for none.
+        """The settings of a transformers GenerationConfig; None means no config.
 
         Args:
             config: GenerationConfig.
@@ -74,7 +74,7 @@ class GenerationDefaults:
 
         Raises:
             NotImplementedError: the config has a setting that would change answers and that only
-                `generate` knows.
+                `generate` supports.
         """
         told = getattr(config, "eos_token_id", None)
         eos = eos if told is None else told
@@ -111,10 +111,10 @@ class GenerationDefaults:
         )
 
     def fill(self, given: Mapping[str, Any], prompt_length: int) -> dict[str, Any]:
-        """The sampling options of a query, its own first.
+        """The sampling options of a query; its own take precedence.
 
         Args:
-            given: by the names of `SamplingOptions`; None for what the query leaves open.
+            given: by the names of `SamplingOptions`; None for options that the query does not set.
             prompt_length: in tokens.
         """
         own = {name: value for name, value in given.items() if value is not None}
@@ -129,7 +129,7 @@ class GenerationDefaults:
 
 
 def _single_biases(biases: Any) -> dict[int, float] | None:
-    """sequence_bias as a bias of single tokens."""
+    """sequence_bias, converted to a bias of single tokens."""
     if not biases:
         return None
     pairs = biases.items() if isinstance(biases, Mapping) else biases

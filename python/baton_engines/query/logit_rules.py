@@ -1,7 +1,7 @@
-"""What a query's options do to its logits before a token is chosen, for all rows of a step at once.
+"""Applies a query's options to its logits before a token is chosen, for all rows of a step at once.
 
-A query's tokens are few compared with a vocabulary, so the rules read and write only the logits of
-these: one gather and one scatter per step, for any number of rows.
+A query has few tokens compared with the vocabulary, so the rules read and write only the logits of
+those tokens: one gather and one scatter per step for any number of rows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _NO_IDS = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class LogitRules:
-    """The rules of one query, and which tokens it has seen.
+    """The rules of one query, and the tokens it has seen.
 
     Args:
         options: SamplingOptions.
         prompt: token ids that repetition_penalty counts as seen.
-        eos: ids that min_new_tokens holds back.
+        eos: ids that min_new_tokens excludes at first.
 
     Attributes:
         options: as given.
@@ -43,7 +43,7 @@ class LogitRules:
             or options.frequency_penalty != 0
             or options.presence_penalty != 0
         )
-        # Of every token seen: its id, and how often the answer has it. Their room doubles.
+        # For every token seen: its id, and how often the answer has it. Storage grows by doubling.
         self._places: dict[int, int] = {}
         self._seen = _NO_IDS
         self._counts = torch.empty(0, device="cpu")
@@ -55,13 +55,13 @@ class LogitRules:
     def of(
         cls, options: SamplingOptions, prompt: Iterable[int], eos: Iterable[int]
     ) -> LogitRules | None:
-        """The rules, or None where the options have none."""
+        """The rules, or None if the options have none."""
         rules = cls(options, prompt, eos)
         has_any = rules.counts_tokens or options.min_new_tokens or options.logit_bias
         return rules if has_any or len(rules.banned) or len(rules._first) else None
 
     def seen(self, tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of the tokens seen, without duplicates, and how often each is in the answer.
+        """Ids of the tokens seen, without duplicates, and how often each occurs in the answer.
 
         Args:
             tokens: the whole answer so far.
@@ -150,13 +150,13 @@ def _apply_penalties(
     )
     values = flat[where]
     values = torch.where(values < 0, values * repetition, values / repetition)
-    # One product, then one difference: a fused one would round differently in some lanes.
+    # Product and difference are separate: a fused operation would round differently in some lanes.
     values = values - frequency * counts
     flat[where] = values - presence * (counts > 0)
 
 
 def _flat(ids: Sequence[torch.Tensor], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Ids of every row as indices into all rows one after the other."""
+    """Ids of every row as indices into all rows concatenated."""
     lengths = torch.tensor([len(part) for part in ids], device="cpu")
     rows = torch.arange(len(ids), device="cpu").repeat_interleave(lengths)
     return (torch.cat(list(ids)) + rows * vocab_size).to(device)

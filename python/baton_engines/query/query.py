@@ -1,8 +1,8 @@
-"""One request to the relay: its prompt, its tokens, and what became of it.
+"""One request to the relay: its prompt, its tokens, and its outcome.
 
 A query is "waiting" until a policy admits it, "running" while it has a row of the batch, "parked"
 after `Relay.preempt`, and ends as "finished", "cancelled" or "failed". Only the engine changes a
-query; everybody else reads it.
+query; everybody else only reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .text import decode_text, unfinished
 
 if TYPE_CHECKING:
-    # Without torch, and so fast: the command line imports this room first.
+    # Not imported at run time, so this is fast: the command line imports this package first.
     import torch
 
     from .serving import Serving
@@ -25,8 +25,8 @@ class TokenLogprobs(NamedTuple):
 
     Attributes:
         token: the generated token id.
-        logprob: its logarithm.
-        top: ids and logarithms of the likeliest tokens, as many as `submit` requested, in order.
+        logprob: the logarithm of its probability.
+        top: ids and logarithms of the likeliest tokens, in order; `submit` sets their number.
     """
 
     token: int
@@ -42,23 +42,22 @@ class Query:
 
     Attributes:
         id: number in order of submission, starting at 0 for each relay.
-        name: the object that was given to `submit`, or None.
+        name: the object that was passed to `submit`, or None.
         prompt: the prompt's token ids.
-        max_new_tokens: the most tokens that are generated.
-        priority: what the admission `priority` goes by, more before less.
-        tokens: the generated token ids so far, the end-of-sequence token and stop sequences
-            included.
+        max_new_tokens: the largest number of tokens to generate.
+        priority: used by the admission `priority`; higher values enter first.
+        tokens: the token ids generated so far, including the end-of-sequence token and stop
+            sequences.
         status: "waiting", "running", "parked", "finished", "cancelled" or "failed".
         finish_reason: "eos", "length", "stop", "cancelled" or "error"; None before the end.
         error: the exception of a failed query, else None.
-        submitted, first_token, finished: clock seconds; None while they have not happened.
+        submitted, first_token, finished: clock seconds; None until they happen.
         token_times: clock seconds of every generated token.
-        slot: the row of the cache that holds the query, None outside of one.
+        slot: the row of the cache that holds the query; None without one.
         cached: how many tokens have keys and values, in the slot, parked or in the prefix cache.
-        logprobs: of every generated token, if `submit` requested them, else None.
+        logprobs: of every generated token if `submit` requested them, else None.
         tokenizer: decodes `text`; None where the relay has none.
-        parked_kv: for the engine: keys and values in host memory, while the query is out of its
-            slot.
+        parked_kv: for the engine: keys and values in host memory, while the query has no slot.
         shared_prompt: for the engine: SharedPrompt of queries that were submitted together, else
             None.
     """
@@ -93,17 +92,17 @@ class Query:
 
     @property
     def prompt_left(self) -> int:
-        """Prompt tokens whose keys and values are still to be computed."""
+        """Prompt tokens whose keys and values have not been computed yet."""
         return max(0, len(self.prompt) - self.cached)
 
     @property
     def max_cached(self) -> int:
-        """The most tokens that will ever have keys and values: the last one needs none."""
+        """The most tokens that will ever have keys and values: the last token needs none."""
         return len(self.prompt) + self.max_new_tokens - 1
 
     @property
     def text(self) -> str | None:
-        """The generated text, cut before what stopped it; None when the relay has no tokenizer.
+        """The generated text, without what stopped it; None when the relay has no tokenizer.
 
         Before the end it holds complete characters only.
         """
@@ -113,11 +112,11 @@ class Query:
         return text if self.ended else text[: len(text) - unfinished(text)]
 
     def result(self) -> list[int]:
-        """The generated tokens of a query that has ended, those before the end if it was cancelled.
+        """The generated tokens of a query that has ended; a cancelled query keeps those it had.
 
         Raises:
-            RuntimeError: the query has not ended; `Relay.run` or `Relay.stream` take it there.
-            Exception: the query's own `error` when it failed.
+            RuntimeError: the query has not ended; `Relay.run` and `Relay.stream` run it to its end.
+            Exception: the query's own `error` if it failed.
         """
         if self.error is not None:
             raise self.error.with_traceback(None)
@@ -129,7 +128,7 @@ class Query:
 
     @property
     def serving(self) -> Serving:
-        """For the engine: what it needs of the query, from `serve` to `end`."""
+        """For the engine: everything it needs for running the query, from `serve` to `end`."""
         if self._serving is None:
             raise RuntimeError(
                 f"Query.serving: query {self.id} must be served, got status {self.status!r}"
@@ -143,7 +142,7 @@ class Query:
     def end(
         self, status: str, reason: str, finished: float, error: Exception | None = None
     ) -> None:
-        """For the engine: the query has ended; tokens and times are all that it keeps.
+        """For the engine: the query has ended; it keeps only tokens and times.
 
         The arguments become `status`, `finish_reason`, `finished` and `error`.
         """
@@ -154,11 +153,11 @@ class Query:
         self._serving = self.shared_prompt = None
 
     def is_held_back(self) -> bool:
-        """For the engine: whether another query computes the prompt that this one waits for."""
+        """For the engine: whether this query waits for a prompt that another query computes."""
         return self.shared_prompt is not None and self.shared_prompt.holds_back(self)
 
     def pending_tokens(self, count: int) -> list[int]:
-        """The next `count` ids, of the prompt or of `tokens`, whose keys are not cached."""
+        """The next `count` ids, of the prompt or of `tokens`, whose keys are not cached yet."""
         if self.cached < len(self.prompt):
             return self.prompt[self.cached : self.cached + count]
         first = self.cached - len(self.prompt)
@@ -171,19 +170,19 @@ class Query:
 
 
 class SharedPrompt:
-    """A prompt that several queries have in common: one computes it, the others copy its row.
+    """A prompt that several queries share: one computes it, the others copy its row.
 
-    The others take their first tokens from the leader's logits, and later copy its row: nothing is
-    computed twice, so they have the bits that they would have by themselves.
+    The others take their first tokens from the leader's logits and later copy its row. Nothing is
+    computed twice, and every query gets the bits that it would get by itself.
 
     Args:
         queries: at least two, with the same prompt.
 
     Attributes:
-        leader: the query that computes the prompt, or has done so.
+        leader: the query that computes the prompt, or has computed it.
         pending: the queries that have no keys and values yet, by id.
         ready: whether the prompt has been computed.
-        parked: keys and values of the prompt in host memory, once the leader's row is gone.
+        parked: keys and values of the prompt in host memory, once the leader has lost its row.
         lost: why they could not be kept, or None.
     """
 
@@ -198,27 +197,27 @@ class SharedPrompt:
             query.prompt = queries[0].prompt
 
     def holds_back(self, query: Query) -> bool:
-        """Whether the query had better wait, as its prompt is being computed by another one."""
+        """Whether the query should wait, because another query is computing its prompt."""
         if self.ready or query is self.leader:
             return False
         if self.leader.status in ("waiting", "running"):
             return True
-        # The leader is gone or was put aside before it had computed anything.
+        # The leader has ended or was parked before it computed anything.
         self.leader = query
         self.pending.pop(query.id, None)
         return False
 
     def offer(self) -> list[Query]:
-        """The leader's row holds the whole prompt now; the queries that may have a token."""
+        """The leader's row now holds the whole prompt; returns the queries that may get a token."""
         self.ready = True
         for query in self.pending.values():
-            # The last one counts with the token that follows from it.
+            # The last prompt token counts once the token that follows it is delivered.
             query.cached = len(query.prompt) - 1
         return list(self.pending.values())
 
 
 def wait_in_order(waiting: dict[int, Query], query: Query) -> None:
-    """Put a query that is nowhere among those that wait, in its order of submission."""
+    """Puts a query among those that wait, in order of submission; it must not be anywhere else."""
     query.status = "waiting"
     in_order = not waiting or next(reversed(waiting)) < query.id
     waiting[query.id] = query

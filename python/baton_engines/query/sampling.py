@@ -1,8 +1,8 @@
-"""Choosing the next token of every row at once: rules on its logits, then greedy or a draw.
+"""Chooses the next token of every row at once: rules on its logits, then arg max or a draw.
 
-A token is a function of its row's logits, the query's own options, tokens and seed: neighbors,
-slots and pauses do not enter. So everything here is either elementwise or row by row in a fixed
-order, and a draw's random number belongs to the query and the position of the token.
+A token is a function of its row's logits and of the query's own options, tokens and seed;
+neighbors, slots and pauses have no influence. So everything here works either elementwise or row by
+row in a fixed order, and a random number belongs to a query and the position of a token.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from .query import Query, TokenLogprobs
 from .sampler import Sampler
 from .sampling_options import SamplingOptions
 
-# Candidates looked at first for top-p and min-p: sorting a whole vocabulary costs milliseconds, and
-# the nucleus is nearly always smaller.
+# The number of candidates considered first for top-p and min-p: sorting a whole vocabulary takes
+# milliseconds, and the nucleus is nearly always smaller.
 _GUESS = 256
-# Tokens whose probabilities are summed before one of them is looked for.
+# Tokens per block: block sums are searched first, then the token within the block.
 _BLOCK = 64
-# Beyond a row's top-k, for tokens that tie with its last one.
+# Candidates beyond a row's top-k, for tokens that tie with the last one.
 _TIES = 32
 
 
 class Choice(NamedTuple):
-    """What became of one row of logits.
+    """The result for one row of logits.
 
     Attributes:
         finite: whether all logits were finite; if not, there is no token.
         token: the next token.
-        logprobs: what the query wants to know of it, or None.
+        logprobs: the logarithms that the query requested, or None.
     """
 
     finite: bool
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
 def choose_next(
     queries: Sequence[Query], ready: Sequence[bool], logits: torch.Tensor
 ) -> list[Choice]:
-    """The next token of every query that is ready for one.
+    """Chooses the next token of every query that is ready for one.
 
     Args:
         queries: one per row.
@@ -69,12 +69,12 @@ def choose_next(
 
 
 def token_logprobs(logits: torch.Tensor, token: int, top: int) -> TokenLogprobs:
-    """Logarithms of probabilities of one token and of the likeliest ones.
+    """Logarithms of the probabilities of one token and of the likeliest ones.
 
     Args:
-        logits: float32 [vocab], as the model gave them.
+        logits: float32 [vocab], as the model computed them.
         token: the chosen id.
-        top: how many of the likeliest.
+        top: the number of likeliest tokens.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     values, ids = torch.topk(logprobs, min(top, len(logprobs)))
@@ -95,7 +95,7 @@ def choose(
     rules = {row: own for row, sampler in enumerate(samplers) if (own := sampler.rules) is not None}
     if rules:
         ruled = list(rules)
-        # The logits stay as they are: someone may want to see them.
+        # The logits stay unchanged, because a callback may look at them.
         scores = logits.clone() if len(ruled) == len(samplers) else logits[ruled]
         apply_rules(list(rules.values()), [tokens[row] for row in ruled], scores)
         if len(ruled) < len(samplers):
@@ -118,10 +118,10 @@ def choose(
 def draw_tokens(
     logits: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
 ) -> list[int]:
-    """One token of every row, at the place in its cumulative probability that a number says.
+    """Draws one token per row: the one at the number's place in the cumulative probability.
 
     Args:
-        logits: float32 [rows, vocab]; -inf for what must not be drawn.
+        logits: float32 [rows, vocab]; -inf for tokens that must not be drawn.
         options: temperature > 0, top_k, top_p and min_p of each row.
         numbers: in [0, 1), one per row.
     """
@@ -129,7 +129,7 @@ def draw_tokens(
     for row, option in enumerate(options):
         draw = _draw_free
         if option.top_k:
-            # They look at few tokens, and need no probabilities of the others.
+            # These rows consider few tokens and need no probabilities of the others.
             draw = _draw_largest
         elif option.restricts:
             draw = _draw_nucleus
@@ -143,13 +143,13 @@ def draw_tokens(
 
 
 def candidates(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """All tokens of one row that may be drawn, the likeliest first, and their probabilities.
+    """All tokens of one row that may be drawn, likeliest first, and their probabilities.
 
     Args:
         logits: float32 [vocab].
-        options: temperature > 0, then top_k (keep the k largest and those that equal the smallest
-            of them), then top_p (keep a token while the likelier ones sum to less), then min_p
-            (keep a token at least this times as likely as the likeliest).
+        options: temperature > 0; then top_k (keep the k largest, and all that equal the smallest of
+            them), then top_p (keep a token while the likelier ones sum to less), then min_p (keep a
+            token if it is at least this times as likely as the likeliest).
 
     Returns:
         ids int64 [candidates] and probabilities float64 [candidates], summing to 1.
@@ -164,21 +164,21 @@ def candidates(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Te
 
 
 def _rows_of(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """These rows, without a copy where they are all."""
+    """These rows; without a copy if they are all rows."""
     return logits if len(rows) == len(logits) else logits[rows]
 
 
 def _scaled(
     logits: torch.Tensor, largest: torch.Tensor, options: Sequence[SamplingOptions]
 ) -> torch.Tensor:
-    # The largest logit is taken off first, so that no division by a small temperature overflows at
-    # the top.
+    # The largest logit is subtracted first, so that dividing by a small temperature does not
+    # overflow at the top.
     temperatures = logits.new_tensor([option.temperature for option in options])
     return (logits - largest).div_(temperatures[:, None])
 
 
 def _probabilities(logits: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.Tensor:
-    """Of the whole vocabulary. A row's sum does not depend on the number of rows."""
+    """Probabilities of the whole vocabulary. A row's sum does not depend on the number of rows."""
     scores = _scaled(logits, logits.amax(dim=-1, keepdim=True), options)
     return torch.softmax(scores, dim=-1, out=scores)
 
@@ -186,22 +186,22 @@ def _probabilities(logits: torch.Tensor, options: Sequence[SamplingOptions]) -> 
 def _draw_free(
     logits: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
 ) -> list[int]:
-    """From whole vocabularies, in the order of the ids, so that nothing has to be sorted."""
+    """Draws from whole vocabularies, in the order of the ids, which needs no sorting."""
     probabilities = _probabilities(logits, options)
     padding = -probabilities.shape[-1] % _BLOCK
     if padding:
         probabilities = torch.nn.functional.pad(probabilities, (0, padding))
-    # First the block, then the token in it: sums of blocks are a fraction of all sums to write.
+    # Finds the block first, then the token in it: there are far fewer block sums to write.
     blocks = probabilities.view(len(options), -1, _BLOCK)
-    # float64 sums: in float32 the tail of a large vocabulary would be lost in the rounding.
+    # Sums in float64: in float32 the tail of a large vocabulary would be lost to rounding.
     mass = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     threshold = _threshold(mass[:, -1:], numbers)
-    # A token without probability cannot be the last: the threshold lies below the total.
+    # The last token found has a probability above 0, because the threshold is below the total.
     found = torch.searchsorted(mass, threshold, right=True).clamp_(max=mass.shape[-1] - 1)
     before = torch.where(found > 0, mass.gather(1, (found - 1).clamp_(min=0)), 0.0)
     block = blocks.gather(1, found[:, :, None].expand(-1, 1, _BLOCK)).squeeze(1)
     within = block.cumsum(dim=-1, dtype=torch.float64)
-    # A block's sum and its cumulative sums round differently: stay with tokens that can be drawn.
+    # A block's sum and its cumulative sums round differently: keep to tokens that may be drawn.
     most = torch.nextafter(within[:, -1:], torch.zeros_like(before))
     rest = torch.minimum(threshold - before, most)
     places = torch.searchsorted(within, rest, right=True)
@@ -211,7 +211,7 @@ def _draw_free(
 def _draw_largest(
     logits: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
 ) -> list[int]:
-    """From rows with top_k, whose probabilities are those among their candidates."""
+    """Draws from rows with top_k; probabilities are relative to their candidates."""
     size = max(option.top_k for option in options) + _TIES
     return _draw_sorted(logits, options, numbers, size, None)
 
@@ -219,7 +219,7 @@ def _draw_largest(
 def _draw_nucleus(
     logits: torch.Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]
 ) -> list[int]:
-    """From rows with top_p or min_p, whose probabilities are those of the whole vocabulary."""
+    """Draws from rows with top_p or min_p; probabilities are relative to the whole vocabulary."""
     return _draw_sorted(logits, options, numbers, _GUESS, _probabilities(logits, options))
 
 
@@ -230,11 +230,11 @@ def _draw_sorted(
     size: int,
     probabilities: torch.Tensor | None,
 ) -> list[int]:
-    """From the candidates, in the order of `candidates`: likeliest first, then the lower id.
+    """Draws from the candidates in the order of `candidates`: likeliest first, then lower ids.
 
     Args:
-        size: how many of the largest logits are looked at first.
-        probabilities: of the whole vocabulary, or None for those among the candidates.
+        size: how many of the largest logits are considered first.
+        probabilities: of the whole vocabulary; None for those relative to the candidates.
     """
     vocab_size = logits.shape[-1]
     tokens = [0] * len(options)
@@ -257,8 +257,8 @@ def _draw_sorted(
             tokens[row] = token
         if size == vocab_size:
             break
-        # Where the last candidate ties with the last one looked at, there may be more of them, and
-        # which of the equal ones were found is chance. Such rows look further.
+        # If the last candidate ties with the last one considered, there may be more ties, and which
+        # of them were found is arbitrary. Such rows are searched further.
         at_edge = (values.gather(1, last) <= values[:, -1:]).squeeze(1).tolist()
         rows = [row for row, is_at_edge in zip(rows, at_edge, strict=True) if is_at_edge]
         size *= 16
@@ -266,7 +266,7 @@ def _draw_sorted(
 
 
 def _largest(logits: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logits of every row and their ids; of equal ones the lower id comes first."""
+    """The largest logits of every row and their ids; among equal logits lower ids come first."""
     values, ids = torch.topk(logits, size, dim=-1)
     tied = torch.nonzero((values[:, 1:] == values[:, :-1]).any(dim=-1)).squeeze(1)
     if len(tied):
@@ -279,32 +279,32 @@ def _largest(logits: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tenso
 def _keep(
     values: torch.Tensor, probabilities: torch.Tensor, options: Sequence[SamplingOptions]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cumulative probabilities float64 of sorted candidates, and how many of each row are kept."""
+    """Cumulative float64 probabilities of sorted candidates, and how many each row keeps."""
     size = values.shape[-1]
     device = values.device
     mass = probabilities.cumsum(dim=-1, dtype=torch.float64)
     ones = torch.ones_like(mass[:, :1])
-    # top_k keeps a beginning of the row.
+    # top_k keeps the first candidates of the row.
     limits = torch.tensor(
         [min(option.top_k, size) if option.top_k else size for option in options], device=device
     )
     kept = (values >= values.gather(1, limits[:, None] - 1)).sum(dim=-1)
     top_k = torch.tensor([bool(option.top_k) for option in options], device=device)[:, None]
-    # Without top_k all of the vocabulary counts, whose probabilities sum to 1.
+    # Without top_k the whole vocabulary counts, whose probabilities sum to 1.
     total = torch.where(top_k, mass.gather(1, kept[:, None] - 1), ones)
     top_p = mass.new_tensor([option.top_p for option in options])[:, None]
-    # A token stays while what stands before it sums to less than top_p; the first one always does.
+    # A token stays if those before it sum to less than top_p; the first one always stays.
     before = torch.cat([torch.zeros_like(ones), mass[:, :-1]], dim=-1)
     stays = (before < top_p * total) | (top_p >= 1)
     min_p = mass.new_tensor([option.min_p for option in options])[:, None]
     stays &= probabilities.double() >= min_p * probabilities[:, :1].double()
     stays[:, 0] = True
-    # Both rules keep a beginning of the row, too.
+    # Both rules keep the first candidates, too.
     return mass, torch.minimum(kept, stays.long().cumprod(dim=-1).sum(dim=-1))
 
 
 def _threshold(total: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
     """number * total for every row [rows, 1]."""
     share = total.new_tensor(numbers)[:, None]
-    # Rounding could lift the product onto the total, past every candidate.
+    # Rounding could raise the product to the total, past every candidate.
     return torch.minimum(total * share, torch.nextafter(total, torch.zeros_like(total)))

@@ -1,4 +1,4 @@
-"""How one query's tokens are chosen, as `Relay.submit` is told: checked numbers, nothing else."""
+"""The checked options of `Relay.submit` that say how one query's tokens are chosen."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Below this a softmax is the arg max in every case that float32 can tell apart, and dividing would
-# overflow.
+# Below this temperature a softmax is the arg max as far as float32 can tell, and dividing by it
+# would overflow.
 _GREEDY_TEMPERATURE = 1e-6
-# Far beyond any use, and small enough that no sum with a logit overflows.
+# Far beyond any reasonable value, and small enough that no sum with a logit overflows.
 _LARGEST = 1e6
 _MAX_LOGPROBS = 100
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Rules on logits and how a token is drawn; the defaults change nothing and take the arg max.
+    """Rules on logits and how a token is drawn. The defaults change nothing and take the arg max.
 
     Rules apply in this order: logit_bias, repetition_penalty, frequency and presence penalty, and
-    what must not be chosen; then temperature, top_k, top_p and min_p.
+    excluded tokens; then temperature, top_k, top_p and min_p.
 
     Attributes:
         temperature: 0 is greedy (as is anything under 1e-6).
@@ -30,15 +30,15 @@ class SamplingOptions:
         min_p: in [0, 1]; keep tokens at least this times as likely as the likeliest.
         repetition_penalty: > 0; logits of tokens in prompt and answer are divided by it, or
             multiplied where negative, as in Hugging Face.
-        frequency_penalty: taken off a logit for every time that the answer has the token.
-        presence_penalty: taken off a logit if the answer has the token.
-        logit_bias: (token id, what is added to its logit) for some tokens.
+        frequency_penalty: subtracted from a logit for each time the answer has the token.
+        presence_penalty: subtracted from a logit if the answer has the token.
+        logit_bias: pairs of a token id and the number added to its logit.
         suppress_tokens: ids that are never chosen.
-        begin_suppress_tokens: ids that are not chosen first.
+        begin_suppress_tokens: ids that are not chosen as the first token.
         min_new_tokens: end-of-sequence ids are not chosen before this many tokens.
         logprobs: how many of the likeliest tokens are recorded with every token; None records
             nothing, 0 the token's own probability only.
-        seed: of the query's own random numbers; None for the query's id.
+        seed: of the query's own random numbers; None means the query's id.
     """
 
     temperature: float = 0.0
@@ -62,20 +62,20 @@ class SamplingOptions:
 
     @property
     def restricts(self) -> bool:
-        """Whether some tokens can never be drawn because others are likelier."""
+        """Whether options exclude tokens because others are likelier."""
         return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
 
 
 def make_options(vocab_size: int, given: Mapping[str, object]) -> SamplingOptions:
-    """Checked options.
+    """Checks options.
 
     Args:
         vocab_size: token ids are below it.
-        given: values by the names of `SamplingOptions`; those left out keep its defaults.
+        given: values by the names of `SamplingOptions`; missing ones keep their defaults.
 
     Raises:
-        ValueError: a value out of its range.
-        TypeError: a value of another type.
+        ValueError: a value is out of range.
+        TypeError: a value has the wrong type.
     """
     unknown = given.keys() - _CHECKS.keys()
     if unknown:
@@ -101,7 +101,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _between(low: float, high: float, text: str, *, open_low: bool = False):
-    """A check of a number's range; `text` says it in words. NaN is in no range."""
+    """A check of a number's range; `text` describes the range. NaN is in no range."""
 
     def check(name: str, value: object, _: int) -> float:
         number = _number(name, value)
@@ -145,7 +145,7 @@ def _bias(name: str, value: object, vocab_size: int) -> tuple[tuple[int, float],
         )
     pairs = {}
     for key, bias in value.items():
-        # JSON has no other keys than strings.
+        # JSON has only strings as keys.
         id = int(key) if isinstance(key, str) and key.isdecimal() else _integer(name, key)
         _in_vocabulary(name, id, vocab_size)
         number = _number(name, bias)

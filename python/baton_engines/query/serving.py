@@ -1,4 +1,4 @@
-"""What the engine keeps of a query while it lives, apart from its tokens."""
+"""What the engine keeps of a query while it is running, apart from its tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .stopping import Stopper, TextPieces
 
 
 class TextListener(NamedTuple):
-    """Who is told a query's text, and how far it has been told."""
+    """The callback for a query's text, and how much text it has received."""
 
     on_text: Callable[..., object]
     pieces: TextPieces
@@ -19,13 +19,13 @@ class TextListener(NamedTuple):
 
 @dataclass(frozen=True)
 class Serving:
-    """How a query's tokens are chosen, when it ends, and who listens.
+    """How a query's tokens are chosen, when it ends, and which callbacks it has.
 
     Attributes:
         sampler: chooses its tokens.
         stopper: its stop conditions.
-        on_token: called with the query and every token; None for nobody.
-        listener: is told its text; None for nobody.
+        on_token: called with the query and every token; may be None.
+        listener: receives its text; may be None.
     """
 
     sampler: Sampler

@@ -1,7 +1,7 @@
-"""When a query ends before its length: end-of-sequence ids, sequences of ids, and strings.
+"""Decides when a query ends before its length: end-of-sequence ids, sequences of ids, and strings.
 
-A string is looked for in text that is decoded token by token, so it is found across token borders
-and in the middle of a token, and never inside a character that is still incomplete.
+Strings are searched in text that is decoded token by token, so a string is found across token
+borders and in the middle of a token, and never within a character that is still incomplete.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from .text import TextDecoder, decode_text
 
 
 class StopText:
-    """The text that stop strings are looked for in, and how much of it the user sees.
+    """The text in which stop strings are searched, and how much of it the user sees.
 
     The two differ where a stop string contains a special token, which the user's text leaves out,
-    and where the tokenizer takes the space off the first word, which a stop string may begin with.
+    and where the tokenizer drops the space before the first word, with which a stop string may
+    begin.
 
     Args:
         tokenizer: of Hugging Face.
@@ -33,21 +34,22 @@ class StopText:
         if any(token in string for string in strings for token in special):
             self._all = TextDecoder(tokenizer, skip_special_tokens=False)
         self._lost_space: str | None = None
-        # Of both texts, how long they are after each token.
+        # The lengths of both texts after each token.
         self._lengths: list[tuple[int, int]] = [(0, 0)]
 
     @property
     def text(self) -> str:
-        """What the user sees so far."""
+        """The text that the user sees so far."""
         return self._shown.text
 
     @property
     def lengths(self) -> list[int]:
-        """How long the user's text was before the first token and after each one."""
+        """The length of the user's text before the first token and after each one."""
         return [shown for _, shown in self._lengths]
 
     def push(self, token: int) -> int | None:
-        """Add a token; where the user's text ends if it completes a stop string, else None."""
+        """Add a token. If it completes a stop string, return where the user's text ends, else
+        None."""
         if self._lost_space is None:
             self._lost_space = _lost_space(self._tokenizer, token)
         new = self._all.push(token)
@@ -57,13 +59,13 @@ class StopText:
         if not new or not self._strings:
             return None
         text = self._lost_space + self._all.text
-        # A match may begin in text of earlier tokens, but it has to end in the new text.
+        # A match may begin in the text of earlier tokens, but it must end in the new text.
         begin = max(0, len(text) - len(new) - max(map(len, self._strings)) + 1)
         found = [index for string in self._strings if (index := text.find(string, begin)) >= 0]
         return self._shown_length(min(found)) if found else None
 
     def sure(self) -> int:
-        """How much of the user's text no stop string that is still incomplete can take back."""
+        """How much of the user's text cannot be withdrawn by an incomplete stop string."""
         text = (self._lost_space or "") + self._all.text
         longest = max(map(len, self._strings), default=0)
         for begin in range(max(0, len(text) - longest + 1), len(text)):
@@ -72,7 +74,7 @@ class StopText:
         return len(self._shown.text)
 
     def _shown_length(self, index: int) -> int:
-        """From an index into the text that is searched to one into the user's."""
+        """Converts an index into the searched text to one into the user's."""
         index = max(0, index - len(self._lost_space or ""))
         if self._all is self._shown:
             return index
@@ -81,7 +83,7 @@ class StopText:
 
 
 def _lost_space(tokenizer, token: int) -> str:
-    """The space that a decoder takes off a first word, as those of SentencePiece do."""
+    """The space that decoders like those of SentencePiece drop before a first word."""
     alone, twice = (decode_text(tokenizer, [token] * count) for count in (1, 2))
     return " " if alone and twice == f"{alone} {alone}" else ""
 
@@ -94,8 +96,8 @@ class Stopper:
         eos: ids that end a query by themselves.
         sequences: sequences of ids that end a query; left out of `text`.
         strings: strings that end a query; the text is cut before the first of them.
-        tokenizer: needed for strings only.
-        text: the text before the stop, once a sequence or string was met and there is a tokenizer.
+        tokenizer: needed only for strings.
+        text: the text before the stop, once a sequence or string matched and there is a tokenizer.
     """
 
     eos: frozenset[int] = frozenset()
@@ -110,7 +112,7 @@ class Stopper:
             self._stop_text = StopText(self.tokenizer, self.strings)
 
     def push(self, tokens: list[int]) -> str | None:
-        """Look at the newest of all `tokens` generated so far; "eos", "stop" or None for go on."""
+        """Check the newest of all `tokens` so far; returns "eos", "stop", or None to continue."""
         if tokens[-1] in self.eos:
             return "eos"
         if self._stop_text is not None:
@@ -126,18 +128,18 @@ class Stopper:
         return None
 
     def fresh(self) -> Stopper:
-        """The same conditions, before the first token."""
+        """The same conditions in their initial state."""
         return replace(self, text=None, _stop_text=None)
 
 
 class TextPieces:
-    """The text of a query piece by piece, as it becomes certain.
+    """The text of a query in pieces, each as soon as it is certain.
 
-    A piece holds complete characters, and nothing that a stop string or sequence in the making
-    could take back; together the pieces are `Query.text`.
+    A piece holds complete characters only, and nothing that an incomplete stop string or sequence
+    could withdraw; all pieces together are `Query.text`.
 
     Args:
-        stopper: the query's stop conditions; needs a tokenizer. Read.
+        stopper: the query's stop conditions, with a tokenizer. Only read.
     """
 
     def __init__(self, stopper: Stopper):
@@ -147,7 +149,7 @@ class TextPieces:
         self._given = 0
 
     def push(self, token: int) -> str:
-        """Add a token that did not end the query; the text that became certain with it."""
+        """Add a token that did not end the query; returns the text that it made certain."""
         self._tokens.append(token)
         self._stop_text.push(token)
         sure = self._stop_text.sure()
@@ -156,11 +158,11 @@ class TextPieces:
         return self._give(self._stop_text.text, sure)
 
     def finish(self, text: str) -> str:
-        """What is left of the whole text of a query that has ended."""
+        """The rest of the whole text of a query that has ended."""
         return self._give(text, len(text))
 
     def _beginning(self, sequence: tuple[int, ...]) -> int:
-        """How many of the newest tokens are the beginning of a sequence."""
+        """How many of the newest tokens form the beginning of a sequence."""
         for count in range(min(len(sequence) - 1, len(self._tokens)), 0, -1):
             if tuple(self._tokens[-count:]) == sequence[:count]:
                 return count
@@ -173,16 +175,16 @@ class TextPieces:
 
 
 def make_stopper(eos: int | Iterable[int] | None, stop: object, tokenizer=None) -> Stopper:
-    """The stop conditions from what `Relay.submit` was given.
+    """The stop conditions from the arguments of `Relay.submit`.
 
     Args:
         eos: one id, several, or None for none.
         stop: a string or a token id, or an iterable of strings, sequences of ids and single ids.
-        tokenizer: what decodes the text; without one no string can be given.
+        tokenizer: decodes the text; without one no string is allowed.
 
     Raises:
-        ValueError: an empty string or sequence, a string without a tokenizer, a negative id.
-        TypeError: something else than the above.
+        ValueError: an empty string or sequence, a string without a tokenizer, or a negative id.
+        TypeError: anything else.
     """
     if eos is None:
         eos = ()

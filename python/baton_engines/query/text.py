@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-# Replacement characters at the end are held back, as the next token may complete what they stand
-# for. Tokenizers with byte fallback show a character or two as one of them per byte; beyond that
-# they are not unfinished text but noise, which must not be decoded over and over again.
+# Replacement characters at the end are held back, because the next token may complete the character
+# that they stand for. Tokenizers with byte fallback show an incomplete character as one replacement
+# per byte. More than this many are not an unfinished character but noise, which must not be decoded
+# over and over again.
 _MAX_UNFINISHED = 16
 
 
 def decode_text(tokenizer, tokens: list[int], *, skip_special_tokens: bool = True) -> str:
-    """The text of `tokens`: the one way in which a tokenizer is called."""
-    # Cleaning up spaces would let a later token change earlier text, and text cut at a stop string
-    # could not be trusted.
+    """The text of `tokens`. A tokenizer is called in this way only."""
+    # Cleaning up spaces would let a later token change earlier text, and text that was cut at a
+    # stop string could then be wrong.
     return tokenizer.decode(
         tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )
 
 
 def unfinished(text: str) -> int:
-    """How many characters at the end of decoded text may be the beginning of another one."""
+    """How many characters at the end of decoded text may be the beginning of another character."""
     count = len(text) - len(text.rstrip("\ufffd"))
     return 0 if count > _MAX_UNFINISHED else count
 
@@ -26,9 +27,9 @@ def unfinished(text: str) -> int:
 class TextDecoder:
     """Decodes token by token.
 
-    `text` never holds an unfinished character: its bytes are kept back until the next tokens
-    complete it. Any tokenizer with `decode` will do; the streaming decoder of the library
-    `tokenizers` needs a fast one, and holds noise back without an end.
+    `text` never holds an unfinished character: its bytes are held back until the next tokens
+    complete it. Any tokenizer with `decode` works; the streaming decoder of the library
+    `tokenizers` needs a fast tokenizer and holds noise back forever.
 
     Args:
         tokenizer: of Hugging Face.
@@ -55,8 +56,8 @@ class TextDecoder:
         new = decoded[self._shown : final]
         self._shown = max(self._shown, final)
         if new and not held:
-            # The last shown tokens stay as context: tokenizers drop or add a space at the first
-            # token they see.
+            # The last tokens that were output stay as context: tokenizers drop or add a space at
+            # the first token they see.
             self._window = self._window[self._context :]
             self._context = len(self._window)
             self._shown = len(self._decode())

@@ -1,14 +1,14 @@
-"""A number of slots that follows the load within bounds."""
+"""Adapts the number of slots to the load within bounds."""
 
 
 class Autoscale:
-    """Grows at once when queries wait and no row is free, at least to the double; shrinks by half
-    when half of the rows would do for a while. So that a change, which copies all rows, is rare.
+    """At least doubles the slots at once when queries wait and no row is free; halves them after
+    half of the rows have sufficed for a while. So changes, which copy all rows, are rare.
 
     Args:
-        low: the fewest slots.
-        high: the most slots.
-        patience: iterations in a row in which half of the rows would have done, before they go.
+        low: the smallest number of slots.
+        high: the largest number of slots.
+        patience: shrinks after half of the rows have sufficed in this many iterations in a row.
     """
 
     def __init__(self, low: int, high: int, patience: int = 16):
@@ -21,12 +21,12 @@ class Autoscale:
         """The number of slots for the next iteration.
 
         Args:
-            num_slots: those that there are.
-            running: queries with a row.
-            waiting: queries without.
+            num_slots: the current number.
+            running: the number of queries with a row.
+            waiting: the number of queries without one.
         """
         demand = running + waiting
-        # A row that is free while others wait is not free for lack of rows.
+        # If a row is free although queries wait, more rows would not help.
         full = running == 0 or running >= num_slots
         if full and demand > num_slots:
             self._calm = 0

@@ -1,8 +1,8 @@
-"""The state of a relay: its queries by status, the slots that they hold, and what is counted.
+"""The state of a relay: its queries by status, the slots they hold, and the counters.
 
 Every query that has not ended is in exactly one of `waiting`, `running` and `parked`. The decode
-loop and the prompts in flight both change this state, and only through the methods here. An
-error in a forward, a callback or a tokenizer ends the one query it belongs to.
+loop and the prompts in flight both change this state, and only through the methods here. An error
+in a forward, a callback or a tokenizer ends only the query to which it belongs.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Done(Generic[_Result]):
-    """The result of an attempt that did not fail."""
+    """The result of an attempt that succeeded."""
 
     result: _Result
 
 
 class Batch:
-    """Queries by status, and what moves them.
+    """Queries by status, and the methods that move them.
 
     Args:
         slots: the cache and its rows.
-        policy: chooses who is parked when memory is short, and hears of queries that end.
-        clock: seconds.
+        policy: chooses which query is parked when memory is short, and is told when queries end.
+        clock: returns seconds.
         on_end: called with every query that ends.
 
     Attributes:
-        waiting, running, parked: the queries by id; those that run in order of admission, those
-            that wait in order of submission.
+        waiting, running, parked: the queries by id; running ones in order of admission, waiting
+            ones in order of submission.
         counters: what has been done.
-        timeline: who held which slot when.
+        timeline: which query held which slot when.
         on_leave: called with every query that is parked or ends, before its row is given back.
         on_logits: called with a query and its logits, float32 [vocab], before a token is chosen
-            from them; None to call nothing.
+            from them; may be None.
     """
 
     def __init__(
@@ -72,11 +72,12 @@ class Batch:
         self.parked: dict[int, Query] = {}
         self.counters = Counters()
         self.timeline = Timeline()
-        # What `counters` has of what cache and slots count.
+        # The counts of cache and slots that `counters` already includes.
         self._seen = (0, 0, 0, 0)
 
     def place(self, query: Query) -> dict[int, Query] | None:
-        """Which of `waiting`, `running` and `parked` holds the query; None if it has ended."""
+        """The dict, `waiting`, `running` or `parked`, that holds the query; None if it has
+        ended."""
         for queries in (self.waiting, self.running, self.parked):
             if queries.get(query.id) is query:
                 return queries
@@ -85,7 +86,7 @@ class Batch:
         raise ValueError(f"Relay: query must be one of this relay's, got {query!r}")
 
     def wait(self, query: Query) -> None:
-        """Put a query that is nowhere among those that wait, in its order of submission."""
+        """Put a query among those that wait, in order of submission; it must not be elsewhere."""
         wait_in_order(self.waiting, query)
 
     def admit(self, query: Query) -> None:
@@ -95,16 +96,16 @@ class Batch:
         query.status = "running"
 
     def enter(self, query: Query, length: int) -> bool:
-        """Give a running query a row of `length` tokens; False if that failed, and the query."""
+        """Give a running query a row of `length` tokens. If that fails, the query fails: False."""
         had_parked = query.parked_kv is not None
         entered = self.attempt(query, "insertion", self.slots.enter, query, length) is not None
         self.counters.insertions += entered and had_parked
         return entered
 
     def unseat(self, query: Query) -> None:
-        """Take a running query out of its row; it waits again, keys and values in host memory."""
+        """Take away a running query's row; it waits again, with keys and values in host memory."""
         self.on_leave(query)
-        # A row whose prompt is computed elsewhere holds nothing that could be parked.
+        # While its prompt is computed elsewhere, a row holds nothing to park.
         had_row = self.slots.length(query) > 0
         self.slots.park(query)
         counters = self.counters
@@ -115,7 +116,7 @@ class Batch:
         self.wait(query)
 
     def park(self, query: Query) -> None:
-        """Keep a query that waits or runs from both until `unpark`, keys and values in host
+        """Keep a query out of waiting and running until `unpark`, with keys and values in host
         memory."""
         if query.id in self.running:
             self.unseat(query)
@@ -129,7 +130,7 @@ class Batch:
         self.wait(query)
 
     def make_room(self, rows: list[Row]) -> list[Row]:
-        """Unseat queries until what the rows need fits the budget; the rows that are left."""
+        """Unseat queries until the rows' needs fit the budget; returns the remaining rows."""
         while not self.slots.fits(rows):
             victim = self.policy.victim(self.running.values())
             if self.running.get(victim.id) is not victim:
@@ -142,8 +143,8 @@ class Batch:
         return rows
 
     def resize(self, num_slots: int) -> None:
-        """Change the number of slots; rows beyond it move, or wait again where none is free."""
-        # Those that were admitted in this step and have no row yet are the first to wait again.
+        """Change the number of slots; rows beyond it move, or wait again if no slot is free."""
+        # Queries that were admitted in this step and have no row yet are the first to wait again.
         in_order = sorted(self.running.values(), key=lambda q: (q.slot is None, q.slot or 0))
         for query in in_order[num_slots:]:
             self.unseat(query)
@@ -155,7 +156,7 @@ class Batch:
         self.count_bytes()
 
     def end(self, query: Query, status: str, reason: str, error: Exception | None = None) -> None:
-        """Take the query out wherever it is and let go of everything but its results."""
+        """Remove the query from wherever it is and release everything but its results."""
         for queries in (self.waiting, self.running, self.parked):
             queries.pop(query.id, None)
         self.on_leave(query)
@@ -185,7 +186,7 @@ class Batch:
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
     ) -> Done[_Result] | None:
-        """Call what only this query needs; None if that failed, and the query with it."""
+        """Call something that only this query needs; if it raises, the query fails: None."""
         try:
             return Done(function(*args, **kwargs))
         except BaseException as cause:
@@ -200,12 +201,12 @@ class Batch:
     def choose(
         self, rows: Sequence[Row], logits: torch.Tensor, likeliest: Sequence[int] | None = None
     ) -> list[Choice]:
-        """The next token of every row whose prompt is complete; a query whose options cannot be
-        followed fails.
+        """Choose the next token of every row whose prompt is complete; a query whose options cannot
+        be applied fails.
 
         Args:
-            rows: what was computed.
-            logits: float32 [rows, vocab], those after the last token of every row.
+            rows: the rows that were computed.
+            logits: float32 [rows, vocab], after the last token of every row.
             likeliest: the arg max of every row, -1 where the logits are not finite; None if not
                 known yet. Only for rows whose prompts are complete.
         """
@@ -227,26 +228,26 @@ class Batch:
         """Give every row whose prompt is complete its next token.
 
         Args:
-            rows: what was computed.
-            logits: float32 [rows, vocab], those after the last token of every row.
-            choices: what `choose` made of them.
+            rows: the rows that were computed.
+            logits: float32 [rows, vocab], after the last token of every row.
+            choices: the result of `choose` for them.
         """
         complete = [row.num_tokens >= row.query.prompt_left for row in rows]
         for row, done in zip(rows, complete, strict=True):
-            # The last token of a row counts once the token that follows from it is delivered. Until
-            # then it may be computed again.
+            # The last token of a row counts once the token that follows it is delivered. Until then
+            # it may be computed again.
             row.query.cached += row.num_tokens - done
         for index, row in enumerate(rows):
             # A callback of another row may have cancelled or preempted this one.
             if complete[index] and row.query.status == "running":
                 if choices[index].finite:
                     self._share_prompt(row.query, logits[index])
-                # Their callbacks may have done the same.
+                # The callbacks of the other queries may have done the same.
                 if row.query.status == "running":
                     self._take_one(row.query, logits[index], choices[index])
 
     def _share_prompt(self, query: Query, logits: torch.Tensor) -> None:
-        """Give the queries with the same prompt their first tokens; they copy its row later."""
+        """Give queries with the same prompt their first tokens; they copy its row later."""
         shared = query.shared_prompt
         if shared is None or shared.ready or shared.leader is not query:
             return
@@ -286,12 +287,12 @@ class Batch:
                 listener, is_last = serving.listener, reason is not None
                 self.attempt(query, "on_text", give_text, query, listener, is_last)
         finally:
-            # After any error in a callback, Ctrl-C too: a query gets no token after its last one.
+            # Even if a callback raised, also Ctrl-C: a query gets no token after its last one.
             if reason is not None and not query.ended:
                 self.end(query, "finished", reason)
 
     def _keep_prefix(self, query: Query, num_tokens: int) -> None:
-        # A cancelled query may still be in its prompt, or may not have a row.
+        # A cancelled query may still be computing its prompt, or may not have a row.
         self.slots.keep_prefix(query, min(num_tokens, self.slots.length(query)))
 
     def _record(self, query: Query, choice: Choice) -> None:
@@ -302,7 +303,7 @@ class Batch:
         else:
             query.first_token = now
             self.counters.time_to_first_token.add(now - query.submitted)
-            # A query that shares another one's prompt has its first token before it has a row.
+            # A query that shares another one's prompt gets its first token before it has a row.
             self.counters.prefills += query.slot is not None
             self.begin_span(query, "decode", now)
         query.tokens.append(choice.token)
@@ -312,17 +313,17 @@ class Batch:
         self.counters.output_tokens += 1
 
     def begin_span(self, query: Query, kind: str, now: float) -> None:
-        """The query computes in its slot from now on, if it has one; see `Timeline.begin`."""
+        """From now on the query computes in its slot, if it has one; see `Timeline.begin`."""
         if query.slot is not None:
             self.timeline.begin(query.id, query.slot, kind, now)
 
     def note_peak_kv_bytes(self) -> None:
-        """Remember the most keys and values that there were in the rows."""
+        """Update the largest amount of keys and values that the rows have held."""
         counters = self.counters
         counters.peak_kv_bytes = max(counters.peak_kv_bytes, self.slots.cache.bytes_in_use)
 
     def count_bytes(self) -> None:
-        """Bring the counters up to what cache and slots have counted."""
+        """Add what cache and slots have counted since the last call."""
         slots, counters, last = self.slots, self.counters, self._seen
         seen = (
             slots.cache.bytes_moved,

@@ -1,6 +1,6 @@
-"""What a relay measures of itself: idle work as BATON splits it, latencies, who held which slot.
+"""What a relay measures: idle work, split as in BATON, latencies, and which query held which slot.
 
-Everything here has a size that does not depend on how many queries are served.
+The size of everything here is independent of the number of queries served.
 """
 
 import math
@@ -8,7 +8,8 @@ from collections import deque
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-# Buckets of a histogram are this far apart, so a percentile is within 1 % of the true one.
+# The ratio between neighboring buckets of a histogram, so a percentile is within 1 % of the true
+# one.
 _RATIO = 1.02
 _SMALLEST = 1e-7
 _NUM_BUCKETS = 1600
@@ -33,7 +34,7 @@ class Histogram:
         self._buckets[min(index, _NUM_BUCKETS - 1)] += 1
 
     def percentile(self, percent: float) -> float | None:
-        """The duration that `percent` of all do not exceed; None when nothing was counted."""
+        """The duration that `percent` of all do not exceed; None if nothing was counted."""
         rank = max(1, math.ceil(self.count * percent / 100))
         for index, count in enumerate(self._buckets):
             rank -= count
@@ -45,45 +46,45 @@ class Histogram:
 
 @dataclass
 class Counters:
-    """What a relay has done since it was made or `Relay.reset_counters` was called.
+    """What a relay has done since it was created or `Relay.reset_counters` was called.
 
-    A step is a forward in which running queries decode, newcomers' prefill in it or not. A joint
-    forward is one that decoders and prefills share, or whose rows are padded.
+    A step is a forward in which running queries decode, with or without newcomers' prefill. A joint
+    forward is shared by decoders and prefills, or has padded rows.
 
     Attributes:
         submitted, finished, cancelled, failed: queries.
         steps: steps.
-        replayed_steps: those that a CUDA graph computed.
+        replayed_steps: steps that a CUDA graph computed.
         prefills: queries whose prompt was computed.
         preemptions: rows that were copied out of the cache.
         insertions: parked rows that were copied back in.
         resizes: changes of the number of slots.
         prefills_elsewhere: queries whose prompt was computed outside the loop and inserted.
-        prefill_faults: prompts that could not be computed there, and were left to the loop.
+        prefill_faults: prompts that could not be computed elsewhere and were left to the loop.
         prompt_tokens, output_tokens: tokens computed, tokens generated.
-        reused_tokens, reusing_queries: tokens of prompts that were copied from the prefix cache
-            instead of computed, and the queries that they belong to.
+        reused_tokens, reusing_queries: prompt tokens that were copied from the prefix cache
+            instead of computed, and the queries to which they belong.
         slot_steps, active_slot_steps: slots, and slots in which a query computed since the step
-            before (a chunk of its prompt, or its token), summed over steps. A slot whose prompt is
-            being computed elsewhere computes; one whose prompt waits for a worker does not.
-        prefilling_slot_steps: those of the active ones in which a prompt was computed elsewhere.
+            before (a chunk of its prompt, or its token), summed over steps. A slot is active while
+            its prompt is computed elsewhere, but not while the prompt waits for a worker.
+        prefilling_slot_steps: active slots whose prompt was computed elsewhere, summed over steps.
         prefill_seconds, decode_seconds: in forwards of the loop that only prefill, and in steps.
-        joint_seconds: in steps that also prefilled; their decoders take part, so none of it is a
+        joint_seconds: in steps that also prefilled. Their decoders take part, so none of it is a
             stall, but they wait for the prompts' share of the forward.
-        seconds: in `Relay.step`, callbacks included.
+        seconds: in `Relay.step`, including callbacks.
         slot_seconds: slots x seconds.
-        stalled_slot_seconds: slots that waited while a newcomer prefilled apart, times those
-            seconds.
-        joint_tokens, joint_padding_tokens: token slots of joint forwards, and the padding in them.
+        stalled_slot_seconds: slots that waited while a newcomer was prefilled separately, times
+            those seconds.
+        joint_tokens, joint_padding_tokens: token slots in joint forwards, and the padding in them.
         columns_read, padding_columns_read: cache columns that attention read, and the padding in
             them.
-        shaping_bytes: keys and values copied inside the cache, to keep rows aligned or to change
+        shaping_bytes: keys and values copied within the cache, to keep rows aligned or to change
             the number of slots.
         parking_bytes: keys and values copied to host memory and back.
-        peak_kv_bytes, peak_parked_bytes: the most keys and values that there were at a time, in the
+        peak_kv_bytes, peak_parked_bytes: the largest amounts of keys and values at any time, in the
             rows and parked.
         time_to_first_token: from submission to first token.
-        time_per_token: between two tokens of a query, pauses included.
+        time_per_token: between two tokens of a query, including pauses.
     """
 
     submitted: int = 0
@@ -129,14 +130,14 @@ class Counters:
 
     @property
     def slot_prefilling(self) -> float:
-        """Share of slots x steps in which the slot's prompt was computed elsewhere, so that it was
-        taken and gave no token."""
+        """Share of slots x steps in which a slot was taken but gave no token, because its prompt
+        was computed elsewhere."""
         return _share(self.prefilling_slot_steps, self.slot_steps)
 
     @property
     def prefill_stall(self) -> float:
-        """Share of slots x time in which a running query waited for a newcomer's prefill apart;
-        what a joint forward costs its decoders is not in it, see `joint_seconds`."""
+        """Share of slots x time in which a running query waited for a newcomer's separate prefill;
+        the cost of a joint forward for its decoders is not included, see `joint_seconds`."""
         return _share(self.stalled_slot_seconds, self.slot_seconds)
 
     @property
@@ -189,7 +190,7 @@ class Span(NamedTuple):
 
 
 class Timeline:
-    """Spans of the queries, joined while a query goes on computing without a stall.
+    """Spans of the queries; a query's span continues while it computes without a stall.
 
     The newest 16384 ended spans are kept.
     """
@@ -199,7 +200,7 @@ class Timeline:
         self._open: dict[int, Span] = {}
 
     def begin(self, query_id: int, slot: int, kind: str, now: float) -> None:
-        """The query computes from now on: its span goes on if kind and slot are the same."""
+        """The query computes from now on; its span continues if kind and slot are the same."""
         span = self._open.get(query_id)
         if span is not None and (span.slot, span.kind) == (slot, kind):
             return
@@ -213,5 +214,5 @@ class Timeline:
             self._ended.append(span._replace(end=now))
 
     def spans(self, now: float) -> list[Span]:
-        """All spans in order of their end; those still open end now."""
+        """All spans in order of their end; spans that are still open end now."""
         return [*self._ended, *(span._replace(end=now) for span in self._open.values())]

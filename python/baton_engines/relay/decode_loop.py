@@ -1,4 +1,4 @@
-"""One iteration of a relay: the policy's plan, carried out on the batch.
+"""One iteration of a relay: carries out the policy's plan on the batch.
 
 Errors that no single query caused (a broken policy, Ctrl-C) propagate from `iterate`; the batch
 stays consistent and the next iteration continues: tokens that were delivered stay, the others are
@@ -24,13 +24,13 @@ _log = logging.getLogger(__name__)
 
 
 class Computed(NamedTuple):
-    """What became of a forward.
+    """The result of a forward.
 
     Attributes:
-        rows: those that could be computed.
+        rows: the rows that could be computed.
         logits: float32 [rows, vocab].
         likeliest: token of each row, -1 where logits are not finite; None if not known yet.
-        is_typical: whether the time that it took says something of the next one.
+        is_typical: whether its duration is typical of such a forward.
     """
 
     rows: list[Row]
@@ -44,13 +44,13 @@ class DecodeLoop:
 
     Args:
         batch: the queries and their slots.
-        in_flight: those prompts that are computed elsewhere.
-        autoscale: changes the number of slots with the load; None to leave it.
-        graphs: of decode steps; None to launch every step.
-        observed: whether the policy hears how long forwards take.
+        in_flight: the prompts that are computed elsewhere.
+        autoscale: changes the number of slots with the load; None keeps it.
+        graphs: CUDA graphs of decode steps; None to launch every step.
+        observed: whether the policy is told how long forwards take.
 
     Attributes:
-        stepping: whether an iteration is going on.
+        stepping: whether an iteration is in progress.
     """
 
     def __init__(
@@ -68,20 +68,20 @@ class DecodeLoop:
         self.graphs = graphs
         self.observed = observed
         self.stepping = False
-        # When the forward before this one had delivered its tokens, or this iteration began.
+        # When the previous forward had delivered its tokens, or this iteration began.
         self._since = 0.0
-        # Queries of which a chunk was computed apart since the last step.
+        # Queries of which a chunk was computed separately since the last step.
         self._chunked: set[int] = set()
 
     def iterate(self, more_to_come: bool = False) -> bool:
-        """Carry out one plan; whether anything is left to do.
+        """Carry out one plan; returns whether anything is left to do.
 
         Args:
             more_to_come: whether a policy may hold queries back until others are submitted.
         """
         batch, in_flight = self.batch, self.in_flight
         if not batch.waiting and not batch.running:
-            # The last one may have been cancelled between two steps.
+            # The last query may have been cancelled between two steps.
             self._rest()
             return False
         self.stepping = True
@@ -89,7 +89,8 @@ class DecodeLoop:
         self._since = begin
         try:
             in_flight.land()
-            # What landed may have been all that was left, and ended with its first token.
+            # The queries whose prompts arrived may have been all, and may have ended with one
+            # token.
             if batch.waiting or batch.running:
                 self._autoscale()
                 plan = batch.policy.plan(self._view(begin, more_to_come))
@@ -113,7 +114,7 @@ class DecodeLoop:
         return False
 
     def _rest(self) -> None:
-        """Give back the memory of rows while nobody needs one."""
+        """Release the memory of rows while no query needs one."""
         slots = self.batch.slots
         if self.autoscale is not None and slots.num_slots > self.autoscale.low:
             self.batch.resize(self.autoscale.low)
@@ -130,7 +131,7 @@ class DecodeLoop:
         try:
             batch.resize(wanted)
         except MemoryError as error:
-            # The rows that there are still do.
+            # Continue with the rows that exist.
             _log.warning("no memory for %d slots, %d stay", wanted, num_slots, exc_info=error)
 
     def _view(self, now: float, more_to_come: bool) -> View:
@@ -176,8 +177,8 @@ class DecodeLoop:
                     batch.unseat(query)
 
     def _forward(self, forward: Forward, num_threads: int) -> bool:
-        """Compute a forward with what prompts elsewhere leave of the threads; whether there was
-        anything to compute."""
+        """Compute a forward with the threads that prompts elsewhere leave over; returns whether
+        there was anything to compute."""
         batch = self.batch
         self.in_flight.hand_over(forward)
         self.in_flight.share_cores(num_threads)
@@ -202,7 +203,7 @@ class DecodeLoop:
         done, logits = computed.rows, computed.logits
         choices = batch.choose(done, logits, computed.likeliest)
         now = batch.clock()
-        # Rows that were tried one by one, because one of them failed, had no padding.
+        # If a row failed, rows were tried one by one, without padding.
         padded = forward.padded and done == rows
         self._count(done, padded, len(stalled), now - begin)
         for query in stalled:
@@ -215,7 +216,7 @@ class DecodeLoop:
         return True
 
     def _rows(self, forward: Forward) -> list[Row]:
-        """What there is to compute of a forward."""
+        """The rows of a forward that have something to compute."""
         rows = [
             Row(query, min(count, query.prompt_left))
             for query, count in forward.prefill
@@ -224,13 +225,13 @@ class DecodeLoop:
         if forward.decode:
             running = self.batch.running.values()
             rows += [Row(query, 1) for query in running if not query.prompt_left]
-        # After an interruption some rows have their columns already. Only these run: in an aligned
-        # cache no row can grow without the others.
+        # After an interruption some rows have their columns already. Then only these run: in an
+        # aligned cache no row can grow without the others.
         return [row for row in rows if self.batch.slots.lagging(row.query)] or rows
 
     def _seat(self, rows: list[Row]) -> list[Row]:
-        """Columns for what is computed next, and a slot for those that have none; the rows that
-        got them."""
+        """Reserve columns for what is computed next, and slots for queries without one; returns the
+        rows for which that worked."""
         batch = self.batch
         batch.slots.reserve([row for row in rows if row.query.slot is not None])
         rows = [
@@ -262,17 +263,17 @@ class DecodeLoop:
                 logits.append(done.result)
         if not computed:
             return None
-        # How long rows take that had to be tried again says nothing of the next forward.
+        # After rows were tried again, the duration says nothing about the next forward.
         return Computed(computed, torch.cat(logits), is_typical=len(rows) == 1)
 
     def _replay(self, graphs: DecodeGraphs, rows: Sequence[Row]) -> Computed:
         decoded = graphs.decode(rows)
         logits = decoded.logits
         if self.batch.on_logits is not None:
-            # A callback may keep them.
+            # Cloned, because a callback may keep the logits.
             logits = logits.clone()
         self.batch.counters.replayed_steps += decoded.replayed
-        # A capture comes once.
+        # A capture happens only once, so its duration is not typical.
         return Computed(list(rows), logits, decoded.tokens, is_typical=decoded.replayed)
 
     def _count(self, rows: Sequence[Row], padded: bool, num_stalled: int, seconds: float) -> None:
@@ -281,8 +282,8 @@ class DecodeLoop:
         tokens = sum(count for _, count in rows)
         padding = _padding(rows) if padded else 0
         counters.prompt_tokens += sum(count for _, count in prefilled)
-        # The attention reads the valid columns of its rows and those of padding that is computed,
-        # never the padding that aligns an aligned cache.
+        # Attention reads the valid columns of its rows and columns of computed padding, but never
+        # the padding that aligns an aligned cache.
         counters.columns_read += sum(slots.length(query) for query, _ in rows) + padding
         counters.padding_columns_read += padding
         is_step = len(prefilled) < len(rows)
@@ -307,12 +308,12 @@ class DecodeLoop:
 
 
 def _padding(rows: Sequence[Row]) -> int:
-    """Token slots of a rectangle as wide as the longest row that hold none of the rows' tokens."""
+    """Empty token slots in a rectangle that is as wide as the longest row."""
     return max(count for _, count in rows) * len(rows) - sum(count for _, count in rows)
 
 
 def _work(rows: Sequence[Row], padded: bool) -> Work:
-    """What a forward computes, before its tokens are taken."""
+    """The work of a forward, determined before its tokens are taken."""
     work = Work.of(
         [(query, count) for query, count in rows if not query.tokens],
         [query for query, _ in rows if query.tokens],

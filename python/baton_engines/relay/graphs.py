@@ -1,10 +1,10 @@
-"""Decode steps of a relay as CUDA graphs: one copy to the device, one replay, one copy back, one
-wait.
+"""Decode steps of a relay as CUDA graphs: per step one copy to the device, one replay, one copy
+back and one wait.
 
 A graph keeps the launches of a step with their arguments. So everything that differs between two
-steps lies in buffers that stay where they are: token, slot, start, length, column and position of
-every row on the way in, the likeliest token of every row on the way out. A batch of fewer rows than
-a graph has leaves the others idle, in slot -1. Steps with tokens of prompts have no graph.
+steps lies in buffers with fixed addresses: token, slot, start, length, column and position of every
+row as inputs, the likeliest token of every row as output. If a batch has fewer rows than a graph,
+the others are idle, in slot -1. Steps with prompt tokens have no graph.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from ..slots import Row, Slots
 
 _log = logging.getLogger(__name__)
 
-# What a row brings to a step, in the order of the buffer.
+# The inputs of a row, in the order of the buffer.
 _FIELDS = ("token_ids", "slots", "starts", "lengths", "columns", "positions")
-# Token, start, length, column and position may be any; no kernel looks at a row in slot -1.
+# Token, start, length, column and position are arbitrary: kernels ignore rows in slot -1.
 _IDLE = (0, -1, 0, 0, 0, 0)
-# Graphs of fewer rows than this come in powers of two, the others in multiples of it.
+# Up to this number, the rows of a graph are a power of two, above it a multiple of this.
 _ROWS = 8
-# Attention is laid out for a longest row; a graph's is a power of two from this on.
+# Attention is laid out for a longest row; for graphs its length is a power of two from this on.
 _LENGTH = 1024
-# Graphs that are kept; the least recently used goes first.
+# The number of graphs that are kept; the least recently used is dropped first.
 _MOST_GRAPHS = 64
 
 
 class GraphRuntime(Protocol):
-    """What graphs need of a device. Its work is done in the order of the calls, and only `wait`
-    waits for it."""
+    """The device operations that graphs need. Work is done in the order of the calls, and only
+    `wait` waits for it."""
 
     def host_buffer(self, size: int) -> torch.Tensor:
-        """int32 `[size]` in memory that the device copies from and to by itself."""
+        """int32 `[size]` in memory that the device can copy from and to by itself."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy between a host buffer and the device, in either direction."""
@@ -48,14 +48,14 @@ class GraphRuntime(Protocol):
         """Call a function whose work is launched by the host."""
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """What does the device's work of a function again whenever it is called; none of it is done
-        now. The function was run before."""
+        """Returns a function that repeats the device's work of `function`, which is not executed
+        now. `function` must have been run before."""
 
     def wait(self) -> None:
         """Return when all work is done."""
 
     def forget(self) -> None:
-        """All graphs are gone: their memory is free."""
+        """All graphs have been dropped: release their memory."""
 
 
 class CudaRuntime:
@@ -69,7 +69,7 @@ class CudaRuntime:
         self._device = device
         self.forget()
         with torch.cuda.device(device):
-            # The stream that torch.cuda.graph makes by itself is the first device's for all.
+            # torch.cuda.graph would use a stream of the first device for all devices.
             self._stream = torch.cuda.Stream(device)
             self._event = torch.cuda.Event()
 
@@ -88,7 +88,7 @@ class CudaRuntime:
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """As `GraphRuntime.capture`."""
         graph = torch.cuda.CUDAGraph()
-        # Not "global": a thread that computes prompts may allocate memory meanwhile.
+        # Not "global": a thread that computes prompts may allocate memory during the capture.
         captured = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
@@ -103,8 +103,8 @@ class CudaRuntime:
 
     def forget(self) -> None:
         """As `GraphRuntime.forget`."""
-        # One pool for all graphs, which never run at the same time. Torch lets go of a pool with
-        # its last graph, and takes no other into it.
+        # One pool for all graphs, which never run at the same time. Torch releases a pool with its
+        # last graph and adds no others to it.
         self._pool = torch.cuda.graph_pool_handle()
 
 
@@ -114,7 +114,7 @@ class Decoded(NamedTuple):
     Attributes:
         logits: float32 `[rows, vocab]`, until the next step.
         tokens: of every row, the likeliest one; -1 where the logits are not finite.
-        replayed: whether a graph computed them, and not the host's launches before its capture.
+        replayed: whether a graph computed them, rather than the host's launches before its capture.
     """
 
     logits: torch.Tensor
@@ -123,7 +123,7 @@ class Decoded(NamedTuple):
 
 
 class _Buffers:
-    """What all graphs of a cache read and write."""
+    """The memory that all graphs of a cache read and write."""
 
     def __init__(self, slots: Slots, runtime: GraphRuntime) -> None:
         rows, device = slots.num_slots, slots.cache.keys.device
@@ -131,7 +131,7 @@ class _Buffers:
         self.rows = torch.zeros(len(_FIELDS) * rows, dtype=torch.int32, device=device)
         self.host_tokens = runtime.host_buffer(rows)
         self.tokens = torch.zeros(rows, dtype=torch.int32, device=device)
-        # One for all: those of a graph of each size would be as large as keys and values.
+        # Shared by all graphs: one per graph size would take as much memory as keys and values.
         self.logits = torch.zeros(rows, slots.model.vocab_size, device=device)
         self.counts = torch.arange(rows + 1, dtype=torch.int32, device=device)
 
@@ -148,15 +148,15 @@ class DecodeGraphs:
         self._slots = slots
         self._runtime = runtime
         self._usable = True
-        # Whether an interrupted step may still be at work on the buffers.
+        # Whether an interrupted step may still be using the buffers.
         self._busy = False
         self._buffers: _Buffers | None = None
-        # What the graphs have built in, and the graphs by rows and length.
+        # The addresses that the graphs depend on, and the graphs by rows and length.
         self._addresses: tuple[int, ...] = ()
         self._graphs: OrderedDict[tuple[int, int], Callable[[], None]] = OrderedDict()
 
     def takes(self, rows: Sequence[Row]) -> bool:
-        """Whether these rows are a step's that has graphs: one token each, no prompt."""
+        """Whether these rows form a step that graphs support: one token each, no prompt."""
         return self._usable and all(row.query.tokens and row.num_tokens == 1 for row in rows)
 
     @torch.inference_mode()
@@ -164,7 +164,7 @@ class DecodeGraphs:
         """Compute the next token of rows whose columns are reserved.
 
         Args:
-            rows: as `takes` wants them.
+            rows: rows for which `takes` returns True.
 
         Raises:
             Exception: what the model raises.
@@ -175,7 +175,7 @@ class DecodeGraphs:
         lines += [_IDLE] * (count - len(rows))
         buffers = self._prepare(longest)
         end = len(_FIELDS) * count
-        # Tokens of all rows, then slots of all rows, and so on.
+        # The tokens of all rows, then the slots of all rows, and so on.
         buffers.host_rows[:end] = torch.tensor(
             list(zip(*lines, strict=True)), dtype=torch.int32
         ).view(-1)
@@ -189,7 +189,7 @@ class DecodeGraphs:
         return Decoded(buffers.logits[: len(rows)], tokens, replayed)
 
     def release(self) -> None:
-        """Give all memory back; the next step begins anew."""
+        """Release all memory; the next step allocates it again."""
         self._drain()
         self._graphs.clear()
         self._runtime.forget()
@@ -197,7 +197,7 @@ class DecodeGraphs:
         self._buffers = None
 
     def _lines(self, rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], int]:
-        """What each row brings, by `_FIELDS`, and the length of the longest."""
+        """The inputs of each row, in the order of `_FIELDS`, and the length of the longest."""
         shape = self._slots.cache.shape
         lines: list[tuple[int, ...]] = []
         longest = 0
@@ -211,7 +211,7 @@ class DecodeGraphs:
         return lines, longest
 
     def _prepare(self, longest: int) -> _Buffers:
-        """The buffers, and no graph that has something built in which is elsewhere by now."""
+        """Returns the buffers; drops all graphs if something that they depend on has moved."""
         self._drain()
         cache = self._slots.cache
         own = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
@@ -227,14 +227,14 @@ class DecodeGraphs:
         return self._buffers
 
     def _launch(self, buffers: _Buffers, count: int, longest: int) -> bool:
-        """Compute the step that lies in the buffers; whether by a graph."""
+        """Compute the step whose inputs are in the buffers; returns whether a graph did."""
         graph = self._graphs.get((count, longest))
         if graph is not None:
             self._graphs.move_to_end((count, longest))
             graph()
             return True
         step = functools.partial(self._step, buffers, count, longest)
-        # The step itself. It also loads the kernels, which a capture need not do then.
+        # Computes the step. It also loads the kernels, which the capture must not have to do.
         self._runtime.run(step)
         try:
             self._graphs[count, longest] = self._runtime.capture(step)
@@ -247,7 +247,7 @@ class DecodeGraphs:
         return False
 
     def _step(self, buffers: _Buffers, count: int, longest: int) -> None:
-        """What is captured: it knows the number of rows and bounds, and reads all else."""
+        """The code that is captured: only the number of rows and bounds are fixed in it."""
         rows = dict(zip(_FIELDS, buffers.rows[: len(_FIELDS) * count].view(-1, count), strict=True))
         batch = PackedBatch(
             cu_seqlens_q=buffers.counts[: count + 1],
@@ -280,7 +280,7 @@ class DecodeGraphs:
 def open_graphs(
     slots: Slots, wanted: bool | GraphRuntime | None, shaping: str
 ) -> DecodeGraphs | None:
-    """The graphs of a relay, or None for a relay without.
+    """The graphs of a relay, or None if it uses none.
 
     Args:
         slots: the relay's.
@@ -325,7 +325,7 @@ def open_graphs(
 
 
 def _rounded_rows(rows: int, num_slots: int) -> int:
-    """The rows of the smallest graph that has enough."""
+    """The number of rows of the smallest graph that has enough."""
     count = 1 << (rows - 1).bit_length() if rows < _ROWS else -(-rows // _ROWS) * _ROWS
     return min(count, num_slots)
 

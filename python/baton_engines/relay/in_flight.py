@@ -1,8 +1,8 @@
 """The prompts of one batch that are computed elsewhere, from the plan to the insertion.
 
-A query whose prompt is away holds a row of no tokens, so that its slot is taken and everything else
-(cancel, preempt, resize) treats it like any other. Nothing here waits for a worker unless it is
-asked to.
+While its prompt is in flight, a query holds a row of no tokens, so that its slot is taken and
+everything else (cancel, preempt, resize) treats it like any other query. Only `wait` waits for a
+worker.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class Trip:
-    """A job and the queries that its prompts belong to."""
+    """A job, and the queries to which its prompts belong."""
 
     def __init__(self, queries: tuple[Query, ...]):
         self.queries = queries
@@ -41,7 +41,7 @@ class InFlight:
         self.prefiller = prefiller
         self._batch = batch
         batch.on_leave = self.forget
-        # Workers on a GPU leave the loop its cores.
+        # Workers on a GPU do not take cores from the loop.
         on_cpu = batch.slots.cache.keys.device.type == "cpu"
         self._worker_threads = prefiller.host_threads if on_cpu and prefiller.num_workers else 0
         self._trips: list[Trip] = []
@@ -52,33 +52,33 @@ class InFlight:
         return query.id in self._trip_of
 
     def __bool__(self) -> bool:
-        """Whether a query waits for its prompt."""
+        """Whether any query waits for its prompt."""
         return bool(self._trip_of)
 
     def hand_over(self, forward: Forward) -> None:
-        """Let those prompts of a forward that can be computed elsewhere be computed there."""
+        """Hand over the prompts of a forward that can be computed elsewhere."""
         batch = self._batch
         for query, _ in forward.prefill:
-            # A Ctrl-C came between the row and the handing over, or in an insertion.
+            # A Ctrl-C came between reserving the row and handing over, or during an insertion.
             if query not in self and batch.slots.vacant(query):
                 batch.slots.leave(query)
         queries = [
             query
             for query in self._wanted(forward)
-            # A row without columns until there is something to put there.
+            # The row has no columns until there is something to write into them.
             if batch.enter(query, 0)
         ]
-        # Spread over the workers that have nothing to do.
+        # Spread over the idle workers.
         idle = self.prefiller.num_workers - sum(not trip.job.done for trip in self._trips)
         parts = min(len(queries), max(1, idle))
         for first in range(parts):
             self._leave(Trip(tuple(queries[first::parts])))
 
     def land(self) -> None:
-        """Insert what has been computed, between two steps; these queries decode from here on.
+        """Insert finished prompts, between two steps; their queries decode from here on.
 
-        Interrupted by Ctrl-C, it goes on with the next call: a query is away until its row is
-        written, and from then on like one whose forward was interrupted.
+        If Ctrl-C interrupts it, the next call continues: a query counts as in flight until its row
+        is written, and after that as one whose forward was interrupted.
         """
         for trip in [trip for trip in self._trips if trip.job.done]:
             if trip.job.error is not None:
@@ -91,40 +91,40 @@ class InFlight:
             self._batch.begin_span(query, "prefill", self._batch.clock())
 
     def computing(self) -> list[Query]:
-        """The queries whose prompt a worker computes; those that wait for a worker are not."""
+        """The queries whose prompt is being computed, without those that wait for a worker."""
         trips = [trip for trip in self._trips if trip.job.started]
         return [q for trip in trips for q in trip.queries if self._trip_of.get(q.id) is trip]
 
     def wait(self) -> None:
-        """Until a job has ended."""
+        """Wait until a job has ended."""
         self.prefiller.wait([trip.job for trip in self._trips if not trip.job.abandoned])
 
     def forget(self, query: Query) -> None:
-        """The query does not want its prompt any more, if it is computed elsewhere."""
+        """The query does not need its prompt any more, if it is computed elsewhere."""
         self._home.discard(query.id)
         trip = self._trip_of.pop(query.id, None)
         if trip is None:
             return
         if not any(self._trip_of.get(other.id) is trip for other in trip.queries):
-            # A worker that is at it goes on, and throws away what it gets.
+            # A worker that has already started continues, and its result is dropped.
             trip.queries = ()
             trip.job.abandoned = True
             trip.job.prefilled = None
 
     def share_cores(self, total: int) -> None:
-        """Leave the workers that compute their cores, of `total`; the loop keeps one at least."""
+        """Leave busy workers their cores, out of `total`; the loop keeps at least one."""
         busy = sum(trip.job.started and not trip.job.done for trip in self._trips)
         if self._worker_threads:
             _set_num_threads(max(1, total - busy * self._worker_threads))
 
     def take_cores_back(self, total: int) -> None:
-        """The calling thread computes with all of them."""
+        """Let the calling thread use all cores again."""
         if self._worker_threads:
             _set_num_threads(total)
 
     def _wanted(self, forward: Forward) -> list[Query]:
-        # Whole prompts of forwards without decoding: a policy that packs prompts with decoding
-        # queries wants them in one forward, and a part of a prompt needs the row it goes on in.
+        # Only whole prompts of forwards without decoding: a policy that packs prompts with decoding
+        # queries wants one forward for both, and a part of a prompt needs the row it continues in.
         if forward.decode or not self.prefiller.num_workers:
             return []
         decoding = any(query.tokens for query in self._batch.running.values())
@@ -141,13 +141,14 @@ class InFlight:
         ]
 
     def _leave(self, trip: Trip) -> None:
-        # In this order: after a Ctrl-C in between, nobody waits for a job that never comes.
+        # In this order, so that after a Ctrl-C in between nobody waits for a job that never comes.
         self.prefiller.submit(trip.job)
         self._trips.append(trip)
         self._trip_of.update((query.id, trip) for query in trip.queries)
 
     def _come_home(self, trip: Trip, error: BaseException) -> None:
-        """A failed job's prompts are left to the loop, which finds out whether one is at fault."""
+        """Leave a failed job's prompts to the loop, which finds out whether one caused the
+        error."""
         _log.info("prefill elsewhere failed", exc_info=error)
         drop_tracebacks(error)
         batch = self._batch
@@ -163,7 +164,7 @@ class InFlight:
         batch, rows, entered = self._batch, [], []
         for index, query in enumerate(trip.queries):
             row = Row(query, len(query.prompt))
-            # Cancelled, or handed over again since; or parked, now or by a row before this one.
+            # Cancelled, or handed over again since; or parked, now or for a row before this one.
             if self._trip_of.get(query.id) is not trip or not batch.make_room([row]):
                 continue
             key, value = prefilled.rows[index]
@@ -183,6 +184,6 @@ class InFlight:
 
 
 def _set_num_threads(count: int) -> None:
-    # Of the calling thread: each thread that calls OpenMP has its own team.
+    # For the calling thread: each thread that calls OpenMP has its own team.
     if count != torch.get_num_threads():
         torch.set_num_threads(count)

@@ -12,10 +12,10 @@ R = TypeVar("R")
 
 
 def one_thread(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Refuses a call while another thread is in one, before anything has changed.
+    """Rejects a call while another thread is in a call, before anything has changed.
 
-    Calls from callbacks are in the same thread, so they pass. A thread may take an object over from
-    another one between two calls.
+    Calls from callbacks come from the same thread, so they pass. Another thread may take the object
+    over between two calls.
 
     Raises:
         RuntimeError: another thread is in a call of an object with the same `_in_use`, an RLock.

@@ -1,4 +1,5 @@
-"""From the arguments of `Relay` to a loop that can run: the patch, the cache, the prefiller."""
+"""Creates the parts of a `Relay` from its arguments: the patch, the cache, the prefiller, the
+loop."""
 
 from __future__ import annotations
 
@@ -46,19 +47,19 @@ def open_loop(
     clock: Callable[[], float],
     on_end: Callable[[Query], object],
 ) -> tuple[Limits, Batch, DecodeLoop]:
-    """What a relay is made of.
+    """The parts of a relay.
 
     Args:
         model: a transformers model, or a handle of one.
         policy: an object that no other relay uses.
-        undo: gets what has to be undone when the relay is closed. Written.
+        undo: collects what has to be undone when the relay is closed. Written.
         on_end: called with every query that ends.
         num_slots, capacity, tokenizer, generation_config, aligned, shaping, kv_budget,
             kv_dtype, prefix_cache, max_slots, weight_dtype, cuda_graphs, prefill, clock: see
             `Relay`.
 
     Raises:
-        Exception: see `Relay`; `undo` then has to be closed.
+        Exception: see `Relay`; the caller must then close `undo`.
     """
     autoscale = None
     if max_slots is not None:
@@ -70,7 +71,7 @@ def open_loop(
     if prefix_cache is not None:
         prefix_cache = checked_int("Relay", "prefix_cache", prefix_cache, 1)
     if not isinstance(model, ModelHandle):
-        # Here and not above: a handle of another kind needs no transformers.
+        # Imported only here: a handle of another kind needs no transformers.
         from ..huggingface.sharing import shared_handle
 
         model = undo.enter_context(shared_handle(model, weight_dtype=weight_dtype))
@@ -99,7 +100,7 @@ def open_loop(
     graphs = open_graphs(slots, cuda_graphs, shaping)
     if graphs is not None:
         undo.callback(graphs.release)
-    # The clocks of ranks differ, and what they compute together has to be the same.
+    # The clocks of ranks differ, and what they compute together must be the same.
     alone = model.num_ranks == 1
     if policy.needs_times and not alone:
         raise ValueError(
@@ -108,7 +109,7 @@ def open_loop(
         )
     prefiller = get_prefiller(prefill)
     prefiller.open(model)
-    # Before the patch is undone: the workers use it.
+    # Closed before the patch is undone, because the workers use it.
     undo.callback(prefiller.close)
     limits = replace(limits, kv_budget=kv_budget, bytes_per_token=slots.cache.bytes_per_token)
     batch = Batch(slots, policy, clock, on_end)
@@ -117,7 +118,7 @@ def open_loop(
 
 
 def _checked_dtype(dtype: torch.dtype | str | None, prefill: str | Prefiller) -> torch.dtype | None:
-    """kv_dtype, whose name will do."""
+    """kv_dtype as a torch.dtype; names are accepted."""
     if isinstance(dtype, str):
         dtype = {str(one).removeprefix("torch."): one for one in EIGHT_BITS}.get(dtype, dtype)
     if dtype is None or dtype not in EIGHT_BITS:

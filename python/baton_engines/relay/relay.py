@@ -1,10 +1,10 @@
 """The relay: queries hand over the slots of a running batch between two decode steps.
 
-One iteration (`Relay.step`): the policy says who enters, and what is computed; newcomers prefill
-straight into their slots, parked queries are copied back, and all running queries decode one token,
-in the same forward or in the next one. A relay belongs to one thread: a call that comes while
-another thread is in one raises RuntimeError. Its methods may be called from callbacks: `submit`,
-`cancel`, `preempt`, `resume` and `resize` take effect at once, in the middle of a step too.
+In one iteration (`Relay.step`) the policy decides which queries enter and what is computed;
+newcomers prefill straight into their slots, parked queries are copied back, and all running queries
+decode one token, in the same forward or in the next one. A relay belongs to one thread: a call that
+comes while another thread is in one raises RuntimeError. Callbacks may call `submit`, `cancel`,
+`preempt`, `resume` and `resize`, which take effect at once, even in the middle of a step.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = ["Query", "Relay"]
 
 
 class Relay(RelayState):
-    """Generates for many queries on one model, each as if it were the only one.
+    """Generates for many queries on one model; each gets the tokens it would get by itself.
 
     Args:
-        model: a causal language model of transformers, in use through `patch_llama` where that
+        model: a causal language model of transformers, computed through `patch_llama` where that
             supports it, else through `AnyModel`, until the last relay on it is closed or dropped;
             or a handle of either.
         num_slots: int, at least 1; the most queries that run at a time.
@@ -46,47 +46,46 @@ class Relay(RelayState):
             the model's `max_position_embeddings`.
         policy: one of `policies.NAMES`, or a `Policy` object that no other relay uses.
         tokenizer: of Hugging Face; for stop strings, `Query.text` and streams of text.
-        generation_config: a transformers GenerationConfig instead of the model's own; what it
-            leaves unset stays unset.
+        generation_config: a transformers GenerationConfig instead of the model's own; settings
+            that it leaves unset stay unset.
         aligned: keep all rows ending in one column, as the paper does: same results, more copies.
-        prefill: where newcomers' prompts are computed, one of `prefill.NAMES`, or a `Prefiller`
-            that no other relay uses. "serial": here, between two steps. "overlapped": by a thread
-            with separate cores, while the batch decodes with the others. "apart": by another
-            process, which is restarted if it dies or hangs. "ray": by such processes on any node of
-            a Ray cluster. Same results; a prompt that cannot be computed elsewhere is computed
-            here.
+        prefill: where newcomers' prompts are computed: one of `prefill.NAMES`, or a `Prefiller`
+            that no other relay uses. "serial": in the loop, between two steps. "overlapped": in a
+            thread with separate cores, while the batch decodes with the others. "apart": in another
+            process, which is restarted if it dies or hangs. "ray": in such processes on any node of
+            a Ray cluster. Same results; a prompt that fails elsewhere is computed in the loop.
         shaping: what happens to the other rows of an aligned cache when one enters or leaves:
             "in_place" moves what has to move, "concatenate" copies all into a new cache.
-        kv_budget: bytes that the keys and values in the rows never exceed (`cache.bytes_in_use`);
-            when they would, queries are parked in host memory, the last in the policy's order of
-            admission first, and go on later without recomputing. Padding that aligns rows is not
-            counted, nor what is parked (`parked_bytes`), nor a prompt computed elsewhere until it
-            enters; room for it is kept.
-        kv_dtype: "int8" or "float8_e4m3fn": keys and values of eight bits, on a CPU, for models
-            that `patch_llama` supports; answers change with them. None: the model's own dtype.
-        prefix_cache: bytes of keys and values that are kept of prompts and answers; a query that
-            begins with the same tokens copies them instead of computing them, in steps of 32
-            tokens. The least recently used go first. They are not counted in kv_budget.
+        kv_budget: upper limit of the bytes of keys and values in the rows (`cache.bytes_in_use`).
+            When they would exceed it, queries are parked in host memory, beginning with the last in
+            the policy's order of admission, and continue later without recomputing. Not counted are
+            padding that aligns rows, parked queries (`parked_bytes`), and prompts computed
+            elsewhere until they enter; room for the latter is reserved.
+        kv_dtype: "int8" or "float8_e4m3fn": eight-bit keys and values, on a CPU, for models that
+            `patch_llama` supports; this changes answers. None: the model's own dtype.
+        prefix_cache: bytes for keys and values of earlier prompts and answers. A query that begins
+            with the same tokens copies them instead of computing them, in units of 32 tokens. The
+            least recently used are dropped first. They do not count towards kv_budget.
         max_slots: the number of slots grows up to this while queries wait, and shrinks back to
-            num_slots when rows are not used; None keeps it.
-        weight_dtype: "int8" rounds the weights of a model on the CPU to int8, half of bfloat16's
-            memory, and with them the answers; see `patch_llama`. The model's own weights are gone
-            then, also when the relay is closed. None: as the model has them.
+            num_slots when rows are not used; None keeps it fixed.
+        weight_dtype: "int8" rounds the weights of a model on the CPU to int8, which takes half of
+            bfloat16's memory and changes answers; see `patch_llama`. The model's own weights are
+            lost, even when the relay is closed. None: the model's own weights.
         cuda_graphs: whether steps in which all rows decode are replayed as CUDA graphs, which
-            spares launches and waits. None, the default: where model and device allow.
-        clock: seconds.
+            saves launches and waits. None, the default: where model and device support it.
+        clock: returns seconds.
 
     Attributes:
         policy: the `Policy` object.
-        more_to_come: bool; set it while more queries will be submitted, and a policy may hold
+        more_to_come: bool; set it while more queries will be submitted; a policy may then hold
             queries back in `step` to form larger batches. `run` and `stream` do not wait.
 
     Raises:
-        ValueError: num_slots, capacity, kv_budget or prefix_cache is below 1, max_slots below
-            num_slots, or there is no such policy, shaping, weight_dtype or prefill mode, or they do
-            not go with the kind of cache or with a handle.
-        NotImplementedError: the generation config has a setting that only `generate` knows; or
-            kv_dtype with another model, device or prefill mode than "serial".
+        ValueError: num_slots, capacity, kv_budget or prefix_cache is below 1, max_slots is below
+            num_slots, a policy, shaping, weight_dtype or prefill mode does not exist, or they
+            cannot be combined with the kind of cache or with a handle.
+        NotImplementedError: the generation config has a setting that only `generate` supports; or
+            kv_dtype is used with another model, device or prefill mode than "serial".
         Exception: what `huggingface.adapt` raises for a model that cannot be computed exactly.
 
     Source: BATON, dynamic re-batching.
@@ -144,13 +143,14 @@ class Relay(RelayState):
             raise
         self._next_id = 0
         # Ended queries that `run` has not returned. Weak, so that a server that never calls `run`
-        # keeps none of them alive; `_held` has those of the current `run`, and those that have
+        # keeps none of them alive. `_held` holds those of the current `run`, and those that have
         # failed in `submit` since the last step.
         self._ended: WeakValueDictionary[int, Query] = WeakValueDictionary()
         self._held: list[Query] = []
         self._holding = False
         self._closed = False
-        # A relay that is dropped leaves no patch behind. At the end of the program nobody minds.
+        # A dropped relay must not leave its patch behind; at the end of the program that is
+        # harmless.
         weakref.finalize(self, self._undo.close).atexit = False
 
     @one_thread
@@ -178,41 +178,41 @@ class Relay(RelayState):
         on_text: Callable[[Query, str], object] | None = None,
         name: object = None,
     ) -> Query:
-        """Add a query to those that wait.
+        """Add a query to the waiting ones.
 
-        Options that are None are those of the generation config, as for `generate`; where it says
-        nothing, they change nothing, and the likeliest token is chosen.
+        Options that are None take their values from the generation config, as in `generate`;
+        options that it does not set either change nothing, and the likeliest token is chosen.
 
         Args:
             token_ids: the prompt; integers, or a 1-D tensor or array of them.
             max_new_tokens: >= 1, default 128; prompt and answer together must fit the
                 capacity and the budget.
-            priority: finite; what the admission "priority" goes by, more before less.
-            eos: an id, several, or None to go on after an end-of-sequence token; default: the
+            priority: finite; used by the admission "priority"; higher values enter first.
+            eos: an id, several, or None to continue after an end-of-sequence token; default: the
                 model's, the tokenizer's, and the one that ends a turn in its chat template.
             stop: a string or an id, or an iterable of strings, sequences of ids and single ids;
-                strings need the relay's tokenizer. What matched stays in `Query.tokens` and is cut
+                strings need the relay's tokenizer. The match stays in `Query.tokens` and is cut
                 from `Query.text`.
-            temperature: 0 is greedy. One that is given overrides a config that says to sample.
+            temperature: 0 is greedy. A given one overrides a config that says to sample.
             top_p: as in Hugging Face; 1.0 keeps all.
             top_k: as in Hugging Face; 0 keeps all.
             min_p: as in Hugging Face; 0.0 keeps all.
             repetition_penalty: as in Hugging Face, for tokens of prompt and answer; 1.0 changes
                 nothing.
-            frequency_penalty: taken off the logits of the answer's tokens, per occurrence.
-            presence_penalty: taken off the logits of the answer's tokens, once.
-            logit_bias: what is added to the logits of some token ids.
+            frequency_penalty: subtracted from the logits of the answer's tokens, per occurrence.
+            presence_penalty: subtracted from the logits of the answer's tokens, once.
+            logit_bias: maps token ids to numbers that are added to their logits.
             suppress_tokens: ids that are never chosen.
             min_new_tokens: no end-of-sequence id is chosen before that many tokens.
-            logprobs: 0 to 100; record every token's logarithm of its probability in
-                `Query.logprobs`, and those of the likeliest tokens, this many.
-            seed: of the query's own random numbers; default: the query's id, so that a program
-                repeats itself.
+            logprobs: 0 to 100; record in `Query.logprobs` the logarithm of every token's
+                probability and those of this many likeliest tokens.
+            seed: of the query's own random numbers; default: the query's id, so that running a
+                program again gives the same answers.
             on_token: called with the query and each generated token, once per token. If it raises,
                 the query fails. It must not be async.
-            on_text: called likewise with each piece of text that has become certain: complete
-                characters, and nothing that a stop string could still take back. All pieces
-                together are `Query.text`.
+            on_text: called with the query and each piece of text that has become certain: complete
+                characters, and nothing that a stop string could still withdraw. All pieces together
+                are `Query.text`.
             name: kept as `Query.name`.
 
         Returns:
@@ -269,8 +269,8 @@ class Relay(RelayState):
         Args:
             token_ids: the prompt.
             n: >= 1.
-            seed: of the first query, the next one has seed + 1, and so on; default: as in `submit`.
-            options: see `submit`. Greedy queries all have the same answer.
+            seed: of the first query; the next one has seed + 1, and so on; default: as in `submit`.
+            options: see `submit`. Greedy queries all give the same answer.
 
         Returns:
             The queries.
@@ -291,12 +291,12 @@ class Relay(RelayState):
 
     @one_thread
     def step(self) -> bool:
-        """One iteration: admit, compute newcomers' prompts or a part of them, and one decode step
-        of all running queries.
+        """One iteration: admit queries, compute newcomers' prompts or a part of them, and run one
+        decode step of all running queries.
 
         Returns:
-            Whether there is more to do. Parked queries are nothing to do until they are resumed,
-            nor are those that the policy holds back while `more_to_come`.
+            Whether there is more to do. Parked queries do not count until they are resumed, nor do
+            queries that the policy holds back while `more_to_come`.
 
         Raises:
             RuntimeError: called from a callback.
@@ -311,12 +311,12 @@ class Relay(RelayState):
         """Step until nothing is left to do.
 
         Args:
-            progress: called with the relay after every step; what it raises ends the run, which can
-                be taken up again.
+            progress: called with the relay after every step; if it raises, the run ends and can be
+                continued later.
 
         Returns:
-            The queries that ended since the last `run`, in order of submission; of those that ended
-            outside of `run`, the ones that the caller still holds.
+            The queries that ended since the last `run`, in order of submission. Of queries that
+            ended outside of `run`, only those that the caller still holds are included.
         """
         self._between_steps("run")
         self._holding = True
@@ -334,21 +334,21 @@ class Relay(RelayState):
         return ended
 
     def stream(self, query: Query) -> Iterator[int]:
-        """The query's tokens as they come; steps the relay, so the other queries go on too.
+        """The query's tokens as they come; steps the relay, so other queries advance too.
 
-        The query runs on when the caller stops listening; `cancel` ends it.
+        The query goes on when the caller stops iterating; `cancel` ends it.
 
         Raises:
-            Exception: the query's error when it fails, after its last token.
+            Exception: the query's error if it fails, after its last token.
             RuntimeError: the query is parked and nothing else is left to do.
         """
         return tokens_of(query, lambda: self._step_for(query))
 
     def stream_text(self, query: Query) -> Iterator[str]:
-        """The query's text in pieces, as it becomes certain; steps the relay as `stream` does.
+        """The query's text in pieces, each as soon as it is certain; steps the relay like `stream`.
 
-        A piece holds complete characters, and nothing that a stop string in the making could take
-        back; together they are `Query.text`.
+        A piece holds complete characters only, and nothing that an incomplete stop string could
+        withdraw; all pieces together are `Query.text`.
 
         Raises:
             ValueError: the relay has no tokenizer.
@@ -365,7 +365,7 @@ class Relay(RelayState):
             return False
         listener = query.serving.listener
         if listener is not None:
-            # What was held back, as the text ends here.
+            # Passes on the text that was held back, because the text ends here.
             self._batch.attempt(query, "on_text", give_text, query, listener, True)
         if not query.ended:
             self._batch.end(query, "cancelled", "cancelled")
@@ -375,8 +375,8 @@ class Relay(RelayState):
     def preempt(self, query: Query) -> bool:
         """Park the query until `resume`; its keys and values are kept in host memory.
 
-        A query that another one's callback preempts before its own token of the step is out
-        computes that one token again. False if it had ended or is parked already.
+        If another query's callback preempts a query before its own token of the step is out, that
+        token is computed again later. False if the query had ended or is parked already.
         """
         place = self._batch.place(query)
         if place is None or place is self._batch.parked:
@@ -399,8 +399,8 @@ class Relay(RelayState):
     def resize(self, num_slots: int) -> None:
         """Change the number of slots.
 
-        Rows beyond it move to free slots; where there is none, their queries wait again, keys and
-        values kept.
+        Rows beyond it move to free slots. If there are not enough, their queries wait again; their
+        keys and values are kept.
 
         Raises:
             ValueError: num_slots below 1.
@@ -412,7 +412,7 @@ class Relay(RelayState):
 
     @one_thread
     def close(self) -> None:
-        """Cancel what has not ended, give the cache's memory back, undo the relay's own patch."""
+        """Cancel queries that have not ended, free the cache and undo the relay's own patch."""
         self._between_steps("close")
         batch = self._batch
         for queries in (batch.waiting, batch.running, batch.parked):
@@ -423,7 +423,7 @@ class Relay(RelayState):
         self._undo.close()
 
     def _step_for(self, query: Query) -> None:
-        """One iteration for the one who listens to a query."""
+        """One iteration for a caller that iterates over a query."""
         self._between_steps("stream")
         self._held.clear()
         if not self._loop.iterate() and not query.ended:

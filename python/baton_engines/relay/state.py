@@ -1,4 +1,4 @@
-"""What a relay shows of itself: its cache, its queries, its measurements."""
+"""The readable state of a relay: its cache, its queries, its measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .decode_loop import DecodeLoop
 
 
 class RelayState:
-    """The part of a `Relay` that only looks.
+    """The part of a `Relay` that only reads.
 
     Attributes:
         policy: the `Policy` object.
@@ -25,7 +25,7 @@ class RelayState:
 
     @property
     def cache(self):
-        """The KVCache, for reading."""
+        """The KVCache; for reading only."""
         return self._batch.slots.cache
 
     @property
@@ -66,11 +66,11 @@ class RelayState:
 
     @property
     def timeline(self) -> list[Span]:
-        """Who held which slot when, a span split by each stall; the newest 16384 spans."""
+        """Which query held which slot when; stalls split spans. The newest 16384 spans."""
         return self._batch.timeline.spans(self._clock())
 
     def reset_counters(self) -> None:
-        """Start counters and timeline anew, for a measurement after a warm-up."""
+        """Start counters and timeline anew, e.g. for a measurement after a warm-up."""
         self._batch.counters = Counters()
         self._batch.timeline = Timeline()
 

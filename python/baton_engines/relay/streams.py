@@ -1,4 +1,4 @@
-"""A query's tokens, or its text, to listen to while the relay runs."""
+"""A query's tokens or text as iterators, while the relay runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tokens_of(query: Query, step: Callable[[], object]) -> Iterator[int]:
         step: called whenever there is no new token and the query has not ended.
 
     Raises:
-        Exception: the query's error when it fails, after its last token; what `step` raises.
+        Exception: the query's error if it fails, after its last token; or what `step` raises.
     """
     given = 0
     while True:
@@ -31,7 +31,7 @@ def tokens_of(query: Query, step: Callable[[], object]) -> Iterator[int]:
 
 
 def text_of(query: Query, tokenizer, step: Callable[[], object]) -> Iterator[str]:
-    """The query's text in pieces as it becomes certain; all of them together are `Query.text`.
+    """The query's text in pieces, each as soon as it is certain; together they are `Query.text`.
 
     Args:
         query: Query.
@@ -39,7 +39,7 @@ def text_of(query: Query, tokenizer, step: Callable[[], object]) -> Iterator[str
         step: see `tokens_of`.
 
     Raises:
-        Exception: see `tokens_of`; what the query has said before comes first.
+        Exception: see `tokens_of`; the text so far comes first.
     """
     pieces = TextPieces(Stopper(tokenizer=tokenizer) if query.ended else query.serving.stopper)
     error = None

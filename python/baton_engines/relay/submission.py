@@ -1,4 +1,4 @@
-"""From the arguments of `Relay.submit` to a query that can run, or an error that says why not."""
+"""Creates a query from the arguments of `Relay.submit`, or reports what is wrong with them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..query.sampling_options import make_options
 from ..query.serving import Serving, TextListener
 from ..query.stopping import TextPieces, make_stopper
 
-# Stands for the model's own end-of-sequence ids, which None could not: None is to have none.
+# The default of `eos`, the model's own ids. It cannot be None, which means no ids.
 MODEL_EOS = "model"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model and a cache demand of a query.
+    """What a model and a cache require of a query.
 
     Attributes:
         capacity: the most tokens of a query.
         vocab_size: token ids are below this.
-        defaults: what the model's generation config and the tokenizer say.
-        kv_budget: the most bytes of keys and values, None without a bound.
-        bytes_per_token: of one token's keys and values.
+        defaults: the settings of the model's generation config and of the tokenizer.
+        kv_budget: the most bytes of keys and values; None without a limit.
+        bytes_per_token: bytes of one token's keys and values.
     """
 
     capacity: int
@@ -48,9 +48,9 @@ class Limits:
         Args:
             handle: of the model.
             capacity: in tokens, or None.
-            tokenizer: whose end-of-sequence token, and end of the assistant's turn, end a query,
-                too.
-            generation_config: instead of the model's own.
+            tokenizer: its end-of-sequence token and the end of the assistant's turn also end a
+                query.
+            generation_config: replaces the model's own.
 
         Raises:
             NotImplementedError: see `GenerationDefaults.of`.
@@ -91,7 +91,7 @@ def fill_query(
         sampling: the other options, by the names of `SamplingOptions`.
 
     Raises:
-        ValueError, TypeError: what is wrong with the query.
+        ValueError, TypeError: an argument is invalid.
     """
     defaults = limits.defaults
     query.prompt = _prompt(token_ids, limits.vocab_size)
@@ -136,7 +136,7 @@ def _prompt(token_ids, vocab_size: int) -> list[int]:
             f"{token_ids[:40]!r}; tokenize it first"
         )
     try:
-        # Tensors and arrays give Python numbers at once, which is much faster than one by one.
+        # Tensors and arrays are converted to Python numbers at once, not one by one, for speed.
         items = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         prompt = [operator.index(token) for token in items]
     except TypeError:

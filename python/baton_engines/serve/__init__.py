@@ -1,4 +1,4 @@
-"""Serving a relay: an OpenAI-compatible interface on one process, or on replicas of Ray Serve."""
+"""Serving a relay: an OpenAI-compatible interface in one process, or with replicas of Ray Serve."""
 
 from .engine import BadRequestError, Engine, Piece
 

@@ -1,7 +1,7 @@
 """OpenAI's interface as a FastAPI application: completions and chat, whole or streamed.
 
-It knows no relay and no Ray: a `Generator` answers. A client that leaves has its queries cancelled,
-while they wait as well as while they run.
+It depends neither on the relay nor on Ray: answers come from a `Generator`. When a client
+disconnects, its queries are cancelled, whether they are waiting or running.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .responses import ChatCompletions, Completions, error_of, usage_of
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
-# What servers write into their logs for a client that left; nobody reads it.
+# The status that servers log for a client that has disconnected; nobody receives it.
 _CLIENT_LEFT = 499
 
 
 class _ClientLeftError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected, so nobody waits for the answer any more."""
 
 
 def make_app(generator: Generator, tokenizer: Any, model: str, capacity: int) -> FastAPI:
     """The application.
 
     Args:
-        generator: answers.
-        tokenizer: of Hugging Face; of the application alone, since it is used in its thread.
+        generator: provides the answers.
+        tokenizer: of Hugging Face; must not be shared, because the application's thread uses it.
         model: the name under which the model is listed.
         capacity: the most tokens of a prompt and its answer.
     """
@@ -85,7 +85,7 @@ def make_app(generator: Generator, tokenizer: Any, model: str, capacity: int) ->
             answers = await _unless_client_leaves(http, _whole(pieces, len(streams)))
             usage = usage_of(prompts, sum(len(answer.tokens) for answer in answers))
             return JSONResponse(objects.answer(answers, usage))
-        # Before the response begins: what is wrong with the request has a status of its own.
+        # Before the response begins, errors in the request can still set its status.
         first = await _unless_client_leaves(http, anext(pieces))
         events = _events(objects, first, pieces, len(streams), prompts, body.include_usage)
         return StreamingResponse(events, media_type="text/event-stream")
@@ -112,10 +112,10 @@ def make_app(generator: Generator, tokenizer: Any, model: str, capacity: int) ->
 
 
 async def _merged(streams: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece]]:
-    """Pieces of several answers as they come, with the answers' indices.
+    """Pieces of several answers as they come, each with its answer's index.
 
     Raises:
-        Exception: what one of them raises; the others are cancelled.
+        Exception: the first error of any of them; the others are cancelled.
     """
     items: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 
@@ -142,7 +142,7 @@ async def _merged(streams: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tupl
 
 
 async def _whole(pieces: AsyncIterator[tuple[int, Piece]], count: int) -> list[Piece]:
-    """So many answers, each as one piece."""
+    """This many answers, each as one piece."""
     parts: list[list[Piece]] = [[] for _ in range(count)]
     async with contextlib.aclosing(pieces):  # type: ignore[type-var]
         async for index, piece in pieces:
@@ -180,7 +180,7 @@ async def _events(
                 num_tokens += len(piece.tokens)
                 yield _event(objects.chunk(index, piece))
                 item = await anext(pieces, None)
-        # The response has begun: an error can only be an event.
+        # The response has already begun, so an error can only be reported as an event.
         except Exception as error:
             _log.error("a stream failed", exc_info=error)
             yield _event(error_of(str(error), "server_error"))
@@ -195,10 +195,10 @@ def _event(data: dict[str, Any]) -> str:
 
 
 async def _unless_client_leaves(http: HttpRequest, result: Awaitable[_Result]) -> _Result:
-    """The result; cancelled when the client closes the connection before it is there.
+    """The result; it is cancelled if the client disconnects before it is ready.
 
     Raises:
-        _ClientLeftError: it has.
+        _ClientLeftError: the client has disconnected.
         Exception: what the result raises.
     """
     work = asyncio.ensure_future(result)
@@ -215,6 +215,6 @@ async def _unless_client_leaves(http: HttpRequest, result: Awaitable[_Result]) -
 
 
 async def _client_left(http: HttpRequest) -> None:
-    # The body has been read; what is left to receive is the end.
+    # The body has been read; the only message still to come is the disconnect.
     while (await http.receive())["type"] != "http.disconnect":
         pass

@@ -1,7 +1,7 @@
-"""A relay in a thread of its own, for callers in an event loop.
+"""A relay in a separate thread, for callers in an event loop.
 
-The relay belongs to that thread alone: callers send it functions, and get pieces of their answers
-in a queue of their loop, at most one per decode step.
+Only that thread uses the relay. Callers send it functions, and receive pieces of their answers in a
+queue of their own event loop, at most one per decode step.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ..relay import Relay
 
 
 class BadRequestError(ValueError):
-    """What is wrong with a request; no other request is concerned."""
+    """A request is invalid; other requests are not affected."""
 
 
 class Piece(NamedTuple):
     """A part of an answer.
 
     Attributes:
-        text: what has become certain since the last piece.
-        tokens: ids since the last piece.
-        logprobs: of these tokens, where the request wants them.
+        text: the text that has become certain since the last piece.
+        tokens: the ids since the last piece.
+        logprobs: of these tokens, if the request asked for them.
         finish_reason: "stop", "length" or "cancelled" in the last piece, else None.
     """
 
@@ -39,13 +39,13 @@ class Piece(NamedTuple):
 
 
 class Generator(Protocol):
-    """What the interface asks for answers: an `Engine`, or something that finds one."""
+    """The source of answers for the interface: an `Engine`, or something that finds one."""
 
     def generate(self, prompt: Sequence[int], **options: Any) -> AsyncIterator[Piece]:
         """See `Engine.generate`."""
 
     def check(self) -> None:
-        """Raise unless answers can be expected."""
+        """Raise if no answers can be expected."""
 
 
 class Engine:
@@ -71,7 +71,7 @@ class Engine:
             raise self._failure
 
     async def generate(self, prompt: Sequence[int], **options: Any) -> AsyncIterator[Piece]:
-        """The answer in pieces; whoever stops listening cancels it.
+        """The answer in pieces; closing the iterator cancels it.
 
         Args:
             prompt: token ids.
@@ -98,7 +98,7 @@ class Engine:
             self._calls.put(lambda relay: self._drop(relay, request))
 
     def check(self) -> None:
-        """Raise unless the relay runs.
+        """Raise unless the relay is running.
 
         Raises:
             RuntimeError: the engine is closed, or its relay has failed.
@@ -108,11 +108,11 @@ class Engine:
 
     @property
     def num_requests(self) -> int:
-        """Requests that have not ended, those that wait for a slot included."""
+        """Requests that have not ended, including those that wait for a slot."""
         return len(self._requests)
 
     def close(self) -> None:
-        """Cancel what has not ended and close the relay."""
+        """Cancel requests that have not ended, and close the relay."""
         self._calls.put(None)
         self._thread.join()
 
@@ -134,8 +134,8 @@ class Engine:
             for request in self._requests:
                 request.put(RuntimeError(f"Engine: relay must run, got {self._failure!r}"))
             self._requests.clear()
-            # Requests that came meanwhile: the closed relay refuses them. Those that come later see
-            # the failure.
+            # Requests that arrived meanwhile: the closed relay rejects them. Later ones see the
+            # failure.
             with contextlib.suppress(queue.Empty):
                 while True:
                     call = self._calls.get_nowait()
@@ -147,7 +147,7 @@ class Engine:
         while True:
             with contextlib.suppress(queue.Empty):
                 while True:
-                    # With nothing to do, until somebody wants something.
+                    # Without anything to do, wait for the next call.
                     call = self._calls.get(block=not more)
                     if call is None:
                         return
@@ -164,7 +164,7 @@ class Engine:
             request.query = relay.submit(
                 request.prompt, on_text=request.take_text, **request.options
             )
-        # Of a relay that is closed, or an option that it has not.
+        # The relay is closed, or has no such option.
         except Exception as error:
             request.put(error)
         else:
@@ -193,11 +193,11 @@ class _Request:
         self._num_told = 0
 
     def take_text(self, query: Query, text: str) -> None:
-        """The relay's callback."""
+        """A callback of the relay."""
         self._text += text
 
     def report(self) -> bool:
-        """Tell the caller what is new; whether the answer has ended."""
+        """Send the caller what is new; returns whether the answer has ended."""
         query = self.query
         assert query is not None
         if query.error is not None:
@@ -218,6 +218,6 @@ class _Request:
         return query.ended
 
     def put(self, item: Piece | BaseException) -> None:
-        """Hand it to the caller, if its loop still runs."""
+        """Send it to the caller if its event loop is still running."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.items.put_nowait, item)

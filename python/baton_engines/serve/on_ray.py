@@ -1,9 +1,9 @@
 """Replicas of a relay on Ray Serve, behind one or more copies of OpenAI's interface.
 
-A request whose replica is lost in the middle goes on at another one: an answer's tokens depend on
-its prompt, its options and its seed alone, so the other replica computes the same ones, and those
-that the client has are left out. Serve itself repeats a request only until a replica has accepted
-it.
+If a replica is lost in the middle of a request, another replica continues it: an answer's tokens
+depend only on its prompt, options and seed, so the other replica computes the same tokens, and
+those that the client already has are left out. Serve itself repeats a request only until a replica
+has accepted it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..relay import Relay
 from .app import make_app
 from .engine import BadRequestError, Engine, Piece
 
-# A request that so many replicas have been lost with is at fault itself.
+# If this many replicas were lost with one request, the request itself is to blame.
 _MAX_LOST_REPLICAS = 3
 _HEALTH_CHECK_SECONDS = 2.0
 
@@ -39,7 +39,7 @@ class RelayReplica:
         self._engine = Engine(lambda: Relay(loaded, tokenizer=tokenizer, **options))
 
     async def generate(self, prompt: Sequence[int], options: dict[str, Any]) -> AsyncIterator[Any]:
-        """Pieces of the answer; what is wrong with the request is the one thing that comes then."""
+        """Pieces of the answer; for an invalid request, only the error."""
         try:
             async for piece in self._engine.generate(prompt, **options):
                 yield piece
@@ -47,7 +47,7 @@ class RelayReplica:
             yield error
 
     def check_health(self) -> None:
-        """Called by Serve, which replaces the replica when this raises."""
+        """Called by Serve, which replaces the replica if this raises."""
         self._engine.check()
 
 
@@ -62,20 +62,20 @@ class Replicas:
         self._generate = handle.generate.options(stream=True)
 
     def check(self) -> None:
-        """Serve looks after its replicas itself."""
+        """Does nothing: Serve monitors its replicas itself."""
 
     async def generate(self, prompt: Sequence[int], **options: Any) -> AsyncIterator[Piece]:
         """See `Engine.generate`.
 
         Raises:
-            RayActorError: the request has lost several replicas.
+            RayActorError: several replicas were lost with this request.
         """
         if options.get("seed") is None:
-            # The same one wherever the request goes on.
+            # Fixed here, so that it is the same wherever the request continues.
             options["seed"] = random.getrandbits(31)
         num_chars = num_tokens = num_lost = 0
         while True:
-            # Where the answer has got to at this replica.
+            # How much of the answer this replica has repeated.
             chars = tokens = 0
             pieces = self._generate.remote(list(prompt), options)
             try:
@@ -96,7 +96,7 @@ class Replicas:
                 if not _is_lost(error) or num_lost > _MAX_LOST_REPLICAS:
                     raise
             finally:
-                # Nothing where it has ended.
+                # Has no effect once the answer has ended.
                 pieces.cancel()
 
 
@@ -116,17 +116,17 @@ def deployment(
     """An application for `serve.run`.
 
     Args:
-        model: see `load_model`; a folder has to be on every node.
-        name: the model's, as clients give it; default: `model`.
+        model: see `load_model`; a folder must exist on every node.
+        name: the model's name for clients; default: `model`.
         capacity: see `Relay`.
         num_slots: see `Relay`; also the requests per replica that Serve scales to.
         max_waiting: requests that a replica accepts beyond its slots.
-        num_replicas: relays, without autoscaling.
+        num_replicas: the number of relays, without autoscaling.
         autoscaling_config: of Serve, for example `{"min_replicas": 1, "max_replicas": 4}`. Its
-            signal is the number of requests of a replica, those that wait for a slot included;
-            the target is `num_slots` unless it says otherwise.
+            signal is the number of requests of a replica, including those that wait for a slot;
+            the target is `num_slots` unless the config sets one.
         ray_actor_options: of the replicas; default: one CPU each.
-        num_frontends: processes that take requests.
+        num_frontends: processes that accept requests.
         options: of the `Relay`.
     """
     scaling: dict[str, Any] = {"num_replicas": num_replicas}
@@ -135,7 +135,7 @@ def deployment(
             "autoscaling_config": {"target_ongoing_requests": num_slots, **autoscaling_config}
         }
     relay = {"capacity": capacity, "num_slots": num_slots, **options}
-    # Serve's types do not tell a decorator from what it makes.
+    # Serve's types do not distinguish a decorator from its result.
     make: Any = serve.deployment
     replicas = make(
         RelayReplica,
@@ -162,14 +162,14 @@ def deployment(
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether it says that the replica is gone, and not that the answer failed."""
+    """Whether the error means that the replica is gone, rather than that the answer failed."""
     return isinstance(error, RayActorError) or isinstance(
         getattr(error, "cause", None), RayActorError
     )
 
 
 def _after(piece: Piece, num_chars: int, num_tokens: int) -> Piece:
-    """What the client has not got yet of a piece."""
+    """The part of a piece that the client has not received yet."""
     num_chars, num_tokens = max(0, num_chars), max(0, num_tokens)
     logprobs = None if piece.logprobs is None else piece.logprobs[num_tokens:]
     return piece._replace(

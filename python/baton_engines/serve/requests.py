@@ -1,7 +1,7 @@
-"""Requests of OpenAI's completions and chat completions, and what `Relay.submit` makes of them.
+"""Requests for OpenAI's completions and chat completions, and their conversion for `Relay.submit`.
 
-Options that the interface has not, and vLLM's server has, are taken under its names: top_k, min_p,
-repetition_penalty, ignore_eos.
+Options that the interface lacks but vLLM's server has are accepted under vLLM's names: top_k,
+min_p, repetition_penalty, ignore_eos.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from .engine import BadRequestError
 
 # OpenAI's own default for completions.
 _COMPLETION_TOKENS = 16
-# What would change the answer and is not there is an error, when it is asked for.
+# Unsupported fields that would change the answer; using one is an error.
 _UNSUPPORTED = (
     "audio", "best_of", "echo", "function_call", "functions", "prediction", "suffix", "tools",
     "web_search_options",
 )  # fmt: skip
-# Asked for with these values, they are as if they were left out.
+# With these values such fields have no effect and are accepted.
 _NOTHING: tuple[Any, ...] = (None, False, [], "", "none", 1)
 
 
 class StreamOptions(BaseModel):
-    """Of a request that streams."""
+    """Options of a request that streams."""
 
     include_usage: bool = False
 
 
 class Request(BaseModel):
-    """What both kinds of requests have."""
+    """The fields that both kinds of requests have."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -57,10 +57,10 @@ class Request(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def options(self) -> dict[str, Any]:
-        """Of `Relay.submit`, those that both kinds have.
+        """The options of `Relay.submit` that both kinds have.
 
         Raises:
-            BadRequestError: the request wants something that is not there.
+            BadRequestError: the request uses something that is not supported.
         """
         extra = self.model_extra or {}
         for name in _UNSUPPORTED:
@@ -80,7 +80,7 @@ class Request(BaseModel):
 
 
 class CompletionRequest(Request):
-    """Of /v1/completions."""
+    """A request to /v1/completions."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int | None = Field(None, ge=1)
@@ -90,7 +90,7 @@ class CompletionRequest(Request):
         """Token ids of every prompt.
 
         Raises:
-            BadRequestError: there is none.
+            BadRequestError: there is no prompt.
         """
         given = self.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
@@ -105,7 +105,7 @@ class CompletionRequest(Request):
         ]
 
     def options(self) -> dict[str, Any]:
-        """Of `Relay.submit`; see `Request.options`."""
+        """The options of `Relay.submit`; see `Request.options`."""
         return {
             **super().options(),
             "max_new_tokens": self.max_tokens or _COMPLETION_TOKENS,
@@ -114,7 +114,7 @@ class CompletionRequest(Request):
 
 
 class ChatRequest(Request):
-    """Of /v1/chat/completions."""
+    """A request to /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -123,10 +123,10 @@ class ChatRequest(Request):
     top_logprobs: int | None = Field(None, ge=0, le=100)
 
     def prompts(self, tokenizer: Any) -> list[list[int]]:
-        """Token ids of the conversation, as the one prompt.
+        """Token ids of the conversation, as the only prompt.
 
         Raises:
-            BadRequestError: it cannot be made into a prompt.
+            BadRequestError: the conversation cannot be made into a prompt.
         """
         for index, message in enumerate(self.messages):
             if "role" not in message or "content" not in message:
@@ -137,14 +137,14 @@ class ChatRequest(Request):
             return [encode_messages(tokenizer, self.messages)]
         except ContentError as error:
             raise BadRequestError(str(error)) from error
-        # What a template raises for a conversation that it does not take.
+        # Templates raise all kinds of exceptions for conversations that they do not accept.
         except Exception as error:
             raise BadRequestError(
                 f"request: messages must fit the chat template, got {error}"
             ) from error
 
     def options(self) -> dict[str, Any]:
-        """Of `Relay.submit`; see `Request.options`. Without a limit, all that the capacity has."""
+        """The options of `Relay.submit`; see `Request.options`. Without a limit, all that fits."""
         return {
             **super().options(),
             "max_new_tokens": self.max_completion_tokens or self.max_tokens,

@@ -12,11 +12,11 @@ from .engine import Piece
 
 
 class Completions:
-    """Objects of one request to /v1/completions.
+    """Response objects for one request to /v1/completions.
 
     Args:
         model: its name.
-        tokenizer: of Hugging Face; writes single tokens.
+        tokenizer: of Hugging Face; decodes single tokens.
     """
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
@@ -35,7 +35,7 @@ class Completions:
         return {**self._about, "object": self.kind, "choices": choices, "usage": usage}
 
     def openings(self, count: int) -> list[dict[str, Any]]:
-        """The chunks before those with text, for so many choices."""
+        """The chunks that come before those with text, for `count` choices."""
         return []
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Completions:
         return self._chunk([self._part(index, piece)])
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last chunk of a stream that ends with the number of tokens."""
+        """The last chunk of a stream that ends with token counts."""
         return {**self._chunk([]), "usage": usage}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -76,12 +76,12 @@ class Completions:
 
 
 class ChatCompletions(Completions):
-    """Objects of one request to /v1/chat/completions; see `Completions`."""
+    """Response objects for one request to /v1/chat/completions; see `Completions`."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def openings(self, count: int) -> list[dict[str, Any]]:
-        """Whose turn it is."""
+        """Chunks that announce the assistant's role."""
         delta = {"role": "assistant", "content": ""}
         return [
             self._chunk([{"index": index, "delta": delta, "finish_reason": None}])
@@ -119,7 +119,7 @@ class ChatCompletions(Completions):
 
 
 def usage_of(prompts: Sequence[Sequence[int]], num_tokens: int) -> dict[str, int]:
-    """The numbers of tokens of a request: each prompt counts once."""
+    """The token counts of a request; each prompt counts once."""
     num_prompt = sum(map(len, prompts))
     return {
         "prompt_tokens": num_prompt,
@@ -129,5 +129,5 @@ def usage_of(prompts: Sequence[Sequence[int]], num_tokens: int) -> dict[str, int
 
 
 def error_of(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """An error as the interface writes it."""
+    """An error in the interface's format."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}

@@ -1,4 +1,4 @@
-"""One process that serves one relay: the application on uvicorn."""
+"""Serves one relay in one process: the application on uvicorn."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def serve(
     capacity: int | None = None,
     **options: Any,
 ) -> None:
-    """Answer OpenAI's completions and chat completions until SIGINT or SIGTERM.
+    """Serve OpenAI's completions and chat completions until SIGINT or SIGTERM.
 
     Args:
         model: see `Relay`.
         tokenizer: of Hugging Face.
-        name: the model's, as clients give it.
-        host: where to listen. Everybody who reaches it is served: there are no keys and no TLS,
-            which a proxy in front of it has.
-        port: where to listen; 0 takes a free one.
+        name: the model's name for clients.
+        host: where to listen. Everybody who can reach it is served: there are no keys and no TLS;
+            put a proxy with these in front.
+        port: where to listen; 0 chooses a free one.
         capacity: see `Relay`.
         options: of the `Relay`.
 
@@ -41,7 +41,7 @@ def serve(
         capacity = model.config.max_position_embeddings
     engine = Engine(lambda: Relay(model, capacity=capacity, tokenizer=tokenizer, **options))
     try:
-        # A tokenizer is no thread's but one's.
+        # A tokenizer must be used by one thread only.
         app = make_app(engine, copy.deepcopy(tokenizer), name, capacity)
         uvicorn.run(app, host=host, port=port, log_level="info")
     finally:

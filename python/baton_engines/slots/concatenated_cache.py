@@ -1,9 +1,9 @@
-"""An aligned cache shaped the naive way: concatenate and pad, select and trim.
+"""An aligned cache that is shaped the naive way: concatenate and pad, select and trim.
 
-A row that enters or leaves makes the whole cache anew, padding included, as `torch.cat` of padded
-rows and indexing of the survivors do. It is there to be measured against `KVCache`, which moves
-only what has to move. In one respect it is kinder than code that concatenates at every step: the
-columns of decode steps are there beforehand.
+When a row enters or leaves, the whole cache is made anew, including padding, as `torch.cat` of
+padded rows and indexing of the remaining ones would do. It exists to be compared with `KVCache`,
+which moves only what has to move. In one respect it is better than code that concatenates at every
+step: columns for decode steps are allocated beforehand.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from baton_kernels import BatchShape, KVCache, insert_kv
 
 
 class ConcatenatedCache(KVCache):
-    """As an aligned `KVCache`, whose every insertion and removal rewrites all rows.
+    """Like an aligned `KVCache`, but every insertion and removal rewrites all rows.
 
     Args:
-        cache: KVCache, aligned; gives its sizes, dtype and device, and is not kept.
+        cache: KVCache, aligned; only its sizes, dtype and device are used.
 
     Source: BATON, shaping; text-generation-inference, batches of a causal language model.
     """
@@ -38,14 +38,15 @@ class ConcatenatedCache(KVCache):
         )
 
     def allocate(self, length: int, slot: int | None = None) -> int:
-        """As `KVCache.allocate`: all rows are padded on the left to the longest, in a new cache."""
+        """Like `KVCache.allocate`: all rows are padded on the left to the longest, in a new
+        cache."""
         planned = self._shape.copy()
         slot, _ = planned.allocate(length, slot)
         self._rewrite(planned, self._shape.used if length else ())
         return slot
 
     def insert(self, key: torch.Tensor, value: torch.Tensor, slot: int | None = None) -> int:
-        """As `KVCache.insert`, into a new cache."""
+        """Like `KVCache.insert`, into a new cache."""
         slot = self.allocate(key.shape[1], slot)
         columns = slice(self._shape.start(slot), self._shape.end(slot))
         if self.key_scales is not None:
@@ -58,11 +59,11 @@ class ConcatenatedCache(KVCache):
         return slot
 
     def free(self, slot: int) -> None:
-        """As `KVCache.free`: the other rows go into a new cache without the padding they share."""
+        """Like `KVCache.free`: the other rows move to a new cache without their common padding."""
         planned = self._shape.copy()
         planned.free(slot)
         if self._shape.length(slot) == 0:
-            # It was no row of a tensor yet.
+            # It was not yet a row of a tensor.
             self._commit(planned)
             return
         planned.trim()

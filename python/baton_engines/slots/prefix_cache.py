@@ -1,8 +1,8 @@
 """Keys and values of prompts and answers, kept for queries that begin with the same tokens.
 
-A tree of blocks: each block holds the keys and values of some tokens that follow those of
-its parent, so that a beginning which many texts share is held once. Blocks are found by the tokens
-themselves, not by a hash of them. The least recently used block without a child goes first.
+A tree of blocks: each block holds the keys and values of some tokens that follow those of its
+parent, so a beginning that many texts share is stored once. Blocks are found by the tokens
+themselves, not by a hash of them. The least recently used block without a child is dropped first.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import NamedTuple
 
 import torch
 
-# Small enough that little of a shared beginning is lost at its end, and large enough that a block
-# is copied as fast as memory allows.
+# Small enough that little of a shared beginning is lost at its end, and large enough that copying a
+# block reaches memory bandwidth.
 BLOCK_TOKENS = 32
 
 
 class KeysValues(NamedTuple):
-    """Of a block: key and value `[num_layers, block_tokens, num_kv_heads, head_dim]`."""
+    """Key and value of a block, `[num_layers, block_tokens, num_kv_heads, head_dim]`."""
 
     key: torch.Tensor
     value: torch.Tensor
 
 
 class _Block:
-    """A node of the tree; the root has no tokens, and neither keys nor values."""
+    """A node of the tree; the root has neither tokens nor keys and values."""
 
     __slots__ = ("children", "content", "parent", "tokens")
 
@@ -38,15 +38,15 @@ class _Block:
 
 
 class PrefixCache:
-    """Blocks of at most `max_bytes` together.
+    """Blocks of at most `max_bytes` in total.
 
     Args:
         max_bytes: int, at least 1.
         block_tokens: of every block.
 
     Attributes:
-        bytes_in_use: of the keys and values in all blocks; never more than `max_bytes`.
-        version: int that changes whenever another beginning may be found than before.
+        bytes_in_use: bytes of the keys and values in all blocks; never more than `max_bytes`.
+        version: int that changes whenever `find` may give another result than before.
     """
 
     def __init__(self, max_bytes: int, block_tokens: int = BLOCK_TOKENS) -> None:
@@ -55,30 +55,30 @@ class PrefixCache:
         self.bytes_in_use = 0
         self.version = 0
         self._root = _Block(None, (), None)
-        # Least recently used first. A block is never used without those before it, which come
-        # later here, so the first one has no child.
+        # Least recently used first. Whenever a block is used, so are its ancestors, which come
+        # later here, so the first block has no child.
         self._used: OrderedDict[_Block, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._used)
 
     def find(self, tokens: Sequence[int], limit: int) -> int:
-        """How many tokens, `limit` at most, at the beginning of `tokens` are held."""
+        """How many tokens at the beginning of `tokens` are held, at most `limit`."""
         return self.block_tokens * sum(1 for _ in self._held(tokens, limit))
 
     def take(self, tokens: Sequence[int], limit: int) -> list[KeysValues]:
-        """The blocks that `find` counts, which are used now."""
+        """The blocks that `find` counts; they become the most recently used."""
         blocks = list(self._held(tokens, limit))
         self._touch(blocks)
         return [block.content for block in blocks if block.content is not None]
 
     def keep(self, tokens: Sequence[int], read: Callable[[int, int], KeysValues]) -> None:
-        """Hold the beginning of `tokens` as far as whole blocks and memory go.
+        """Store the beginning of `tokens` as far as whole blocks and memory allow.
 
         Args:
-            tokens: those of a text whose keys and values are all known.
+            tokens: a text whose keys and values are all known.
             read: copies the keys and values of the tokens from one index to another; called for
-                blocks that are not held yet. If it raises, what was held before it still is.
+                blocks that are not held yet. If it raises, the cache keeps what it held before.
         """
         blocks = list(self._held(tokens, len(tokens)))
         self._touch(blocks)
@@ -112,7 +112,8 @@ class PrefixCache:
             self._used.move_to_end(block)
 
     def _make_room(self, content: KeysValues, kept: Sequence[_Block]) -> bool:
-        """Drop blocks until the content fits; whether it does without dropping any of `kept`."""
+        """Drop blocks until the content fits; returns whether that works without dropping
+        `kept`."""
         if _num_bytes(content) > self.max_bytes:
             return False
         while self.bytes_in_use + _num_bytes(content) > self.max_bytes:

@@ -1,8 +1,8 @@
-"""The rows of one KV cache and the queries in them: who enters and leaves, what is computed.
+"""The rows of one KV cache and the queries in them: entering, leaving, and computing.
 
-The cache may run ahead of a query by one forward: columns are reserved before the model runs, and
-`Query.cached` follows once the tokens count. A forward that failed or was interrupted is therefore
-just run again, into the same columns.
+The cache may be ahead of a query by one forward: columns are reserved before the model runs, and
+`Query.cached` follows once the tokens count. So a forward that failed or was interrupted is simply
+run again, into the same columns.
 """
 
 import contextlib
@@ -20,43 +20,43 @@ from ..query import Query, SharedPrompt
 from .concatenated_cache import ConcatenatedCache
 from .prefix_cache import KeysValues, PrefixCache
 
-# How an aligned cache stays aligned when a row enters or leaves: the rows that must move do, or all
+# How an aligned cache stays aligned when a row enters or leaves: rows are moved as needed, or all
 # rows are copied into a new cache.
 SHAPINGS = ("in_place", "concatenate")
 
 
-# Any id would do: nothing reads what is computed from it.
+# An arbitrary id: nothing reads what is computed from it.
 _PADDING_TOKEN = 0
 
 
 class Row(NamedTuple):
-    """What a forward computes of one query: its next tokens."""
+    """The next tokens that a forward computes for one query."""
 
     query: Query
     num_tokens: int
 
 
 class Slots:
-    """A cache of a model with the queries that live in it.
+    """A model's cache with the queries that are in it.
 
     Args:
         model: ModelHandle.
         num_slots: rows.
         capacity: columns of a row.
         aligned: whether all rows end in one column.
-        shaping: how an aligned cache is kept so, one of `SHAPINGS`.
+        shaping: how an aligned cache is kept aligned, one of `SHAPINGS`.
         padded: whether forwards may be padded; the cache then has columns for the padding too.
-        kv_budget: the most bytes of keys and values in the rows; None without a bound.
+        kv_budget: the most bytes of keys and values in the rows; None without a limit.
         kv_dtype: of keys and values; None for the model's.
-        prefix_bytes: the most bytes of keys and values that are kept of texts, for queries that
-            begin alike; None keeps nothing.
+        prefix_bytes: the most bytes of keys and values that are kept for queries with the same
+            beginning; None keeps nothing.
 
     Attributes:
-        prefixes: what is kept, or None.
+        prefixes: the prefix cache, or None.
         whole_prompts: whether a prompt has to be computed in one forward.
-        parked_bytes: of the keys and values in host memory.
-        parking_bytes: copied to host memory and back so far.
-        reused_tokens: tokens of prompts that were copied instead of computed so far.
+        parked_bytes: bytes of the keys and values in host memory.
+        parking_bytes: bytes copied to host memory and back so far.
+        reused_tokens: prompt tokens that were copied instead of computed so far.
         reusing_queries: queries with such tokens so far.
     """
 
@@ -91,9 +91,9 @@ class Slots:
         self.parked_bytes = self.parking_bytes = 0
         self.prefixes = None if prefix_bytes is None else PrefixCache(prefix_bytes)
         self.reused_tokens = self.reusing_queries = 0
-        # By query, the version of the prefix cache in which its beginning was looked for.
+        # For each query, the version of the prefix cache in which its beginning was last searched.
         self._looked_up: WeakKeyDictionary[Query, int] = WeakKeyDictionary()
-        # A row of c tokens is padded by c - 1 at most.
+        # A row of c tokens is padded by at most c - 1.
         columns = 2 * capacity - 1 if padded else capacity
         self.cache = model.new_cache(num_slots, columns, aligned=aligned, dtype=kv_dtype)
         if shaping == "concatenate":
@@ -101,11 +101,11 @@ class Slots:
 
     @property
     def num_slots(self) -> int:
-        """Rows of the cache."""
+        """The number of rows of the cache."""
         return self.cache.shape.num_slots
 
     def length(self, query: Query) -> int:
-        """Columns of the query's row; 0 without a row."""
+        """The number of columns of the query's row; 0 without a row."""
         return 0 if query.slot is None else self.cache.shape.length(query.slot)
 
     def lagging(self, query: Query) -> bool:
@@ -113,11 +113,11 @@ class Slots:
         return query.slot is not None and self.length(query) > query.cached
 
     def vacant(self, query: Query) -> bool:
-        """Whether the query has a row, and that has no columns."""
+        """Whether the query has a row that has no columns."""
         return query.slot is not None and self.length(query) == 0
 
     def enter(self, query: Query, length: int) -> None:
-        """Give the query a free row of `length` tokens, which begins with what it had parked."""
+        """Give the query a free row of `length` tokens; what it had parked is copied into it."""
         shared = query.shared_prompt
         if shared is not None and shared.ready and query.id in shared.pending:
             self._copy_shared(query, shared, length)
@@ -130,7 +130,7 @@ class Slots:
         self._drop_parked(query)
 
     def look_up(self, query: Query) -> None:
-        """Set `Query.cached` of a query that nothing is computed of to what `enter` can copy."""
+        """Set `Query.cached` to what `enter` can copy, for a query that has nothing computed."""
         prefixes = self.prefixes
         if prefixes is None or query.slot is not None or query.parked_kv is not None:
             return
@@ -142,12 +142,12 @@ class Slots:
         query.cached = prefixes.find(query.prompt, len(query.prompt) - self._computed_at_least)
 
     def keep_prefix(self, query: Query, num_tokens: int) -> None:
-        """Keep the first tokens of the query's row for queries that begin alike.
+        """Keep the first tokens of the query's row for queries with the same beginning.
 
         Args:
-            query: one whose keys and values are all finite.
-            num_tokens: at most as many as count; on a GPU no more than the prompt has, because keys
-                that were decoded there have other bits than computed ones.
+            query: its keys and values must be finite.
+            num_tokens: at most the tokens that count. On a GPU at most the prompt's, because there
+                keys from decoding have other bits than keys from prefill.
         """
         slot = query.slot
         if self.prefixes is None or slot is None:
@@ -167,22 +167,23 @@ class Slots:
             )  # fmt: skip
             return KeysValues(key, value)
 
-        # Without memory for it, the next query computes its own; nobody loses anything.
+        # Without memory for it, the next query computes its own; no query is affected.
         with contextlib.suppress(MemoryError, torch.OutOfMemoryError):
             self.prefixes.keep(tokens, read)
 
     @property
     def _computed_at_least(self) -> int:
         # The last token's logits are needed. On a GPU a chunk of one token is computed by other
-        # kernels than a longer one, and has other bits.
+        # kernels than a longer chunk and has other bits.
         return 1 if self.cache.keys.device.type == "cpu" else 2
 
     def _enter_fresh(self, query: Query, length: int) -> None:
-        """A row of `length` tokens for a query without one, which may begin with kept ones."""
+        """Give a query a row of `length` tokens, which may begin with tokens of the prefix
+        cache."""
         blocks: list[KeysValues] = []
         if self.prefixes is not None and query.cached:
             blocks = self.prefixes.take(query.prompt, query.cached)
-            # Some may have been dropped since `look_up`; they are computed then.
+            # Some blocks may have been dropped since `look_up`; their tokens are then computed.
             held = sum(block.key.shape[1] for block in blocks)
             length -= query.cached - held
             query.cached = held
@@ -201,7 +202,7 @@ class Slots:
         self.reusing_queries += bool(blocks)
 
     def fill(self, query: Query, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Replace the query's row, which is vacant, by one of keys and values computed elsewhere.
+        """Replace the query's vacant row by one with keys and values that were computed elsewhere.
 
         Args:
             query: may have lost its row in a call that was interrupted.
@@ -220,7 +221,7 @@ class Slots:
         length: int,
         slot: int | None = None,
     ) -> int:
-        """A free row of `length` tokens that begins with these `tokens`; its slot."""
+        """A free row of `length` tokens that begins with these `tokens`; returns its slot."""
         cache = self.cache
         key, value = key.to(cache.keys.device), value.to(cache.keys.device)
         slot = cache.allocate(length, slot)
@@ -234,7 +235,7 @@ class Slots:
     def _write(
         self, key: torch.Tensor, value: torch.Tensor, tokens: int, slot: int, column: int
     ) -> None:
-        """Write the first tokens of key and value into a row, from a column on."""
+        """Write the first tokens of key and value into a row, beginning at a column."""
         cache = self.cache
         index = torch.tensor([0, tokens, slot, column], dtype=torch.int32, device=cache.keys.device)
         baton_kernels.insert_kv(
@@ -281,7 +282,8 @@ class Slots:
         self._take_from(shared, query)
 
     def _keep_shared(self, query: Query, shared: SharedPrompt) -> None:
-        """Copy the prompt to host memory before its row is freed, if others still need it."""
+        """Copy the prompt to host memory before its row is freed, if other queries still need
+        it."""
         is_needed = shared.ready and shared.pending and shared.parked is None
         if query is not shared.leader or query.slot is None or not is_needed:
             return
@@ -296,14 +298,14 @@ class Slots:
         self.parking_bytes += _num_bytes(shared.parked)
 
     def _take_from(self, shared: SharedPrompt, query: Query) -> None:
-        """The query needs the shared prompt no more; the last one lets go of it."""
+        """The query needs the shared prompt no longer; the last such call releases it."""
         shared.pending.pop(query.id, None)
         if not shared.pending and shared.parked is not None:
             self.parked_bytes -= _num_bytes(shared.parked)
             shared.parked = None
 
     def relocate(self, query: Query) -> None:
-        """Move the query's row to the lowest free slot, with the columns that do not count yet."""
+        """Move the query's row to the lowest free slot, including columns that do not count yet."""
         slot = _slot_of(query)
         key, value = self.cache.extract(slot)
         self.cache.free(slot)
@@ -311,7 +313,7 @@ class Slots:
         query.slot = self.cache.insert(key, value)
 
     def fits(self, rows: Sequence[Row]) -> bool:
-        """Whether the cache stays within its budget when these rows get what they lack."""
+        """Whether the cache stays within its budget when these rows get the columns they lack."""
         if self.kv_budget is None:
             return True
         tokens = 0
@@ -320,7 +322,7 @@ class Slots:
         return self.cache.bytes_in_use + tokens * self.cache.bytes_per_token <= self.kv_budget
 
     def reserve(self, rows: Sequence[Row]) -> None:
-        """Columns for what the queries that have a row compute next, where they lack them."""
+        """Reserve the columns that queries with a row lack for what they compute next."""
         missing: dict[int, int] = {}
         for query, count in rows:
             lacking = query.cached + count - self.length(query)
@@ -340,7 +342,7 @@ class Slots:
             float32 [rows, vocab]: the logits after the last token of every row.
         """
         if padded:
-            # The columns for padding lie behind those of the longest row.
+            # The columns for padding follow those of the longest row.
             self.cache.trim()
         longest = max(count for _, count in rows)
         tokens: list[int] = []
@@ -360,14 +362,14 @@ class Slots:
 
 
 def _slot_of(query: Query) -> int:
-    """The row of a query that has one."""
+    """The slot of a query that has one."""
     if query.slot is None:
         raise RuntimeError(f"Relay: query {query.id} must be in a slot, got {query!r}")
     return query.slot
 
 
 def _bytes_of(query: Query) -> int:
-    """Of the keys and values that the query has parked."""
+    """Bytes of the query's parked keys and values."""
     return _num_bytes(query.parked_kv or ())
 
 

@@ -1,7 +1,8 @@
-"""A model without weights, for tests of what stands above a forward pass: the relay and policies.
+"""A model without weights, for tests of the layers above a forward pass: the relay and policies.
 
-It keeps token ids in a real `KVCache` and computes logits from what the cache says the query is. So
-a key in a wrong row, column or order, a token computed twice or left out all change the answer.
+It keeps token ids in a real `KVCache` and computes logits from the query that it finds in the
+cache. So a key in a wrong row, column or order, or a token computed twice or left out, changes the
+answer.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class FakeLlama(ModelHandle):
 
     Attributes:
         fault: called with the tokens of every row of a forward, newest last, after the cache was
-            written; what it raises, the forward raises.
-        bad_row: called with the tokens of a row; its logits become NaN if it returns True.
+            written; the forward raises what it raises.
+        bad_row: called with the tokens of a row; if it returns True, the row's logits become NaN.
         whole_prompts: as `PatchedLlama.whole_prompts`.
-        forwards: the numbers of tokens computed per row, of every forward that was tried.
-        padding: how many tokens of padding they computed besides.
+        forwards: for every forward that was tried, the number of tokens computed per row.
+        padding: for each of these forwards, the number of additional padding tokens.
     """
 
     num_layers = 2
@@ -56,7 +57,7 @@ class FakeLlama(ModelHandle):
         return self
 
     def undo(self) -> None:
-        """Nothing was changed."""
+        """Does nothing: nothing was changed."""
 
     def forward(
         self, token_ids: torch.Tensor, batch: PackedBatch, cache: KVCache, *, logits: str = "last"
@@ -106,5 +107,5 @@ class FakeLlama(ModelHandle):
 
 
 def _nothing(tokens: object) -> bool:
-    # Not a lambda: the model can be sent to another process.
+    # Not a lambda, so that the model can be sent to another process.
     return False

@@ -1,4 +1,4 @@
-"""Prefill under a test's control: by hand, or in processes with faults."""
+"""Prefillers for tests: controlled by hand, or in processes with faults."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..prefill.base import Job, Prefiller, Worker, compute
 
 
 class ManualPrefiller(Prefiller):
-    """Computes prompts in the loop's own thread, when it is told to: nothing depends on timing.
+    """Computes prompts in the loop's own thread on command, so nothing depends on timing.
 
     Attributes:
         jobs: those that have not ended, in order.
-        fault: called before a job is computed; what it raises ends the job.
+        fault: called before a job is computed; if it raises, the job ends with that error.
     """
 
     name = "manual"
@@ -28,7 +28,7 @@ class ManualPrefiller(Prefiller):
         self.fault: Callable[[], object] = lambda: None
 
     def make_workers(self, model: ModelHandle, threads: int) -> list[Worker]:
-        """None: there are no threads."""
+        """Returns none: there are no threads."""
         return []
 
     def open(self, model: ModelHandle) -> None:
@@ -36,7 +36,7 @@ class ManualPrefiller(Prefiller):
         self._model = model
 
     def submit(self, job: Job) -> None:
-        """Remember it; the first ones count as started."""
+        """Remember the job; as many jobs as there are workers count as started."""
         self.jobs.append(job)
         self._start()
 
@@ -69,11 +69,11 @@ class ManualPrefiller(Prefiller):
 
 
 class ProcessFault:
-    """A `FakeLlama.fault` that strikes in other processes than the one that made it, when a prompt
-    begins with one of its tokens.
+    """A `FakeLlama.fault` that acts only in other processes than the one that made it, when a
+    prompt begins with one of its tokens.
 
     Args:
-        struck: a file that is written when one hangs or pauses; after it none hangs any more.
+        struck: a file that is written when a process hangs or pauses; after that none hangs again.
     """
 
     PAUSE, RAISE, DIE, HANG = 40, 41, 42, 43

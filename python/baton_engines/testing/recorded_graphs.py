@@ -1,7 +1,8 @@
-"""CUDA graphs on a machine without a GPU: what a relay's steps are captured in, for tests.
+"""CUDA graphs on a machine without a GPU: captures a relay's steps for tests.
 
-As on a GPU, a capture runs nothing, a replay runs no code of the host, work is done no sooner than
-it is waited for, rows in slot -1 are skipped, and a host that would wait in between is an error.
+As on a GPU, a capture runs nothing, a replay runs no host code, work is done no sooner than the
+host waits for it, rows in slot -1 are skipped, and it is an error if the host would wait in
+between.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 # Functions of torch and methods of tensors whose results the host waits for, or that take values
-# from the host: by name, as they are called...
+# from the host, by the name under which they are called...
 _HOST = frozenset(
     (
         *("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"),
@@ -24,7 +25,7 @@ _HOST = frozenset(
         *("tensor", "as_tensor", "from_numpy", "allclose", "is_nonzero", "__contains__"),
     )
 )
-# ... and as operators, however they are reached.
+# ... and as operators, however they are called.
 _HOST_OPERATORS = frozenset(
     f"aten::{name}"
     for name in (
@@ -33,19 +34,19 @@ _HOST_OPERATORS = frozenset(
     )
 )
 _WITH_SLOTS = ("baton_kernels::append_kv", "baton_kernels::ragged_attention")
-# Of these ops: tensors with a line per row, besides the slots.
+# Arguments of these ops with one entry per row, besides the slots.
 _ROWS = ("key", "value", "columns", "query", "cos", "sin", "starts", "lengths")
 
 
 class HostWaitError(RuntimeError):
-    """The host would have waited for the device, or a value of the host would be built in."""
+    """The host would have waited for the device, or a host value would be fixed in the capture."""
 
 
 class HostReads(TorchFunctionMode):
-    """While it lasts, what would make the host wait for a GPU is counted; or raised, in a capture.
+    """Counts calls that would make the host wait for a GPU; during a capture, raises instead.
 
     Args:
-        runtime: whose host buffers may be read, and whose own work counts for nothing; None in a
+        runtime: its host buffers may be read, and its own work does not count; None during a
             capture.
 
     Attributes:
@@ -75,7 +76,7 @@ class HostReads(TorchFunctionMode):
         if name not in _HOST or (runtime is not None and runtime.is_working):
             return False
         if name == "tensor" and runtime is not None:
-            # Between two captures the host may make what stays with the host.
+            # Between two captures the host may create tensors that stay on the host.
             return kwargs.get("device") is not None
         return not (runtime is not None and _is_tensor(args[0]) and runtime.is_host(args[0]))
 
@@ -86,7 +87,7 @@ class _Call(NamedTuple):
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    # What it gave and made itself: memory that each replay writes again.
+    # The tensors that it created and returned: memory that each replay writes again.
     made: list[torch.Tensor | None]
 
     def replay(self) -> None:
@@ -97,7 +98,7 @@ class _Call(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Records operators. What they write stays as it was."""
+    """Records operators. Tensors that they write keep their values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,24 +124,24 @@ class _Recorder(TorchDispatchMode):
             given = tuple(x.clone() if i in written else x for i, x in enumerate(args))
         result = _on_device(func, given, kwargs, skip=True)
         for index in written:
-            # An operator in place gives what it has written.
+            # An in-place operator returns the tensor that it has written.
             result = args[index] if result is given[index] else result
         taken = {_address(x) for x in tree_flatten((args, kwargs))[0] if _is_tensor(x)}
         results = tree_flatten(result)[0]
         made = [x if _is_tensor(x) and _address(x) not in taken else None for x in results]
-        # Making a view is not work of the device.
+        # Creating a view is not work of the device.
         if written or any(x is not None for x in made):
             self.calls.append(_Call(func, args, kwargs, made))
         return result
 
     def inputs(self) -> list[torch.Tensor]:
-        """What is read, and no recorded call has made."""
+        """Tensors that are read and that no recorded call has created."""
         made = {_address(x) for call in self.calls for x in call.made if x is not None}
         given = (x for call in self.calls for x in tree_flatten((call.args, call.kwargs))[0])
         return [x for x in given if _is_tensor(x) and _address(x) not in made]
 
     def forget_results(self) -> None:
-        """What only a replay may write is poisoned."""
+        """Poison everything that only a replay may write."""
         for call in self.calls:
             for x in call.made:
                 if x is not None and x.dtype.is_floating_point:
@@ -162,10 +163,10 @@ class RecordedGraphs:
     """A `GraphRuntime` on the CPU; give it to `Relay(cuda_graphs=)`.
 
     Attributes:
-        copies_in, copies_out, waits, replays, captures: how often, in this order of a step.
+        copies_in, copies_out, waits, replays, captures: how often each happened.
         refuses: an exception that each capture raises, or None.
-        inputs: what the newest graph reads and does not make.
-        is_working: whether it does the device's work just now.
+        inputs: tensors that the newest graph reads but does not create.
+        is_working: whether it is doing the device's work at the moment.
     """
 
     def __init__(self) -> None:
@@ -178,11 +179,11 @@ class RecordedGraphs:
 
     @property
     def counts(self) -> tuple[int, int, int, int, int]:
-        """Of copies in, replays, copies out, waits and captures."""
+        """The numbers of copies in, replays, copies out, waits and captures."""
         return self.copies_in, self.replays, self.copies_out, self.waits, self.captures
 
     def is_host(self, x: torch.Tensor) -> bool:
-        """Whether it is a host buffer, or a part of one."""
+        """Whether it is a host buffer or a part of one."""
         return _address(x) in self._host
 
     def host_buffer(self, size: int) -> torch.Tensor:
@@ -218,7 +219,7 @@ class RecordedGraphs:
         """As `GraphRuntime.capture`.
 
         Raises:
-            HostWaitError: the function waits for the device, or has values of the host copied.
+            HostWaitError: the function waits for the device, or copies values of the host.
         """
         self.captures += 1
         if self.refuses is not None:
@@ -236,7 +237,7 @@ class RecordedGraphs:
         return replay
 
     def wait(self) -> None:
-        """As `GraphRuntime.wait`: everything happens now."""
+        """As `GraphRuntime.wait`: all work is done now."""
         self.waits += 1
         queue, self._queue = self._queue, []
         self.is_working = True
@@ -252,7 +253,7 @@ class RecordedGraphs:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[HostReads]:
-        """Within the block, what makes the host wait besides `wait` is counted."""
+        """Within the block, counts calls other than `wait` that make the host wait."""
         with HostReads(self) as reads:
             yield reads
 
@@ -260,13 +261,13 @@ class RecordedGraphs:
 def _on_device(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, skip: bool = False
 ) -> object:
-    """The operator; of the ops with slots only the rows that have one, and none with `skip`."""
+    """Calls the operator. Ops with slots skip rows without one, or all rows with `skip`."""
     if func._schema.name not in _WITH_SLOTS:
         return func(*args, **kwargs)
     named = {a.name: x for a, x in zip(func._schema.arguments, args, strict=False)} | kwargs
     query = named.get("query")
     if query is not None:
-        # No kernel is promised to write anything for a row that it skips.
+        # No kernel is required to write anything for a row that it skips.
         given = torch.full_like(query, torch.nan, memory_format=torch.contiguous_format)
     used = (named["slots"] >= 0).nonzero().view(-1)
     if not skip and len(used):

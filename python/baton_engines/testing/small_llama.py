@@ -1,7 +1,8 @@
-"""Helpers for testing the Llama patch: small models, and queries decoded alone and together.
+"""Helpers for testing the Llama patch: small models, and queries decoded by themselves and
+together.
 
-Queries here have all their tokens beforehand (teacher forcing), so that logits can be compared
-token by token whatever the sampling.
+Here all tokens of a query are given beforehand (teacher forcing), so that logits can be compared
+token by token, independent of sampling.
 """
 
 from __future__ import annotations
@@ -86,14 +87,14 @@ def small_decoder(
                 parameter.copy_(0.2 * noise)
             else:
                 parameter.copy_(1.5 * noise * parameter.shape[-1] ** -0.5)
-    # Not `model.to`, which would round the rotary frequencies too; loading a checkpoint does not.
+    # Not `model.to`, which would also round the rotary frequencies; loading a checkpoint does not.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def as_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights, computed in float32: the truth for a lower dtype."""
+    """The same weights in float32: the reference for a lower dtype."""
     wide = copy.deepcopy(model)
     for parameter in wide.parameters():
         parameter.data = parameter.data.float()
@@ -115,7 +116,7 @@ class KnownQuery:
         return cls(torch.randint(VOCAB_SIZE, (length,), generator=generator), prompt, arrival)
 
 
-# Prompts and lengths on both sides of MAX_POSITIONS, more queries than slots, one never decoded.
+# Prompts and lengths on both sides of MAX_POSITIONS, more queries than slots; one never decodes.
 QUERIES = (
     KnownQuery.random(30, 9),
     KnownQuery.random(19, 17),
@@ -127,8 +128,8 @@ QUERIES = (
 
 @torch.no_grad()
 def decoded_alone(model: PreTrainedModel, query: KnownQuery) -> torch.Tensor:
-    """float32 logits of every token, by the unpatched model, prompt first and then one by one."""
-    # Dynamic RoPE leaves state in the model; a query alone finds none.
+    """float32 logits of every token from the unpatched model, prompt first and then one by one."""
+    # Dynamic RoPE leaves state in the model; a query by itself starts without any.
     model = copy.deepcopy(model)
     cache = {cache_argument(model): DynamicCache(config=model.config)}
     logits = []
@@ -140,8 +141,8 @@ def decoded_alone(model: PreTrainedModel, query: KnownQuery) -> torch.Tensor:
 def decoded_together(
     llama: ModelHandle, queries: Sequence[KnownQuery], *, aligned: bool = False, num_slots: int = 4
 ) -> list[torch.Tensor]:
-    """float32 logits of every token of each query, in one cache: a query comes in its step, beside
-    those that decode, and leaves when its tokens are used up. Padding is NaN."""
+    """float32 logits of every token of each query, in one cache: each query enters in its step,
+    next to those that decode, and leaves when its tokens are used up. Padding is NaN."""
     cache = llama.new_cache(num_slots, 64, aligned=aligned)
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
@@ -154,7 +155,7 @@ def decoded_together(
         cache.extend(list(running))
         while waiting and waiting[0].arrival <= step and cache.shape.num_free:
             query = waiting.pop(0)
-            # From the top, so that slots and rows are in different orders.
+            # In descending order, so that slots and rows are in different orders.
             slot = max(set(range(num_slots)) - set(running))
             cache.allocate(query.prompt, slot)
             running[slot] = query
