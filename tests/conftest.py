@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the backends that an op's tests run on."""
+"""Fixtures for all tests: the backends on which an op's tests run."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ import torch
 import baton_kernels
 from baton_kernels.testing import available_cpu_isas, cpu_isa
 
-# What tests share: relay_checks, op_tables, device_ops and others.
+# Modules that tests share: relay_checks, op_tables, device_ops and others.
 sys.path.append(str(Path(__file__).parent / "support"))
 import judged
 import quick
@@ -26,14 +26,14 @@ from emulation.cuda.backends import EMULATED, EmulatedOps
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A namespace with every op as an attribute, and what has to be entered while it is used."""
+    """A namespace with every op as an attribute, and a context to enter while using it."""
 
     name: str
     ops: object
     enter: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def has(self, op: str) -> bool:
-        """Whether it can run the tests of this op: emulators have those that they are made for."""
+        """Whether it can run the tests of this op; emulators have only the ops written for them."""
         return not isinstance(self.ops, (EmulatedOps, amx.AmxOps)) or hasattr(self.ops, op)
 
 
@@ -41,14 +41,14 @@ BACKENDS = [
     Backend(f"cpu-{isa}", baton_kernels, lambda isa=isa: cpu_isa(isa))
     for isa in available_cpu_isas()
 ]
-# Beside an installed wheel there are no sources to emulate.
+# Next to an installed wheel there are no sources to emulate.
 if build.KERNELS:
     BACKENDS += [Backend(name, ops, ops.entered) for name, ops in EMULATED.items()]
 if amx.can_be_emulated():
     BACKENDS.append(Backend("cpu-amx_bf16-emulated", amx.AmxOps(), amx.entered))
 if torch.cuda.is_available():
     BACKENDS.append(Backend("cuda", DeviceOps("cuda")))
-    # Of ops that have a CUDA kernel, nothing else would run the Triton kernel on an NVIDIA GPU.
+    # For ops with a CUDA kernel, nothing else would run the Triton kernel on an NVIDIA GPU.
     if torch.version.hip is None and baton_kernels.triton.why_unavailable() is None:
         BACKENDS.append(Backend("triton-cuda", DeviceOps("cuda", baton_kernels.triton)))
 # Decided before triton is imported, for the whole process:
@@ -73,8 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --backend, tests of ops that do not run on it are left out; with --quick, most are;
-    without --full, combinations of cases that others stand for."""
+    """--backend leaves out tests of ops that do not run on it; --quick leaves out most tests;
+    without --full, combinations of cases that others represent are left out."""
     kept, own = items, f"cpu-{baton_kernels.build_info()['cpu']['isa_used']}"
     if not config.getoption("full"):
         kept = judged.without_repetitions(
@@ -103,7 +103,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         name = metafunc.module.__name__.split(".")[-1].removeprefix("test_")
         fits = [op for op in baton_kernels.ops.__all__ if f"{name}_".startswith(f"{op}_")]
         op = max(fits, key=len, default=name)
-        # A file about several ops names one that has all of their backends.
+        # A file about several ops names an op that has all of their backends.
         op = getattr(metafunc.module, "BACKENDS_OF", op)
         backends = [backend for backend in BACKENDS if backend.has(op)]
         metafunc.parametrize("ops", backends, ids=lambda backend: backend.name, indirect=True)
@@ -118,19 +118,19 @@ def ops(request: pytest.FixtureRequest) -> Iterator[object]:
 
 @pytest.fixture(scope="session")
 def every_case(request: pytest.FixtureRequest) -> bool:
-    """Whether a test that stands for many runs all of them."""
+    """Whether a test that represents many cases runs all of them."""
     return request.config.getoption("full")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """A test that is about threads asks for them; the others leave the cores to each other."""
+    """Tests about threads set their number; the others leave cores to each other."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _turn(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests of several xdist processes at the same time, but for those that are marked alone."""
+    """Lets tests of several xdist processes run at the same time, except those marked alone."""
     if not hasattr(request.config, "workerinput"):
         yield
         return
@@ -142,7 +142,7 @@ def _turn(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """For tests that compile: nothing compiled before or after them counts."""
+    """For tests that compile: clears what was compiled before them and after them."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()

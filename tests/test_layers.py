@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "baton_kernels"
 OPS = sorted(reference.__all__)
 # The rooms of the engines' package, lowest first: a module imports from its own room and from those
-# before it. `testing` stands beside them: it serves tests and benchmarks, and no room imports it.
+# before it. `testing` is separate: it serves tests and benchmarks, and no room imports it.
 ROOMS = (
     "query", "llama", "huggingface", "vllm", "slots", "policies", "prefill", "relay", "invariance",
     "serve", "testing", "cli",
@@ -116,7 +116,7 @@ def test_an_upward_import_is_found(tmp_path):
 
 @pytest.mark.parametrize("package", ["baton_kernels", "baton_engines", "bench", "emulation"])
 def test_no_import_cycle(package):
-    """Neither between modules nor between rooms, imports for a type checker included."""
+    """Neither between modules nor between rooms, including imports for a type checker."""
     modules = structure.find_modules({package: structure.find_packages(ROOT)[package]})
     graph = structure.import_graph(modules)
     assert structure.find_cycles(graph) == structure.find_cycles(structure.contract(graph)) == []
@@ -136,7 +136,7 @@ def test_a_cycle_is_found(tmp_path):
     assert structure.find_cycles(graph) == [["p.a", "p.b", "p.c"]]
 
 
-# Of namedtuple, torch and transformers, where nothing public says the same.
+# Private names of namedtuple, torch and transformers that have no public equivalent.
 FOREIGN_PRIVATE = {
     "_replace",
     "_asdict",
@@ -179,7 +179,7 @@ def test_reference_imports_torch_alone():
     for path in (PACKAGE / "reference").glob("*.py"):
         for name in imports(path):
             own = path.name == "__init__.py" and name.startswith("baton_kernels.reference.")
-            # What several of them share, which itself imports torch only.
+            # Helpers that several of them share; a helper itself imports torch only.
             own = own or name.startswith("baton_kernels.reference._")
             assert own or name.split(".")[0] == "torch", f"{path.name} imports {name}"
 
@@ -215,8 +215,8 @@ def test_op_is_in_every_layer(op):
 def test_a_part_of_an_op_is_found_by_its_name():
     """`git ls-files '*<op>*'` prints an op from its interface to the code of each device.
 
-    What lies beside the ops' files in csrc begins with the name of its op, or holds all of them
-    together; helpers of several ops have folders of their own.
+    A file in csrc next to the ops' files begins with the name of its op, or serves all of them;
+    helpers of several ops have separate folders.
     """
     common = {"kernels.h", "kernel_table.cpp", "fill_indices.cu"}
     for folder in ("cpu", "cuda"):
@@ -225,7 +225,7 @@ def test_a_part_of_an_op_is_found_by_its_name():
 
 
 def test_cuda_kernels_are_bound():
-    """An op with a CUDA kernel has a binding of it, which shares the checks of the CPU's."""
+    """An op with a CUDA kernel has a CUDA binding, which shares the checks of the CPU's."""
 
     def names(folder, suffix):
         return {path.stem for path in (ROOT / "csrc" / folder).rglob(f"*{suffix}")} & set(OPS)
@@ -237,23 +237,23 @@ def test_cuda_kernels_are_bound():
 
 def test_every_layer_has_these_ops_alone():
     found = {path.stem for path in (PACKAGE / "ops").glob("*.py") if not path.stem.startswith("_")}
-    # What linear takes besides a weight is the CPU's alone.
+    # linear's arguments besides a plain weight exist on the CPU only.
     assert found - set(OPS) == {"checks", "linear_packed", "packed_weight"}
     assert {path.stem for path in (PACKAGE / "reference").glob("[!_]*.py")} == set(OPS)
 
 
 def has_out(op):
-    """Whether results can be written into tensors that are there: torch's overload `out`."""
+    """Whether results can be written into existing tensors: torch's overload `out`."""
     return "out" in getattr(torch.ops.baton_kernels, op).overloads()
 
 
-# Arguments of a Python function that choose an overload, whose schema then has them not.
+# Arguments of a Python function that choose an overload, so the schemas do not have them.
 CHOICES = {"out": "out", "return_lse": "lse"}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_signatures_agree(op):
-    """The Python function, the reference and the schemas name the same arguments in one order."""
+    """The Python function, the reference and the schemas have the same arguments in one order."""
     function = inspect.signature(getattr(baton_kernels, op)).parameters
     definition = inspect.signature(getattr(reference, op)).parameters
     assert [(p.name, p.kind, p.default) for p in function.values()] == [

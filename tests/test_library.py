@@ -1,7 +1,7 @@
-"""The compiled libraries: what they need from the machine, and what they say when they do not load.
+"""The compiled libraries: what they need from the machine, and their errors if they do not load.
 
-One file is to serve every Python, every torch from 2.10 on, and every Linux that manylinux_2_28
-names; `make test-wheel` shows it on a wheel with the tools of that standard.
+One file must serve every Python, every torch from 2.10 on, and every Linux that manylinux_2_28
+includes; `make test-wheel` checks that on a wheel with the tools of that standard.
 """
 
 import re
@@ -44,14 +44,14 @@ def test_it_needs_no_python(library):
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
 def test_it_needs_no_one_version_of_torch(library):
-    """torch's stable interface is C functions: its C++ symbols change from version to version."""
+    """torch's stable interface consists of C functions: its C++ symbols change between versions."""
     names = [name for _, _, name in symbols(library)]
     assert [name for name in names if name.startswith("aoti_torch_")]
     assert not [name for name in names if re.match(r"_ZN\w*(c10|at|torch)\d", name)]
 
 
 def test_it_needs_no_later_runtime_than_manylinux_2_28():
-    """The CUDA library's static runtime takes what its machine has: it is built on an older one."""
+    """The CUDA library's static runtime uses what its machine has: it is built on an older one."""
     later = []
     for _, version, name in symbols(_library.cpu):
         family, _, number = version.partition("_")
@@ -63,7 +63,7 @@ def test_it_needs_no_later_runtime_than_manylinux_2_28():
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
 def test_it_exports_nothing(library):
-    """torch makes symbols of a library visible to all that follow, and some of ours are AVX-512."""
+    """torch makes a library's symbols visible to all later ones, and some of ours are AVX-512."""
     assert not [name for defined, _, name in symbols(library) if defined]
 
 

@@ -1,4 +1,4 @@
-"""What the files around the code say of each other, and the checks of the documentation."""
+"""Whether the files around the code agree, and the checks of the documentation."""
 
 import importlib.metadata
 import importlib.util

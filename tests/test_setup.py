@@ -1,4 +1,4 @@
-"""What setup.py says before it compiles anything for CUDA."""
+"""The errors of setup.py before it compiles anything for CUDA."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def test_a_wrong_setting_ends_the_build(tmp_path, settings, expected):
 
 
 def test_the_oldest_torch_is_the_same_everywhere():
-    """scripts/oldest_torch.sh compiles against the one that setup.py names."""
+    """scripts/oldest_torch.sh compiles with the version that setup.py names."""
     promises = {
         "setup.py": r"MINIMUM_TORCH = \((\d+), (\d+)\)",
         "baton_kernels/_library.py": r"MINIMUM_TORCH = \((\d+), (\d+)\)",

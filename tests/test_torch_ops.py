@@ -26,7 +26,7 @@ OPS = typing.get_type_hints(torch_ops.TorchOps)
 
 
 def expected_signature(schema):
-    """Name, whether keyword-only, type and default of every argument; and what comes back."""
+    """Name, whether keyword-only, type and default of every argument; and the results."""
     arguments = []
     for argument in schema.arguments:
         default = inspect.Parameter.empty

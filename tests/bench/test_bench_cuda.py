@@ -1,4 +1,4 @@
-"""The kernel benchmark on a GPU, tried out with the CPU in the GPU's place."""
+"""The kernel benchmark for GPUs, run on the CPU in place of a GPU."""
 
 import importlib.machinery
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def modules():
-    """A module of bench.kernels by its name."""
+    """Returns a module of bench.kernels by its name."""
     return lambda name: import_bench(f"kernels.{name}")
 
 
@@ -47,12 +47,12 @@ def options(main, monkeypatch):
 def test_case_runs_on_a_gpu_as_far_as_a_cpu_can_tell(main, options, case):
     rows, lines = main.run_case(case, options)
     assert len(lines) >= len(main.CASES[case].ceilings)
-    # How exact a peer is depends on the CPU that stands in: the gate may refuse one.
+    # How accurate a peer is depends on the CPU that stands in: the gate may reject one.
     without = {"peer": ("missing: ", "refused: ")}
     assert all(
         row.median_us or row.note.startswith(without.get(row.kind, "missing: ")) for row in rows
     )
-    # The last four measure what only a CPU has.
+    # The last four measure things that only a CPU has.
     without_rows = ("ceilings", "overhead", "step", "prefix", "packed", "eight_bit")
     assert bool(rows) == (case not in without_rows)
     if case == "decode":
@@ -64,7 +64,7 @@ def test_case_runs_on_a_gpu_as_far_as_a_cpu_can_tell(main, options, case):
 
 
 def test_a_call_is_timed_when_the_host_was_ahead_of_the_device(options, monkeypatch):
-    """Where it was not, the device sleeps longer the next time."""
+    """If it was not, the device sleeps longer the next time."""
     cycles, begun = [], iter([True, True, False, False])
     monkeypatch.setattr(torch.cuda, "_sleep", cycles.append)
     monkeypatch.setattr(torch.cuda.Event, "query", lambda event: next(begun))
@@ -79,7 +79,7 @@ def test_a_call_is_timed_when_the_host_was_ahead_of_the_device(options, monkeypa
 READ = """
 import torch
 from bench.kernels.cuda_read import BLOCK, read
-# Five programs: some without a block, each with one, and some with one more than others.
+# Five programs: some have no block, each has one, or some have one more than the others.
 for count in (1, BLOCK - 1, 5 * BLOCK, 12 * BLOCK + 3):
     words = torch.randint(-(2**31), 2**31, (count,), dtype=torch.int64).to(torch.int32)
     total = int(read(words, programs=5).sum(dtype=torch.int64))
@@ -101,7 +101,7 @@ def test_the_read_kernel_reads_everything():
 
 
 def flash_attn(q, k_cache, v_cache, *, cache_seqlens):
-    """flash_attn_with_kvcache by its documentation: [batch, columns, heads, dim]."""
+    """flash_attn_with_kvcache according to its documentation: [batch, columns, heads, dim]."""
     outs = []
     for query, key, value, length in zip(q, k_cache, v_cache, cache_seqlens.tolist(), strict=True):
         group = query.shape[1] // key.shape[1]
@@ -111,7 +111,8 @@ def flash_attn(q, k_cache, v_cache, *, cache_seqlens):
 
 
 class FlashInferWrapper:
-    """FlashInfer's decode wrapper by its documentation: [pages, heads, page size, dim]."""
+    """FlashInfer's decode wrapper according to its documentation: [pages, heads, page size,
+    dim]."""
 
     def __init__(self, workspace, layout, use_tensor_cores):
         assert workspace.dtype == torch.uint8 and layout == "HND"

@@ -27,7 +27,7 @@ relay_command = import_bench("relay")
 Request = import_bench("workloads").Request
 
 CEILING = limit.Ceiling(flops=1e9, read_bytes=1e8)
-# Every system but the one whose process takes seconds to start, which has
+# Every system except the one whose process takes seconds to start; that one is tested in
 # tests/relay/test_prefill_apart.py.
 RELAYS = tuple(name for name in systems.SYSTEMS if name != "baton_apart")
 TINY = cells.Cell(
@@ -65,7 +65,7 @@ def results(request, model):
 
 
 def whole_run(model):
-    """What `evaluate` returns."""
+    """The results of `evaluate`."""
     stream = torch.randint(4, 200, (499,), generator=torch.Generator().manual_seed(0)).tolist()
     absent = replace(engines.ENGINES["vllm"], environment="no-such-environment")
     poisson = replace(
@@ -93,7 +93,7 @@ def test_work_by_hand():
     prefill, arithmetic = 316 + 213, 2 * 110 + 9
     fast_memory = limit.Ceiling(flops=1.0, read_bytes=1e9)
     assert limit.work_seconds(requests, sizes, fast_memory, slots=4) == prefill + arithmetic
-    # Two steps read all weights, and the same tokens' keys and values.
+    # Two steps read all weights, and both read the same tokens' keys and values.
     fast_cores = limit.Ceiling(flops=1e9, read_bytes=1.0)
     reading = 2 * 1000 + 9 * 2
     assert limit.work_seconds(requests, sizes, fast_cores, slots=4) == pytest.approx(reading)
@@ -214,7 +214,7 @@ def test_gate(session, monkeypatch):
     cell = replace(TINY, repeats=1, peers=False, systems=("orca", "baton"))
     with pytest.raises(measure.GateError, match="answers of orca must be those of baton, got 8"):
         session.measure(cell, CEILING)
-    # bfloat16 answers may differ; how many do is told.
+    # bfloat16 answers may differ; the number of different ones is reported.
     told = session.measure(replace(cell, dtype="bfloat16"), CEILING)
     assert told["systems"]["orca"]["agreement"]["equal_queries"] == 8
 

@@ -18,7 +18,7 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def modules():
-    """A module of bench.kernels by its name."""
+    """Returns a module of bench.kernels by its name."""
     return lambda name: import_bench(f"kernels.{name}")
 
 
@@ -29,7 +29,7 @@ def main(modules):
 
 @pytest.fixture(scope="module")
 def options(main, modules):
-    """Those of `--tiny`, without vLLM, which an environment of its own may or may not have."""
+    """Those of `--tiny`, without vLLM, whose separate environment may or may not exist."""
     made = main.make_options(main.arguments(["--tiny", "--dtype", "float32"]))
     made.vllm = modules("vllm_peer").Vllm(Path("nowhere"))
     return made
@@ -46,7 +46,8 @@ def test_cases_are_all_here(main):
 
 
 def is_expected(row):
-    """Ours are right. How exact a peer is depends on the CPU, so the gate may refuse one."""
+    """Our rows must be right. How accurate a peer is depends on the CPU; the gate may reject
+    one."""
     without = ("missing: ", "refused: ") if row.kind == "peer" else ("missing: ",)
     return row.note == "" or row.note.startswith(without)
 
@@ -56,7 +57,7 @@ def test_case_runs(main, options, case):
     rows, lines = main.run_case(case, options)
     names = main.CASES[case].ceilings
     assert all(row.case == case for row in rows)
-    # Each ceiling has its line, each summary something to say.
+    # Each ceiling has its line, and each summary reports something.
     assert len(lines) >= len(names)
     for row in rows:
         assert is_expected(row)
@@ -72,7 +73,7 @@ def test_case_runs(main, options, case):
 
 
 def wrong_attention(options, modules, monkeypatch, attend):
-    """The rows of the decode case with this in the place of ragged_attention."""
+    """The rows of the decode case with `attend` in place of ragged_attention."""
     cases = modules("attention_cases")
     monkeypatch.setattr(cases, "ragged_attention", attend)
     work = next(cases.decode(options))
@@ -100,7 +101,7 @@ def test_gate_refuses_a_wrong_op(options, modules, monkeypatch, fault):
     # In small pages and in huge ones.
     assert [row.note.split(":")[0] for row in mine] == ["refused", "refused"]
     assert mine[0].median_us is mine[1].median_us is None
-    # Nothing to compare with: peers have times, but no ratio.
+    # There is nothing to compare with: peers have times, but no ratio.
     assert any(row.median_us for row in rows)
     assert all(row.ratio is None for row in rows)
 
@@ -137,7 +138,7 @@ def test_gate_refuses_a_wrong_insertion(options, modules, monkeypatch, fault):
     work = next(cases.insert(options))
     notes = {way.name: modules("measure").refused(way) for way in work.ways if way.check}
     assert notes.pop("insert_kv").startswith("refused: ")
-    # The peers write the same places and are judged on what they write themselves.
+    # The peers write to the same places and are judged by what they write themselves.
     assert set(notes.values()) == {""}
 
 
@@ -180,7 +181,7 @@ def test_ways_take_turns(modules):
         return next(times)
 
     found = measure.time_in_turns(ways, measure.Effort(seconds=4.0, least=2, most=9), clock)
-    # "a" is done when its runs add up to 4 seconds, "b" too.
+    # "a" is finished when its runs add up to 4 seconds, and so is "b".
     assert found == {"a": [1.0, 3.0], "b": [2.0, 3.0]}
     # Warmed up with the first copy, then in turns, copy after copy.
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 0), ("b", 0)]
@@ -213,7 +214,7 @@ def test_results_are_kept_until_the_next_turn(modules):
     assert first.data_ptr() != second.data_ptr()
     place = first.data_ptr()
     del first
-    # Still held: a new tensor cannot lie there.
+    # Still in use: a new tensor cannot get the same address.
     assert torch.ones(64).data_ptr() != place
 
 

@@ -1,4 +1,4 @@
-"""What `bench.replicas` counts and prints; it starts a cluster only when it is run."""
+"""The counts and output of `bench.replicas`; it starts a cluster only when it is run."""
 
 import pytest
 from bench_package import import_bench
@@ -14,7 +14,7 @@ def answer(question, sent, times, text, error=None):
 
 
 def test_what_is_lost(capsys):
-    """An error, a gap, another question's text; not an answer that is whole."""
+    """An error, a gap and another question's text count; a complete answer does not."""
     whole = [answer(0, 0.0, [1.0, 1.1], "one two"), answer(1, 0.0, [2.0], "three")]
     assert replicas.count_lost(whole, QUESTIONS) == 0
     lost = [
@@ -30,7 +30,7 @@ def test_what_is_lost(capsys):
 
 
 def test_the_table():
-    """Milliseconds, of all requests and of those that were in work at the kill."""
+    """Milliseconds, of all requests and of those in progress at the kill."""
     before = answer(1, 0.0, [0.1, 0.2], "three")
     in_work = answer(0, 1.0, [2.0, 2.04, 5.04], "one two")
     rows = replicas.report([before, in_work], 2.5).splitlines()[2:]

@@ -8,7 +8,7 @@ Run = import_bench("evaluation.run").Run
 
 
 class Engine:
-    """What stands in for a process: answers are the first tokens of the prompts."""
+    """Stands in for a process: answers are the first tokens of the prompts."""
 
     speed = {vllm.THEIRS: 100.0, vllm.OURS: 140.0, vllm.INVARIANT: 133.0}
 
@@ -50,7 +50,7 @@ def test_all_workloads_in_turns_by_engines_that_start_once(capsys):
     assert all(engine.closed for engine in ENGINES)
     first, *rest = (engine.served for engine in ENGINES)
     assert rest == [first, first]
-    # Three turns with new prompts each, one to fill the cache and three with the same prompts, and
+    # Three turns with new prompts each, one to fill the cache, three with the same prompts, and
     # three with new ones.
     assert [begin // 8 for begin, _ in first] == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6]
     assert all(end - begin == 8 for begin, end in first)
@@ -60,7 +60,7 @@ def test_all_workloads_in_turns_by_engines_that_start_once(capsys):
     assert printed.count("Ours: 1.40 of vLLM's tokens/s; goal >= 1.3: met.") == 2
     assert printed.count("Ours: 1.40 of vLLM's tokens/s; goal >= 0.97: met.") == 1
     assert printed.count("Batch invariance costs 5.0 % of ours; goal <= 3 %: missed.") == 3
-    # The median of the counted turns: of 5 to 7 in the second workload, which has one more.
+    # The median of the counted turns: 5 to 7 in the second workload, which has one turn more.
     rows = [line for line in printed.splitlines() if line.startswith("| vLLM's |")]
     assert [row.split("|")[2].strip() for row in rows] == ["200.0", "600.0", "900.0"]
 

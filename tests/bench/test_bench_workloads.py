@@ -1,4 +1,4 @@
-"""The workloads: the lengths they promise, the arrivals they promise, the same every time."""
+"""The workloads: lengths and arrivals as promised, and the same every time."""
 
 import statistics
 
@@ -35,7 +35,7 @@ def test_divisor_rounds_up():
 
 def test_azure_reads_the_trace():
     requests = workloads.azure("conv", 400)
-    # The first row of the file, as it stands there.
+    # The first row of the file, unchanged.
     assert requests[0] == workloads.Request(0.0, 4084, 66)
     assert [r.arrival_seconds for r in requests] == sorted(r.arrival_seconds for r in requests)
     assert statistics.median(r.prompt_tokens for r in requests) == pytest.approx(1009, abs=1)
@@ -77,7 +77,7 @@ def test_poisson():
     assert [r.prompt_tokens for r in slow] == [r.prompt_tokens for r in requests]
     gaps = [b.arrival_seconds - a.arrival_seconds for a, b in zip(slow, slow[1:], strict=False)]
     assert statistics.mean(gaps) == pytest.approx(0.5, rel=0.06)
-    # Of an exponential distribution mean and deviation are the same.
+    # An exponential distribution has equal mean and standard deviation.
     assert statistics.pstdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.08)
     assert [r.arrival_seconds for r in fast] == pytest.approx([r.arrival_seconds / 2 for r in slow])
     assert workloads.at_once(slow) == requests

@@ -1,4 +1,4 @@
-"""The bound of `bench.simulate`: by hand, and that no policy is above it."""
+"""The bound of `bench.simulate`: by hand, and that no policy exceeds it."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ workloads = import_bench("workloads")
 
 
 class Machine:
-    """A forward takes a second however few its tokens, and a tenth of one per token from 10 on."""
+    """A forward takes at least a second; from 10 tokens on, it takes a tenth per token."""
 
     bytes_per_token = 1
 
@@ -26,11 +26,12 @@ class Machine:
 
 
 def test_by_hand():
-    # Six rows leave room for four prompt tokens in a forward that takes a second as it is: at 4 / 6
-    # of a prompt token per output token they cost nothing. Apart, a token of a prompt is a tenth.
+    # Six rows leave room for four prompt tokens in a forward that takes a second anyway: at 4 / 6
+    # of a prompt token per output token they are free. Computed separately, a prompt token takes a
+    # tenth.
     assert bound.least_seconds(Machine(), 0.5, 6, 0) == pytest.approx(1 / 6, rel=1e-3)
     assert bound.least_seconds(Machine(), 0.5, 6, 0, apart=True) == pytest.approx(1 / 6 + 0.05)
-    # Where arithmetic is all, nothing is gained.
+    # If arithmetic is the limit, nothing is gained.
     assert bound.least_seconds(Machine(), 9.0, 32, 0) == pytest.approx(1.0, rel=1e-3)
     assert bound.least_seconds(Machine(), 9.0, 32, 0, apart=True) == pytest.approx(1.0, rel=1e-3)
     assert bound.bound_by_compute(Machine()) == 15
@@ -40,7 +41,7 @@ def test_by_hand():
 def test_no_policy_is_above_it(slots):
     requests = workloads.orca(60, divisor=4)
     prompts = sum(one.prompt_tokens for one in requests)
-    # The first token of a query comes of its prompt.
+    # The first token of a query comes from its prompt.
     outputs = sum(one.output_tokens - 1 for one in requests)
     least = outputs * bound.least_seconds(Machine(), prompts / outputs, slots, 0)
     for name, options in (("baton", {}), ("baton", {"join": "never"}), ("orca", {})):

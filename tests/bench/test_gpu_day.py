@@ -1,4 +1,4 @@
-"""The day of a GPU on a CPU: every stage on small sizes, and stages that fail, hang and die."""
+"""The GPU day run on a CPU: every stage at small sizes, and stages that fail, hang and die."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from bench.gpu_day.stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/python"}
-# What a stage of these tests begins with: the arguments of every stage.
+# The beginning of every stage in these tests: the arguments of a stage.
 ARGUMENTS = """
 import argparse, json, os, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()
@@ -32,7 +32,7 @@ def save(**content):
 
 
 def day(folder, stages, seconds=900.0):
-    """Runs stages whose code is given; what the record on disk says after each of them."""
+    """Runs stages with this code; returns what the record on disk says after each of them."""
     package = folder / "some_stages"
     package.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(folder)}
@@ -62,7 +62,7 @@ def test_stages_that_fail_hang_or_die_end_no_other(tmp_path):
     )  # fmt: skip
     states = [entry["state"] for entry in seen[-1]["stages"]]
     assert states == ["failed (3)", "hung", "hung", "died (SIGSEGV)", "skipped", "ok"]
-    # On disk after each stage, not in the end.
+    # Written to disk after each stage, not at the end.
     assert [len(record["stages"]) for record in seen] == [1, 2, 3, 4, 5, 6]
     assert seen[-1]["commit"] == "abc"
     failing, hanging, stubborn, _, skipping, good = seen[-1]["stages"]
@@ -87,7 +87,7 @@ def test_workers_that_a_stage_leaves_behind_are_ended(tmp_path):
     )  # fmt: skip
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     (pid,) = record["stages"][0]["rows"]
-    # Nobody waits for an orphan: it takes the system a moment to be done with it.
+    # Nobody waits for an orphan, so it takes the system a moment to remove it.
     for _ in range(600):
         try:
             if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
@@ -99,7 +99,7 @@ def test_workers_that_a_stage_leaves_behind_are_ended(tmp_path):
 
 
 def test_a_broken_device_costs_one_case(tmp_path):
-    """The stage goes on in a new process behind the case that broke it."""
+    """The stage continues in a new process after the case that broke it."""
     seen, _ = day(
         tmp_path,
         {"broken": (60, f"""
@@ -140,7 +140,7 @@ def test_a_case_that_raises_is_a_row(tmp_path):
 
 @pytest.fixture(scope="module")
 def results(request):
-    """Every stage on the CPU, through the command: stages, its status and output, its folder."""
+    """Every stage on the CPU, run by the command: stages, its status and output, its folder."""
 
     def run(folder):
         done = subprocess.run(
@@ -193,7 +193,7 @@ def test_what_the_stages_find(results):
         assert rows[name]["equal_queries"] == rows[name]["queries"] == 4
 
 
-# What travels.
+# What is sent to the GPU machine.
 
 
 def test_carried_libraries_and_peers_are_found(tmp_path):
@@ -259,7 +259,7 @@ def test_some(i):
 
 
 def test_a_test_that_breaks_the_device_fails_alone(tmp_path):
-    """The worker is replaced, and what it had left runs in the next one."""
+    """The worker is replaced, and the next one runs what it had left."""
     pytest.importorskip("xdist")
     (tmp_path / "test_poisoned.py").write_text(POISONED)
     command = [
@@ -272,7 +272,7 @@ def test_a_test_that_breaks_the_device_fails_alone(tmp_path):
     )  # fmt: skip
     assert "5 passed" in one.stdout, one.stdout
     assert "an illegal memory access" in one.stdout
-    # Without workers nothing may run after it.
+    # Without workers nothing can run after it.
     alone = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert "2 passed" in alone.stdout and "1 failed" in alone.stdout, alone.stdout
     assert alone.returncode == 71

@@ -1,4 +1,4 @@
-"""What rounding keys and values costs, on a small model."""
+"""The cost of rounding keys and values, on a small model."""
 
 import math
 

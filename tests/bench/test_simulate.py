@@ -1,4 +1,4 @@
-"""The simulation: by hand, against the relay itself, and against published formulas."""
+"""The simulation: by hand, compared with the relay itself, and with published formulas."""
 
 import random
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Work = costs.Work
 
 @dataclass
 class Linear:
-    """A cost that does not tell prefill from decode."""
+    """A cost that does not distinguish prefill from decode."""
 
     base: float = 1.0
     per_token: float = 0.0
@@ -122,8 +122,8 @@ def test_prefill_apart_by_hand():
 
 def test_jobs_share_a_device():
     # The first has 6 s of work, the second 3 s from second 2 on. Ideally they slow each other down
-    # by 1.25, the sum of what they want of the memory; so the second ends after 3.75 s, when the
-    # first has 6 - 2 - 3 s left.
+    # by 1.25, the sum of the shares of memory bandwidth that they need; so the second ends after
+    # 3.75 s, when the first has 6 - 2 - 3 s left.
     for overlap, ends in ((1.0, [5.75, 6.75]), (0.0, [8.0, 9.0])):
         clock = events.Events()
         device = events.SharedDevice(clock, overlap)
@@ -168,7 +168,8 @@ POLICIES = [
 @pytest.mark.parametrize("rate", [None, 0.3, 1.0])
 @pytest.mark.parametrize("policy, options", POLICIES)
 def test_it_does_what_the_relay_does(policy, options, rate):
-    """Every token at the same second as in the relay on a clock that its forwards set forward."""
+    """Every token comes at the same second as in the relay, on a clock that its forwards
+    advance."""
     requests = random_requests(40, 3, rate)
     cost = Linear(0.5, 0.125, 0.0625, 0.0078125)
     model = TimedLlama(cost)
@@ -195,7 +196,7 @@ def test_every_token_is_generated_once(policy, options, prefill, prefillers):
             prefill=prefill, prefillers=prefillers, decoders=decoders, transfer=lambda n: 0.01 * n,
         )  # fmt: skip
         assert result.output_tokens == sum(request.output_tokens for request in requests)
-        # All but each query's first token come after another one.
+        # Every token but a query's first comes after another one.
         assert sum(result.gap_counts) == result.output_tokens - len(requests)
         assert min(result.ttft) > 0 and min(result.gaps) > 0
         assert 0 <= result.slot_idle < 1 and result.busy <= 1 + 1e-9
@@ -215,10 +216,10 @@ def test_a_run_repeats_itself():
 
 @pytest.mark.parametrize("num_slots, loss", [(8, 1.77), (16, 1.88), (32, 1.94)])
 def test_what_run_to_completion_loses(num_slots, loss):
-    """Of outputs U(1, 128), in slots alone: 1 / (1 - slot idle)."""
+    """For outputs U(1, 128), counting slots only: 1 / (1 - slot idle)."""
     outputs = [*range(1, 129)] * 38
     random.Random(1).shuffle(outputs)
-    # One token more: the first one comes of the prefill.
+    # One token more, because the first one comes from the prefill.
     requests = [Request(0.0, 1, output + 1) for output in outputs]
     result = run("run_to_completion", requests, num_slots)
     # Two standard errors of the mean of the batches' longest.
@@ -227,20 +228,21 @@ def test_what_run_to_completion_loses(num_slots, loss):
 
 @pytest.mark.parametrize("bins", [1, 2, 4, 8])
 def test_multi_bin_throughput(bins):
-    """`c_k` of the paper, for service times uniform in [a, b]: here steps, one per token."""
+    """`c_k` of the paper, for service times uniform in [a, b]; here these are steps, one per
+    token."""
     low, high, size, count = 40, 200, 8, 1600
     generator = random.Random(2)
     width = (high - low) // bins
-    # As many in every bin, so that no batch is left over that is not full.
+    # The same number in every bin, so that no batch is left over that is not full.
     outputs = [low + i % bins * width + generator.randrange(width) + 1 for i in range(count)]
     generator.shuffle(outputs)
     requests = [Request(0.0, 1, output) for output in outputs]
     edges = [low + 1 + i * width for i in range(1, bins)]
-    # The prefill costs next to nothing, so that a query's time is that of its steps.
+    # The prefill costs next to nothing, so a query's time is that of its steps.
     cost = Linear()
     cost.forward = lambda work: costs.Cost(1.0 if work.decode_rows else 1e-9)
     result = run("multi_bin", requests, size, cost, {"bins": bins, "edges": edges})
-    # Whole numbers from a to b - 1 have the moments of what is uniform half a step lower.
+    # Integers from a to b - 1 have the moments of a uniform distribution half a step lower.
     mean = (low + high) / 2 - 0.5
     expected = size / (mean + (size - 1) / (size + 1) * (high - low) / (2 * bins))
     assert result.queries / result.seconds == pytest.approx(expected, rel=0.015)
@@ -323,7 +325,7 @@ def test_fit_finds_the_coefficients():
 
 
 class Plans(policies.Policy):
-    """Says the same all the time."""
+    """Returns the same plan every time."""
 
     name = "plans"
 
@@ -376,7 +378,7 @@ def test_results_do_not_depend_on_the_number_of_processes(monkeypatch):
 def test_the_study_prints_and_draws(monkeypatch, tmp_path, capsys):
     study = import_bench("studies.simulate.study")
     monkeypatch.setattr(cases, "REQUESTS", 4)
-    # The searches have a test of their own.
+    # The searches have a separate test.
     monkeypatch.setattr(cases, "run_goodput", lambda sought: 1.0)
     results = study.run_study(processes=1, figures=tmp_path)
     printed = capsys.readouterr().out
@@ -386,7 +388,7 @@ def test_the_study_prints_and_draws(monkeypatch, tmp_path, capsys):
     plain = results[claim.ours].seconds, results[claim.theirs].seconds
     assert claim.ratio(results) == pytest.approx(plain[1] / plain[0])
     assert f"{claim.text:<82}{claim.ratio(results):>6.2f}" in printed
-    # A prefill device that is charged halves what a free one gives.
+    # Counting the prefill device halves the result of a free one.
     charged, free = (claim for claim in study.claims(16) if claim.text.startswith("apart, prefill"))
     assert free.ratio(results) == pytest.approx(2 * charged.ratio(results))
     drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -1,4 +1,4 @@
-"""`bench.step` on a small model: every op is there, the parts add up, the limit by hand."""
+"""`bench.step` on a small model: every op occurs, the parts add up, and the limit by hand."""
 
 import pytest
 from bench_package import import_bench

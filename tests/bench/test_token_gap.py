@@ -1,14 +1,14 @@
-"""`max_token_gap` in model time, where seconds are exact: what `baton` promises and what it costs.
+"""`max_token_gap` in simulated time, where seconds are exact: what `baton` promises and its cost.
 
-| test | what it holds |
+| test | what it checks |
 | --- | --- |
-| the_bound_holds | p99 of the time per token within 1.5, 2, 3 and 5 decode steps |
-| nothing_is_wasted | tokens/s at least 0.97 of the best fixed budget within the same bound |
-| joining_is_never_behind | without one: 0.97 of the best policy, p99 at most that of `chunked` |
+| the_bound_holds | p99 of the time per token is within 1.5, 2, 3 and 5 decode steps |
+| nothing_is_wasted | tokens/s are at least 0.97 of the best fixed budget within the same bound |
+| joining_is_never_behind | without a bound: 0.97 of the best policy, p99 at most `chunked`'s |
 
 All costs are unknown at first.
 
-On the A100, whose 360 forwards are over before much has been learned, 0.96.
+On the A100 the factor is 0.96: its 360 forwards end before much has been learned.
 """
 
 import functools
@@ -25,7 +25,7 @@ measured = import_bench("studies.simulate.measured")
 system = import_bench("studies.simulate.system")
 
 MACHINES = {
-    # SmolLM2-135M in bfloat16 on two Zen 4 cores, about.
+    # Approximately SmolLM2-135M in bfloat16 on two Zen 4 cores.
     "cpu": measured.Measured(
         (1, 4, 16, 32, 64, 512),
         (8.5e-3, 9.5e-3, 16.5e-3, 27.5e-3, 49e-3, 350e-3),
@@ -56,7 +56,7 @@ def run(machine: str, workload: str, policy: str, **options):
 
 
 def step(machine: str, workload: str) -> float:
-    """Seconds of a decode step of every slot, its rows as long as they are in the middle."""
+    """Seconds of a decode step with all slots busy and rows of average length."""
     lengths = [one.prompt_tokens + one.output_tokens / 2 for one in requests(workload)]
     columns = round(SLOTS * sum(lengths) / len(lengths))
     return MACHINES[machine].forward(Work(SLOTS, SLOTS, SLOTS, columns)).seconds
@@ -94,6 +94,7 @@ def test_joining_is_never_behind(machine, workload):
     joined, plain = run(machine, workload, "baton"), run(machine, workload, "chunked")
     best = max(one.tokens_per_second for one in others)
     assert joined.tokens_per_second >= SHARE[machine] * best
-    # Where reading the weights is as long as 150 tokens, forwards of more than 256 tokens pay.
+    # Where reading the weights takes as long as 150 tokens, forwards of more than 256 tokens pay
+    # off.
     if machine == "cpu":
         assert joined.gap_percentile(99) <= plain.gap_percentile(99)

@@ -29,7 +29,7 @@ def test_a_reading_is_the_models_own():
     with patch_llama(model, weight_dtype="int8", keep_parameters=True) as low:
         rounded = perplexity.read(low, ids, 12)
         assert low.weight_bytes < own_bytes / 2
-    # As much as the logits differ in tests/llama/test_int8_weights.py.
+    # The logits differ by as much as in tests/llama/test_int8_weights.py.
     error = (rounded.losses - reading.losses).square().mean() / reading.losses.square().mean()
     assert 0 < error.sqrt() < 0.05
 

@@ -15,7 +15,7 @@ def rows(shape):
 
 
 def drawn(aligned):
-    """The shape of the drawing: five tokens in slot 0, three in slot 2."""
+    """The shape in the drawing: five tokens in slot 0, three in slot 2."""
     shape = BatchShape(3, 8, aligned=aligned)
     shape.allocate(5, 0)
     shape.allocate(3, 2)
@@ -91,7 +91,7 @@ def test_aligned_rows_extend_together_and_shift_left_at_the_capacity():
     assert not shape.extend([0, 2], [2, 2])
     assert rows(shape) == {0: (0, 8), 2: (2, 8)}
     shape.free(0)
-    # Two columns of padding were left, and both go at once.
+    # Two columns of padding were left, and both are dropped at once.
     assert shape.extend([2]) == Moves((2,), (2,), (2,), (0,), (6,))
     assert rows(shape) == {2: (0, 7)}
     assert not shape.extend([2])
@@ -140,7 +140,7 @@ def test_empty_rows_follow_an_aligned_width():
     assert shape.trim() == Moves((1,), (6,), (1,), (0,), (1,))
     shape.free(1)
 
-    # Alone it has no padding to keep, and nothing to move.
+    # The only row has no padding to keep, and nothing to move.
     shape.allocate(8, 0)
     shape.allocate(0, 1)
     shape.free(0)
@@ -299,7 +299,8 @@ def test_a_full_batch_takes_no_more(aligned):
 
 
 def perform(grid, moves):
-    """The moves on a grid of {(slot, column): token}, sources read before targets are written."""
+    """The moves on a grid of {(slot, column): token}; sources are read before targets are
+    written."""
     spots = [
         ((source_slot, source + t), (target_slot, target + t))
         for source_slot, source, target_slot, target, length in zip(
@@ -326,7 +327,7 @@ STEPS = st.lists(
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(steps=STEPS)
 def test_tokens_stay_with_their_rows(aligned, steps):
-    """Whatever happens, moves carry the tokens of a row to where the shape says that they are."""
+    """After any events, moves carry a row's tokens to where the shape says they are."""
     shape, grid, model = BatchShape(4, 9, aligned=aligned), {}, {}
     for number, (kind, amount, choice) in enumerate(steps):
         before = shape.copy()

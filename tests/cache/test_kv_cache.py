@@ -9,7 +9,7 @@ BOTH = pytest.mark.parametrize("aligned", [False, True], ids=["ragged", "aligned
 
 
 def query(tokens, *, layers=2, heads=3, head_dim=16, dtype=torch.float32, seed=0):
-    """Keys and values of a query, as slices of larger tensors that are NaN all around."""
+    """Keys and values of a query, as slices of larger tensors that are NaN everywhere else."""
     generator = torch.Generator().manual_seed(1000 * seed + tokens)
     shape = (layers, tokens, heads, head_dim)
     return tuple(embed(torch.randn(shape, generator=generator).to(dtype)) for _ in range(2))
@@ -200,7 +200,7 @@ REFUSED = {
         ValueError,
         "KVCache.insert: value must be on the cpu.*, got meta",
     ),
-    "key that is no tensor": (lambda c: c.insert([1], [1]), TypeError, "key must be a tensor"),
+    "key that is not a tensor": (lambda c: c.insert([1], [1]), TypeError, "key must be a tensor"),
     "key with strided vectors": (
         lambda c: c.insert(query(8, head_dim=32)[0][..., ::2], query(8)[1]),
         ValueError,
@@ -255,7 +255,7 @@ def test_a_failing_op_leaves_cache_and_shape(case, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("the device is gone")
 
-    # A new row that was written before its moves failed is padding: nothing else may differ.
+    # A new row that was written before its moves failed is padding; nothing else may differ.
     with Unchanged(cache, memory=case != "insert that moves"), monkeypatch.context() as patch:
         patch.setattr(kv_cache, op, broken)
         with pytest.raises(RuntimeError, match="the device is gone"):

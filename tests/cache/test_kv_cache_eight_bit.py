@@ -1,4 +1,4 @@
-"""A KVCache of eight bits: scales go wherever their elements go."""
+"""A KVCache of an eight-bit type: scales always move with their elements."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ def small(stored, aligned=False, **options):
 
 
 def assert_rows(cache, queries):
-    """Every row is what its query is quantized to, as it is and as floats."""
+    """Every row is its query quantized, both as stored and as floats."""
     assert cache.shape.used == tuple(sorted(queries))
     for slot, given in queries.items():
         raw, floats = cache.extract(slot), cache.extract(slot, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""A KV cache driven at random against a model of plain lists, its padding always NaN.
+"""A KV cache under random operations, compared with a model of plain lists; padding is always NaN.
 
-A cache of another kind (eight bits) is one more subclass of KVCacheMachine, with the `vectors` that
-its rows hold; `scripts/soak.py operations` runs every machine of MACHINES.
+For a cache of another kind (eight bits), KVCacheMachine has a subclass with the `vectors` that its
+rows hold; `scripts/soak.py operations` runs every machine of MACHINES.
 """
 
 import copy
@@ -23,17 +23,17 @@ from emulation.cuda.backends import EMULATED
 LAYERS, HEADS, CAPACITY = 2, 2, 9
 MAX_SLOTS = 6
 ANY_SLOT = st.integers(-1, MAX_SLOTS)
-# Most often a free one, else most calls would be refused.
+# Mostly a free slot, or most calls would be rejected.
 WANTED_SLOT = st.none() | st.none() | st.none() | ANY_SLOT
 ANY_LENGTH = st.integers(0, CAPACITY + 1)
 
 
 class BrokenOpError(Exception):
-    """What an op raises that is made to fail."""
+    """Raised by an op that is made to fail."""
 
 
 class KVCacheMachine(RuleBasedStateMachine):
-    """The model: for every slot in use the numbers of its tokens, and the width they ought to have.
+    """The model: for every slot in use the numbers of its tokens, and the expected width.
 
     Token number n has the key and the value that ``vectors`` makes of n.
     """
@@ -54,7 +54,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.width = 0
         self.num_tokens = 0
 
-    # Tokens and what becomes of them
+    # Tokens, and where they are written
 
     def new_tokens(self, count):
         self.num_tokens += count
@@ -68,7 +68,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         return angle.sin().to(self.dtype), angle.cos().to(self.dtype)
 
     def write(self, slot, tokens):
-        """The last tokens of a row through the op, as a prefill into the slot does."""
+        """Writes the last tokens of a row through the op, like a prefill into the slot."""
         start = self.cache.shape.end(slot) - len(tokens)
         index = cumulative([len(tokens)]), int32([slot]), int32([start])
         self.ops.insert_kv(*self.vectors(tokens), self.cache.keys, self.cache.values, *index)
@@ -136,7 +136,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         return len(set(counts.values())) < 2 and self.width - self.padding() + count <= CAPACITY
 
     def extend(self, counts, given):
-        """Extend cache and model; False where that had to be refused."""
+        """Extends cache and model; False if that had to be rejected."""
         if not self.extendable(counts):
             self.refused(self.cache.extend, list(counts), given)
             return False
@@ -212,7 +212,8 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def relocate(self, data):
-        """Another slot for a row, through move_kv: make room there, move, leave the old slot."""
+        """Moves a row to another slot through move_kv: make room there, move, leave the old
+        slot."""
         if not self.rows or not self.free_slots():
             return
         slot = data.draw(st.sampled_from(sorted(self.rows)))
@@ -231,7 +232,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         row = self.rows.get(slot, [])
         length = None if whole else data.draw(st.integers(0, len(row)))
         tokens = row if whole else row[:length]
-        # A row moves into a free slot in one piece, where it ends as all do.
+        # A row moves into a free slot whole, to where all rows end.
         if slot not in self.rows or not self.placeable(len(row), wanted):
             self.refused(lambda: self.cache.copy_row(slot, wanted, length=length))
             return
@@ -239,7 +240,7 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     @rule(through_pickle=st.booleans())
     def replace_by_a_copy(self, through_pickle):
-        """A copy has the rows; whatever happens to the cache that it was made of."""
+        """A copy has the same rows, whatever happens to the original afterwards."""
         old = self.cache
         self.cache = pickle.loads(pickle.dumps(old)) if through_pickle else copy.deepcopy(old)
         assert self.cache.shape == old.shape
@@ -247,9 +248,10 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), paged=st.booleans())
     def attend(self, data, paged):
-        """The last tokens of some rows, in any order: each has the bits of a cache of its own.
+        """The last tokens of some rows, in any order, get the bits that they get in a separate
+        cache.
 
-        Paged, each slot is a page that a block table names, among entries that name none.
+        When paged, each slot is a page named by a block table, among entries that name no page.
         """
         slots = data.draw(st.permutations([slot for slot, row in self.rows.items() if row]))
         slots = slots[: data.draw(st.integers(0, len(slots)))]
@@ -317,14 +319,14 @@ class KVCacheMachine(RuleBasedStateMachine):
         call = self.trim if what == "trim" else lambda: self.cache.extend(list(counts))
         failed = self.while_an_op_fails("move_kv", call)
         if what == "append" and not failed:
-            # Nothing had to move: finish the step that the model has not seen.
+            # Nothing had to move: finish the step in the model as well.
             for slot in counts:
                 self.rows[slot] += self.new_tokens(1)
                 self.write(slot, self.rows[slot][-1:])
             self.width += self.aligned and bool(counts)
 
     def while_an_op_fails(self, op, call):
-        """True where the op was called: then the rows are as they were, and so is the model."""
+        """True if the op was called; then neither the rows nor the model have changed."""
         shape = self.cache.shape.copy()
 
         def broken(*_, **__):
@@ -397,7 +399,7 @@ class EmulatedMachine(KVCacheMachine):
 
 
 class JudgedMachine(EmulatedMachine):
-    """Every access watched, lanes and blocks in another order."""
+    """Every access is checked, with lanes and blocks in another order."""
 
     ops = EMULATED["cuda-judged"]
     aligned = True

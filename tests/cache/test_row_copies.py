@@ -1,4 +1,4 @@
-"""Rows and caches that are copied: copy_row, deepcopy, pickle; and caches larger than memory."""
+"""Copies of rows and caches: copy_row, deepcopy, pickle; and caches larger than memory."""
 
 import copy
 import pickle
@@ -53,7 +53,7 @@ def test_a_copied_row(aligned, source, length, target):
     expected = tuple(tensor[:, :length] for tensor in before[source])
     assert_same(rows_of(cache), {**before, 1: expected})
     assert cache.bytes_committed > 0
-    # The copy is a row of its own.
+    # The copy is an independent row.
     if length != 0:
         cache.keys[:, 1, :, cache.shape.start(1)] = 7.0
         assert_same({source: cache.extract(source)}, {source: before[source]})
@@ -144,7 +144,7 @@ def test_copies_of_a_cache_that_concatenates():
 
 
 def test_a_prompt_in_a_copied_cache_goes_on_as_in_the_first():
-    """How people reuse the cache of a long prompt."""
+    """How users reuse the cache of a long prompt."""
     with patch_llama(small_llama()) as llama, torch.inference_mode():
         cache = llama.new_cache(2, 16)
         cache.allocate(5)
@@ -159,7 +159,7 @@ def test_a_prompt_in_a_copied_cache_goes_on_as_in_the_first():
 
 
 def test_a_cache_larger_than_memory():
-    """Address space is not memory: what is never written is never needed."""
+    """Address space is not memory: pages that are never written are never needed."""
     columns = int(1.5 * psutil.virtual_memory().total) // 2048
     cache = KVCache(1, 1, 8, columns, 128, dtype=torch.bfloat16)
     assert cache.bytes_reserved > 2 * psutil.virtual_memory().total

@@ -127,16 +127,16 @@ def test_committed_columns_are_tracked_per_slot(monkeypatch):
     cache.insert(short, short)
     assert cache.shape.start(1) == 3 * per_page
     assert pages() == 4 + 1
-    # Moved left: the former columns keep their pages, and those between count too.
+    # Moved left: the former columns keep their pages, and those in between count too.
     cache.free(0)
     cache.trim()
     assert cache.shape.start(1) == 0
     assert pages() == 4 + 4
-    # Another mapping has only what is valid.
+    # A new mapping has only the valid columns.
     cache.resize(3)
     assert pages() == 1
 
-    # Written before the moves failed: in no row, but its pages are there.
+    # Written before the moves failed: in no row, but the pages are committed.
     def broken(*_):
         raise RuntimeError("the device is gone")
 
@@ -150,7 +150,7 @@ def test_committed_columns_are_tracked_per_slot(monkeypatch):
 @linux
 @pytest.mark.alone  # huge pages come and go with the memory that others take
 def test_resident_set_follows_what_is_written():
-    """Four GiB reserved cost nothing; tokens cost their pages; releasing gives them back."""
+    """Reserving four GiB costs nothing; tokens take pages; releasing returns them."""
     before = resident_bytes()
     cache = KVCache(8, 64, 8, 2048, 64, dtype=torch.float32)
     assert cache.bytes_reserved == 4096 * MIB
@@ -194,7 +194,7 @@ def test_memory_lives_as_long_as_its_last_view():
     not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="a kernel without huge pages"
 )
 def test_huge_pages_are_refused():
-    """Else the first column of a slot would commit 2 MiB where the system has them always on."""
+    """Otherwise the first column of a slot would commit 2 MiB on systems that always use them."""
     memory = SlotMemory((1, 1, 1, 2**16, 64), torch.float32, torch.device("cpu"))
     memory.tensor[..., 0, :] = 1.0
     within = False
@@ -222,7 +222,7 @@ def test_no_page_belongs_to_two_slots():
 
 @linux
 def test_huge_pages_are_whole_slots():
-    """Committed, counted and given back huge page by huge page."""
+    """Committed, counted and returned huge page by huge page."""
     huge = huge_page_bytes()
     sizes = (2, 3, 2, 100, 64)
     memory = SlotMemory(sizes, torch.bfloat16, torch.device("cpu"), huge_pages=True)
@@ -234,14 +234,14 @@ def test_huge_pages_are_whole_slots():
     assert memory.committed([(0, 1)]) == memory.committed([(3, 99)]) == 2 * huge
     memory.tensor.fill_(1.0)
     memory.release(1)
-    # A kernel with no huge page to spare commits small ones, as many as were written.
+    # If Linux has no huge page to spare, it commits small ones, only where columns were written.
     assert resident_pages(memory.tensor) * mmap.PAGESIZE <= 2 * 2 * huge
     assert (memory.tensor[:, 0] == 1).all() and (memory.tensor[:, 2] == 1).all()
 
 
 @linux
 def test_cache_of_huge_pages_is_a_cache():
-    """Rows come, grow, go and are given back as in small pages, to the same bits."""
+    """Rows enter, grow, leave and are released as with small pages, with the same bits."""
     caches = [KVCache(2, 3, 2, 100, 64, huge_pages=huge) for huge in (False, True)]
     kept = []
     for cache in caches:
@@ -261,7 +261,7 @@ def test_cache_of_huge_pages_is_a_cache():
 @linux
 @pytest.mark.parametrize("sizes", [(2, 3, 2, 256, 64), (1, 2, 3, 100, 24)])
 def test_columns_below_one_are_given_back(sizes):
-    """Whole pages of every head go, and nothing that is not below the column."""
+    """Frees whole pages of every head, and nothing at or above the column."""
     column = 70
     memory = SlotMemory(sizes, torch.float32, torch.device("cpu"))
     memory.tensor.fill_(1.0)

@@ -1,4 +1,4 @@
-"""Every allocation of every op fails once: an exception, nothing written, nothing leaked."""
+"""Every allocation of every op fails once: it raises, writes nothing and leaks nothing."""
 
 import json
 import os

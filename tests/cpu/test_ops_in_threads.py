@@ -1,4 +1,5 @@
-"""Every op from several threads at once, in one library: each call has the bits it has alone."""
+"""Every op from several threads at once, in one library: each call has the bits of a single
+call."""
 
 import threading
 from random import Random
@@ -11,7 +12,7 @@ CALLERS, CALLS, ROUNDS = 4, 40, 5
 
 
 def calls():
-    """Right calls of all ops, in some order: overload and the description of its arguments."""
+    """Valid calls of all ops, in some order: overload and the description of its arguments."""
     r = Random("threads")
     drawn = []
     for op, draw in OPS.items():
@@ -22,7 +23,7 @@ def calls():
 
 
 def is_right(native, described):
-    """A few moves that are drawn are not: a target in the source of another one."""
+    """A few of the drawn moves are invalid: a target in the source of another one."""
     try:
         outcome(native, described)
     except ValueError:
@@ -31,7 +32,7 @@ def is_right(native, described):
 
 
 def outcome(native, described):
-    """What the call returns and writes."""
+    """The results of the call and the tensors that it wrote."""
     arguments = made(described)
     results = as_tuple(native(**arguments))
     return [*results, *(x for x in arguments.values() if isinstance(x, torch.Tensor))]

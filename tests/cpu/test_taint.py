@@ -1,5 +1,5 @@
-"""No bit of padding or of a hidden key reaches a result of the CPU kernels, at any value: by
-valgrind's memcheck (taint.cpp)."""
+"""No bit of padding or of a hidden key reaches a result of the CPU kernels, at any value; checked
+with valgrind's memcheck (taint.cpp)."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# The kernels as they are installed, which the build of the package leaves here.
+# The installed kernels, which the package's build leaves here.
 KERNELS = ROOT / "build" / "cmake" / "libbaton_cpu.a"
 HEADER = Path("/usr/include/valgrind/memcheck.h")
 
@@ -33,7 +33,7 @@ def program(tmp_path_factory):
 
 
 def run(program: Path, *arguments: str) -> tuple[int, str]:
-    """Exit status, and the line that it prints last."""
+    """Exit status, and the last line of the output."""
     done = subprocess.run(
         ["valgrind", "-q", "--error-limit=no", "--num-callers=4", program, *arguments],
         capture_output=True, text=True, timeout=600,
@@ -42,7 +42,7 @@ def run(program: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout.splitlines()[-1]
 
 
-# Under valgrind the CPU has AVX2 at most, and that takes ten times as long.
+# Under valgrind the CPU has at most AVX2, and that takes ten times as long.
 @pytest.mark.parametrize("isa", ["baseline", pytest.param("avx2", marks=pytest.mark.full)])
 def test_results_are_known_where_padding_and_hidden_keys_are_not(isa, program):
     status, line = run(program, isa)

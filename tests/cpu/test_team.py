@@ -1,4 +1,4 @@
-"""The CPU kernels' threads (csrc/cpu/host/team.h): under sanitizers, and as Python sees them."""
+"""The CPU kernels' threads (csrc/cpu/host/team.h): under sanitizers, and as seen from Python."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def run(script: str, **environment: str) -> str:
-    """What a new process prints that runs the script and ends by itself."""
+    """The output of a new process that runs the script and ends by itself."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
@@ -114,7 +114,7 @@ def test_there_are_as_many_threads_as_torch_takes():
         counts.append(wait_for_helpers(max([threads - 1, *counts])))
     print(*counts)
     """
-    # Fewer are no reason to end those that are there: they sleep.
+    # Needing fewer helpers does not end the existing ones: they sleep.
     assert run(CALL + counts).split() == ["0", "2", "2", "4"]
 
 

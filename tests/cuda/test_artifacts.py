@@ -1,4 +1,4 @@
-"""Compiled files that are kept: what makes a new one, and what two processes do at once."""
+"""Cached compiled files: what makes a new one, and what two processes do at once."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from emulation.artifacts import ROOT, kept
 
 
 def counted(folder, made_from):
-    """The kept file of these contents; each time that it is made adds a line to `made`."""
+    """The cached file for these contents; each time it is made, a line is added to `made`."""
 
     def make(path):
         with open(folder / "made", "a") as file:
@@ -28,10 +28,10 @@ def test_a_file_is_made_once_per_content(tmp_path):
     assert counted(tmp_path, ["compiler", b"source"]) == first
     other = counted(tmp_path, ["compiler", b"another source"])
     assert counted(tmp_path, ["another compiler", b"source"]) not in (first, other)
-    # Text that moves from one part to the next is another content.
+    # Moving text from one part to the next changes the content.
     assert counted(tmp_path, ["compilers", b"ource"]) != first
     assert len((tmp_path / "made").read_text().splitlines()) == 4
-    # One branch does not throw away what another one has made.
+    # One branch does not discard what another one has made.
     assert first.exists() and first.read_text() == repr(["compiler", b"source"])
 
 
@@ -73,7 +73,7 @@ def test_processes_that_want_one_file_make_it_once(tmp_path):
 
 
 def test_another_header_makes_another_object(tmp_path):
-    """The hash is over headers, whole and with their names."""
+    """The hash covers headers, with their contents and names."""
     header = tmp_path / "header.h"
     header.write_text("int a;")
     before = artifacts.hash_of([header])
@@ -85,7 +85,7 @@ def test_another_header_makes_another_object(tmp_path):
 
 
 FAKE_NVCC = """#!/bin/sh
-# As nvcc does: intermediate files whose names two runs can have in common.
+# Like nvcc: intermediate files whose names two runs may share.
 echo "$TMPDIR" > "$2"
 echo "$2" > "$TMPDIR/tmpxft"
 while [ "$(ls {folder} | grep -c '[.]out$')" -lt 2 ]; do sleep 0.05; done
@@ -94,7 +94,7 @@ test "$(cat "$TMPDIR/tmpxft")" = "$2"
 
 
 def test_every_run_of_nvcc_has_its_own_temporary_folder(tmp_path, monkeypatch):
-    """Two at once, which wait for each other."""
+    """Two run at once and wait for each other."""
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(FAKE_NVCC.format(folder=tmp_path))
     nvcc.chmod(0o755)

@@ -1,11 +1,10 @@
-"""How ragged_attention's CUDA kernels divide rows and share a device, and that neither is seen in a
-result.
+"""How ragged_attention's CUDA kernels divide rows and share a device, and that no result shows it.
 
 | property | test |
 | --- | --- |
-| a row's segments have the same bits in blocks of their own and one after another | streamed |
-| rows of many vectors are split, a row that is alone in enough pieces | pieces |
-| no grid grows with the capacity or with rows that are not there | grids |
+| a row's segments have the same bits in separate blocks and one after another | streamed |
+| rows of many vectors are split, and a single row into enough pieces | pieces |
+| no grid grows with the capacity or with rows that do not exist | grids |
 """
 
 import pytest
@@ -24,12 +23,12 @@ from emulation.cuda.backends import EMULATED
 from emulation.cuda.ops import EmulatedOps
 from emulation.ptx.ops import kernel_names
 
-# As many query vectors of all KV heads as make the host leave rows of several tokens whole.
+# With this many query vectors over all KV heads, the host leaves rows of several tokens whole.
 MANY = 128 * 64
 
 
 class WatchedOps(EmulatedOps):
-    """Knows the launches and the partial results of the last call."""
+    """Records the launches and the partial results of the last call."""
 
     def __init__(self) -> None:
         super().__init__(build.FAST)
@@ -49,7 +48,7 @@ class WatchedOps(EmulatedOps):
             self.workspace = outputs["workspace"]
 
     def partial_results(self, head_dim: int) -> int:
-        """How many have been written: the workspace began as NaN, and sums are as many as stats."""
+        """How many were written: the workspace began as NaN, and there is one sum per statistic."""
         return int((~self.workspace.isnan()).sum()) // (head_dim + 2)
 
 
@@ -66,7 +65,7 @@ STREAMED = {
 
 
 def with_idle_row(problem, num_heads: int):
-    """The call with one more row, of so many tokens that no row of several is split; slot -1."""
+    """The call with one more row, long enough that no row of several tokens is split; slot -1."""
     tokens = MANY // num_heads + 1
     query = torch.cat([problem.query, problem.query.new_zeros(tokens, *problem.query.shape[1:])])
     bounds = [*problem.cu_seqlens_q.tolist(), len(query)]
@@ -132,7 +131,7 @@ def shape_of(rows: int, capacity: int, query_length: int):
 
 @pytest.mark.parametrize("query_length", [1, 3])
 def test_grids_do_not_grow_with_the_capacity(query_length):
-    """What a graph captured without bounds launches: blocks for 2 multiprocessors, and a warp for
+    """The launches of a graph captured without bounds: blocks for 2 multiprocessors, and a warp for
     each vector that may be split."""
     ops, grids = WatchedOps(), []
     for capacity in (4096, 2**20):

@@ -1,6 +1,6 @@
 """CUDA graphs: launches captured once serve every later shape of the batch.
 
-A graph keeps each launch's grid and arguments; only what lies in memory may change between two
+A graph keeps each launch's grid and arguments; only the contents of memory may change between two
 replays. Without a GPU the emulator does the same: it keeps the launches of a call and runs them
 again, without the host code that made them.
 """
@@ -19,8 +19,8 @@ from emulation.cuda.backends import EMULATED
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ROWS, NUM_SLOTS, CAPACITY, HEADS, KV_HEADS = 4, 6, 1300, 4, 2
-# Slots, starts and lengths of a decode step each: columns grow, rows move, the shortest row is its
-# own new token alone, the longest fills a slot, and rows are split in one, two and three.
+# Slots, starts and lengths of one decode step each: columns grow, rows move, the shortest row
+# consists of its own new token, the longest fills a slot, and rows are split in one, two and three.
 SHAPES = {
     "first": ([0, 1, 2, 3], [0, 5, 100, 7], [30, 513, 1024, 1]),
     "one column on": ([0, 1, 2, 3], [0, 5, 100, 7], [31, 514, 1025, 2]),
@@ -31,7 +31,7 @@ SHAPES = {
 
 @dataclasses.dataclass
 class Step:
-    """A decode step's tensors, whose addresses stay."""
+    """A decode step's tensors, whose addresses stay the same."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -47,7 +47,7 @@ class Step:
     columns: torch.Tensor
 
     def run(self, ops):
-        """What a captured decode step calls; the host knows the largest sizes alone."""
+        """The calls of a captured decode step; the host knows only the largest sizes."""
         rotated = ops.append_kv(
             self.key, self.value, self.key_cache, self.value_cache, self.slots, self.columns,
             query=self.query, cos=self.cos, sin=self.sin,
@@ -62,7 +62,7 @@ class Step:
         return Step(**{name: x.to(device, copy=True) for name, x in vars(self).items()})
 
     def fill(self, other):
-        """The other's contents in this one's memory."""
+        """Copies the other's contents into this one's memory."""
         for name, x in vars(self).items():
             x.copy_(getattr(other, name))
 
@@ -91,7 +91,7 @@ def step_of(shape, dtype, head_dim):
 
 
 def blank_step(dtype, head_dim):
-    """What is captured: nothing in it may be looked at then."""
+    """The tensors during the capture, when nothing may read their contents."""
     step = step_of(SHAPES["first"], dtype, head_dim)
     for x in vars(step).values():
         poison_(x)
@@ -99,7 +99,7 @@ def blank_step(dtype, head_dim):
 
 
 def check_replays(step, results, replay, ops, dtype, head_dim):
-    """Every shape through one graph: right, and with the bits of a call of its own."""
+    """Every shape through one graph: accurate, and with the bits of a separate call."""
     for name, shape in SHAPES.items():
         expected = step_of(shape, dtype, head_dim)
         step.fill(expected)
@@ -117,7 +117,7 @@ def check_replays(step, results, replay, ops, dtype, head_dim):
         ).check((out, lse))  # fmt: skip
 
 
-# head_dim 24 has no tensor core kernel: the generic one.
+# head_dim 24 has no tensor core kernel and uses the generic one.
 KINDS = [(torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 64), (torch.bfloat16, 24)]
 
 
@@ -203,7 +203,7 @@ FORBIDDEN = re.compile(
     r"\b(cuda(Malloc|Free|Memcpy|Memset|Host|Register)\w*|cuda\w*Synchronize|cudaStreamWait\w*"
     r"|cudaEvent\w*|item\(\))"
 )
-# A comment may name what the code must not call.
+# A comment may name functions that the code must not call.
 COMMENT = re.compile(r"//[^\n]*")
 
 
@@ -231,12 +231,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @needs_gpu
 @pytest.mark.parametrize(("dtype", "head_dim"), KINDS)
 def test_gpu_graph_of_a_decode_step_serves_every_shape(dtype, head_dim):
-    """On the device whatever a test of the emulator found."""
+    """Checks on the device everything that a test found on the emulator."""
     step = step_of(SHAPES["first"], dtype, head_dim).copy("cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.inference_mode(), torch.cuda.stream(stream):
-        # Kernels are loaded when they first run, which a capture must not see.
+        # Kernels are loaded when they first run, which must not happen during a capture.
         step.run(baton_kernels)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -254,7 +254,7 @@ def test_gpu_graph_of_a_decode_step_serves_every_shape(dtype, head_dim):
 
 @needs_gpu
 def test_gpu_call_runs_on_the_current_stream():
-    """Work of another stream comes first where it is waited for, and only there."""
+    """Work of another stream comes first if this stream waits for it, and only then."""
     step = step_of(SHAPES["first"], torch.bfloat16, 64).copy("cuda")
     expected = step.run(baton_kernels)
     stream = torch.cuda.Stream()

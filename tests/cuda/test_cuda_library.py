@@ -1,7 +1,7 @@
-"""The CUDA library beside torch, as far as a machine without a GPU can show it.
+"""The CUDA library next to torch, as far as a machine without a GPU can test it.
 
-Tensors that only say they are in a GPU's memory go straight to the CUDA kernels' bindings: what
-these refuse, they refuse before anything is launched.
+Tensors that merely claim to be in a GPU's memory go straight to the CUDA kernels' bindings, which
+must reject bad arguments before anything is launched.
 """
 
 import re
@@ -26,7 +26,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about ha
 
 
 class ClaimsCuda(torch.Tensor):
-    """Shape, strides and dtype of a tensor, on cuda:0 by its own word, with no memory at all."""
+    """Has the shape, strides and dtype of a tensor, claims to be on cuda:0, and has no memory."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -42,7 +42,7 @@ class ClaimsCuda(torch.Tensor):
 
 
 def call_cuda(op, arguments):
-    """The op's CUDA kernel itself, whatever its arguments are."""
+    """The op's CUDA kernel itself, for any arguments."""
     return overload(op, arguments).redispatch(CUDA, **arguments)
 
 
@@ -54,7 +54,7 @@ def call_cuda(op, arguments):
 def test_every_op_has_a_kernel_for_cuda(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"baton_kernels::{op}", "CUDA")
     assert has_native_cuda(op) == (op in NATIVE)
-    # Triton gives way on NVIDIA alone.
+    # Triton gives way only on NVIDIA.
     assert triton.registered_devices(op) == (("xpu",) if op in NATIVE else ("cuda", "xpu"))
 
 
@@ -106,7 +106,7 @@ def test_no_kernel_spills_on_any_architecture():
 @needs_library
 @pytest.mark.parametrize("op", ALL)
 def test_fake_and_meta_tensors(op):
-    """What torch.compile traces: results on the device, of the shape that the CPU gives."""
+    """What torch.compile traces: results on the device with the shapes that the CPU gives."""
     arguments = table(op)[1]()
 
     def flat(results):
@@ -174,7 +174,7 @@ def test_without_a_gpu_a_call_says_so(op):
 
 
 def load_cuda(monkeypatch, cuda, library, error=None):
-    """What _library makes of a torch with this CUDA version beside this CUDA library."""
+    """The result of _library for a torch with this CUDA version and this CUDA library."""
 
     def load_library(path):
         assert path == str(library)
@@ -232,7 +232,7 @@ def test_build_info_without_the_cuda_library():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("op", NATIVE)
 def test_gpu_call_runs_on_the_device_of_its_tensors(op):
-    """Which is not the current one: torch's CUDA runtime and the library's each have their own."""
+    """Not the current device: torch's CUDA runtime and the library's each have their own."""
     arguments = table(op)[1]()
     results = []
     for device in ("cuda:0", "cuda:1"):

@@ -20,7 +20,7 @@ from emulation.static.kernels import (
 )
 from emulation.tools import tool
 
-# Threads of a block, by the beginning of the kernel's name.
+# Threads per block, by the beginning of the kernel's name.
 THREADS = {"append_kv": 128, "extract_kv": 128, "insert_kv": 128, "merge": 128, "move_kv": 128}
 # `fill_indices` writes a few numbers and reads none.
 OTHERS = ("attention", "fill_indices")
@@ -33,7 +33,7 @@ COPIES += [source for source in cuda_static.SOURCES if source.stem == "merge_att
 
 
 def compiled(sources):
-    """For each source the architectures that stand for the others; with --full the others too."""
+    """For each source the architectures that represent the others; with --full also the others."""
     cases = []
     for source in sources:
         first, others = first_architectures(source), other_architectures(source)
@@ -43,7 +43,7 @@ def compiled(sources):
 
 
 def is_wide(kernel: Kernel) -> bool:
-    """Whether its chunks have 16 bytes: 16, eight 16-bit elements or four floats."""
+    """Whether its chunks have 16 bytes: 16 bytes, eight 16-bit elements or four floats."""
     name = kernel.name
     return bool(re.search(r"kernel<16\b|(half|bfloat16), (\w+, )?8\b|float, 4\b", name))
 
@@ -59,7 +59,7 @@ def test_compiles_without_spills_or_local_memory(source, architectures):
 
 
 def test_sources_tell_no_architectures_apart_that_share_a_front_end():
-    """Else one PTX would not do for both: sm_80 is the only border that they know."""
+    """Otherwise one PTX would not do for both: sm_80 is the only boundary in the sources."""
     headers = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu")]
     text = "\n".join(path.read_text() for path in headers)
     borders = re.findall(r"(?:__CUDA_ARCH__|BATON_ARCH) *([<>=!]+) *(\d+)", text)
@@ -97,7 +97,7 @@ def test_enough_bytes_in_flight(source, architectures):
     for kernel in compile_kernels(source, architectures):
         assert kernel.blocks_per_sm(128) >= 2, kernel
         for card in CARDS:
-            # A merge is launched on what a decode step has just left in the L2 cache.
+            # A merge is launched on data that a decode step has just left in the L2 cache.
             if is_wide(kernel) and card.architecture == kernel.architecture and (
                 source.stem != "merge_attention"
             ):  # fmt: skip
@@ -113,14 +113,14 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.what}")
 def test_judge_and_ptx_machine_count_the_same_sectors(case):
-    """Of keys, values and outputs: two counts of two compilers' code."""
+    """For keys, values and outputs: two counts, from the code of two compilers."""
     ops = EmulatedOps(build.JUDGED)
     ops.traffic()
     with ops.entered():
         getattr(ops, case.op)(**case.arguments)
     judged = sum(entry["sectors"] for side in ops.traffic() for entry in side.values())
     counted = sum(machine.sectors for _, machine in cuda_counts.run_on_ptx(case).machines)
-    # Narrow loads of angles, slots and starts may be merged or repeated by either compiler.
+    # Either compiler may merge or repeat narrow loads of angles, slots and starts.
     assert counted == pytest.approx(judged, rel=0.1)
 
 
@@ -150,7 +150,7 @@ def test_decode_step_meets_its_targets():
     counts = cuda_counts.count_decode(2048)
     assert counts.instructions <= 3.5 and counts.products <= 0.3 and counts.wavefronts <= 0.5
     assert counts.loop_sectors <= 1.01 and counts.sectors <= 1.07
-    # A block finds its item on the device, so that a grid need not grow with the capacity.
+    # A block finds its item on the device, so that the grid need not grow with the capacity.
     assert counts.fixed <= 1200
     assert counts.instructions <= 2.53
     assert counts.all_wavefronts <= 1.1 * counts.ideal_wavefronts
@@ -172,7 +172,7 @@ def test_tensor_cores_where_they_are_meant(source, architectures):
 
 @compiled(ATTENTION)
 def test_attention_fits_the_occupancy_it_was_cut_for(source, architectures):
-    """Blocks per SM that decode_blocks() and prefill_blocks() leave registers for."""
+    """The blocks per SM for which decode_blocks() and prefill_blocks() leave registers."""
     for kernel in compile_kernels(source, architectures):
         found = re.search(r"(decode|prefill)_kernel<\w+, (\d+)(?:, (\d+))?>", kernel.name)
         if not found:
@@ -185,7 +185,8 @@ def test_attention_fits_the_occupancy_it_was_cut_for(source, architectures):
         else:
             blocks = 3 if head_dim <= 96 else 2
         assert kernel.blocks_per_sm(128) >= blocks, kernel.name
-        # Shared memory: sm_75 has 64 KB, and 256 dims of queries take what a second block would.
+        # Shared memory: sm_75 has 64 KB, and queries of 256 dims take what a second block would
+        # need.
         resident = kernel.blocks_per_sm(128, cuda_static.dynamic_shared(kernel.name))
         small = kernel.architecture == 75 or head_dim > 128
         assert resident >= (1 if small else 2), kernel.name
@@ -262,7 +263,7 @@ LOOP = """
 
 
 def test_what_a_loop_waits_for_is_seen(tmp_path):
-    """A load that waits at once for its result leaves nothing on its way."""
+    """A load that waits at once for its result leaves nothing in flight."""
     late = compile_text(tmp_path, LOOP % "").loop_waits()
     use = "if (next.x == 12345) out[0] = 1;"
     early = compile_text(tmp_path, LOOP % use).loop_waits()

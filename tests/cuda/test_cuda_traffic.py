@@ -1,7 +1,7 @@
 """What the emulated kernels read and write, counted access by access.
 
-The judge is told which columns of each row are a call's business: any other access, padding's and
-that of keys which nobody sees, is an error. Of those it counts bytes, 32-byte sectors, and
+The judge is told which columns of each row a call may access. Any other access, e.g. to padding or
+to keys that no token sees, is an error. For the allowed ones it counts bytes, 32-byte sectors, and
 wavefronts of shared memory.
 """
 
@@ -14,7 +14,7 @@ from emulation.cuda.ops import EmulationError
 
 OPS = EMULATED["cuda-judged"]
 NUM_HEADS, NUM_KV_HEADS = 8, 2
-# Kernel: dtype, query tokens of a row, query vectors of a block's tile, keys that it reads at once.
+# Kernel: dtype, query tokens per row, query vectors per block tile, keys that it reads at once.
 DECODE = (torch.bfloat16, 1, 8, 16)
 PREFILL = (torch.bfloat16, 48, 64, 1)
 GENERIC = (torch.float32, 3, 4, 1)
@@ -29,7 +29,7 @@ def sum_of(traffic, what, beginning=""):
 
 
 def visible(query_length, length, window, tile):
-    """Key ranges [begin, end) of the tiles of a causal row: nobody in a tile sees more."""
+    """Key ranges [begin, end) of the tiles of a causal row; no token in a tile sees more."""
     group = NUM_HEADS // NUM_KV_HEADS
     vectors = query_length * group
     for first in range(0, vectors, tile):
@@ -41,8 +41,8 @@ def visible(query_length, length, window, tile):
 
 
 def attend(rows, query_length, tile, **options):
-    """A call in which each row and KV head is a part of the caches; what it loads, and all it had
-    to."""
+    """A call in which each row and KV head is a part of the caches; returns what it loads, and what
+    it has to load."""
     problem = attention_problem(rows, margins=(0, 0, 0, 0))
     expected, parts = {}, {"key_cache": {}, "value_cache": {}}
     places = zip(
@@ -75,8 +75,8 @@ def rows_of(lengths, query_length, dtype, head_dim=128):
 @pytest.mark.parametrize("window", [None, 64, 112])
 @KERNELS
 def test_keys_and_values_are_read_once_per_kv_head(dtype, query_length, tile, step, window):
-    """By all query heads of a tile together, split or not; nothing else in the caches is touched,
-    and keys before the window or behind the last query are not loaded to be masked."""
+    """Keys are loaded once for all query heads of a tile, split or not; nothing else in the caches
+    is touched, and keys before the window or after the last query are not loaded to be masked."""
     rows = rows_of([1040, 512, 128, 64], query_length, dtype)
     options = {} if window is None else {"window": window}
     loads, _, expected = attend(rows, query_length, tile, **options)
@@ -90,7 +90,7 @@ def test_keys_and_values_are_read_once_per_kv_head(dtype, query_length, tile, st
 
 @KERNELS
 def test_of_other_lengths_the_last_key_alone_is_read_again(dtype, query_length, tile, step):
-    """Where a step ends in padding: never a column that is not the row's."""
+    """If a step ends in padding, columns outside the row are never read."""
     rows = rows_of([1051, 517, 99, 49], query_length, dtype)
     loads, _, expected = attend(rows, query_length, tile)
     for name, num_bytes in expected.items():
@@ -107,13 +107,13 @@ def test_shared_memory_has_few_conflicts(dtype, query_length, tile, step, head_d
     loads, stores, _ = attend(rows, query_length, tile)
     wavefronts = loads["shared"]["wavefronts"] + stores["shared"]["wavefronts"]
     ideal = loads["shared"]["ideal_wavefronts"] + stores["shared"]["ideal_wavefronts"]
-    # Ten chunks of 16 bytes: eight lanes that copy do not end where a row does.
+    # Ten chunks of 16 bytes: eight copying lanes do not end where a row does.
     limit = 1.13 if (head_dim, query_length) == (80, 48) else 1.1
     assert wavefronts <= limit * ideal
 
 
 def test_a_column_too_many_is_an_error():
-    """What the tests above stand on."""
+    """Checks the judge that the tests above rely on."""
     problem = attention_problem(rows_of([64], 1, torch.bfloat16))
     slot, start = problem.slots.item(), problem.starts.item()
     parts = {
@@ -132,7 +132,7 @@ def test_a_column_too_many_is_an_error():
 
 @pytest.mark.parametrize("op", ["insert_kv", "extract_kv", "move_kv", "append_kv"])
 def test_copies_touch_their_own_columns_once(op):
-    """The benchmark's heads, and starts that are no multiple of anything."""
+    """The benchmark's heads, and starts that are not a multiple of anything."""
     heads, head_dim, tokens = 8, 128, 70
     starts, lengths = [3, 0, 17], [40, 1, 29]
     caches = [torch.randn(2, 4, heads, 64, head_dim).bfloat16() for _ in range(2)]

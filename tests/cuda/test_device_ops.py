@@ -1,4 +1,4 @@
-"""The backend that tests use on a GPU, tried out with the CPU in the GPU's place."""
+"""The backend for tests on a GPU, run on the CPU in place of a GPU."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_results_come_back():
 
 
 def test_shared_memory_stays_shared():
-    """One memory holds both caches, as where an engine keeps keys and values together."""
+    """One memory holds both caches, as in engines that keep keys and values together."""
     key, value, *_, cu_seqlens, slots, starts = problem()
     both = torch.zeros(2, 4, 2, 6, 16)
     OPS.insert_kv(key, value, both[0], both[1], cu_seqlens, slots, starts)

@@ -15,7 +15,7 @@ from emulation.cuda import mutants
 from emulation.cuda.backends import EMULATED
 from emulation.cuda.ops import BACKWARD, FORWARD, SHUFFLED, EmulatedOps, EmulationError
 
-# What each judge must say about each defect. The names are files of the folder.
+# What each judge must report for each defect. The names are files of the folder.
 JUDGED = {
     "global_out_of_bounds": "outside of every tensor: write of 4 bytes",
     "dynamic_shared_out_of_bounds": "outside of shared memory: write of 4 bytes",
@@ -60,7 +60,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
         [program, *arguments],
         capture_output=True,
         text=True,
-        timeout=900,  # for one that hangs: a busy machine takes minutes
+        timeout=900,  # for a program that hangs: a busy machine takes minutes
         env={"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"},
     )
 
@@ -106,20 +106,20 @@ def test_kernels_under_a_sanitizer(variant):
     assert done.returncode == 0 and done.stdout + done.stderr == ""
 
 
-# Every barrier and wait of the attention kernels, left out: what the judge and ThreadSanitizer say.
-# The mistakes in the table below are seen by both unless it says otherwise.
+# Every barrier and wait of the attention kernels, left out: the reports of the judge and of
+# ThreadSanitizer. Both see the mistakes in the table below unless it says otherwise.
 RACE = r"race: |read of unwritten shared memory: "
 WAIT = "missing wait for cp.async: "
 MUTANTS = {
-    # Program order alone: without them ptxas asks for keys and values in another order.
+    # Only program order: without them ptxas loads keys and values in another order.
     "decode_warp.h: __syncwarp #1": None,
     "decode_warp.h: __syncwarp #2": None,
-    # The barrier that the first tile begins with comes before any of the queries is read.
+    # The barrier at the beginning of the first tile comes before any of the queries is read.
     "prefill_tile.h: __syncwarp #1": None,
-    # Order for ptxas as well: every thread reads totals that it wrote itself.
+    # Also order for ptxas: every thread reads totals that it wrote itself.
     "prefill_tile.h: __syncwarp #2": None,
     "prefill_tile.h: __syncwarp #3": None,
-    # Copies have landed by the barrier that ThreadSanitizer goes by, whoever waited for them.
+    # Copies have landed by the barrier that ThreadSanitizer relies on, whichever thread waited.
     "prefill.h: copy_async_wait<1> #1": WAIT,
     "prefill.h: copy_async_wait<0> #1": WAIT,
     "prefill_tile.h: all tiles share one stage #1": WAIT,
@@ -155,7 +155,7 @@ def test_table_of_mutants_has_no_name_too_many():
 
 
 def test_the_judge_has_a_module_of_its_own():
-    """Else it would be the fast one that runs, under its name."""
+    """Otherwise the fast one would run under its name."""
     fast, judged = (ops.module for ops in EMULATED.values())
     assert fast.__name__ == "emulated_fast" and judged.__name__ == "emulated_judged"
     assert fast.insert_kv is not judged.insert_kv
@@ -180,7 +180,8 @@ def test_results_do_not_depend_on_the_schedule(warps, blocks):
 @pytest.mark.parametrize("bad", [{"slots": [0, 9]}, {"slots": [0, -1]}, {"starts": [2, 6]},
                                  {"starts": [2, -1]}, {"starts": [2, 2**31 - 1]}])  # fmt: skip
 def test_values_out_of_range_are_skipped(backend, bad):
-    """The host cannot look at them, the device must not follow them; the other is inserted."""
+    """The host cannot read the indices, and the device must not follow them; the other row is
+    right."""
     ops = EMULATED[backend]
     key = torch.randn(6, 2, 16)
     indices = {"slots": [0, 1], "starts": [2, 1]} | bad
@@ -198,7 +199,7 @@ def test_values_out_of_range_are_skipped(backend, bad):
 
 @pytest.mark.parametrize("bounds", [[0, 3, 2], [0, 3, 9], [1, 3, 6], [0, -4, 6], [5, 2, 1]])
 def test_cu_seqlens_that_make_no_sense_stay_inside(bounds):
-    """Whatever they say, the judge finds no access outside of the tensors."""
+    """For any indices, the judge finds no access outside of the tensors."""
     ops = EMULATED["cuda-judged"]
     key, caches = torch.randn(6, 2, 16), [torch.zeros(3, 2, 8, 16), torch.zeros(3, 2, 8, 16)]
     slots, starts = int32([0, 1]), int32([0, 2])
@@ -207,7 +208,7 @@ def test_cu_seqlens_that_make_no_sense_stay_inside(bounds):
         ops.extract_kv(*caches, int32(bounds), slots, starts, total_tokens=6)
 
 
-# Bounds of queries, and those that are whole: no other is copied, not even in part.
+# Bounds of queries, and which queries are whole: no other is copied, not even in part.
 WHOLE = [
     ([0, 3, 2], []), ([0, 4, 2, 6], []), ([0, 3, 9], [0]), ([-2, 3, 6], [1]), ([1, 3, 6], [0, 1]),
     ([4, 1], []), ([0, *range(0, 7), 5, 6], []), ([*[0] * 40, 4, 3, 6], []),
@@ -258,7 +259,7 @@ BIG = 2**31 - 1
 
 @functools.cache
 def attention_case(dtype, query_length):
-    """Arguments by name, and what they give; the first row is split."""
+    """Arguments by name, and their results; the first row is split."""
     arguments = {
         "query": torch.randn(3 * query_length, 4, 64).to(dtype),
         "key_cache": torch.randn(3, 2, 700, 64).to(dtype),
@@ -328,7 +329,7 @@ def test_attention_over_values_out_of_range_stays_inside(dtype, query_length, ba
 
 
 def test_reports_become_errors():
-    """A region that leaves out the last row: the judge takes its use for a mistake."""
+    """The region leaves out the last row, so the judge must report its use as a mistake."""
     ops = EMULATED["cuda-judged"]
     x = torch.randn(2, 1, 4, 16)
     with ops.entered(), pytest.raises(EmulationError, match="outside of every tensor"):

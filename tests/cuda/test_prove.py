@@ -16,7 +16,7 @@ from emulation.ptx.terms import Terms
 
 @pytest.mark.parametrize("architecture", [80, 75])
 def test_quick_proofs(architecture):
-    """What `python -m emulation.prove --quick` prints: nothing is refuted but what has to be."""
+    """The output of `python -m emulation.prove --quick`: only what must be refuted is refuted."""
     prover = prove_all(Prover(architecture), quick=True)
     unexpected = [claim for claim in prover.claims if not is_expected(claim)]
     assert not unexpected, unexpected
@@ -34,7 +34,7 @@ def test_defects_are_refuted(defect):
 
 
 def run(tmp_path, body: str) -> tuple[Prover, list[str], SymbolicMachine]:
-    """`f(float* x)` of this body on 32 leaves; what x holds afterwards."""
+    """`f(float* x)` with this body on 32 leaves; returns what x holds afterwards."""
     source = tmp_path / "kernel.cu"
     source.write_text(
         f"extern __shared__ float shared[]; __global__ void f_kernel(float* x) {{ {body} }}"
@@ -52,7 +52,7 @@ def run(tmp_path, body: str) -> tuple[Prover, list[str], SymbolicMachine]:
 
 
 def test_both_ways_of_a_branch(tmp_path):
-    """Each way stores something else; the memory that one of them writes is joined too."""
+    """Each branch stores something else; memory that only one of them writes is joined too."""
     _, texts, machine = run(tmp_path, """
         const float y = x[threadIdx.x];
         if (y > 2) { x[threadIdx.x] = sqrtf(y); shared[threadIdx.x] = 1; }
@@ -74,7 +74,7 @@ def test_what_data_may_not_decide(tmp_path):
 
 
 def test_rules_hold_for_all_values():
-    """Those that drop something: for the numbers that tell right from wrong."""
+    """Rules that drop something: checked with the numbers that tell right from wrong."""
     terms = Terms()
     x, y = (terms.leaf((name,), name) for name in "xy")
     bottom, low = terms.constant(0xFF800000, 32), terms.constant(0xC0000000, 32)
@@ -92,7 +92,7 @@ def test_rules_hold_for_all_values():
     assert terms.one("add.f32", power, zero) == power
     # 0 x is not 0 when x is infinite or NaN.
     assert terms.one("mul.f32", x, zero) != zero
-    # Scaling where the factor is not one is scaling; another factor's test says nothing.
+    # Scaling by a factor that is not one is scaling; a test of another factor proves nothing.
     total, tested = terms.one("add.f32", x, y), terms.one("setp.neu.f32", y, one)
     scaled = terms.one("mul.f32", total, y)
     assert terms.one("ite", tested, scaled, total) == scaled
@@ -114,7 +114,7 @@ def test_choices_that_others_imply():
 
 
 def test_what_is_asked_of_halves():
-    """Code for "finite, or 0" in two spellings; a carry from one half to the other is no half's."""
+    """Code for "finite, or 0" in two spellings; a carry between the halves belongs to neither."""
     terms = Terms()
     x, y = (terms.leaf((name,), name) for name in "xy")
     register = terms.one("pair", x, y)
@@ -137,7 +137,7 @@ def test_what_is_asked_of_halves():
     assert terms.halves.not_finite(halves[0], "f16") != terms.constant(0, 1)
     crossing = terms.one("add.s32", register, number(1))
     assert terms.nodes[crossing][0] == "add.s32"
-    # Only finite elements vanish beside a weight of 0.
+    # Only finite elements vanish next to a weight of 0.
     zero = terms.constant(0, 16)
     assert terms.without_hidden([zero, x], [halves[0], y], "bf16") == terms.group(
         "vector", [zero, y]

@@ -29,7 +29,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.what}")
 def test_copies_and_merge(case):
-    """nvcc's code on this machine against the host compiler's on the emulator."""
+    """nvcc's code on this machine compared with the host compiler's on the emulator."""
     ops = PtxOps()
     with ops.entered():
         getattr(ops, case.op)(**case.arguments)
@@ -37,15 +37,15 @@ def test_copies_and_merge(case):
     for name, x in ops.written.items():
         y = ops.emulated[name]
         if case.op == "merge_attention":
-            # nvcc contracts to fused multiply-adds, and its exp is its own.
+            # nvcc contracts to fused multiply-adds, and it has its own exp.
             torch.testing.assert_close(x.float(), y.float(), rtol=2**-7, atol=2**-7)
         else:
             assert_same_bits(x, y)
 
 
 # Query lengths, lengths, (num_heads, num_kv_heads), head_dim, options. Rows of one token go to the
-# decode kernel, of several to prefill; more than 256 columns of the former and more than 512 of the
-# latter are split and merged.
+# decode kernel, rows of several to prefill. Rows with more than 256 (decode) or 512 (prefill)
+# columns are split and merged.
 ATTENTION = {
     "decode": ([1, 1, 1], [90, 33, 17], (4, 2), 64, {"return_lse": True}),
     "decode, large group": ([1, 1], [70, 9], (12, 1), 96, {}),
@@ -63,7 +63,7 @@ ATTENTION = {
 
 
 def attention(ops, name: str, dtype: torch.dtype):
-    """The result of a case, and what the accuracy contract says of it."""
+    """The result of a case, and what the accuracy contract says about it."""
     query_lengths, lengths, (heads, kv_heads), head_dim, options = ATTENTION[name]
     problem = random_attention_problem(
         query_lengths, lengths, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
@@ -111,8 +111,8 @@ def test_attention(architecture, dtype, name):
         assert (products > 0) == (busy and (architecture == 80 or dtype == torch.float16))
 
 
-# Planted defects. The emulator reads python/emulation/cuda/ptx.h in the place of
-# csrc/cuda/device/ptx.h, so that it cannot see what is wrong in the assembly of the latter.
+# Planted defects. The emulator reads python/emulation/cuda/ptx.h instead of
+# csrc/cuda/device/ptx.h, so it cannot see mistakes in the latter's assembly.
 
 DEFECTS = {
     "operands of mma swapped": (
@@ -133,7 +133,7 @@ DEFECTS = {
 }  # fmt: skip
 
 
-# The kernels of the cases named above alone, which are compiled in a second.
+# Only the kernels of the cases named above, which compile in a second.
 FEW_KERNELS = """
 #include "cuda/ragged_attention/decode.h"
 #include "cuda/ragged_attention/prefill.h"
@@ -146,7 +146,7 @@ void* kernels[] = {
 
 @functools.cache
 def preprocessed(csrc: Path) -> str:
-    """What the emulator's compiler makes of the kernels' source, without line marks."""
+    """The kernels' source after the emulator's preprocessor, without line marks."""
     command = [build.COMPILER, *build.COMMON, "-E", "-P", "-I", str(csrc), "-I", "python",
                "-isystem", str(cuda_include()), "-x", "c++", "-"]  # fmt: skip
     return subprocess.run(
@@ -185,7 +185,7 @@ def test_defect_in_assembly_is_caught(defect, planted):
 
 
 def run(tmp_path, body: str, x: torch.Tensor, block: int = 32, shared_bytes: int = 0) -> Machine:
-    """`f(float* x)` of this body, executed once."""
+    """`f(float* x)` with this body, executed once."""
     source = tmp_path / "kernel.cu"
     source.write_text(
         f"extern __shared__ float shared[]; __global__ void f_kernel(float* x) {{ {body} }}"
@@ -197,7 +197,7 @@ def run(tmp_path, body: str, x: torch.Tensor, block: int = 32, shared_bytes: int
 
 
 def test_loop_divergence_and_barrier(tmp_path):
-    """Every thread sums as many numbers as its index says; a neighbor in another warp reads it."""
+    """Every thread sums as many numbers as its index; a neighbor in another warp reads the sum."""
     x = torch.zeros(64)
     run(tmp_path, """
         float sum = 0;

@@ -1,4 +1,4 @@
-"""A machine with two GPUs, as far as one without any can show it."""
+"""A machine with two GPUs, as far as one without any can test it."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def built(scratch, source):
             "-DUSE_CUDA", "-I", "csrc",
             "-isystem", str(folder / "include"), "-isystem", str(cuda_include()),
             "tests/cuda/two_gpus.cpp", str(source), "-o", str(program),
-            # Of what the program does not stand in for: the numbers of dtypes.
+            # For what the program does not stand in for: the numbers of dtypes.
             f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-ltorch_cpu", "-lc10",
         ],
         cwd=ROOT, check=True,
@@ -46,7 +46,7 @@ def test_both_runtimes_are_on_the_device_of_a_call(tmp_path):
 
 @needs_sources
 def test_a_runtime_that_stays_where_it_was_is_found(tmp_path):
-    """A planted defect: torch's guard is all there is."""
+    """A planted defect: nothing but torch's guard is left."""
     source, line = (ROOT / DEVICE).read_text(), "  finish(cudaSetDevice(device));\n"
     assert line in source
     defect = tmp_path / "cuda_device.cpp"
@@ -57,7 +57,7 @@ def test_a_runtime_that_stays_where_it_was_is_found(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gpu_calls_on_the_second_device():
-    """Torch's current device is the first; and a call on that one follows."""
+    """Torch's current device is the first one; then a call on that one follows."""
     key, value = torch.randn(2, 5, 2, 16)
     index = [int32([0, 5]), int32([1]), int32([2])]
     for number in (1, 0, 1):

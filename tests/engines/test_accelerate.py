@@ -1,6 +1,6 @@
 """A transformers model whose linear layers are packed, under the model's own code.
 
-| what | against |
+| what | compared with |
 | --- | --- |
 | tokens | eager attention of the plain model, float32, every kind of model |
 | memory | storages of the parameters while accelerated |
@@ -104,7 +104,7 @@ def test_a_relay_runs_on_it():
 
 @torch.inference_mode()
 def test_a_row_does_not_depend_on_its_batch():
-    """With its linear layers and its attention, a query's logits have the bits they have alone."""
+    """With its linear layers and its attention, a query's logits do not depend on its batch."""
     model, (ids, mask) = copied("llama"), prompts()
     model.set_attn_implementation("baton")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -156,7 +156,7 @@ def test_gradients_are_refused():
 
 
 def test_what_stays_as_it_is():
-    """Adapters and modules that are no plain linear ones."""
+    """Adapters and modules that are not plain linear ones."""
 
     class Doubled(nn.Linear):
         def forward(self, x):

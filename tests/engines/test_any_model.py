@@ -1,4 +1,4 @@
-"""Any transformers decoder under the relay, token for token what eager attention gives."""
+"""Any transformers decoder in the relay, compared token by token with eager attention."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_relay_takes_any_model(name, kind):
 
 
 def test_an_adapted_llama_runs_through_its_own_code():
-    """A module that the patch would compute wrongly, and refuses, is the model's to compute."""
+    """A module that the patch rejects, because it would compute it wrongly, runs its own code."""
 
     class Doubled(torch.nn.Linear):
         def forward(self, x):

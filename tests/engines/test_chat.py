@@ -1,4 +1,4 @@
-"""Conversations as people send them: content in parts, tools, images, answers to be continued."""
+"""Conversations as users send them: content in parts, tools, images, answers to be continued."""
 
 import json
 
@@ -18,7 +18,7 @@ def user(content) -> dict:
 
 
 def text_of(*messages, **fields) -> str:
-    """What the model gets to read."""
+    """The text that the model reads."""
     record = parse_object({"messages": list(messages), **fields}, 1, 1)
     assert record.error is None
     return TOKENIZER.decode(record.encode(TOKENIZER))
@@ -70,7 +70,7 @@ def test_the_assistants_last_words_are_continued():
     assert text_of(user("2+2?"), words) == "user:2+2?\nassistant:The answer is"
     parts = {"role": "assistant", "content": [{"type": "text", "text": "The answer is"}]}
     assert text_of(user("2+2?"), parts) == "user:2+2?\nassistant:The answer is"
-    # The option says otherwise.
+    # Unless the option says otherwise.
     closed = text_of(user("2+2?"), words, continue_final_message=False)
     assert closed == "user:2+2?\nassistant:The answer is\nassistant:"
     assert text_of(user("a story: "), continue_final_message=True) == "user:a story: "

@@ -1,4 +1,4 @@
-"""The command line on a tiny random Llama: what goes in, what comes out, and how it ends."""
+"""The command line on a tiny random Llama: inputs, outputs, and how it ends."""
 
 import inspect
 import json
@@ -140,7 +140,7 @@ def test_generate_from_a_file(folder, tmp_path):
     assert "line 2: not valid JSON" in results[1]["error"]
     assert "999" in results[2]["error"]
 
-    # Greedy answers are those of generate on the prompt alone.
+    # Greedy answers are those of generate on the prompt by itself.
     model = LlamaForCausalLM.from_pretrained(folder)
     for index, text in (
         (0, "user:one\nassistant:"),
@@ -185,7 +185,7 @@ def test_policies_give_the_same_file(folder, tmp_path):
 
 
 def test_weights_in_int8(folder):
-    """Rounded weights answer; what is not a dtype is refused before the model is loaded."""
+    """Rounded weights work; anything that is not a dtype is rejected before the model is loaded."""
     arguments = ("--prompt", "abc", "--max-new-tokens", 4, "--token-ids")
     (exact,), (rounded,) = (
         lines_of(generate(folder, *arguments, *weights)) for weights in ((), ("--weights", "int8"))
@@ -222,7 +222,7 @@ def test_the_options_reach_the_relay(folder, monkeypatch):
 
 
 def test_generate_and_serve_make_the_same_relay(folder, monkeypatch):
-    """Every option of batching reaches `Relay` from both commands, with another value each."""
+    """Every option of batching reaches `Relay` from both commands, with a distinct value each."""
     taken = []
 
     def relay(model, **options):
@@ -247,7 +247,7 @@ def test_generate_and_serve_make_the_same_relay(folder, monkeypatch):
         assert {name: options[name] for name in wanted} == wanted
         assert options["policy"].name == "baton" and options["prefill"].name == "overlapped"
     ours = set(inspect.signature(Relay).parameters) - {"model", "tokenizer", "generation_config"}
-    # Shapes that measure what others cost are for programs, and so are steps without graphs.
+    # Shapes that measure other systems' costs are for programs, and so are steps without graphs.
     assert ours - set(taken[1]) <= {"aligned", "shaping", "clock", "cuda_graphs"}, ours
 
 

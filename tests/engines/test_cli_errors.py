@@ -1,4 +1,4 @@
-"""Whatever goes wrong in a command ends in one line and an exit code, never in a traceback."""
+"""Every error in a command ends in one line and an exit code, never in a traceback."""
 
 import builtins
 import json
@@ -29,7 +29,7 @@ def generate(folder, *arguments, **options):
 
 
 class PanicException(BaseException):
-    """As what a library written in Rust raises when it panics: no Exception."""
+    """Like the exception of a library written in Rust when it panics: not an Exception."""
 
 
 def rust_panic() -> BaseException:
@@ -37,7 +37,7 @@ def rust_panic() -> BaseException:
 
 
 def made(kind: type) -> BaseException:
-    """An error of a class, with the arguments that it insists on."""
+    """An error of a class, with the arguments that the class requires."""
     if issubclass(kind, UnicodeError) and kind is not UnicodeError:
         text = "x" if kind is not UnicodeDecodeError else b"x"
         arguments = (
@@ -151,7 +151,7 @@ def test_a_traceback_is_there_for_those_who_want_one(folder, monkeypatch):
     command = ["--traceback", "generate", "--model", str(folder), "--prompt", "a"]
     result = CliRunner().invoke(app, command)
     assert isinstance(result.exception, ZeroDivisionError)
-    # Not for the next command of the same process.
+    # This must not affect the next command of the same process.
     one_line(generate(folder, "--prompt", "a"), 1)
 
 

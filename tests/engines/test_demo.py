@@ -1,4 +1,4 @@
-"""The demo: counts before figures, and a verdict that other programs cannot turn."""
+"""The demo: counts before figures, and a verdict that other programs cannot change."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def test_demo(folder, tmp_path):
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     text = " ".join(result.stdout.split())
-    # What is being shown comes first, in two sentences.
+    # An introduction in two sentences comes first.
     assert text.startswith("Two policies answer the same 9 prompts in turns")
     assert text.index("as soon as an answer ends.") < text.index("loading")
     # Then what depends on no clock, and then what does.
@@ -64,7 +64,7 @@ def test_demo(folder, tmp_path):
 
 
 def test_other_work_does_not_turn_the_verdict(folder, tmp_path, monkeypatch):
-    """All forwards take three times as long from some moment on; the figure hardly moves."""
+    """From some moment on all forwards take three times as long; the figure hardly moves."""
     clock = {}
     compute = Slots.compute
 

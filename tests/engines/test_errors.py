@@ -12,24 +12,24 @@ from baton_engines.invariance.openai_target import OpenAITarget
 from baton_engines.prefill.apart import Apart
 
 FOLDER = Path(baton_engines.__file__).parent
-# `cli` speaks to people and not to callers, `testing` raises what its tests expect.
+# `cli` speaks to users rather than callers; `testing` raises what its tests expect.
 ROOMS = sorted({path.parent.name for path in FOLDER.glob("*/__init__.py")} - {"cli", "testing"})
-# `model` is what the caller called: the patched model's own method.
+# `model` is the object that the caller called: the patched model's own method.
 OWN_NAMES = {"model.forward", 'attn_implementation="baton"'}
-# Of baton_engines.prefill.ray, which cannot be imported without Ray.
+# Names of baton_engines.prefill.ray, which cannot be imported without Ray.
 OWN_NAMES |= {"prefill.ray", "Remote"}
-# Of the backend of vLLM, which is called by vLLM: the module, and the variable that it reads.
+# Names in the vLLM backend, which vLLM calls: the module, and the variable that it reads.
 OWN_NAMES |= {"baton_engines.vllm", "BATON_VLLM"}
-# Of a package that cannot be imported beside another transformers.
+# A package that cannot be imported together with another transformers.
 OWN_NAMES |= {"baton_engines.huggingface"}
-# What clients sent over HTTP.
+# Requests that clients send over HTTP.
 OWN_NAMES |= {"request", "Engine"}
-# Causes that another error, which names what was called, takes up.
+# Causes that are included in another error, which names the called function.
 CAUSES = ("folder ", "a callback must not return an awaitable, got ")
 
 
 def public_names():
-    """Dotted names that the documentation names, without the package in front."""
+    """Dotted names in the documentation, without the package in front."""
     names = {name: getattr(baton_engines, name) for name in baton_engines.__all__}
     names |= {"policies": policies, "prefill": prefill, "Apart": Apart}
     names |= {"OpenAITarget": OpenAITarget}
@@ -47,14 +47,14 @@ def is_public(prefix):
 
 
 def messages(source):
-    """Beginnings of the messages of all errors that a file makes; None for one that begins with a
-    variable."""
+    """The beginnings of the messages of all errors that a file creates; None for one that begins
+    with a variable."""
     for node in ast.walk(ast.parse(source)):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
             continue
         if not node.func.id.endswith("Error") or node.func.id == "AttributeError":
             continue
-        # Begins with the engine that was called, or what that said.
+        # Begins with the engine that was called, or with its answer.
         if node.func.id == "TargetError":
             continue
         text = node.args[0]

@@ -1,8 +1,8 @@
-"""The folder that `scripts/hub_kernel.py` writes, as `kernels` and transformers take it.
+"""The folder that `scripts/hub_kernel.py` writes, as used by `kernels` and transformers.
 
-transformers 5.23 and 5.24 want kernels >= 0.18.2, and the newest that PyPI had in November 2026 is
-0.17.2, whose interface they use is the same: there the version that they ask for is told them, in a
-process of its own.
+transformers 5.23 and 5.24 require kernels >= 0.18.2, but the newest on PyPI in November 2026 is
+0.17.2, whose interface is the same as far as they use it. So the program below, in a separate
+process, tells them the version that they ask for.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ needs_kernels = pytest.mark.skipif(
     importlib.util.find_spec("kernels") is None,
     reason="needs the package kernels, which `make test-engines` installs",
 )
-# Continuous batching of four prompts, eager's answers one by one first.
+# Continuous batching of four prompts; eager attention answers them one by one first.
 PROGRAM = """
 import importlib.metadata
 real = importlib.metadata.version
@@ -98,7 +98,7 @@ def test_continuous_batching_gives_eager_s_answers(folder):
     reason="needs the package kernel-abi-check, which `make test-engines` installs",
 )
 def test_the_library_keeps_to_the_abi_of_hub_kernels():
-    """That of manylinux_2_28, and none of Python's."""
+    """The ABI of manylinux_2_28, and none of Python's."""
     from kernel_abi_check import ObjectFile
 
     import baton_kernels._library as library

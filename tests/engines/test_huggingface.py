@@ -1,5 +1,5 @@
-"""`attn_implementation="baton"` in unmodified transformers models: token for token what eager
-attention gives, in float32."""
+"""`attn_implementation="baton"` in unmodified transformers models, compared token by token with
+eager attention in float32."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_masks_of_sdpa_are_made_as_sdpa_makes_them():
 
 @torch.inference_mode()
 def test_a_decode_step_waits_for_no_device(monkeypatch):
-    """What stands for a device: tensors whose values nobody may read."""
+    """Stands in for a device: tensors whose values must not be read."""
     monkeypatch.setattr(attention, "_is_on_host", lambda tensor: False)
 
     class NoReading(torch.overrides.TorchFunctionMode):
@@ -268,7 +268,7 @@ def test_a_compiled_decode_step_is_one_graph(kind, fresh_compiler):
 
 
 class Step(torch.nn.Module):
-    """A decode step whose cache are its buffers, as torch.export wants it."""
+    """A decode step whose cache consists of its buffers, as torch.export requires."""
 
     def __init__(self, model, cache):
         super().__init__()
@@ -314,7 +314,7 @@ def test_an_exported_decode_step_runs_with_other_lengths(tmp_path):
         tmp_path / "step.pt2",
     )
     exported = torch.export.load(tmp_path / "step.pt2").module()
-    # Other queries than those it was exported with, of other lengths.
+    # Other queries than those it was exported with, with other lengths.
     step, seen, token, positions = prefilled([4, 5])
     exported.load_state_dict(step.state_dict(), strict=False)
     for column in range(mask.shape[1], mask.shape[1] + 5):
@@ -325,7 +325,7 @@ def test_an_exported_decode_step_runs_with_other_lengths(tmp_path):
 
 
 def test_sdpa_is_what_it_was():
-    """Registering adds a name and leaves the others alone."""
+    """Registering adds a name and changes no others."""
     from transformers import AttentionInterface
 
     assert AttentionInterface()["sdpa"] is sdpa_attention_forward

@@ -266,7 +266,7 @@ def test_generate_stops_at_the_end_of_an_answer():
 
 @contextmanager
 def server(respond):
-    """A server of OpenAI's interface; `respond(path, body)` yields what its events hold."""
+    """A server with OpenAI's interface; `respond(path, body)` yields the contents of its events."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -367,7 +367,7 @@ def test_a_cancelled_request_closes_its_connection():
     ("events", "message"),
     [
         (["no JSON"], "an event is not JSON: 'no JSON'"),
-        (["[1]"], "an event is no object"),
+        (["[1]"], "an event is not an object"),
         ([{"error": {"message": "out of memory"}}], "out of memory"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Where results go: whole lines whatever happens, and no older file lost to a run that failed."""
+"""Where results go: always whole lines, and a failed run loses no older file."""
 
 import errno
 import json
@@ -89,7 +89,7 @@ def test_a_run_that_fails_keeps_what_it_has_under_another_name(output):
             stream.write(b'{"id": 2}\n')
             raise RuntimeError("out")
         assert output.read_text() == OLD
-        # Neither is overwritten by the next run.
+        # The next run overwrites neither of them.
         assert len(list(output.parent.glob("*.partial*"))) == number
 
 
@@ -165,7 +165,7 @@ def test_resuming_answers_what_is_missing(folder, tmp_path):
     result = generate(folder, *sampled, "-o", parts, "--resume")
     assert result.exit_code == 0 and "2 of 6 queries have results already" in result.stderr
     assert parts.read_text().startswith(lines[4] + lines[1])
-    # A resumed query samples as it would have in one run.
+    # A resumed query samples as it would have in a single run.
     assert sorted(parts.read_text().splitlines(keepends=True)) == sorted(lines)
     result = generate(folder, *sampled, "-o", parts, "--resume")
     assert result.exit_code == 0 and "6 of 6" in result.stderr

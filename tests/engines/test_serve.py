@@ -1,5 +1,5 @@
-"""A relay behind OpenAI's interface, driven by OpenAI's own client on the loopback: the relay's
-answers, errors of the interface, clients that leave, and the end."""
+"""A relay behind OpenAI's interface, used through OpenAI's own client on the loopback: the relay's
+answers, errors of the interface, clients that disconnect, and shutting down."""
 
 import asyncio
 import copy
@@ -28,7 +28,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 class Served:
-    """The tiny model on a port of its own."""
+    """The tiny model on a free port."""
 
     def __init__(self, folder):
         self.model, self.tokenizer = load_model(folder)
@@ -49,7 +49,7 @@ class Served:
         self.engine.close()
 
     def expected(self, prompt: str, **options):
-        """The query that a relay of its own makes of a prompt."""
+        """The query that a separate relay makes of a prompt."""
         with Relay(self.model, 1, CAPACITY, tokenizer=self.tokenizer) as relay:
             query = relay.submit(self.tokenizer.encode(prompt), **options)
             relay.run()
@@ -64,7 +64,7 @@ def served(tmp_path_factory) -> Iterator[Served]:
 
 
 def test_many_at_once_have_the_answers_of_a_relay(served):
-    """Whole and streamed, greedy and sampled, more than there are slots."""
+    """Whole and streamed, greedy and sampled, more requests than there are slots."""
 
     def ask(number: int) -> str:
         settings = {"prompt": f"prompt {number}", "max_tokens": 5 + number, "model": "tiny"}
@@ -107,7 +107,7 @@ def test_chat(served):
     assert text == right.text
     assert chunks[-2].choices[0].finish_reason == choice.finish_reason
     assert chunks[-1].choices == [] and chunks[-1].usage == usage
-    # Without a limit, all that the capacity has.
+    # Without a limit, all that fits the capacity.
     unlimited = served.client.chat.completions.create(
         model="tiny", messages=MESSAGES, extra_body={"ignore_eos": True}
     )
@@ -197,7 +197,7 @@ def test_other_errors(served):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_client_that_leaves_frees_its_slot(served, stream):
-    """Before anything has come, and in the middle of a stream."""
+    """Before any text has arrived, and in the middle of a stream."""
     endless = {"model": "tiny", "max_tokens": CAPACITY - 1, "extra_body": {"ignore_eos": True}}
     release = threading.Event()
     # The relay stands still meanwhile.
@@ -258,7 +258,7 @@ def test_an_engine_whose_relay_fails_says_so():
 
 
 def test_the_command(tmp_path):
-    """A process of its own on a free port, until Ctrl-C."""
+    """In a separate process on a free port, until Ctrl-C."""
     folder = save_tiny_model(tmp_path)
     command = [sys.executable, "-m", "baton_engines.cli", "serve", "--model", str(folder)]
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A transformers cache in slots: in-place appends, and rows that come and go between two steps."""
+"""A transformers cache in slots: in-place appends, and rows that enter and leave between steps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from baton_engines.huggingface import cache_argument, slot_cache
 
 
 def test_rows_come_and_go():
-    """Insert, merge and select change nothing that stays, bit by bit, and every query goes on as if
-    it had run in a batch of its own."""
+    """insert, merge and select do not change the rows that stay, bit by bit, and every query goes
+    on as if it had run in a separate batch."""
     model, (ids, mask) = make("qwen3"), prompts()
     model.set_attn_implementation("baton")
     name = cache_argument(model)
@@ -60,7 +60,7 @@ def test_rows_come_and_go():
         seen = cache.merge(other, seen, other_seen)
         token, order = torch.cat([token, first]), [*order, 0, 5]
         seen, token = steps(cache, seen, token, [answers[r] for r in order], 5)
-        # The longest leaves, and its columns with it.
+        # The longest row leaves, and the columns that only it used are dropped.
         rows = [3, 1]
         length = seen.shape[1]
         seen = cache.select(rows, seen)
@@ -112,7 +112,8 @@ def test_repeat_crop_and_reset():
 
 
 def test_memory_is_not_that_of_the_capacity():
-    """Address space for a gigabyte of keys and values, and pages for the few columns in use."""
+    """Address space for a gigabyte of keys and values, but pages only for the few columns in
+    use."""
     process = psutil.Process()
     before = process.memory_info().rss
     cache, _ = filled(capacity=1 << 19)
@@ -180,7 +181,7 @@ def test_layers_of_another_kind_are_refused():
 
 
 def long_prompts():
-    """Beyond the window of 8 by pages: of 64 columns in the small models."""
+    """Longer than the window of 8 by several pages, of 64 columns in the small models."""
     return prompts((300, 3, 170, 90))
 
 
@@ -217,7 +218,7 @@ def test_a_sliding_layer_takes_the_memory_of_its_window():
 
 
 def test_rows_come_and_go_behind_the_window():
-    """As in a batch of their own, after memory was given back; insert, merge, select, crop."""
+    """As in a separate batch, after memory was released; insert, merge, select, crop."""
     model = make("gemma3")
     model.set_attn_implementation("baton")
     name = cache_argument(model)
@@ -246,7 +247,7 @@ def test_rows_come_and_go_behind_the_window():
             token = forward(cache, token, seen)
             alone_token = forward(alone, alone_token, alone_seen)
             assert torch.equal(token[4:], alone_token)
-        # The longest leaves, and all columns that only it had.
+        # The longest row leaves, and the columns that only it used are dropped.
         rows = [4, 5, 2]
         seen, token = cache.select(rows, seen), token[rows]
         lone = slot_cache(model, 512)

@@ -35,5 +35,5 @@ def test_two_ranks_give_the_tokens_of_one_process(tmp_path):
     ranks = json.loads(output.read_text())
     assert ranks[0] == ranks[1]
     want = generate(model, "eager", ids, mask, 8).tolist()
-    # Half of the two KV heads each.
+    # Each has one of the two KV heads.
     assert ranks[0] == {"generate": want, "relay": want, "kv_heads": 1, "ranks": 2}

@@ -1,4 +1,4 @@
-"""What vLLM's entry points are beside no vLLM, or one that does not fit; `vllm/` has the rest."""
+"""vLLM's entry points without vLLM, or with a version that does not fit; `vllm/` has the rest."""
 
 import importlib.metadata
 import re
@@ -14,7 +14,7 @@ PYPROJECT = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
 
 
 def test_importing_the_entry_points_loads_neither_vllm_nor_torch():
-    """vLLM imports the module in all its processes, asked for or not."""
+    """vLLM imports the module in all its processes, whether it is used or not."""
     code = (
         "import sys, baton_engines.vllm.entry\n"
         "print(sorted({'vllm', 'torch', 'transformers', 'baton_kernels'} & set(sys.modules)))"

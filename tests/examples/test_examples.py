@@ -1,4 +1,4 @@
-"""Every program in examples/ runs as its users run it, and checks its own results."""
+"""Every program in examples/ runs the way its users run it, and checks its own results."""
 
 import ast
 import difflib
@@ -80,7 +80,7 @@ def code_lines(program: str) -> list[str]:
     "model", ["tiny", pytest.param("the programs' own", marks=pytest.mark.full)]
 )
 def test_a_static_batch_becomes_a_running_one(model, tmp_path):
-    """The same answers in fewer steps, by lines that are added and the ones that the docs show."""
+    """The same answers in fewer steps, with added lines that are the ones shown in the docs."""
     arguments = [save_tiny_model(tmp_path)] if model == "tiny" else []
     static, running = run("static_batch.py", *arguments), run("rebatching.py", *arguments)
     assert (static.returncode, running.returncode) == (0, 0), static.stderr + running.stderr

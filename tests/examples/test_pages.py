@@ -1,11 +1,11 @@
-"""Programs in documents print what stands below them.
+"""Programs in documents print the text shown below them.
 
-A program is a block of Python that a block of text follows; the text is its output.
+A program is a block of Python that is followed by a block of text, its output.
 
-| section | what is held |
+| section | what is checked |
 | --- | --- |
 | programs | each runs by itself and prints the text below it |
-| tutorial | its steps are files; the page quotes them, and shows what they print |
+| tutorial | its steps are files; the page quotes them and shows their output |
 | README | it has two such programs, and stays short |
 """
 

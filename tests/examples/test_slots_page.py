@@ -1,8 +1,8 @@
-"""docs/slots.html: what it shows is what `BatchShape` does.
+"""docs/slots.html shows what `BatchShape` does.
 
-| section | what is held |
+| section | what is checked |
 | --- | --- |
-| the record | the page holds what `export.py` records; both shapes refuse the same events |
+| the record | the page holds what `export.py` records; both shapes reject the same events |
 | in a browser | after any events the page shows BatchShape's rows, and the tokens that moves copy |
 | buttons | clicks do what the events in the address do |
 """
@@ -45,7 +45,7 @@ def page(export):
 
 
 def shown(page: Path, events: list[str]) -> dict[str, dict]:
-    """What the panels of the page show, after the events in its address."""
+    """What the panels of the page show after the events in its address."""
     command = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000",
         "--dump-dom", f"{page.as_uri()}#{','.join(events)}",
@@ -107,7 +107,7 @@ def test_both_shapes_refuse_the_same_events(export, page):
 
 
 def walk(export, seed: int) -> list[str]:
-    """Events with more newcomers and steps than others; some are refused."""
+    """Events, more often newcomers and steps than others; some are rejected."""
     order = random.Random(seed)
     weights = [4 if event.startswith(("add", "step")) else 1 for event in export.EVENTS]
     return order.choices(export.EVENTS, weights, k=30)
@@ -125,7 +125,7 @@ def test_a_move_and_a_refusal_are_shown(export):
     events = ["add2", "step", "add5", "cancel1", "trim", "add2", "add2", "add2"]
     found = shown(export.PAGE, events)
     assert found == expected(export, events)
-    # Aligned: three tokens to the right for the long newcomer, and back when it has left.
+    # Aligned: three tokens move right for the long newcomer, and back when it has left.
     assert (found["ragged"]["copied"], found["aligned"]["copied"]) == (0, 6)
     assert found["aligned"]["refused"]
 

@@ -1,4 +1,5 @@
-"""Decoders that differ from Llama in details, under the packed pass: each against its own model."""
+"""Decoders that differ from Llama in details, in the packed pass: each compared with its own
+model."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ LAYER_TYPES = ["sliding_attention", "full_attention"]
 DECODERS = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-window": ("Mistral", {"sliding_window": WINDOW}),
-    # Biases of q, k and v, and none of the output.
+    # Biases of q, k and v, but not of the output.
     "qwen2": ("Qwen2", {}),
     "qwen2-window": (
         "Qwen2",
@@ -99,7 +100,7 @@ def test_bits_do_not_depend_on_the_batch(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_details_matter(name: str) -> None:
-    """What each decoder differs by changes its logits here, so the tests above see it."""
+    """The details of each decoder change its logits here, so the tests above notice them."""
     prefix, settings = DECODERS[name]
     if name == "mistral":
         pytest.skip("without a window Mistral is Llama")
@@ -153,7 +154,7 @@ def test_other_decoders_have_no_family() -> None:
 
 
 def test_generate_under_the_name_of_a_later_transformers() -> None:
-    """From 5.24 on a model's own cache is called `cache`, as the packed call's is."""
+    """From 5.24 on a model's own cache is called `cache`, like the packed call's."""
     model = make("qwen2")
     received = {}
     model.forward = lambda *args, **kwargs: received.update(kwargs)

@@ -1,10 +1,10 @@
 """A patched model whose weights were rounded to int8.
 
-| what | against |
+| what | compared with |
 | --- | --- |
-| logits | near the exact ones; equal for owned and kept parameters, tied and not; a row's own |
+| logits | near the exact ones; equal for owned and kept parameters, tied and not; batch-invariant |
 | memory | half of bfloat16's; the process's peak while packing |
-| the model's own values | kept: exact; else refused to every reader, also after undo |
+| the model's own values | exact if kept; else every read is refused, even after undo |
 | arguments | other dtypes, devices, handles, processes: refused with the reason |
 """
 
@@ -39,7 +39,7 @@ def test_logits(name, dtype):
     assert 0 < error < 0.05
     with patch_llama(model, weight_dtype=torch.int8) as llama:
         owned = logits_of(llama)
-    # The embedding of kept parameters is exact, and a tied one's rows are rounded otherwise.
+    # Kept parameters have an exact embedding, and the rows of a tied one are rounded otherwise.
     if name == "tied":
         error = (owned - exact).square().mean().sqrt() / exact.square().mean().sqrt()
         assert 0 < error < 0.05
@@ -60,7 +60,7 @@ def test_logits_are_a_rows_own():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_half_of_the_memory(name):
-    """Sizes that fill their panels, but for the scales."""
+    """Sizes that fill their panels, except for the scales."""
     sizes = {"hidden_size": 192, "intermediate_size": 384, "num_attention_heads": 4}
     model = small_llama(**sizes, **MODELS[name], dtype=torch.bfloat16)
     with patch_llama(model, keep_parameters=True) as llama:
@@ -112,7 +112,7 @@ def test_calls_of_a_model_whose_values_are_gone():
 
 
 def test_values_that_somebody_has_put_in_place():
-    """A model that was converted while patched cannot be: the values are not there."""
+    """A model that was converted while patched cannot be restored: the values are lost."""
     model = small_llama()
     llama = patch_llama(model, weight_dtype="int8")
     with pytest.raises(RuntimeError, match="rounded to int8"):

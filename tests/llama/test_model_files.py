@@ -1,4 +1,5 @@
-"""Model folders as they arrive: cut off, pointers, web pages, tensors missing, no tokenizer."""
+"""Model folders with typical damage: cut off, pointers, web pages, tensors missing, no
+tokenizer."""
 
 import json
 import shutil
@@ -28,7 +29,7 @@ def folder(whole, tmp_path):
 
 
 def refused(folder) -> str:
-    """What load_model says, which is also the one line of the command."""
+    """The error of load_model, which is also the one line that the command prints."""
     with pytest.raises(ModelLoadError) as caught:
         load_model(folder)
     result = CliRunner().invoke(app, ["generate", "--model", str(folder), "--prompt", "a"])

@@ -1,4 +1,4 @@
-"""load_model: names, folders, the cache, and what it says when something is missing."""
+"""load_model: names, folders, the cache, and its errors when something is missing."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder with nothing in it, and a Python where the package is not installed."""
+    """An empty cache folder, and a Python in which the package is not installed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(models, "_installed_smollm2", lambda: None)
     return tmp_path / "cache" / "baton_kernels"
@@ -47,7 +47,7 @@ def test_smollm2_answers(smollm2_folder: Path) -> None:
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    # A second thread only makes so few tokens wait on a busy machine.
+    # With so few tokens, a second thread would only wait on a busy machine.
     with cpu_threads(1):
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])

@@ -73,7 +73,7 @@ def test_the_tensors_are_what_the_ops_take() -> None:
 
 def test_padded_rows_compute_as_many_tokens_as_the_longest() -> None:
     batch = PackedBatch.from_shape(ragged_shape(), [0, 2], [1, 3], padded=True)
-    # The decoder's two tokens of padding lie and turn where its next two would.
+    # The decoder's two padding tokens have the columns and positions of its next two tokens.
     assert numbers(batch) == {
         "cu_seqlens_q": [0, 3, 6],
         "slots": [0, 2],

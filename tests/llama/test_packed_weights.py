@@ -1,6 +1,6 @@
-"""The weights of a patched model on the CPU: packed, and the parameters that step aside.
+"""The weights of a patched model on the CPU: packed, and parameters that give up their memory.
 
-| what | against |
+| what | compared with |
 | --- | --- |
 | memory | bytes of storages while patched; the process's peak while packing and undoing |
 | undo | the same parameters with the same bits |
@@ -49,7 +49,7 @@ def test_parameters_hold_no_memory_while_patched(name):
     with patch_llama(model) as llama:
         assert not llama.has_parameters
         assert storage_bytes(model) == whole - freed + 4 * len(stand_ins)
-        # The originals, which undo gives back, are as empty.
+        # The originals, which undo restores, hold no memory either.
         assert sum(p.untyped_storage().nbytes() for p in stand_ins) == 0
         assert sizes == {
             n: (p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()
@@ -102,7 +102,7 @@ def test_saving(name, tmp_path):
 
 
 def test_parts_of_the_model_compute_with_the_exact_values():
-    """Reading unpacks: a module called by itself is slow, and never wrong."""
+    """Reading unpacks: a module that is called by itself is slow, but never wrong."""
     model = small_llama()
     linear = model.model.layers[0].mlp.up_proj
     x = torch.randn(3, linear.in_features)
@@ -152,7 +152,7 @@ def test_loading_is_refused():
 
 
 def test_converted_while_patched():
-    """The values are converted, and are the parameters' after undo."""
+    """The values are converted, and belong to the parameters after undo."""
     model = small_llama()
     expected = {name: value.double() for name, value in bits_of(model).items()}
     llama = patch_llama(model)
@@ -230,7 +230,7 @@ def measured(mode: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_peak_while_packing_and_undoing():
-    """At most one layer beyond the weights; kept parameters cost the weights once more."""
+    """At most one layer more than the weights; kept parameters take the weights' size once more."""
     slack = 5 << 20  # what the allocator keeps
     found = measured("own")
     for peak, after in (found["patch"], found["undo"]):

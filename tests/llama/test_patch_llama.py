@@ -39,7 +39,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Models this small are only slowed down by a second thread, much so on a busy machine."""
+    """A second thread only slows down models this small, especially on a busy machine."""
     with cpu_threads(1):
         yield
 
@@ -270,7 +270,7 @@ SMOLLM2_PROMPTS = ("What is the capital of France?", "Name three colors.", "Hi")
 
 
 def smollm2_queries(tokenizer) -> list[KnownQuery]:
-    """Prompts, and four more tokens each that are decoded; the last one comes late."""
+    """Prompts, and four more decoded tokens for each; the last one arrives late."""
     queries = []
     for number, text in enumerate(SMOLLM2_PROMPTS):
         messages = [{"role": "user", "content": text}]

@@ -1,4 +1,4 @@
-"""Who owns a patch, what must not be under one, and relays that are dropped instead of closed."""
+"""Who owns a patch, what it does not allow, and relays that are dropped instead of closed."""
 
 import copy
 import gc
@@ -151,7 +151,7 @@ def test_recorders_of_transformers_do_not_count():
 
 
 class Louder(LlamaForCausalLM):
-    """A model of its own."""
+    """A model with its own forward."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -181,7 +181,7 @@ def quantised():
 
 
 def adapted():
-    """As PEFT does it, which is not installed here: a Linear of another package."""
+    """Like PEFT, which is not installed here: a Linear of another package."""
     model = small_llama()
     kind = type("Linear", (nn.Module,), {"__module__": "peft.tuners.lora.layer"})
     for layer in model.model.layers:

@@ -1,4 +1,4 @@
-"""RotaryTable: the model's own cos and sin, for each query as if it were decoded alone."""
+"""RotaryTable: the model's own cos and sin, for each query as if it were decoded by itself."""
 
 import copy
 
@@ -64,7 +64,7 @@ def by_table(table: RotaryTable, batch: PackedBatch) -> list[torch.Tensor]:
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    # The same frequencies; cos and sin of a whole block may round their last bit otherwise.
+    # The same frequencies; cos and sin of a whole block may round the last bit differently.
     torch.testing.assert_close(actual, expected, rtol=0, atol=3e-7)
 
 
@@ -102,7 +102,7 @@ def test_dynamic_follows_each_query_as_when_decoded_alone() -> None:
 
 
 def test_padding_changes_no_row() -> None:
-    """Dynamic frequencies are those of a row's own last token, not of its padding's."""
+    """Dynamic frequencies are those of a row's own last token, not of its padding."""
     lengths, query_lengths = [90, 70, 3], [1, 40, 3]
     shape = BatchShape(3, 4096)
     slots = [shape.allocate(length)[0] for length in lengths]

@@ -1,7 +1,7 @@
 """Arguments that share memory with what a call writes, and others that only a fuzzer thinks of.
 
-Each of these was accepted once, and wrote outside its tensors, gave a result that depends on the
-order of its copies, or did not end: tests/support/hostile_calls.py found them.
+Each of these was accepted once, and then wrote outside its tensors, gave a result that depended on
+the order of its copies, or did not end. tests/support/hostile_calls.py found them.
 """
 
 import pytest

@@ -1,7 +1,7 @@
-"""AMX: the instructions in software against Intel's manual, and those of the built library.
+"""AMX: the emulated instructions compared with Intel's manual, and those in the built library.
 
-The kernels are tested by the tests of their ops: the backend cpu-amx_bf16 where the CPU has AMX,
-else cpu-amx_bf16-emulated.
+The kernels are tested by the tests of their ops: with the backend cpu-amx_bf16 where the CPU has
+AMX, else with cpu-amx_bf16-emulated.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ emulated = pytest.mark.skipif(
 
 
 def configure(shapes, palette=1, **changes):
-    """ldtilecfg of {tile: (rows, bytes)}; changes are bytes by their place (byte_17=3)."""
+    """ldtilecfg for {tile: (rows, bytes)}; changes set bytes by position (byte_17=3)."""
     config = bytearray(64)
     config[0] = palette
     for tile, (rows, row_bytes) in shapes.items():
@@ -57,9 +57,9 @@ def flush(x):
 
 
 def fused(a, b, c):
-    """The float32 nearest to a b + c, which float64 holds but for the last bit of the sum.
+    """The float32 nearest to a b + c. float64 represents the sum except for its last bit.
 
-    That bit is set where the sum is not exact: then no second rounding can meet a tie.
+    That bit is set where the sum is not exact, so that the second rounding cannot meet a tie.
     """
     product, c = a.double() * b.double(), c.double()
     total = product + c
@@ -73,7 +73,7 @@ def fused(a, b, c):
 
 
 def tdpbf16ps(total, a, b):
-    """As the manual has it: total[m, n] += the even, then the odd products of a[m] and b[:, n]."""
+    """As in the manual: total[m, n] += the even, then the odd products of a[m] and b[:, n]."""
     a, b = flush(a.float()), flush(b.float())
     sums = []
     for odd in (0, 1):
@@ -110,7 +110,7 @@ def test_multiplies_as_the_manual_says(shape, spread):
         scale = torch.empty(size).uniform_(-spread, spread / 8, generator=generator)
         return torch.randn(size, generator=generator) * scale.exp2()
 
-    # Slices: rows have a stride of their own.
+    # Slices, so that the row stride differs from the row length.
     a, b = numbers(rows, 2 * pairs + 6).bfloat16(), numbers(pairs, 2 * columns + 2).bfloat16()
     a, b = a[:, 3 : 3 + 2 * pairs], b[:, : 2 * columns]
     total = numbers(rows, columns)
@@ -145,7 +145,7 @@ def test_multiplies_bytes(shape):
 
 @modeled
 def test_denormal_numbers_count_as_zero():
-    """The products below are at home in float32, but for inputs or results that are flushed."""
+    """The products below stay within float32, except for inputs or results that are flushed."""
     a, b = torch.tensor([[2.0**-130, 1.0]]), torch.tensor([[2.0**100, 2.0**-130]])
     total = torch.tensor([[2.0**-140]])
     assert tdpbf16ps(total, a.bfloat16(), b.bfloat16()).item() == 0.0
@@ -265,7 +265,7 @@ def test_encoding_of_products(tile_instructions):
 
 
 def test_encoding_of_products_of_bytes(tile_instructions):
-    """Those of packed weights: sums 0 to 5, a 6, b 7; VEX.128.F2.0F38.W0 5E /r."""
+    """The instructions for packed weights: sums 0 to 5, a 6, b 7; VEX.128.F2.0F38.W0 5E /r."""
     products = [code for _, code, text in tile_instructions if text.startswith("tdpbssd")]
     shapes = set()
     for code in products:
@@ -280,14 +280,14 @@ def test_encoding_of_products_of_bytes(tile_instructions):
 @pytest.mark.parametrize("spread", [0.0, 20.0])
 @pytest.mark.parametrize("rows", [3, 16, 40])
 def test_linear_has_the_bits_of_the_manual(rows, spread):
-    """Also where the CPU has AMX: then it is the CPU that is held to the manual."""
+    """Also on a CPU that has AMX: then the CPU is compared with the manual."""
     generator = torch.Generator().manual_seed(rows)
     scale = torch.empty(rows, 224).uniform_(-spread, spread, generator=generator).exp2()
     x = (torch.randn(rows, 224, generator=generator) * scale).bfloat16()
     weight = torch.randn(70, 224, generator=generator).bfloat16()
     total = torch.zeros(70, rows)
     for step in range(0, 224, 32):
-        # Pairs of neighboring elements, a row of pairs beside the other.
+        # Pairs of neighboring elements, with the pairs of one row next to those of the other.
         pairs = x[:, step : step + 32].reshape(rows, 16, 2).transpose(0, 1).reshape(16, 2 * rows)
         total = tdpbf16ps(total, weight[:, step : step + 32], pairs)
     with cpu_isa("amx_bf16") if HAS_AMX else amx.entered():
@@ -320,7 +320,7 @@ def test_what_the_cpu_lacks_is_not_chosen():
 @emulated
 @pytest.mark.parametrize("rows", [96, 300])
 def test_linear_multiplies_nothing_twice(rows):
-    """Whole tiles: every multiplication is useful but those of rows that fill the last tile."""
+    """Whole tiles: all multiplications are useful except for rows that fill up the last tile."""
     counts = import_bench("amx").count_linear(rows, 96, 64)
     tiles = -(-rows // 16) * 4
     expected = {"multiplies": 3 * tiles, "stores": tiles, "zeros": tiles}
@@ -340,6 +340,6 @@ def test_decode_of_a_large_group_fills_the_tiles():
 @emulated
 def test_prefill_skips_what_no_query_sees():
     counts = import_bench("amx").count_attention(256, 256, (4, 1), 64)
-    # Of each tile of 16 tokens: scores of keys by 16, products with values by 32.
+    # For each tile of 16 tokens: scores of 16 keys at a time, products with values of 32.
     keys = [16 * (tile + 1) + 32 * (tile // 2 + 1) for tile in range(16)]
     assert counts.useful == pytest.approx(2 * sum(range(257)) / (16 * sum(keys)))

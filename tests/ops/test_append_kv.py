@@ -68,7 +68,7 @@ def problem(
 
 
 def appended(arguments):
-    """What a call of the reference returns and writes into the places of the rows."""
+    """The result of the reference, and what it writes for each row."""
     names = list(arguments)
 
     def run(*args):
@@ -121,7 +121,7 @@ def test_head_dims(ops, head_dim, rotary):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(14, 5), (1, 1), (32, 8)])
 def test_the_same_bits_in_a_large_batch(ops, dtype, num_heads, num_kv_heads):
-    """Kernels may treat many rows of 128 dims in a way of their own."""
+    """Kernels may have a separate path for many rows of 128 dims."""
     arguments = problem(
         65, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128, dtype=dtype
     )

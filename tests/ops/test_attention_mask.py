@@ -82,7 +82,7 @@ def test_more_queries_than_tokens(ops):
 
 @pytest.mark.parametrize("size", [2**31, 2**40])
 def test_a_mask_that_no_memory_holds(size):
-    """More bytes, or more elements, than 64 bits count."""
+    """More bytes, or more elements, than 64 bits can count."""
     arguments = problem(1, size, size, end=8)
     with pytest.raises(RuntimeError):
         baton_kernels.attention_mask(**arguments, dtype=torch.float32)

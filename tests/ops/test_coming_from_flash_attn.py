@@ -1,4 +1,4 @@
-"""The table of docs/flash_attn.md: each row, as flash-attn takes it and as the ops do."""
+"""The table of docs/flash_attn.md: each row, called through flash-attn's function and the op."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ def rows_of_caches(*caches):
 
 
 def both(flash, ours, queries=1, lse=False):
-    """The two calls' results, packed: flash-attn's options and ours."""
+    """The results of the two calls, packed; the arguments are flash-attn's options and ours."""
     q, k_cache, v_cache = tensors(queries)
     if "cache_batch_idx" not in flash:
         k_cache, v_cache = k_cache[:BATCH], v_cache[:BATCH]
@@ -40,7 +40,7 @@ def both(flash, ours, queries=1, lse=False):
 
 
 def written():
-    """One new token of each row, then attention to it: the caches too."""
+    """One new token per row, then attention to it; the caches are compared too."""
     q, k_cache, v_cache = tensors()
     k_cache, v_cache = k_cache[:BATCH], v_cache[:BATCH]
     new = torch.randn(2, BATCH, 1, KV_HEADS, DIM, generator=torch.Generator().manual_seed(9))
@@ -143,7 +143,7 @@ def test_row(row):
 
 
 def test_what_is_overlooked_changes_the_result():
-    """The rows that the page warns of."""
+    """The rows that the page warns about."""
     want, got = both(
         {"cache_seqlens": SEQLENS, "cache_leftpad": LEFTPAD},
         {"starts": LEFTPAD, "lengths": torch.minimum(SEQLENS, COLUMNS - LEFTPAD)},

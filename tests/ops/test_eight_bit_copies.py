@@ -1,4 +1,4 @@
-"""Tokens copied into caches of eight bits, inside of them and out again."""
+"""Tokens copied into, within and out of eight-bit caches."""
 
 import math
 
@@ -30,7 +30,7 @@ def _only_where_there_are_eight_bits(request):
 
 
 def caches(stored, *, layers=(), slots=4, heads=2, capacity=50, dim=16, columns_first=False):
-    """Full of poison, in the middle of more of it."""
+    """Filled with poison, in the middle of larger poisoned memory."""
     sizes = (capacity, heads) if columns_first else (heads, capacity)
     result = {}
     for name in ("key", "value"):
@@ -43,7 +43,7 @@ def caches(stored, *, layers=(), slots=4, heads=2, capacity=50, dim=16, columns_
 
 
 def tokens(count, dtype, *, layers=(), heads=2, dim=16, seed=0):
-    """Of very different sizes, with heads of zeros among them."""
+    """Elements of very different sizes, with heads of zeros among them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, *layers, count, heads, dim, generator=generator)
     x *= 10.0 ** torch.randint(-4, 3, (*x.shape[:-1], 1), generator=generator)
@@ -60,13 +60,13 @@ def bits(x):
 
 
 def check_written(op, arguments, expected):
-    """The op writes what the reference writes, margins included."""
+    """The op writes what the reference writes; margins are compared too."""
     getattr(op, expected[0])(**arguments)
     for name in NAMES:
         assert_same_bits(bits(arguments[name]), bits(expected[1][name]), name)
 
 
-# 1. What the reference writes.
+# 1. Compared with the reference.
 
 
 @pytest.mark.parametrize("stored", EIGHT_BITS)
@@ -92,7 +92,7 @@ def test_insert(ops, layers, dim, columns_first, zero_padding, dtype, stored):
 @pytest.mark.parametrize("stored", EIGHT_BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_rounding(ops, dtype, stored):
-    """Numbers between all neighbors, and in their middle, where the even one is taken."""
+    """All values between neighboring numbers, and the ties, which go to the even number."""
     top = 127.0 if stored == torch.int8 else 448.0
     x = torch.cat((torch.linspace(-top, top, 8161), torch.arange(-2048, 2048) * 2.0**-11))
     x = torch.cat((x, torch.zeros(-len(x) % 31))).view(-1, 1, 31)
@@ -101,7 +101,7 @@ def test_every_rounding(ops, dtype, stored):
     expected = twins(arguments)
     reference.insert_kv(**expected)
     check_written(ops, arguments, ("insert_kv", expected))
-    # The scale is 1 exactly, so that the elements are the numbers as torch rounds them.
+    # The scale is exactly 1, so that the elements are the numbers as torch rounds them.
     elements = arguments["key_cache"][:, 0, 0].float()
     rounded = x[:, 0].float().round() if stored == torch.int8 else x[:, 0].to(stored).float()
     assert torch.equal(elements, rounded)
@@ -111,7 +111,7 @@ def test_every_rounding(ops, dtype, stored):
 @pytest.mark.parametrize("stored", EIGHT_BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_numbers(ops, dtype, stored):
-    """Zeros, numbers that have no normal scale, NaN and infinities; 1 alone is all ordinary."""
+    """Zeros, numbers without a normal scale, NaN and infinities; only row 1 is all ordinary."""
     x = torch.ones(7, 1, 16)
     x[0] = 0.0
     x[1] = 1e-38
@@ -135,7 +135,7 @@ def test_special_numbers(ops, dtype, stored):
 @pytest.mark.parametrize("query", [False, True])
 @pytest.mark.parametrize("rotary", [None, "half", "full"])
 def test_append(ops, rotary, query, dim, dtype, stored):
-    """Rotated as a cache of floats gets it, then as insert_kv quantizes it."""
+    """The key is rotated as for a float cache, then quantized as by insert_kv."""
     rows, generator = 13, torch.Generator().manual_seed(0)
     key, value = tokens(rows, dtype, dim=dim)
     places = {
@@ -194,7 +194,7 @@ def test_extract(ops, layers, stored):
     key, value = tokens(40, torch.float32, layers=layers, dim=24)
     rows = {"cu_seqlens": int32([0, 11, 40]), "slots": int32([3, 1]), "starts": int32([2, 20])}
     ops.insert_kv(key, value, **arguments, **rows)
-    # As they are: back into another cache they are the same.
+    # Stored tokens: written into another cache they are the same.
     taken = ops.extract_kv(**arguments, **rows, total_tokens=40)
     assert taken[0].shape == (*layers, 40, 2, 28) and taken[0].dtype == stored
     for got, want in zip(
@@ -218,7 +218,7 @@ def test_extract(ops, layers, stored):
 
 
 def test_quantizing_errs_by_half_a_step():
-    """What an element stands for is at most half a step from the number, the largest is exact."""
+    """An element differs from its number by at most half a step; the largest is exact."""
     key, _ = tokens(40, torch.float32)
     for stored in EIGHT_BITS:
         elements, scale = quantize(key, stored)
@@ -246,7 +246,7 @@ def spoiled(op):
         names = ("source_slots", "source_starts", "target_slots", "target_starts")
         return {**stored, **dict.fromkeys(names, None), "lengths": int32([4]),
                 "target_slots": int32([1])}  # fmt: skip
-    # opcheck compares results, and NaN equals nothing.
+    # opcheck compares results, and NaN does not equal anything.
     for name in NAMES[2:]:
         stored[name].fill_(1.0)
     key, value = (torch.zeros(3, 2, 16) for _ in range(2))

@@ -112,7 +112,7 @@ def test_is_the_inverse_of_insert(ops, layers):
 
 
 def buffers(arguments, margin=8, dtype=None):
-    """Poisoned memory for key and value, more than they need: slices in tokens and in head_dim."""
+    """Poisoned memory for key and value, larger than needed: slices in tokens and in head_dim."""
     cache = arguments["key_cache"]
     *layers, _, num_kv_heads, _, head_dim = cache.shape
     shape = (*layers, arguments["total_tokens"], num_kv_heads, head_dim)
@@ -128,7 +128,7 @@ def buffers(arguments, margin=8, dtype=None):
     ("head_dim", "margin"), [(16, 8), (16, 3), (128, 0)], ids=["aligned", "unaligned", "whole"]
 )
 def test_out(ops, dtype, layers, head_dim, margin):
-    """The last one is long enough for stores past the caches on a CPU."""
+    """The last one is long enough for stores that bypass the caches on a CPU."""
     arguments = problem([6, 70, 0, 300], layers=layers, dtype=dtype, head_dim=head_dim)
     out = buffers(arguments, margin)
     expected = reference.extract_kv(**arguments, out=tuple(map(twin, out)))
@@ -154,7 +154,7 @@ def test_more_layers_or_heads_than_tokens(ops, layers, num_kv_heads):
 
 
 def test_many_queries(ops):
-    """Most of them empty here and there, for those who look for a token's query."""
+    """Most queries are empty, which makes finding a token's query harder."""
     check(ops, problem([0 if i % 7 > 2 else i % 4 for i in range(1100)], capacity=5))
 
 

@@ -1,4 +1,4 @@
-"""flash-attn's functions against their documentation, written down in float64 torch."""
+"""flash-attn's functions compared with their documentation, written as float64 torch code."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_cache(name, new):
     for i, (row, at) in enumerate(zip(rows, used, strict=True)):
         for cache, x in zip(wanted, (k, v), strict=True):
             cache[row, at : at + new] = x[i, :new]
-    # What no row may read.
+    # Columns that no row may read.
     for cache in (*caches, *wanted):
         for row, at, pad in zip(rows, used, pads, strict=True):
             cache[row, :pad] = float("nan")
@@ -157,7 +157,7 @@ def test_a_full_cache_needs_no_lengths():
 
 
 def pages_of(dense, rows, page, seed=0):
-    """Caches `[rows, columns, heads, dim]` in pages anywhere, and the table of these rows."""
+    """Caches `[rows, columns, heads, dim]` as pages in random places, and the rows' table."""
     max_pages = -(-dense[0].shape[1] // page)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows) * max_pages + 2, generator=generator).int()
@@ -174,7 +174,7 @@ def pages_of(dense, rows, page, seed=0):
 @pytest.mark.parametrize("new", [0, 1, 3])
 @pytest.mark.parametrize("name", [name for name in CACHES if name != "rows"])
 def test_paged_cache(name, new, page):
-    """What the cache in rows gives, and the same keys and values are written."""
+    """Same result as the cache in rows, and the same keys and values are written."""
     given = dict(CACHES[name])
     rows = given.pop("cache_batch_idx", torch.arange(2)).tolist()
     q, k, v = qkv(2, max(new, 1), max(new, 1))
@@ -234,7 +234,7 @@ def test_new_tokens_without_a_page_are_refused_before_a_write(used, page, where)
 
 @pytest.mark.parametrize("new", [1, 4])
 def test_rotary(new):
-    """Keys and queries turn by their column, half by half."""
+    """Keys and queries rotate by their column, in the half-split layout."""
     q, k, v = qkv(2, new, new)
     angles = torch.arange(16)[:, None] * 0.5 ** torch.arange(16)
     cos, sin = angles.cos(), angles.sin()

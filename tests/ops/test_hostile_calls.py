@@ -1,7 +1,7 @@
 """Random calls of torch.ops that nobody should make: nothing breaks (support/hostile_run.py).
 
-`make soak` makes a million of them. They are made by a program: its children are forks of a process
-that has no threads.
+`make soak` makes a million of them. They run in a separate program, whose children are forks of a
+process without threads.
 """
 
 import random
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def soak(*arguments: object, status: int = 0) -> str:
-    """What the program prints."""
+    """The output of the program."""
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "soak.py", *map(str, arguments)],
         capture_output=True, text=True,
@@ -30,7 +30,7 @@ def soak(*arguments: object, status: int = 0) -> str:
 
 
 def test_the_saved_calls_still_reach_what_they_were_saved_for():
-    """`python scripts/soak.py corpus` saves others where the generator has changed."""
+    """`python scripts/soak.py corpus` saves new ones when the generator has changed."""
     _, indices = hostile_run.corpus()
     kinds = re.search(r"([\d,]+) kinds of outcome", soak("hostile", "--saved"))
     assert int(kinds[1].replace(",", "")) >= 0.95 * len(indices)
@@ -39,7 +39,7 @@ def test_the_saved_calls_still_reach_what_they_were_saved_for():
 def test_random_calls_break_nothing():
     printed = soak("hostile", "--calls", RANDOM_CALLS, "--seed", random.randrange(2**32))
     accepted = int(re.search(r"([\d,]+) accepted", printed)[1].replace(",", ""))
-    # Both halves of the judge had something to do.
+    # Both halves of the judge must have had something to do.
     assert RANDOM_CALLS // 5 < accepted < 4 * RANDOM_CALLS // 5
 
 

@@ -1,4 +1,4 @@
-"""The CPU checks a step's rows once: what tells two calls apart is contents and limits."""
+"""The CPU checks a step's rows once: two calls differ by contents and limits."""
 
 import threading
 
@@ -30,7 +30,7 @@ def check(arguments):
     torch.testing.assert_close(baton_kernels.ragged_attention(**arguments), expected)
 
 
-# What may change between two calls; each is noticed whatever the call before was.
+# Changes between two calls; each must be noticed after any other call.
 CHANGES = {
     "other slots": lambda a: a["slots"].copy_(int32([3, 0, 2])),
     "other starts": lambda a: a["starts"].copy_(int32([10, 20, 31])),
@@ -80,7 +80,7 @@ def test_a_fault_after_a_good_call_is_seen(fault):
     arguments = batch()
     check(arguments)
     change(arguments)
-    # Refused every time, and what was good before is good after.
+    # Rejected every time, and what was valid before is valid after.
     for _ in range(2):
         with pytest.raises(ValueError, match=f"ragged_attention: ({argument})"):
             baton_kernels.ragged_attention(**arguments)
@@ -146,7 +146,7 @@ def test_appending_to_other_columns():
 
 
 def test_many_rows_are_checked_without_being_kept():
-    """More index values than stay with a thread."""
+    """More index values than are kept per thread."""
     count = 140_000
     cache = torch.zeros(2, 1, count, 16)
     key = torch.ones(count, 1, 16)

@@ -58,7 +58,7 @@ def problem(
 
 
 def check(ops, arguments, **options):
-    """Against the reference, over all the memory behind the caches."""
+    """Compared with the reference, over all the memory behind the caches."""
     expected = {name: twin(x) for name, x in arguments.items()}
     assert ops.insert_kv(**arguments, **options) is None
     reference.insert_kv(**expected, **options)
@@ -102,7 +102,7 @@ def test_more_layers_or_heads_than_tokens(ops, layers, num_kv_heads, zero_paddin
 
 @pytest.mark.parametrize("num_queries", [40, 1100])
 def test_many_queries(ops, num_queries):
-    """Most of them empty here and there, for those who look for a token's query."""
+    """Most queries are empty, which makes finding a token's query harder."""
     lengths = [0 if i % 7 > 2 else i % 4 for i in range(num_queries)]
     check(ops, problem(lengths, num_slots=num_queries, capacity=5))
 
@@ -119,7 +119,7 @@ def test_contiguous_tensors_and_caches_of_different_strides(ops):
 @pytest.mark.parametrize("zero_padding", [False, True])
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
 def test_nothing_to_insert(ops, lengths, zero_padding):
-    """The padding of an empty query is cleared all the same."""
+    """The padding of an empty query is cleared as well."""
     check(ops, problem(lengths), zero_padding=zero_padding)
 
 

@@ -19,7 +19,7 @@ BACKENDS = {"cpu": baton_kernels, **EMULATED}
 
 
 def spread(folder, sizes, far, dtype):
-    """Zeros of these sizes, the dimension `far` alone spread over more than 2**31 elements."""
+    """Zeros of these sizes; only the dimension `far` is spread over more than 2**31 elements."""
     steps, near = [], 1
     for n in reversed(sizes):
         steps.insert(0, near)
@@ -39,7 +39,7 @@ def numbers(*shape):
 
 
 def use(ops, keys, values, key, value, query):
-    """Every op on caches with layers; gives all that was read back."""
+    """Calls every op on caches with layers; returns everything that was read back."""
     bounds, slots, starts = cumulative([5, 3]), int32([3, 1]), int32([2, 4])
     ops.insert_kv(key, value, keys, values, bounds, slots, starts)
     ops.move_kv(keys, values, *(int32(x) for x in ([3, 1], [2, 4], [3, 2], [3, 5], [5, 3])))

@@ -1,5 +1,5 @@
-"""Index arguments that are left out, and results written into tensors of the caller: the same bits
-as with all arguments given, on every backend."""
+"""Left-out index arguments, and results written into the caller's tensors, give the same bits as
+calls with all arguments, on every backend."""
 
 import itertools
 
@@ -18,13 +18,13 @@ from baton_kernels.testing import (
     twin,
 )
 
-# Whose backends the fixture `ops` has here: the emulated CUDA kernels among them.
+# The fixture `ops` has this op's backends here, which include the emulated CUDA kernels.
 BACKENDS_OF = "insert_kv"
 
 ROWS, CAPACITY, KV_HEADS, HEAD_DIM = 5, 9, 2, 16
 ASCENDING = list(range(ROWS))
 ZEROS = [0] * ROWS
-# Op -> its index arguments and what they are when they are left out.
+# Op -> its index arguments and their defaults.
 DEFAULTS = {
     "insert_kv": {"cu_seqlens": [*ASCENDING, ROWS], "slots": ASCENDING, "starts": ZEROS},
     "extract_kv": {"cu_seqlens": [*ASCENDING, ROWS], "slots": ASCENDING, "starts": ZEROS},
@@ -48,7 +48,7 @@ CASES = [
 
 
 def arguments(op, dtype=torch.float32):
-    """Arguments of a call in which every index argument is what it would be by default."""
+    """Arguments of a call in which every index argument has its default value."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -75,7 +75,7 @@ def arguments(op, dtype=torch.float32):
 
 
 def call(ops, op, given):
-    """Results, and the tensors of the call after it."""
+    """Results, and the call's tensors afterwards."""
     given = {name: twin(x) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     with nan_in_empty():
         result = getattr(ops, op)(**given)
@@ -84,7 +84,7 @@ def call(ops, op, given):
 
 
 def without(op, given, left_out):
-    """The arguments without some: starts of attention_mask is None, all others have a default."""
+    """The arguments without some: starts of attention_mask becomes None, the others are omitted."""
     rest = {name: value for name, value in given.items() if name not in left_out}
     return rest | ({"starts": None} if op == "attention_mask" and "starts" in left_out else {})
 
@@ -119,7 +119,7 @@ def test_the_reference_has_the_same_defaults(op, left_out):
 
 @pytest.mark.parametrize("rows", [0, 1, 200])
 def test_numbers_of_rows(ops, rows):
-    """Rows that are more than the threads of a block, and none."""
+    """More rows than the threads of a block, and none."""
     key, value = torch.randn(2, rows, 1, 16)
     caches = torch.zeros(2, rows + 1, 1, 3, 16)
     ops.insert_kv(key, value, *caches)
@@ -156,7 +156,7 @@ def test_compile(op, fresh_compiler):
         assert_same_bits(given[name], tensor, name)
 
 
-# Several tokens of a row need to be told where they begin.
+# With several tokens per row, the call must say where each row begins.
 SEVERAL = {
     "insert_kv": ("cu_seqlens", {"cu_seqlens": None, "slots": int32([0, 1])}),
     "extract_kv": ("cu_seqlens", {"cu_seqlens": None, "starts": int32([0, 1])}),

@@ -31,7 +31,7 @@ def check(ops, arguments):
     before = {name: twin(x) for name, x in arguments.items()}
     with nan_in_empty():
         actual = ops.linear(**arguments)
-    # Without the margins: on a CPU with AMX, torch's own kernel reads NaN from between two rows.
+    # Without margins: on a CPU with AMX, torch's own kernel reads NaN from between two rows.
     assert_accurate(actual, "linear", *(x.contiguous() for x in before.values()))
     for name, x in arguments.items():
         assert_same_bits(storage(x), storage(before[name]), name)

@@ -1,10 +1,10 @@
-"""linear from weights packed to int8.
+"""linear with weights packed to int8.
 
-| what | against |
+| what | compared with |
 | --- | --- |
-| products | the reference's bits: every CPU's, any rows and threads, sizes that fill no panel |
+| products | the reference's bits: on every CPU, any rows and threads, sizes that fill no panel |
 | rounding | rows to int8 by hand; ties, extremes, rows that are 0, tiny or not finite |
-| groups | by hand; large elements cost only their neighbors |
+| groups | by hand; large elements affect only their neighbors |
 | accuracy | the error of the product that rounding allows |
 | packing | what unpacks; padding; memory of many weights |
 | arguments | one table per op, on real and fake tensors |
@@ -79,15 +79,15 @@ def test_sums_of_the_largest_products(ops):
     weight = torch.ones(50, wide)
     y = project(ops, {"x": x, "weight": weight}, torch.int8)
     assert_same_bits(y, linear_int8(x, weight))
-    # As many additions as there are groups, each rounded.
+    # There is one addition per group, each rounded.
     assert y[0, 0].item() == pytest.approx(wide, rel=wide / GROUP * 2**-24)
     assert (y[2:] == -y[0, 0]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_is_that_of_rounding(ops, dtype):
-    """Both operands of a product are off by a uniform error of a 127th of the largest one near: of
-    x in 64 elements of a row, of the weight in a row."""
+    """Both operands of a product have a uniform error of a 127th of the largest element nearby: for
+    x among 64 elements of a row, for the weight in a row."""
     arguments = problem(16, 1000, 96, dtype=dtype)
     exact = arguments["x"].double() @ arguments["weight"].double().T
     error = project(ops, arguments, torch.int8).double() - exact
@@ -122,7 +122,7 @@ def test_rows_are_rounded_as_in_the_reference(ops, dtype, size):
 
 
 def test_rounding_by_hand():
-    """Scale 1 / 127 * 127: elements are themselves. Ties go to even."""
+    """The scale is 1 / 127 * 127, so elements are stored unchanged. Ties go to even."""
     x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -126.5], [0.0, 0.0, 0.0, 0.0, 0.0]])
     rounded, scales = quantize(x)
     assert rounded.tolist() == [[127, 0, 2, -2, -126], [0] * 5]
@@ -145,8 +145,8 @@ def test_extremes(ops, largest):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_large_elements_cost_only_their_neighbors(ops, dtype, rows):
-    """A thousand times as large as the others, in the last group, which is not whole: what the rest
-    of the row adds is as accurate as without them."""
+    """Elements a thousand times as large as the others, in the last group, which is not whole. What
+    the rest of the row adds is as accurate as without them."""
     arguments = problem(rows, 200, 50, dtype=dtype)
     arguments["weight"][:, 192:] = 0
     expected = project(ops, arguments, torch.int8)
@@ -200,7 +200,7 @@ def test_bits_with_many_threads(ops, dtype):
 
 
 def test_panels_with_the_lowest_byte(ops):
-    """No row is rounded to -128, but panels are anybody's."""
+    """No row is rounded to -128, but a caller's panels may contain it."""
     panels = torch.full((1, 16, PANEL_OUTPUTS, 4), -128, dtype=torch.int8)
     packed = baton_kernels.PackedWeight(panels, 48, 64, torch.ones(48))
     x = torch.full((3, 64), -127.0)
@@ -236,7 +236,7 @@ def test_padding_is_zero():
 
 
 def test_panels_next_to_the_weight():
-    """Memory that ends where the panels begin is apart from them, and one byte more is not."""
+    """Memory that ends where the panels begin is separate; one byte more overlaps."""
     memory = torch.ones(8 * 4 + 2 * PANEL_OUTPUTS * 4, dtype=torch.int8)
     weight = memory[:32].view(4, 8)
     panels = memory[32:].view(1, 2, PANEL_OUTPUTS, 4)
@@ -247,7 +247,7 @@ def test_panels_next_to_the_weight():
 
 
 def test_panels_by_hand():
-    """Two outputs of five elements: four of one output in succession, outputs side by side."""
+    """Two outputs of five elements: four elements of one output in a row, outputs side by side."""
     weight = torch.tensor([[1, 2, 3, 4, 127], [-127, 6, 7, 8, 9]]).bfloat16()
     packed = pack_linear(weight, dtype=torch.int8)
     assert packed.panels.dtype == torch.int8 and packed.panels.shape == (1, 2, 48, 4)

@@ -1,10 +1,10 @@
-"""linear from packed weights.
+"""linear with packed weights.
 
-| what | against |
+| what | compared with |
 | --- | --- |
 | products | the reference, as accurate as plain torch; every dtype, sizes that fill no panel |
-| bits | 1 to 130 rows at once, any threads, any instruction set's own |
-| packing | every element back; rows by index; tied to no memory of the weight |
+| bits | 1 to 130 rows at once, any number of threads, per instruction set |
+| packing | every element is restored; rows by index; no memory of the weight is kept |
 | arguments | one table per op, on real and fake tensors |
 """
 
@@ -93,7 +93,7 @@ def test_poison_stays_in_its_row(ops, dtype, rows):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_poison_stays_in_its_output(ops, dtype):
-    """Halves of the last pair included."""
+    """Including half of the last pair."""
     arguments = problem(5, 67, 130, dtype=dtype)
     check_poison_in_an_output(ops, arguments, None, lambda row: row.fill_(torch.nan))
 
@@ -123,7 +123,7 @@ def test_bits_with_many_threads(ops, dtype):
 def test_unpacks_the_same_bits(ops, dtype, sizes):
     weight = problem(1, sizes[1], sizes[0], dtype=dtype)["weight"]
     bits = torch.int32 if dtype == torch.float32 else torch.int16
-    # Every pattern, NaN with a payload included.
+    # Every bit pattern, including NaN with a payload.
     words = torch.randint(-(2**15), 2**15, sizes, generator=torch.Generator().manual_seed(1))
     weight.view(bits).copy_(words if dtype != torch.float32 else words * 65521)
     expected = weight.clone()

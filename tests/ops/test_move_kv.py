@@ -45,7 +45,7 @@ def problem(
 
 
 def check(ops, arguments):
-    """Against the reference, over all the memory behind the caches."""
+    """Compared with the reference, over all the memory behind the caches."""
     expected = {name: twin(x) for name, x in arguments.items()}
     assert ops.move_kv(**arguments) is None
     reference.move_kv(**expected)

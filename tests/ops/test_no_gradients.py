@@ -1,4 +1,4 @@
-"""No op has a backward: a tensor that requires grad is refused instead of losing its gradient."""
+"""Ops have no backward: a tensor that requires grad is rejected instead of losing its gradient."""
 
 import pytest
 import torch

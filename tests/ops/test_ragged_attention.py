@@ -51,7 +51,7 @@ CASES = {
     "prefill": ([1, 63, 128], [1, 63, 128], (4, 2), 64, {"return_lse": True}),
     "long prefill": ([300], [1000], (2, 1), 64, {}),
     "long row": ([64], [2000], (4, 1), 64, {"return_lse": True}),
-    # The sum over the values is as long as the row when no key stands out.
+    # If no key stands out, the sum over the values is as long as the row.
     "long row, flat": ([64], [2000], (4, 1), 64, {"scale": 0.01}),
     "mixture": ([1, 17, 0, 40, 1], [700, 90, 30, 40, 3], (4, 4), 32, {"return_lse": True}),
     "several tokens": ([2, 4, 3], [513, 1025, 511], (8, 2), 64, {}),
@@ -104,7 +104,7 @@ def accuracy_of(name, dtype):
     return Accuracy("ragged_attention", *problem.args, **options)
 
 
-# A scale decides no access.
+# The scale does not affect memory accesses.
 @pytest.mark.full(where=judged(lambda name: name == "long row, flat"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
@@ -253,7 +253,7 @@ def test_nothing_is_loaded_from_behind_the_arguments(
 def test_batch_invariance(ops, name, dtype):
     query_lengths, lengths, (num_heads, num_kv_heads), head_dim, _ = CASES[name]
     options = {**case(name)[1], "return_lse": True}
-    # Prefills and decodes beside the rows of the case.
+    # Prefills and decodes in addition to the rows of the case.
     rows = random_rows(
         [*query_lengths, 70, 1],
         [*lengths, 80, 1500],
@@ -435,14 +435,14 @@ def test_by_hand(ops):
     )
     torch.testing.assert_close(out[:, 0, 3], torch.tensor([8.0, 5.0]))
     torch.testing.assert_close(lse[:, 0], torch.tensor([0.0, math.log(4.0)]))
-    # The sink's weight is 4 beside 1 and 3: half of everything goes nowhere.
+    # The sink's weight is 4, the others are 1 and 3: half of everything goes nowhere.
     sinks = torch.tensor([math.log(4.0)])
     out, lse = ops.ragged_attention(
         query, key_cache, value_cache, *shape, scale=1.0, sinks=sinks, return_lse=True
     )
     torch.testing.assert_close(out[:, 0, 3], torch.tensor([8.0 / 5, 2.5]))
     torch.testing.assert_close(lse[:, 0], torch.tensor([math.log(5.0), math.log(8.0)]))
-    # ALiBi takes ln 3 off the score of the token before: weights 1/3 and 3.
+    # ALiBi subtracts ln 3 from the score of the token before: weights 1/3 and 3.
     out = ops.ragged_attention(
         query, key_cache, value_cache, *shape, scale=1.0, alibi_slopes=torch.tensor([math.log(3.0)])
     )

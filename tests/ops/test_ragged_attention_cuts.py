@@ -41,7 +41,7 @@ def random_cut(tokens: int, longest: int, seed: int) -> list[int]:
 
 
 def chunks_of(row: Row, cut: list[int]) -> list[Row]:
-    """The row as it was when each chunk was its last: later keys do not exist yet."""
+    """The row at the time when each chunk was its last: later keys do not exist yet."""
     rows, first, before = [], 0, len(row.key) - len(row.query)
     for count in cut:
         end = first + count
@@ -90,7 +90,8 @@ def options_of(name: str) -> dict:
 
 
 def expected_of(ops, row, cut, decodes_as_it_prefills, **options):
-    """What every token of a row gets, whole or decoded, as chunks of these sizes do."""
+    """The result for every token of a row, computed whole or decoded, as chunks of these sizes
+    are."""
     whole = ops.ragged_attention(*attention_problem([row]).args, **options)
     assert not any(x.isnan().any() for x in whole)
     if decodes_as_it_prefills:
@@ -109,13 +110,13 @@ def expected_of(ops, row, cut, decodes_as_it_prefills, **options):
 @pytest.mark.parametrize("name", CASES)
 def test_cuts(ops, name, dtype, decodes_as_it_prefills):
     row, options = row_of(name, dtype), options_of(name)
-    # Emulation is slow, and a chunk of one token is a kind of its own there.
+    # Emulation is slow, and there a chunk of one token is a separate kind.
     longest_chunks = (2, 9, 40, 90) if decodes_as_it_prefills else (2, 40)
     cuts = [random_cut(len(row.query), longest, seed=longest) for longest in longest_chunks]
     if decodes_as_it_prefills:
         cuts.append([1] * len(row.query))
     for seed, cut in enumerate(cuts):
-        # In one call, each chunk a row of its own, in any order, some in two threads.
+        # In one call, each chunk as a separate row, in any order, some in two threads.
         chunks = list(enumerate(chunks_of(row, cut)))
         random.Random(seed).shuffle(chunks)
         packed = attention_problem([chunk for _, chunk in chunks], seed=seed)
@@ -129,7 +130,7 @@ def test_cuts(ops, name, dtype, decodes_as_it_prefills):
 
 
 def longest_on_the_emulator(case):
-    """Where segments end is the same for every dtype; bfloat16 or float16 runs them."""
+    """Segments end at the same places for every dtype, so only bfloat16 or float16 runs them."""
     return case["ops"].name == "cuda-emulated" and (case["end"], case["dtype"]) == (
         82000,
         torch.float32,
@@ -152,7 +153,7 @@ def test_cuts_of_a_long_row(ops, end, dtype, decodes_as_it_prefills):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tiles_and_one_tile_merge_alike(ops, dtype):
-    """64 query vectors are a tile whose segments are items; one more, and tiles stream them."""
+    """64 query vectors form a tile whose segments are items; with one more, tiles stream them."""
     (row,) = random_rows([65], [1300], num_heads=1, num_kv_heads=1, dtype=dtype)
     whole = attention_problem([row])
     expected = ops.ragged_attention(*whole.args)

@@ -1,5 +1,5 @@
-"""Keys and values of eight bits: as accurate on what they stand for as other dtypes, and the same
-bits however rows are cut, paged, shared and placed."""
+"""Eight-bit keys and values: relative to what they represent as accurate as other dtypes, and the
+same bits however rows are cut, paged, shared and placed."""
 
 import random
 
@@ -72,7 +72,7 @@ def attend(ops, arguments, **options):
         return ops.ragged_attention(**arguments, **options)
 
 
-# 1. Accurate on what the elements stand for.
+# 1. Accurate relative to what the elements represent.
 
 
 @pytest.mark.parametrize("stored", EIGHT_BITS)
@@ -89,7 +89,7 @@ def test_matches_the_reference(ops, name, dtype, stored):
 @pytest.mark.parametrize("stored", EIGHT_BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_number(ops, dtype, stored):
-    """One key per number of eight bits: the score of a query of one 1 is the number."""
+    """One key per eight-bit number: a query with a single 1 has that number as its score."""
     numbers = torch.arange(256).to(torch.uint8).view(stored)
     cache = torch.zeros(256, 1, 1, 16, dtype=torch.int8).view(stored)
     cache[:, 0, 0, 3] = numbers
@@ -110,14 +110,14 @@ def test_every_number(ops, dtype, stored):
 @pytest.mark.parametrize("stored", EIGHT_BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_powers_of_two(ops, dtype, stored):
-    """A power of two in query or in the scales of values is one in scores or out."""
+    """A power of two in query or in the scales of values appears in scores or out."""
     problem, options = case("mixture", dtype, stored)
     arguments = dict(problem.arguments)
     out, lse = attend(ops, arguments, **options)
     largest = 6 if dtype == torch.float16 else 100
     for power in (-largest, largest):
         factor = 2.0**power
-        # Numbers of float16 near 0 would lose bits.
+        # float16 numbers near 0 would lose bits.
         of_query = 1.0 if dtype == torch.float16 else factor
         other = arguments | {
             "query": arguments["query"] * of_query,
@@ -126,7 +126,7 @@ def test_powers_of_two(ops, dtype, stored):
         }
         got, got_lse = attend(ops, other, **options)
         assert_same_bits(got_lse, lse)
-        # Of float16 the smallest results are subnormal numbers then, and have fewer bits.
+        # The smallest float16 results are then subnormal numbers with fewer bits.
         small = torch.finfo(dtype).tiny * 2 ** max(-power, 0)
         exact = out.abs() >= small
         assert exact.any() and torch.equal(got[exact], (out * factor)[exact])
@@ -218,7 +218,7 @@ def test_rows_of_one_slot(ops, dtype, stored):
         assert_same_bits(together[i : i + 1], attend(ops, alone))
 
 
-# 3. What is hidden never reaches a token, at any elements and any scale.
+# 3. What is hidden never affects a token, for any elements and any scale.
 
 
 @pytest.mark.parametrize("stored", EIGHT_BITS)
@@ -251,7 +251,7 @@ def test_hidden_columns(ops, tokens, dtype, stored):
 
 @pytest.mark.parametrize("stored", EIGHT_BITS)
 def test_nothing_past_the_end_is_read(ops, stored):
-    """Caches and scales that end where the last row does, before a page that cannot be read."""
+    """Caches and scales that end where the last row does, just before an unreadable page."""
     for dtype in DTYPES:
         dense = random_attention_problem(
             [1, 20], [70, 133], slots=[0, 1], starts=[63, 0], num_slots=2, capacity=133, dtype=dtype
@@ -267,7 +267,7 @@ def test_nothing_past_the_end_is_read(ops, stored):
 
 
 def test_scales_of_any_strides(ops):
-    """Scales `[slots, columns, heads]`, as a pool of tokens has them."""
+    """Scales `[slots, columns, heads]`, as in a pool of tokens."""
     problem, options = case("mixture", torch.float32, torch.int8)
     arguments = dict(problem.arguments)
     expected = attend(ops, arguments, **options)

@@ -1,4 +1,4 @@
-"""What a token does not see never reaches it, and what it gets where a softmax is degenerate."""
+"""What a token does not see never affects it; and the results where a softmax is degenerate."""
 
 import math
 
@@ -43,13 +43,13 @@ def sees_key(tokens, length, key, *, causal=True, window=None):
     return sees
 
 
-# "chunk" has its poison in a second segment, too.
+# "chunk" also has its poison in a second segment.
 @pytest.mark.full(where=judged(lambda name: name == "second segment"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("what", ["key", "value"])
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_keys_are_not_read(ops, request, every_case, name, what, dtype):
-    """The tokens that see the poison get what the reference says, the others the bits without."""
+    """Tokens that see the poison get the reference's result, the others the bits without poison."""
     if ops is triton:
         pytest.skip("Triton's products still take hidden values, which spoil them if not finite")
     tokens, length, (num_heads, num_kv_heads), head_dim, options, key = HIDDEN[name]
@@ -62,7 +62,7 @@ def test_hidden_keys_are_not_read(ops, request, every_case, name, what, dtype):
     assert not sees.all()
     poisons = POISON
     if request.node.callspec.params["ops"].name == "cuda-judged" and not every_case:
-        # Which of them it is decides no access; the bits are those of cuda-emulated.
+        # The choice does not affect memory accesses; the bits are those of cuda-emulated.
         poisons = {"key": [math.nan], "value": [math.inf]}[what]
     for poison in poisons:
         getattr(row, what)[key, 0, 3] = poison
@@ -105,12 +105,12 @@ def test_scores_that_overflow_are_not_a_token_that_sees_nothing(ops, tokens, len
     out, lse = ops.ragged_attention(*problem.args, sinks=sinks, return_lse=True)
     assert (out == 0).all()
     assert_same_bits(lse, sinks.expand(tokens, 2).contiguous())
-    # Nor is one finite score among them.
+    # The same with one finite score among them.
     row.key[length - tokens] = 0.0
     out, lse = ops.ragged_attention(*attention_problem([row]).args, return_lse=True)
     assert_same_bits(lse, torch.zeros_like(lse))
     assert_same_bits(out, row.value[length - tokens].expand_as(out).contiguous())
-    # An infinite score is one that softmax cannot weigh.
+    # A softmax cannot weigh an infinite score.
     row.key[length - tokens] = 1e20
     out, lse = ops.ragged_attention(*attention_problem([row]).args, return_lse=True)
     assert out.isnan().all() and lse.isnan().all()
@@ -125,7 +125,7 @@ def test_alibi_both_ways(ops, dtype):
 
 
 def test_alibi_counts_distance_without_sign(ops):
-    """Query token 0 of 3, causal or not: both neighbors of token 1 are as far from it."""
+    """Query token 0 of 3, causal or not: both neighbors of token 1 are equally far from it."""
     key_cache = torch.zeros(1, 1, 3, 16)
     value_cache = torch.zeros(1, 1, 3, 16)
     value_cache[0, 0, :, 0] = torch.tensor([1.0, 10.0, 100.0])

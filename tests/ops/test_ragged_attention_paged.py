@@ -1,4 +1,4 @@
-"""Block tables: the columns of a row in pages anywhere give the bits that they give in a slot."""
+"""Block tables: a row's columns in arbitrary pages give the same bits as in a slot."""
 
 import math
 
@@ -56,7 +56,7 @@ def case(name, dtype=torch.float32, **placement):
 
 
 def check(ops, dense, pages, **options):
-    """The bits of the dense op; neither is NaN."""
+    """Same bits as the dense op; neither result is NaN."""
     expected = ops.ragged_attention(*dense.args, **options)
     with nan_in_empty():
         actual = ops.ragged_attention(**pages.arguments, **options)
@@ -80,7 +80,7 @@ def test_same_bits_as_dense(ops, name, dtype):
 @pytest.mark.parametrize("ascending", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(ops, layout, ascending, dtype):
-    """Pages that follow each other are read as one run where the strides say so."""
+    """Pages that follow each other in memory are read as one run if the strides allow it."""
     for name in ("mixture", "chunk of a long row"):
         dense, options = case(name, dtype)
         for page in (1, 16, 128):
@@ -155,7 +155,7 @@ def test_rows_without_columns(ops, pages):
 
 
 def test_arguments_left_out(ops):
-    """One token per row, rows from column 0; slots are not looked at, whatever they are."""
+    """One token per row, rows from column 0; slots are ignored whatever they contain."""
     dense = random_attention_problem([1, 1], [40, 77], starts=[0, 0])
     pages = paged_problem(dense, 16)
     expected = ops.ragged_attention(*dense.args)
@@ -179,7 +179,7 @@ def test_rows_share_pages(ops, dtype):
 
 
 def test_strided_table(ops):
-    """Rows of a table may be any distance apart, also none."""
+    """Rows of a table may be any distance apart, including 0."""
     dense = random_attention_problem([1, 1], [90, 90], starts=[0, 0])
     pages = paged_problem(dense, 16)
     pages.block_table = pages.block_table[:1].expand(2, -1)
@@ -206,13 +206,13 @@ def test_out(ops):
         assert_same_bits(got, want)
 
 
-# 3. Poison and batch invariance. `paged_problem` poisons all that no row owns.
+# 3. Poison and batch invariance. `paged_problem` poisons everything that no row owns.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "length"), [(1, 77), (20, 33), (1, 520), (70, 129)])
 def test_nothing_is_loaded_from_behind_the_pages(ops, tokens, length, dtype):
-    """The last page ends where memory ends, and the row's last column is its last."""
+    """The last page ends where memory ends, and the row's last column is its last column."""
     for page in (1, 11, 64):
         start = -length % page
         dense = random_attention_problem(
@@ -228,7 +228,7 @@ def test_nothing_is_loaded_from_behind_the_pages(ops, tokens, length, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_hidden_values_in_pages(ops, dtype):
-    """Tokens before the poison have the bits without it, with pages as without."""
+    """Tokens before the poison have the bits without it, both with pages and without."""
     if ops is triton:
         pytest.skip("Triton's products still take hidden values, which spoil them if not finite")
     (row,) = random_rows([30], [100], dtype=dtype)
@@ -326,7 +326,7 @@ def test_append_kv_writes_pages(ops, page):
     first = torch.randn(2, rows, 19, 2, 64, generator=generator)
     everyone = torch.arange(rows)
     for column in range(19):
-        # Prompts: several tokens of a row are as many rows of append_kv.
+        # Prompts: several tokens of a row are several rows of append_kv.
         has = lengths > column
         at = torch.full((int(has.sum()),), column, dtype=torch.int32)
         key, value = first[:, has, column]

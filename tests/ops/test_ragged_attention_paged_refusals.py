@@ -1,4 +1,4 @@
-"""Bad block tables are refused with the documented errors before anything is written."""
+"""Bad block tables are rejected with the documented errors before anything is written."""
 
 import dataclasses
 
@@ -15,13 +15,13 @@ def arguments_to_spoil():
         [2, 1], [3, 5], head_dim=16, num_slots=4, capacity=8, slots=[1, 3], starts=[0, 2]
     )
     pages = paged_problem(dense, 2)
-    # Valid: one entry, then four of which the first holds no column of the row.
+    # Valid: one entry, then four, the first of which holds no column of the row.
     table = pages.block_table.contiguous()[:, :4]
     return pages.arguments | {"block_table": table.contiguous()}
 
 
 def entry(row, column, value):
-    """A table with another entry."""
+    """A table with one entry changed."""
 
     def change(table):
         table = table.clone()
@@ -107,7 +107,7 @@ def test_a_bad_table_leaves_out_as_it_was():
 
 
 def test_tables_written_in_place():
-    """The same tensor with other pages, then a bad one, then the good ones again."""
+    """The same tensor with other pages, then with a bad one, then with the good ones again."""
     dense = random_attention_problem([1, 1], [90, 40], starts=[0, 0])
     pages, others = paged_problem(dense, 16), paged_problem(dense, 16, seed=1)
     expected = baton_kernels.ragged_attention(*dense.args)
@@ -122,6 +122,6 @@ def test_tables_written_in_place():
             baton_kernels.ragged_attention(**pages.arguments)
     pages.block_table.copy_(good)
     assert_same_bits(baton_kernels.ragged_attention(**pages.arguments), expected)
-    # The same index values without a table are others.
+    # The same index values mean something else without a table.
     with pytest.raises(ValueError, match="ragged_attention: (lengths|starts|slots)"):
         baton_kernels.ragged_attention(**pages.arguments | {"block_table": None})

@@ -1,4 +1,4 @@
-"""Rows that have keys and values in one place get the bits that they get from copies of their own.
+"""Rows whose keys and values are in one place get the bits that they get from separate copies.
 
 The CPU reads such keys once for all rows, where whole segments (512 keys at first) are shared.
 """
@@ -29,7 +29,7 @@ def _only_on_the_cpu(request):
 
 EVERYTHING = {"softcap": 15.0, "scale": 0.3, "alibi": True, "sinks": True}
 # Query lengths, lengths, (num_heads, num_kv_heads), head_dim, options ("alibi", "sinks": flags).
-# The segments of 512 that a row has whole are shared, by as many rows as have them.
+# Each segment of 512 that lies within several rows is shared by all of them.
 CASES = {
     "two rows": ([1, 1], [600, 700], (4, 2), 64, {}),
     "ends of segments": ([1, 1, 1, 1, 1], [511, 512, 513, 1024, 1025], (4, 2), 64, {}),
@@ -49,7 +49,7 @@ CASES = {
 
 
 def rows_of(name, dtype):
-    """Each row's keys are the beginning of one list; queries are their own."""
+    """Each row's keys are the beginning of one list; queries differ per row."""
     query_lengths, lengths, (num_heads, num_kv_heads), head_dim, options = CASES[name]
     rows = random_rows(
         query_lengths, [max(lengths)] * len(lengths), num_heads=num_heads,
@@ -79,7 +79,7 @@ def test_one_slot(ops, name, dtype):
     rows, options = rows_of(name, dtype)
     expected = ops.ragged_attention(*attention_problem(rows).args, **options)
     count = len(rows)
-    # All in one place, and two places whose rows are mixed.
+    # All rows in one place, and two places whose rows are interleaved.
     for slots, starts in (
         ([1] * count, [3] * count),
         ([0] * count, [0] * count),
@@ -116,7 +116,8 @@ def test_pages(ops, name, page, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slots_that_differ_in_one_place(ops, dtype):
-    """Rows of one slot and other starts, and of other slots and one start, share nothing."""
+    """Rows of one slot with different starts, or of different slots with one start, share
+    nothing."""
     rows = random_rows([1] * 4, [600] * 4, dtype=dtype)
     expected = ops.ragged_attention(*attention_problem(rows).args)
     problem = attention_problem(
@@ -127,7 +128,7 @@ def test_slots_that_differ_in_one_place(ops, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_hidden_values_of_a_shared_segment(ops, dtype):
-    """What one row's tokens may not see another's may."""
+    """Keys hidden from one row's tokens may be visible to another's."""
     rows, _ = rows_of("several tokens", dtype)
     rows = [Row(rows[1].query, rows[1].key[:512], rows[1].value[:512]), rows[0], rows[3]]
     clean = ops.ragged_attention(*attention_problem(rows).args)
@@ -135,7 +136,7 @@ def test_hidden_values_of_a_shared_segment(ops, dtype):
         row.value[508, 0, 3] = math.nan
     problem = attention_problem(rows, slots=[0] * 3, starts=[2] * 3, num_slots=1)
     actual = ops.ragged_attention(*problem.args)
-    # Of the first row tokens 0 to 4 are at positions below 508.
+    # Tokens 0 to 4 of the first row are at positions below 508.
     assert_same_bits(actual[:5], clean[:5])
     assert actual[5:, :2, 3].isnan().all()
     assert not actual[:, 2:].isnan().any()

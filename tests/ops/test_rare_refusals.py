@@ -1,4 +1,4 @@
-"""Refusals that `make coverage` found no test of: no heads, no width, booleans, wrong names."""
+"""Errors that `make coverage` found untested: no heads, no width, booleans, wrong names."""
 
 import re
 

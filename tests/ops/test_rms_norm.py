@@ -59,7 +59,8 @@ def test_rows(ops, dtype, residual, rows):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_number_is_loaded_and_rounded_exactly(ops, dtype):
-    """All 65536 bit patterns, added to each other: subnormal, overflowing and halfway sums too."""
+    """All 65536 bit patterns, added to each other, including subnormal, overflowing and halfway
+    sums."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[None]
     weight = torch.ones(2**16, dtype=dtype)
     order = torch.randperm(2**16, generator=torch.Generator().manual_seed(0))
@@ -75,7 +76,7 @@ def test_every_number_is_loaded_and_rounded_exactly(ops, dtype):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("size", [1024, 1000])
 def test_large_results(ops, dtype, residual, size):
-    """Of over 8 MiB, which the CPU writes past its caches: the bits are those of a few rows."""
+    """Results over 8 MiB, which the CPU writes past its caches, have the bits of a few rows."""
     rows = 2**23 // (1000 * dtype.itemsize) + 1
     arguments = problem(rows, size, dtype=dtype, residual=residual)
     with nan_in_empty():

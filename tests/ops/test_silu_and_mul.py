@@ -18,7 +18,7 @@ from baton_kernels.testing import (
 
 
 def problem(*shape, dtype=torch.float32, margin=8, seed=0):
-    """``shape`` is that of the result: x has twice its last dimension."""
+    """``shape`` is the result's: x has twice its last dimension."""
     generator = torch.Generator().manual_seed(seed)
     x = 3 * torch.randn((*shape[:-1], 2 * shape[-1]), generator=generator)
     return embed(x.to(dtype), [1] * (len(shape) - 1) + [margin])
@@ -52,7 +52,7 @@ def test_rows(ops, dtype, rows):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1024, 1000])
 def test_large_results(ops, dtype, size):
-    """Of over 8 MiB, which the CPU writes past its caches: the bits are those of a few rows."""
+    """Results over 8 MiB, which the CPU writes past its caches, have the bits of a few rows."""
     rows = 2**23 // (1000 * dtype.itemsize) + 1
     x = problem(rows, size, dtype=dtype)
     with nan_in_empty():
@@ -80,7 +80,7 @@ def test_nothing_to_do(ops, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_far_from_zero(ops, dtype):
-    """The exponential neither overflows nor makes NaN of large arguments."""
+    """The exponential neither overflows nor gives NaN for large arguments."""
     a = torch.tensor([-1e30, -3e4, -200.0, -90.0, -88.0, -20.0, 20.0, 88.0, 90.0, 200.0, 3e4])
     a = a.to(dtype)
     a = a[a.isfinite()]

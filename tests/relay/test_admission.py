@@ -34,7 +34,7 @@ def test_shortest_first_ages():
     # Ranks 30, 6, 7, 11, 5.
     assert order(ShortestFirst(), queries) == [4, 1, 2, 3, 0]
     assert ShortestFirst().last(queries).id == 0
-    # Nothing but the age: 3, 1.5, 2.5, 3.8, 4.1.
+    # Almost only age counts: 3, 1.5, 2.5, 3.8, 4.1.
     assert order(ShortestFirst(overtakes=0.1), queries) == [1, 2, 0, 3, 4]
     predicted = ShortestFirst(length=lambda query: 100 - query.max_new_tokens)
     assert order(predicted, queries) == [0, 3, 1, 2, 4]
@@ -45,9 +45,9 @@ def test_length_aware_takes_what_fits_the_running_rows():
     sizes = ((4, 2), (10, 40), (2, 10), (9, 1))
     queries = [make_query(i, prompt, count) for i, (prompt, count) in enumerate(sizes)]
     running = [make_query(9, 5, 6), make_query(10, 1, 1)]
-    # From the 11 of the longest that runs: ranks 5, 40, 3, 4.
+    # Relative to the 11 of the longest running row: ranks 5, 40, 3, 4.
     assert order(LengthAware(), queries, running) == [2, 3, 0, 1]
-    # An empty batch goes by who waits the longest: ranks 0, 45, 8, 7.
+    # An empty batch uses the query that has waited longest: ranks 0, 45, 8, 7.
     assert order(LengthAware(), queries) == [0, 3, 2, 1]
 
 
@@ -56,7 +56,7 @@ def test_priorities_age():
     queries = [make_query(i, priority=priority) for i, priority in enumerate(priorities)]
     assert order(Priority(), queries) == [2, 4, 3, 0, 1]
     assert Priority().last(queries).id == 1
-    # Two levels are worth two submissions and a half: 0, 1, -0.5, 1.75, 1.5.
+    # Two levels are worth two and a half submissions: 0, 1, -0.5, 1.75, 1.5.
     assert order(Priority(overtakes=1.25), queries) == [2, 0, 1, 4, 3]
 
 
@@ -79,8 +79,8 @@ BOUNDED = {
 @pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("policy", ["baton", "orca", "chunked"])
 def test_nobody_is_overtaken_more_often_than_the_bound_says(policy, name):
-    """An endless stream of queries that the order prefers, against some that it does not: each of
-    these gets its row after a bounded number of later ones."""
+    """An endless stream of queries that the order prefers, and some that it does not: each of the
+    latter gets its row after a bounded number of later ones."""
     admission, bound = BOUNDED[name]
     relay = Relay(FakeLlama(), 2, 32, policies.get(policy, admission=admission))
     numbers = random.Random(4)
@@ -106,7 +106,7 @@ def test_nobody_is_overtaken_more_often_than_the_bound_says(policy, name):
         later = sum(other.id > query.id for other in before)
         overtaken = max(overtaken, later)
         assert later <= bound(query), (query, later)
-    # The bound is not trivially kept: they are overtaken, save by the order of submission.
+    # The bound is not kept trivially: queries are overtaken, except in order of submission.
     assert (overtaken > 0) == (name != "fcfs")
 
 

@@ -1,6 +1,6 @@
-"""What joins a prompt in its forward, and where it is cut, changes no bit of its query's logits:
-`chunked` with any budget, one token at a time among them, and `baton` as it joins by whatever costs
-and bounds, give those of prompts that are computed whole and apart."""
+"""Neither what joins a prompt in its forward nor where it is cut changes a bit of the query's
+logits: `chunked` with any budget, down to one token, and `baton` with any costs and bounds, give
+the logits of prompts that are computed whole and separately."""
 
 import random
 
@@ -14,7 +14,7 @@ from baton_engines.relay import Relay
 from baton_kernels.testing import available_cpu_isas, cpu_isa
 
 CAPACITY = 760
-# Prompts around the ends of a block of 64 keys and of a segment of 512, and answers that pass them.
+# Prompts around the ends of a block of 64 keys and of a segment of 512; answers go past them.
 PROMPTS = [(700, 30), (505, 20), (60, 12), (64, 3), (130, 8), (1, 70)]
 CUTS = [
     *(("chunked", {"token_budget": budget}) for budget in (1, 7, 50, 300)),

@@ -1,5 +1,5 @@
-"""What runs a relay's graphs: CUDA, as far as a machine without a GPU can show it, and what stands
-in for it, which finds what a GPU would not forgive."""
+"""The runtimes of a relay's graphs: CUDA, as far as a machine without a GPU can test it, and its
+stand-in, which reports errors that would break on a GPU."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from baton_engines.relay.graphs import CudaRuntime, DecodeGraphs
 from baton_engines.testing.recorded_graphs import HostWaitError, RecordedGraphs
 from baton_engines.testing.small_llama import small_llama
 
-# What stands in for a GPU finds what a GPU would not forgive.
+# The stand-in for a GPU reports errors that would break on a GPU.
 
 
 def capture(function):
@@ -72,7 +72,7 @@ def test_values_of_the_host_are_built_in():
 
 
 def test_graphs_of_a_cache_that_was_left_are_found(monkeypatch):
-    """A planted defect: nobody looks whether the cache is where it was."""
+    """A planted defect: nothing checks whether the cache has moved."""
 
     def run(graphs):
         model = small_llama(max_position_embeddings=64)
@@ -94,11 +94,11 @@ def test_graphs_of_a_cache_that_was_left_are_found(monkeypatch):
     assert run(RecordedGraphs()) != expected
 
 
-# CUDA's own calls, as far as a machine without a GPU can show them.
+# CUDA's own calls, as far as a machine without a GPU can test them.
 
 
 class FakeCuda:
-    """Notes on which device torch.cuda is asked for what."""
+    """Records which calls of torch.cuda are made for which device."""
 
     def __init__(self, monkeypatch):
         self.current = 0

@@ -1,5 +1,5 @@
-"""What a decode step as a CUDA graph asks of the device, which graphs there are, what they have
-built in, and what becomes of faults."""
+"""Decode steps as CUDA graphs: what they request from the device, which graphs exist, what is fixed
+in them, and what happens after faults."""
 
 import itertools
 import logging
@@ -20,7 +20,7 @@ from baton_engines.testing.recorded_graphs import RecordedGraphs
 from baton_engines.testing.small_llama import small_decoder, small_llama
 from baton_kernels.testing import assert_same_bits
 
-# What a step asks of the device.
+# What a step requests from the device.
 
 
 def test_a_step_is_one_copy_in_one_replay_one_copy_out_and_one_wait():
@@ -35,7 +35,7 @@ def test_a_step_is_one_copy_in_one_replay_one_copy_out_and_one_wait():
 
 
 def test_without_graphs_the_host_waits_more_often():
-    """What `watched` would find: the launches that a relay without graphs waits for."""
+    """Calls that `watched` would find: the launches that a relay without graphs waits for."""
     with Relay(small_llama(), 8, 40) as relay:
         decoding(relay, 3)
         with RecordedGraphs().watched() as reads:
@@ -61,7 +61,7 @@ def test_drawn_tokens_are_chosen_as_without_graphs():
         ({"temperature": 0.5}, False),
         ({"logprobs": 0}, False),
         ({"suppress_tokens": (3,)}, False),
-        # What has no effect on a greedy choice.
+        # Options without effect on a greedy choice.
         ({"top_k": 3, "top_p": 0.5, "seed": 1}, True),
     ],
 )
@@ -121,7 +121,7 @@ def test_the_least_recently_used_graph_goes(monkeypatch):
         while not other.ended:
             relay.step()
         relay.step()
-        # Of one row, of two, and of one again.
+        # One graph of one row, one of two, and one of one row again.
         assert runtime.captures == 3 and len(relay._loop.graphs._graphs) == 1
 
 
@@ -142,7 +142,7 @@ def test_idle_rows_write_nothing():
         assert not torch.equal(relay.cache.keys[:, [*used]], before[:, [*used]])
 
 
-# What a graph has built in.
+# What is fixed in a graph.
 
 
 def test_a_cache_that_moves_is_captured_anew():
@@ -173,13 +173,13 @@ def changed(model, how):
             )
 
 
-# A graph sees what is written in place; what lies elsewhere it must be captured for.
+# A graph sees what is written in place; for anything that moves it must be captured again.
 CHANGES = {"in place": 0, "projection": 0, "norm": 1, "last norm": 1, "embedding": 1}
 
 
 @pytest.mark.parametrize("how", CHANGES)
 def test_weights_that_change_between_two_steps(how):
-    """On the CPU the projections' weights are packed: what becomes of the model's is not seen."""
+    """On the CPU the projections' weights are packed: changes to the model's own are not seen."""
 
     def run(graphs):
         model = small_llama(max_position_embeddings=64)
@@ -200,8 +200,8 @@ def test_weights_that_change_between_two_steps(how):
 
 
 def test_addresses_are_of_all_that_a_forward_reads():
-    """What a forward is given but for its arguments, seen from below: every tensor that an op reads
-    and none has made."""
+    """The inputs of a forward besides its arguments, as the ops see them: every tensor that an op
+    reads and none has created."""
     model = small_decoder("Qwen3", head_dim=16, attention_bias=True)
     with patch_llama(model) as llama:
         runtime = RecordedGraphs()
@@ -310,7 +310,7 @@ def test_an_interrupted_step_is_computed_again():
 
 
 def test_buffers_of_an_interrupted_step_are_left_alone(monkeypatch, caplog):
-    """The device may still copy them when the next step comes, which is another one."""
+    """The device may still be copying them when the next, different step comes."""
     runtime = RecordedGraphs()
     with Relay(small_llama(), 4, 40, cuda_graphs=runtime) as relay:
         queries = decoding(relay, 3)
@@ -321,7 +321,7 @@ def test_buffers_of_an_interrupted_step_are_left_alone(monkeypatch, caplog):
         relay.cancel(queries[1])
         with caplog.at_level(logging.INFO):
             relay.step()
-        # It would have been computed without graphs then.
+        # Otherwise it would have been computed without graphs.
         assert "failed" not in caplog.text and runtime.captures == 2
 
 

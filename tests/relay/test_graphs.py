@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs have the bits that they have without, for every policy, option and
+"""Decode steps as CUDA graphs have the same bits as without graphs, for every policy, option and
 kind of model.
 
-Without a GPU `RecordedGraphs` stands in for one: it replays what torch was called for, not the
-host's code, and no sooner than it is waited for.
+Without a GPU `RecordedGraphs` stands in for one: it replays the calls of torch but not the host's
+code, and no sooner than the host waits for it.
 """
 
 import pytest
@@ -17,7 +17,7 @@ from baton_engines.testing.recorded_graphs import RecordedGraphs
 from baton_engines.testing.small_llama import small_decoder, small_llama
 from baton_kernels.testing import assert_same_bits
 
-# The whole of a relay, with and without.
+# A whole relay, with graphs and without.
 
 
 def assert_same_work(one, two):
@@ -40,7 +40,7 @@ def workload(model, graphs, options, sampling):
     return work
 
 
-# What a forward takes: measured times would cut prompts differently.
+# Fixed costs of a forward: measured times would cut prompts differently.
 COSTS = {"costs": lambda work: 1e-3 * (10 + work.tokens)}
 RELAYS = {
     **{name: {"policy": name} for name in policies.NAMES if name != "baton"},
@@ -63,7 +63,7 @@ CASES = [(name, "greedy") for name in RELAYS] + [("baton", "drawn"), ("baton", "
 
 
 def made(options):
-    """Options of one relay: what no two may share is made anew."""
+    """Options of one relay; objects that relays must not share are created anew."""
     options = {"policy": ("baton", COSTS), **options}
     if isinstance(options["policy"], tuple):
         name, own = options["policy"]

@@ -1,14 +1,14 @@
-"""How many prompt tokens `baton` lets join a forward, and what it knows of a forward's cost.
+"""How many prompt tokens `baton` lets join a forward, and what it knows about a forward's cost.
 
-| test | what it holds |
+| test | what it checks |
 | --- | --- |
 | costs_are_found | the fit predicts forwards of another kind than it has seen, within 3 % |
-| nothing_is_said_before_eight_forwards | until then the first sizes hold |
-| a_slower_machine | is noticed within 30 forwards; one late forward is not taken for one |
-| sizes_until_costs_are_trusted | 256 tokens for 32 forwards; a bound in seconds cuts them before |
-| what_is_not_seen_again | still stands: a thousand decode steps do not forget what prompts cost |
-| frugal_tokens | fewest tokens within the slack, on costs whose best is known |
-| tokens_that_join | free, frugal, bounded by tokens, by seconds, and by what is there: by hand |
+| nothing_is_said_before_eight_forwards | until then the initial sizes are used |
+| a_slower_machine | is noticed within 30 forwards; a single late forward is not mistaken for one |
+| sizes_until_costs_are_trusted | 256 tokens for 32 forwards; a bound in seconds cuts them earlier |
+| what_is_not_seen_again | is kept: a thousand decode steps do not forget what prompts cost |
+| frugal_tokens | the fewest tokens within the slack, with costs whose optimum is known |
+| tokens_that_join | free, frugal, bounded by tokens, by seconds and by what is left: by hand |
 | lengths | of the queries that ended |
 | ranks | a relay under tensor parallelism shows its policy no clock |
 """
@@ -27,7 +27,7 @@ from baton_engines.testing import FakeLlama
 
 
 def machine(work: Work) -> float:
-    """Seconds: next to nothing for more tokens up to 16, then 700 us each."""
+    """Seconds: almost nothing for additional tokens up to 16, then 700 us each."""
     line = 8e-3 + 3e-4 * min(work.tokens, 16) + 7e-4 * max(0, work.tokens - 16)
     return line + 2e-5 * work.rows + 2e-7 * work.decode_columns + 6e-8 * work.pairs
 
@@ -55,7 +55,7 @@ def test_costs_are_found():
     costs = learned()
     for work in (decode(7, 400), joint(12, 100, 50), joint(3, 200, 300), Work(500, 2, pairs=40000)):
         assert costs.seconds(work) == pytest.approx(machine(work), rel=0.03), work
-    # Late forwards, as an operating system makes them, are no reason to predict less.
+    # Late forwards, caused by the operating system, must not lower the prediction.
     noisy = random.Random(1)
     costs = learned(lambda work: machine(work) * noisy.choice([1, 1, 1, 1, 1.5]))
     assert 0.95 < costs.seconds(decode(8)) / machine(decode(8)) < 1.3
@@ -90,16 +90,16 @@ def test_what_is_not_seen_again_still_stands():
 
 
 def test_frugal_tokens():
-    # Reading the weights costs as much as 100 tokens: time per query falls with every token more.
-    # The fewest within the slack are many more than where forwards cost nothing by themselves.
+    # Reading the weights costs as much as 100 tokens: time per query falls with every additional
+    # token. The fewest within the slack are many more than where a forward costs nothing by itself.
     few = frugal_tokens(lambda tokens: 1e-6 + tokens, 16, 200, 50)
     many = frugal_tokens(lambda tokens: 100.0 + tokens, 16, 200, 50)
     assert few < 32 < many < 1000
-    # Free up to 300 tokens, then steep: as many as are free, however long the prompts are.
+    # Free up to 300 tokens, then steep: takes the free ones, however long the prompts are.
     for prompt in (100, 1000, 4000):
         tokens = frugal_tokens(lambda n: 1.0 + max(0, n - 300) / 30, 64, prompt, 20)
         assert 200 < tokens <= 330, prompt
-    # All that a query asks for fits a forward beside the others: more would change nothing.
+    # All the work of a query fits in one forward with the others: more tokens would change nothing.
     assert frugal_tokens(lambda tokens: 100.0 + tokens, 4, 10, 100) <= 40
     assert 0 < SLACK < 0.05
 
@@ -112,17 +112,17 @@ def test_tokens_that_join():
     decoders = [make_decoder(i) for i in (7, 8)]
     first, second, third = (make_query(i, length) for i, length in enumerate((30, 900, 9)))
     frugal = policy._frugal_tokens(view(num_slots=8))
-    # Lengths are rounded to fourths of a power of two.
+    # Lengths are rounded to quarter powers of two.
     lengths = 2 ** (33 / 4), 2 ** (17 / 4)
     assert frugal == frugal_tokens(lambda tokens: 4.0 + tokens, 8, *lengths) > 35
     plan = policy.plan(view([first, second, third], decoders, num_slots=8))
     joined = Forward(((first, 30), (second, frugal - 2 - 30)), decode=True)
     assert plan == Plan((), (first, second), (joined,))
-    # What runs goes before what waits.
+    # Started prompts come before waiting ones.
     under_way = make_query(9, 5, cached=2)
     plan = policy.plan(view([first], [*decoders, under_way], num_slots=8))
     assert plan.forwards[0].prefill == ((under_way, 3), (first, min(30, frugal - 2 - 3)))
-    # A parked query that comes back decodes at once, whatever is before it.
+    # A parked query that comes back decodes at once, whatever comes before it.
     back = make_decoder(3)
     plan = policy.plan(view([second, back], decoders, num_slots=8))
     assert plan == Plan((), (second, back), (Forward(((second, frugal - 3),), decode=True),))
@@ -131,7 +131,7 @@ def test_tokens_that_join():
 @pytest.mark.parametrize(
     "options, tokens",
     [
-        # Two decoders take 4 + 2 seconds: 9 s allow 3 tokens more, 9.5 s too, 6 s one at least.
+        # Two decoders take 4 + 2 seconds: 9 s allow 3 tokens more, 9.5 s too, 6 s at least one.
         ({"max_token_gap": 9.0}, 3),
         ({"max_token_gap": 9.5}, 3),
         ({"max_token_gap": 6.0}, 1),
@@ -145,13 +145,13 @@ def test_bounds_on_the_tokens_that_join(options, tokens):
     long, decoders = make_query(0, 900), [make_decoder(i) for i in (7, 8)]
     plan = policy.plan(view([long], decoders))
     assert plan.forwards == (Forward(((long, tokens),), decode=True),)
-    # Nobody waits while nobody decodes; memory is bounded all the same.
+    # While no query decodes, none has to wait; memory is bounded all the same.
     ((_, alone),) = policy.plan(view([long])).forwards[0].prefill
     assert alone == 6 if "max_prefill_tokens" in options else alone > 20
 
 
 def test_free_tokens_join_whatever_pays():
-    # The next hundred tokens take a tenth of a step: answers this long would do with fewer.
+    # The next hundred tokens take a tenth of a step: answers this long would need fewer.
     policy = policies.get("baton", costs=lambda work: 1.0 + work.tokens / 1000)
     query, decoders = make_query(0, 90, count=90), [make_decoder(i) for i in (7, 8)]
     plan = policy.plan(view([query], decoders))
@@ -192,7 +192,7 @@ def test_the_next_queries_are_taken_to_be_as_long_as_those_that_ended():
     assert policy._lengths(view(waiting)) == (40, 100)
     for i in range(8):
         policy.note_end(make_query(i, 10, tokens=3, count=100))
-    # One that ended before its first token says nothing.
+    # A query that ended before its first token says nothing about lengths.
     policy.note_end(make_query(9, 1000, tokens=0))
     assert policy._lengths(view(waiting)) == (10, 3)
 
@@ -226,8 +226,8 @@ def test_a_relay_tells_its_policy_what_a_forward_took():
 
 
 def test_plans_of_ranks_do_not_depend_on_their_clocks():
-    """Under tensor parallelism every rank runs a relay of its own: one whose policy was shown its
-    clock would compute other chunks than the next one."""
+    """Under tensor parallelism every rank runs its own relay. If a policy saw the rank's clock, the
+    ranks would compute different chunks."""
 
     class Sharded(FakeLlama):
         num_ranks = 2

@@ -1,4 +1,4 @@
-"""A budget of bytes for keys and values, and a number of slots that follows the load."""
+"""A byte budget for keys and values, and a number of slots that follows the load."""
 
 import pytest
 from policy_settings import watch_budget
@@ -19,7 +19,7 @@ def model() -> FakeLlama:
 
 
 class Eager(Policy):
-    """Admits whoever there is a row for: the budget is the relay's alone to keep."""
+    """Admits a query whenever there is a row, so only the relay keeps the budget."""
 
     name = "eager"
 
@@ -45,7 +45,7 @@ def test_the_youngest_is_parked_and_goes_on_without_recomputing(model, policy, a
         parked_ids.update(query.id for query in parked)
         parked_bytes.append(relay.parked_bytes)
         assert relay.parked_bytes == sum(query.cached for query in parked) * BYTES_PER_TOKEN
-        # The oldest never leaves its row.
+        # The oldest query never leaves its row.
         assert not relay.running or min(q.id for q in queries if not q.ended) in {
             query.id for query in relay.running
         }
@@ -59,7 +59,7 @@ def test_the_youngest_is_parked_and_goes_on_without_recomputing(model, policy, a
     assert 40 * BYTES_PER_TOKEN < counters.peak_kv_bytes <= budget
     assert counters.peak_parked_bytes == max(parked_bytes) > 0
     assert relay.parked_bytes == relay.cache.bytes_committed == 0
-    # Each token once.
+    # Every token is computed once.
     computed = sum(map(sum, model.forwards))
     needed = sum(len(query.prompt) + len(query.tokens) - 1 for query in queries)
     assert computed == needed
@@ -71,7 +71,7 @@ def test_what_is_copied_to_host_memory_and_back_is_counted(model):
     relay.step()
     relay.step()
     relay.preempt(query)
-    # The five of the prompt and the first token; the second has no keys yet.
+    # The five prompt tokens and the first generated one; the second has no keys yet.
     assert relay.parked_bytes == relay.counters.peak_parked_bytes == 6 * BYTES_PER_TOKEN
     relay.resume(query)
     relay.run()
@@ -144,9 +144,9 @@ def test_slots_grow_at_once_and_shrink_after_a_while():
     assert scale.wanted(2, running=2, waiting=7) == 9
     assert scale.wanted(8, running=8, waiting=99) == 20
     assert scale.wanted(20, running=20, waiting=99) == 20
-    # A free row among others that run: it is not rows that are wanting.
+    # One row is free while others run, so more rows would not help.
     assert scale.wanted(8, running=7, waiting=99) == 8
-    # A batch that runs to completion ends before the next one grows.
+    # A batch that runs to completion ends before the next, larger one.
     assert scale.wanted(8, running=0, waiting=12) == 16
     assert [scale.wanted(16, running=5, waiting=3) for _ in range(3)] == [16, 16, 8]
     assert [scale.wanted(8, running=n, waiting=0) for n in (4, 4, 5, 4, 4, 4)] == [8] * 5 + [4]
@@ -161,7 +161,7 @@ def test_the_number_of_slots_follows_the_load(model, policy):
     relay = Relay(model, 2, 64, made, max_slots=9)
     reserved = relay.cache.bytes_reserved
     crowd = [relay.submit(prompt(4, i), max_new_tokens=3 + i % 4) for i in range(30)]
-    # One that goes on alone needs no nine slots.
+    # A single remaining query does not need nine slots.
     last = relay.submit(prompt(4, 99), max_new_tokens=58)
     relay.step()
     assert relay.num_slots == len(relay.running) == 9

@@ -1,5 +1,5 @@
-"""A relay whose keys and values have eight bits: a query gets the same answer, bit by bit, in any
-batch, parked and resumed, behind a reused prefix and with copies of its prompt."""
+"""A relay with eight-bit keys and values: a query gets the same answer, bit by bit, in any batch,
+parked and resumed, behind a reused prefix and with copies of its prompt."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def watch(relay):
 
 
 def alone(model, kv_dtype):
-    """Tokens and logits of every prompt in a relay of one slot."""
+    """Tokens and logits of every prompt in a relay with one slot."""
     answers = []
     for prompt in prompts():
         with Relay(model, 1, CAPACITY, kv_dtype=kv_dtype) as relay:
@@ -54,7 +54,7 @@ def alone(model, kv_dtype):
 def test_an_answer_is_the_one_alone(model, options, kv_dtype):
     expected = alone(model, kv_dtype)
     if options.get("policy") == "padded_orca":
-        # Its prompts are computed with padding, in another order of matrix products.
+        # Its prompts are computed with padding, with another order in matrix products.
         expected = [(tokens, None) for tokens, _ in expected]
     with Relay(model, 3, CAPACITY, kv_dtype=kv_dtype, **options) as relay:
         logits = watch(relay)

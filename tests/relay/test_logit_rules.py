@@ -1,4 +1,4 @@
-"""Rules on logits, each against the logits processor of transformers that `generate` would use."""
+"""Rules on logits, each compared with the logits processor that `generate` would use."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_a_rule_is_that_of_transformers(name, answer):
 
 
 def test_frequency_and_presence_penalties_worked_out():
-    """Of the answer only: token 8 three times, 7 and 1 once."""
+    """Counts in the answer only: token 8 three times, 7 and 1 once."""
     expected = logits_of(1)
     for token, count in {8: 3, 7: 1, 1: 1}.items():
         expected[0, token] -= 0.5 * count
@@ -145,7 +145,7 @@ def test_rows_together_have_the_bits_of_rows_alone():
 
 
 def test_counts_follow_a_growing_answer():
-    """Rules keep what they have counted; a long answer outgrows the first room."""
+    """Rules keep their counts; a long answer outgrows the initial storage."""
     rules = LogitRules.of(SamplingOptions(**ALL), PROMPT, EOS)
     answer = torch.randint(VOCAB, (300,), generator=torch.Generator().manual_seed(4)).tolist()
     for length in (0, 1, 2, 150, 300):
@@ -154,7 +154,7 @@ def test_counts_follow_a_growing_answer():
         again = LogitRules.of(SamplingOptions(**ALL), PROMPT, EOS)
         apply_rules([again], [answer[:length]], fresh)
         assert torch.equal(grown, fresh)
-        # A step that is repeated counts nothing twice.
+        # A repeated step counts nothing twice.
         grown = logits_of(1)
         apply_rules([rules], [answer[:length]], grown)
         assert torch.equal(grown, fresh)
@@ -210,7 +210,7 @@ def test_the_config_says_whether_to_sample():
     with Relay(model, 1) as relay:
         query = relay.submit([1], max_new_tokens=2)
         options = query.serving.sampler.options
-        # top_k is 50 in `generate`, if nobody says anything.
+        # In `generate`, top_k is 50 by default.
         assert (options.temperature, options.top_p, options.top_k) == (0.7, 0.8, 50)
         options = relay.submit([1], max_new_tokens=2, temperature=0).serving.sampler.options
         assert options.greedy
@@ -279,7 +279,7 @@ def test_logprobs():
     for query, count in zip(queries[:2], (0, 3), strict=True):
         assert [entry.token for entry in query.logprobs] == query.tokens
         for entry, logits in zip(query.logprobs, seen[query.id], strict=True):
-            # The model's own, whatever the penalties and the temperature.
+            # The model's own probabilities, independent of the penalties and the temperature.
             expected = torch.log_softmax(logits, dim=-1)
             assert entry.logprob == expected[entry.token].item()
             values, ids = expected.sort(descending=True)
@@ -336,7 +336,7 @@ def test_options_as_json_has_them():
 
 
 def test_a_processor_list_as_generate_builds_it():
-    """All rules in one, in the order of `generate`."""
+    """All rules at once, in the order of `generate`."""
     options = SamplingOptions(
         repetition_penalty=1.4, logit_bias=((3, 5.0),), suppress_tokens=(6,), min_new_tokens=9
     )

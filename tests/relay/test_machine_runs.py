@@ -1,4 +1,4 @@
-"""`scripts/soak.py operations`, and that what it runs finds planted defects."""
+"""`scripts/soak.py operations`, and that the machines it runs find planted defects."""
 
 import random
 import re
@@ -13,7 +13,7 @@ from baton_engines.relay.batch import Batch
 from baton_kernels import kv_cache
 
 ROOT = Path(__file__).resolve().parents[2]
-# Machines that are tests of their own are imported as `make soak` does.
+# Machines that are themselves tests are imported as in `make soak`.
 pytestmark = pytest.mark.usefixtures("_tests_are_importable")
 
 
@@ -23,7 +23,7 @@ def _tests_are_importable(monkeypatch):
         monkeypatch.syspath_prepend(str(ROOT / "tests" / folder))
 
 
-# Shard 0 has real prefill processes, whose start takes seconds.
+# Shard 0 has real prefill processes, which take seconds to start.
 @pytest.mark.parametrize("shard", [1, pytest.param(0, marks=pytest.mark.full)])
 def test_operations_of_every_machine(shard):
     seed = random.randrange(2**32)

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 MIB = 1 << 20
-# What the allocator keeps for later differs from run to run by a few MiB.
+# The memory that the allocator keeps varies between runs by a few MiB.
 TOLERANCE = 8 * MIB
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc"),
 ]
 
-# Each run has a process to itself: the first one would leave its memory to the second.
+# Each run has a separate process: the first would leave its memory to the second.
 SERVE = """
 import ctypes, gc, json, sys
 from pathlib import Path
@@ -56,7 +56,8 @@ print(json.dumps({"finished": finished, "in_use": in_use, "committed": committed
 
 
 def serve(count: int, leak: int = 0) -> dict:
-    """What a relay of four slots takes for that many queries; `leak` floats stay at every step."""
+    """The memory of a relay with four slots for `count` queries; `leak` floats stay at every
+    step."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SERVE, str(count), str(leak)],
         capture_output=True,
@@ -72,5 +73,5 @@ def test_workspace_does_not_grow_with_the_queries():
     for case in (few, many):
         assert 0 < case["in_use"] <= case["committed"]
     assert abs(many["workspace"] - few["workspace"]) < TOLERANCE
-    # Memory that stays is seen.
+    # A leak is noticed.
     assert serve(24, leak=MIB // 4)["workspace"] > few["workspace"] + TOLERANCE

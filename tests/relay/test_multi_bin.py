@@ -1,4 +1,4 @@
-"""Multi-bin batching: which batches form, and that they gain what its paper says."""
+"""Multi-bin batching: which batches form, and that they gain what the paper says."""
 
 import random
 from collections import deque
@@ -34,7 +34,7 @@ def test_the_batch_that_was_full_first_goes_first():
     waiting = queries_of(3, 50, 60, 4, 5, 70)
     assert admitted(policy, waiting) == [1, 2]
     assert admitted(policy, [waiting[i] for i in (0, 3, 4, 5)]) == [0, 3]
-    # A length that is an edge belongs above it.
+    # A length equal to an edge belongs to the bin above it.
     assert admitted(policy, queries_of(3, 10, 9, 11)) == [0, 2]
 
 
@@ -42,18 +42,18 @@ def test_a_batch_that_is_not_full_waits_for_more():
     policy = policies.get("multi_bin", bins=2, edges=[10])
     waiting = queries_of(50, 3)
     assert admitted(policy, waiting, more_to_come=True) == []
-    # Input ended: who waits the longest goes, and its bin with it, nobody else.
+    # Input has ended: the query that waits longest runs, with the others in its bin only.
     assert admitted(policy, waiting) == [0]
     waiting = queries_of(3, 50, 60)
     assert admitted(policy, waiting, more_to_come=True) == [1, 2]
-    # A batch that runs is not joined.
+    # No query joins a running batch.
     decoder = make_query(9, 5)
     decoder.cached, decoder.tokens = 1, [1]
     assert admitted(policy, waiting, running=[decoder]) == []
 
 
 def test_a_batch_that_nobody_fills_goes_in_its_turn():
-    """One query of its own kind, and no end of others."""
+    """A single query in its bin, and an endless stream of others."""
     policy = policies.get("multi_bin", bins=2, edges=[10])
     waiting = [make_query(id, 50 if id == 5 else 3) for id in range(12)]
     submitted, batch = 12, ()
@@ -77,7 +77,7 @@ def test_bins_hold_equal_shares_of_the_lengths_seen():
         batch = policy.plan(view(waiting, num_slots=5)).admit
         batches.append(sorted(query.max_new_tokens for query in batch))
         waiting = [query for query in waiting if query not in batch]
-    # The 25 of each quarter are five batches of five, and none has two quarters in it.
+    # The 25 queries of each quarter are five batches of five, and no batch mixes two quarters.
     assert len(batches) == 20
     assert all((batch[0] - 1) // 25 == (batch[-1] - 1) // 25 for batch in batches)
 
@@ -105,7 +105,7 @@ def formula(batch: int, bins: int, low: float, high: float) -> float:
 @pytest.mark.parametrize("bins", [1, 2, 4, 16])
 @pytest.mark.parametrize("batch", [8, 32])
 def test_throughput_is_the_formula_of_the_paper(batch, bins):
-    """Slots counted, not timed: a batch takes as many steps as its longest answer."""
+    """Slots are counted, not timed: a batch takes as many steps as its longest answer."""
     low, high = 1, 1000
     numbers = random.Random(100 * batch + bins)
     # A queue of forty batches, refilled as it is served.

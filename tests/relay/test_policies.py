@@ -1,4 +1,4 @@
-"""What a policy may say to the relay, and what each policy says."""
+"""What plans the relay accepts, and what each policy plans."""
 
 import pytest
 from plan_views import make_decoder, make_query, view
@@ -75,15 +75,15 @@ def test_baton_apart_bounds_the_tokens_between_two_steps():
     policy = policies.get("baton", max_stall_tokens=10, join="never")
     a, b, c = (make_query(i, prompt) for i, prompt in enumerate((7, 8, 2)))
     decoder = make_decoder(9)
-    # Nobody waits for a prefill while nobody decodes.
+    # While no query decodes, none has to wait for a prefill.
     assert policy.plan(view([a, b, c])).forwards == (Forward(((a, 7), (b, 8), (c, 2))), DECODE)
-    # With a decoder: A whole, a chunk of B, and C not before there is room for it.
+    # With a decoder: A whole, a chunk of B, and C only once there is room for it.
     plan = policy.plan(view([a, b, c], [decoder]))
     assert plan == Plan((), (a, b), (Forward(((a, 7), (b, 3))), DECODE))
-    # The next iteration ends B, whose five tokens that are left go before C.
+    # The next iteration finishes B, whose five remaining tokens come before C.
     b.cached = 3
     assert policy.plan(view([c], [decoder, b])).forwards == (Forward(((b, 5), (c, 2))), DECODE)
-    # One that comes back with all its keys needs no room.
+    # A query that comes back with all its keys needs no room.
     parked = make_decoder(4)
     policy = policies.get("baton", max_stall_tokens=7, join="never")
     assert policy.plan(view([a, parked, c], [decoder])).admit == (a, parked)
@@ -130,7 +130,7 @@ def test_chunked_fills_a_budget_of_tokens():
     decoders = [make_decoder(i) for i in (6, 7)]
     under_way = make_query(8, 9, cached=4)
     a, b, c = (make_query(i, prompt) for i, prompt in enumerate((2, 30, 1)))
-    # Two decoders, five tokens of the prompt under way, two of A, one of B.
+    # Two decoders, five tokens of the started prompt, two of A, one of B.
     plan = policy.plan(view([a, b, c], [*decoders, under_way], num_slots=8))
     joint = Forward(((under_way, 5), (a, 2), (b, 1)), decode=True)
     assert plan == Plan((), (a, b), (joint,))
@@ -139,21 +139,21 @@ def test_chunked_fills_a_budget_of_tokens():
     policy = policies.get("chunked", token_budget=4)
     plan = policy.plan(view([parked, b], decoders, num_slots=8))
     assert plan == Plan((), (parked, b), (Forward(((b, 1),), decode=True),))
-    # More decoders than the budget has tokens: prompts still go on.
+    # More decoders than the budget has tokens: prompts still advance.
     policy = policies.get("chunked", token_budget=2)
     plan = policy.plan(view([a], [*decoders, under_way], num_slots=8))
     assert plan == Plan((), (), (Forward(((under_way, 1),), decode=True),))
 
 
 def test_policies_reserve_what_their_papers_say():
-    # A running query with 3 + 20 - 1 tokens at most, newcomers with 4 + 19 and 2 + 20 - 1.
+    # A running query with at most 3 + 20 - 1 tokens, newcomers with 4 + 19 and 2 + 20 - 1.
     decoder = make_decoder(9)
     first, second = make_query(0, 4, count=20), make_query(1, 2, count=20)
     for name, budget, admitted in (
         ("orca", 22 + 23 + 21, 2),
         ("orca", 22 + 23 + 20, 1),
         ("padded_orca", 22 + 22, 0),
-        # Prompts, or what there is, and room to grow by 16 tokens.
+        # Prompts, or the tokens so far, and room to grow by 16 tokens.
         ("baton", 20 + 20 + 18, 2),
         ("baton", 20 + 20 + 17, 1),
         ("chunked", 20 + 19, 0),
@@ -211,13 +211,13 @@ def test_a_policy_that_splits_prompts_is_refused_where_they_have_to_be_whole():
     for prompt in (1, 9, 8):
         relay.submit([1] * prompt, max_new_tokens=3 + prompt)
     relay.run()
-    # The third prompt joins the one that decodes, whole although the stall is bounded by 2.
+    # The third prompt joins the decoder, whole although the stall is bounded by 2.
     assert model.forwards[0] == (1, 9) and (8, 1) in model.forwards
 
 
 class Joint(Policy):
-    """Newcomers' prompts, in chunks, in one forward with the decoders; the last come first, and one
-    is parked whenever somebody waits."""
+    """Newcomers' prompts join the decoders' forward in chunks; the last come first, and one query
+    is parked whenever another waits."""
 
     name = "joint"
 

@@ -1,7 +1,7 @@
-"""Idle work of each policy on one small workload, worked out by hand.
+"""Idle work of each policy on one small workload, computed by hand.
 
 Prompts of 4, 2 and 3 tokens, answers of 3, 5 and 2, two slots. A forward takes as many seconds as
-the longest of its rows has tokens.
+its longest row has tokens.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from baton_engines.testing import FakeLlama
 
 
 class Clock:
-    """A clock that only the model moves."""
+    """A clock that only the model advances."""
 
     now = 0.0
 
@@ -65,7 +65,7 @@ def test_padded_orca():
 
 def test_chunked():
     # 3 of A until 3; the last of A and both of B until 5; steps until 6 and 7, A is done; 2 of C
-    # beside B until 9, the last of C until 10, B is done; C alone until 11.
+    # with B until 9, the last of C until 10, B is done; C by itself until 11.
     relay, times = run("chunked", token_budget=3)
     assert times == [[5, 6, 7], [5, 6, 7, 9, 10], [10, 11]]
     counters = relay.counters
@@ -82,7 +82,7 @@ def test_baton_apart_with_a_bound_on_the_stall():
     relay, times = run("baton", max_stall_tokens=2, join="never")
     assert times == [[4, 5, 6], [4, 5, 6, 9, 11], [10, 11]]
     counters = relay.counters
-    # C is at work in its slot between the steps at 6 and 9, so the slot is not idle.
+    # C computes in its slot between the steps at 6 and 9, so the slot is not idle.
     assert (counters.steps, counters.slot_steps, counters.active_slot_steps) == (4, 8, 8)
     assert (counters.prefill_seconds, counters.decode_seconds) == (7, 4)
     assert counters.prefill_stall == 3 / (2 * 11)
@@ -91,11 +91,11 @@ def test_baton_apart_with_a_bound_on_the_stall():
 
 
 def test_baton_joins():
-    # As orca: all that is there fits a forward while nothing is known of costs.
+    # As with orca: everything fits in a forward while nothing is known about the costs.
     relay, times = run("baton")
     assert times == [[4, 5, 6], [4, 5, 6, 9, 10], [9, 10]]
     assert (relay.counters.slot_idle, relay.counters.prefill_stall) == (0, 0)
-    # As chunked, where decoders wait for two prompt tokens at most: 2 of C beside B until 8, the
+    # As with chunked, if decoders wait for at most two prompt tokens: 2 of C with B until 8, the
     # last of C until 9; a step of both until 10.
     relay, times = run("baton", max_stall_tokens=2)
     assert times == [[4, 5, 6], [4, 5, 6, 8, 9], [9, 10]]
@@ -134,5 +134,5 @@ def test_the_stall_between_two_steps_is_bounded(bound):
         relay.submit([i] * length, max_new_tokens=1 + i % 9)
     relay.run()
     assert relay.counters.prompt_tokens == sum(prompts)
-    # Reached, and never passed; without a bound several prompts come at once.
+    # Reached, but never exceeded; without a bound several prompts are computed at once.
     assert longest == bound if bound < 1000 else longest > max(prompts)

@@ -1,6 +1,6 @@
-"""Every policy, with any of its options, gives a query the logits that it gets alone: random
-arrivals, lengths, priorities, budgets and cancels on a small Llama in float32, against the
-unpatched transformers model."""
+"""Every policy, with any options, gives a query the logits that it gets by itself: random arrivals,
+lengths, priorities, budgets and cancels on a small Llama in float32, compared with the unpatched
+transformers model."""
 
 import functools
 
@@ -28,7 +28,7 @@ def model():
 
 @functools.cache
 def alone(tokens: tuple[int, ...]) -> torch.Tensor:
-    """float32 [tokens, vocab], by the model as transformers made it."""
+    """float32 [tokens, vocab], computed by the unpatched model."""
     with torch.inference_mode():
         return model()(torch.tensor([tokens])).logits[0]
 
@@ -74,7 +74,7 @@ def check(settings: dict, arrivals: list[tuple], more_to_come: bool) -> None:
             expected = alone(tuple(query.prompt + query.tokens[:-1]))[len(query.prompt) - 1 :]
             own = torch.stack(logits[query.id])
             torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
-            # Two logits may be nearer to each other than the two models' roundings.
+            # Two logits may be closer to each other than the two models' rounding errors.
             assert query.tokens == own.argmax(-1).tolist()
 
 
@@ -82,7 +82,7 @@ def check(settings: dict, arrivals: list[tuple], more_to_come: bool) -> None:
 @hypothesis.settings(
     max_examples=25,
     deadline=None,
-    # How long it takes to draw is the machine's other load, not this test.
+    # The time for drawing depends on the machine's other load, not on this test.
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 @hypothesis.given(data=st.data())
@@ -95,7 +95,7 @@ def test_logits_are_those_of_each_query_alone(policy, data):
 
 
 def test_budgets_make_policies_preempt():
-    """That the property above is tested under preemption: two long answers in a tight budget."""
+    """The property above is also tested under preemption: two long answers in a tight budget."""
     made = policies.get("baton", max_stall_tokens=3)
     budget = 45 * BYTES_PER_TOKEN
     settings = {"policy": made, "num_slots": 3, "kv_budget": budget}
@@ -105,7 +105,7 @@ def test_budgets_make_policies_preempt():
         assert relay.counters.preemptions >= 1
         assert relay.counters.preemptions == relay.counters.insertions
         assert relay.counters.peak_parked_bytes > 0
-        # Nothing was computed twice: each of the prompts' tokens, and all of the answers' but the
-        # last, which is no input.
+        # Nothing was computed twice: each of the prompts' tokens, and all of the answers' except
+        # the last, which is not an input.
         assert relay.counters.prompt_tokens == 9
         assert [len(query.tokens) for query in queries] == [36] * 3

@@ -1,4 +1,4 @@
-"""Faults, counted, under every policy: the rest finishes right and memory returns to its start."""
+"""Faults, counted, under every policy: other queries finish right and memory is released."""
 
 import gc
 import random
@@ -72,8 +72,8 @@ SETTINGS = {
     [*((policy, "serial") for policy in SETTINGS), ("baton", "overlapped")],
 )
 def test_cancels_at_random_moments(policy, prefill):
-    """Waiting, running, parked by hand or by the budget, between two steps and from callbacks in
-    the middle of one, with the prompt at a worker or on its way back; every tenth query stays."""
+    """Cancelled while waiting, running, parked by hand or by the budget, between steps and from
+    callbacks within one, with the prompt at a worker or its result in flight; every tenth stays."""
     options, num_cancels = SETTINGS[policy]
     model = FakeLlama()
     relay = Relay(
@@ -145,7 +145,7 @@ def test_cancels_at_random_moments(policy, prefill):
     assert_memory_is_back(relay, reserved)
     assert (relay.counters.prefills_elsewhere > 0) == (prefill != "serial")
     relay.close()
-    # Nothing holds on to those who went.
+    # Nothing refers to the cancelled queries any more.
     doomed.clear()
     gc.collect()
     assert not any(ghost() for ghost in ghosts)

@@ -1,5 +1,5 @@
-"""Prompts that are computed beside the decode loop: same answers, nobody waits, faults stay with
-their query."""
+"""Prompts that are computed outside the decode loop: same answers, no query waits, and faults
+affect only their query."""
 
 import pytest
 from relay_checks import assert_empty, assert_right, prompt
@@ -24,7 +24,7 @@ def manual() -> ManualPrefiller:
 
 
 def begin(relay: Relay, away: int = 1) -> tuple[Query, list[Query]]:
-    """A query that decodes, and others whose prompts are away."""
+    """A query that decodes, and others whose prompts are in flight."""
     runner = relay.submit(prompt(3), max_new_tokens=20)
     relay.step()
     others = [relay.submit(prompt(6 + i, i), max_new_tokens=4) for i in range(away)]
@@ -56,7 +56,7 @@ def test_every_query_gets_the_answer_that_it_gets_alone(model, policy, always, a
             if always:
                 assert relay.counters.prefills_elsewhere == 20
             elif policy == "baton":
-                # Only the first three find nobody that decodes.
+                # Only the first three arrive while no query decodes.
                 assert relay.counters.prefills_elsewhere >= 1
             assert relay.summary()["prefill"] == "overlapped"
 
@@ -102,14 +102,15 @@ def test_counters_of_a_prompt_that_is_away(model, manual):
         assert counters.prefills_elsewhere == counters.prefills - 1 == 3
         assert counters.prefill_seconds == 1 and counters.stalled_slot_seconds == 0
         assert counters.prefill_stall == 0
-        # a; a, b and c away; the same and d idle; a, b, c and d away; then a and d away.
+        # a; a, b and c in flight; the same and d idle; a, b, c and d in flight; then a and d in
+        # flight.
         assert counters.slot_steps == 4 * counters.steps == 4 * 5
         assert counters.active_slot_steps == 1 + 3 + 3 + 4 + 2
         assert counters.prefilling_slot_steps == 0 + 2 + 2 + 1 + 1
         assert counters.slot_prefilling == 6 / 20
         assert counters.columns_read == 3 + 4 + 5 + 6 + (4 + 4 + 7 + 5 + 5) + 8 + 5
         spans = {tuple(span) for span in relay.timeline}
-        # From the first step with the job at a worker, to the insertion.
+        # From the first step with the job at a worker until the insertion.
         assert (1, b.id, 3, 5, "prefill") in spans
         assert (2, c.id, 3, 5, "prefill") in spans
 
@@ -144,7 +145,7 @@ def test_preempt_and_resize_while_the_prompt_is_away(model, manual, aligned):
         relay.step()
         relay.resume(first)
         relay.step()
-        # The first job is still needed by one, the two others left anew.
+        # One query still needs the first job; the two others were handed over anew.
         assert len(manual.jobs) == 3
         relay.run()
         assert_right(model, [runner, first, second, third])
@@ -280,8 +281,8 @@ def test_a_bound_on_the_stall_keeps_no_prompt_that_stalls_nobody(model, manual):
 
 @LAYOUTS
 def test_what_lands_keeps_to_the_budget(model, manual, aligned):
-    """The one that decodes takes the room that was there when the prompt left; who lands is parked
-    until the other has ended, and then prefilled again."""
+    """The decoding query uses the room that was free when the prompt was handed over; the newcomer
+    is parked until the other has ended, and then prefilled again."""
     budget = 43 * 256
     with Relay(model, 4, 48, aligned=aligned, prefill=manual, kv_budget=budget) as relay:
         runner = relay.submit(prompt(3), max_new_tokens=40)

@@ -1,6 +1,6 @@
 """Prompts that other processes compute: same bits, and what happens when these die, hang or raise.
 
-Nothing may be left of a process: it is asked for by its id, memory and descriptors by counting.
+Nothing of a process may remain: processes are looked up by id, memory and descriptors are counted.
 """
 
 import functools
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# The first tokens that are left are those of ProcessFault.
+# The ids above these are the first tokens of ProcessFault.
 prompt = functools.partial(relay_checks.prompt, vocab_size=40)
 
 
@@ -57,7 +57,7 @@ def _nothing_is_left():
 
 @pytest.mark.slow
 def test_logits_have_the_bits_of_a_prefill_in_the_loop():
-    """A real model with two workers, queries that come, go and are preempted, both layouts."""
+    """A real model with two workers, queries that enter, leave and are preempted, both layouts."""
     model = small_llama()
 
     def run(prefill, aligned):
@@ -92,7 +92,7 @@ def test_logits_have_the_bits_of_a_prefill_in_the_loop():
 
 
 def test_a_model_that_was_sent_has_no_second_copy_of_its_weights(tmp_path):
-    """What arrives is patched, computes the same bits, and has its weights packed alone."""
+    """The handle that arrives is patched, computes the same bits, and has only packed weights."""
     with patch_llama(small_llama(attention_bias=True)) as llama:
         torch.save(llama, tmp_path / "model")
         arrived = torch.load(tmp_path / "model", mmap=True, weights_only=False)
@@ -112,7 +112,7 @@ def test_a_model_that_was_sent_has_no_second_copy_of_its_weights(tmp_path):
 
 
 def test_a_worker_that_is_killed_is_replaced():
-    """With nothing to do, before a job reaches it, and with a job: no query notices."""
+    """Killed while idle, before a job reaches it, and during a job: no query notices."""
     model = FakeLlama()
     with Relay(model, 3, 32, prefill=Apart(always=True)) as relay:
         prefill = relay._loop.in_flight.prefiller
@@ -121,7 +121,7 @@ def test_a_worker_that_is_killed_is_replaced():
         queries = [relay.submit(prompt(4 + i), max_new_tokens=6) for i in range(4)]
         relay.run()
         processes += prefill.process_ids
-        # Stopped, it is at a job for as long as we like.
+        # While it is stopped, its job does not end.
         os.kill(processes[-1], signal.SIGSTOP)
         timer = threading.Timer(0.2, os.kill, (processes[-1], signal.SIGKILL))
         timer.start()
@@ -139,17 +139,17 @@ def test_a_worker_that_is_killed_is_replaced():
 @pytest.mark.slow
 @pytest.mark.alone  # a worker that does not answer for five seconds is killed
 def test_faults_inside_a_worker_end_no_query(tmp_path):
-    """One prompt raises and one kills every process that tries it: the loop computes them. One
-    hangs, once: it is killed, and another process computes it."""
+    """One prompt raises, and one kills every process that tries it: the loop computes them. One
+    hangs, once: its process is killed, and another process computes it."""
     model = FakeLlama()
     model.fault = ProcessFault(tmp_path / "struck")
-    # Longer than a starting process could be held up by others that use the cores.
+    # Longer than other programs could delay the start of a process by using the cores.
     with Relay(model, 5, 32, prefill=Apart(timeout=5)) as relay:
         runner = relay.submit(prompt(3), max_new_tokens=28)
         relay.step()
         bad = []
         for first in (ProcessFault.RAISE, ProcessFault.DIE, ProcessFault.HANG):
-            # One after the other: those that share a forward share its fate.
+            # One after the other, because prompts in one forward fail together.
             bad.append(relay.submit([first, *prompt(4)], max_new_tokens=3))
             relay.step()
         good = relay.submit(prompt(6), max_new_tokens=3)
@@ -200,7 +200,7 @@ def test_close_and_cancel_while_a_worker_is_busy(tmp_path):
     relay.step()
     begin = time.monotonic()
     relay.close()
-    # Not the 120 seconds of the timeout.
+    # Well below the 120 seconds of the timeout.
     assert time.monotonic() - begin < 60
     assert [query.status for query in (runner, hanging, behind)] == ["cancelled"] * 3
     assert relay.cache.bytes_committed == 0
@@ -220,7 +220,7 @@ def test_memory_of_prompts_goes_with_them():
             return descriptors(), shared, worker.num_fds(), worker.memory_info().shared
 
         before, after = serve(2), serve(8)
-        # A prompt's keys and values take 2 MiB; eight of them would be seen.
+        # A prompt's keys and values take 2 MiB; a leak of eight would be noticed.
         assert (after[0], after[2]) == (before[0], before[2])
         assert abs(after[1] - before[1]) < 4 << 20 and abs(after[3] - before[3]) < 4 << 20
 
@@ -233,7 +233,7 @@ def test_a_worker_outlives_neither_its_parent_nor_a_ctrl_c(tmp_path):
         from baton_engines.relay import Relay
         from baton_engines.testing import FakeLlama
 
-        # A shell that runs the tests in the background has them ignore Ctrl-C.
+        # If the tests run in the background of a shell, they ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         relay = Relay(FakeLlama(), 2, 32, prefill=Apart(always=True))
         try:
@@ -286,7 +286,7 @@ def test_what_is_handed_over_lies_side_by_side():
         assert ours.logits.shape == (2, 7) and torch.all(ours.logits == 9)
         assert ours.key[:, :2].unique().tolist() == [1] and ours.key.dtype == torch.bfloat16
         assert ours.value[:, 2:].unique().tolist() == [-2]
-        # Whatever was written, the tokens are as they were.
+        # Writing the other tensors has not changed the tokens.
         assert ours.tokens.tolist() == list(range(7))
         assert os.fstat(file).st_size < 7 * 8 + 2 * 2 * 7 * 3 * 16 * 2 + 2 * 7 * 4 + 4 * 64
     finally:

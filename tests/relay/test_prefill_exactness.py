@@ -1,5 +1,5 @@
 """A query's logits have the same bits wherever its prompt was computed: random arrivals, cancels
-and preemptions on a small Llama, against a relay of one slot that prefills in its loop."""
+and preemptions on a small Llama, compared with a relay of one slot that prefills in its loop."""
 
 import functools
 

@@ -17,7 +17,7 @@ from baton_engines.testing.prefill import ManualPrefiller
 
 
 class PrefillMachine(RelayMachine):
-    """Jobs end when a rule says so, or when the loop has nothing else to do; every few fail."""
+    """Jobs end when a rule says so, or when the loop has nothing else to do; some fail."""
 
     @initialize(
         settings=st.sampled_from(policies.NAMES).flatmap(
@@ -61,9 +61,9 @@ class PrefillMachine(RelayMachine):
 
 
 class ProcessMachine(RelayMachine):
-    """Prompts are computed by real processes, which raise, end in a job, or are killed.
+    """Prompts are computed by real processes, which raise, end during a job, or are killed.
 
-    `make soak` runs it; a process takes seconds to start again.
+    Only `make soak` runs it, because a process takes seconds to start again.
     """
 
     @initialize(
@@ -75,7 +75,7 @@ class ProcessMachine(RelayMachine):
     )
     def start(self, settings, always, workers):
         super().start(settings, None)
-        # However busy the machine is: what is asked here is not how long it takes.
+        # Long enough for any busy machine: the test is not about how long it takes.
         self.prefill = Apart(workers, 1, always, timeout=7200, start_timeout=7200)
         self.relay = Relay(self.model, capacity=CAPACITY, prefill=self.prefill, **settings)
         policy_settings.watch_budget(self.relay, settings["kv_budget"])

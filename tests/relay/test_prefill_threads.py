@@ -1,4 +1,4 @@
-"""The threads that compute prompts: their cores, faults and end, and what they let go of."""
+"""The threads that compute prompts: their cores, faults and end, and what they release."""
 
 import gc
 import threading
@@ -135,7 +135,7 @@ def test_cores_are_shared_and_given_back(model):
             assert torch.get_num_threads() == 4
             gate.set()
             relay.run()
-        # A thread that comes later has as many as if there had been no worker.
+        # A thread that starts later has as many as if there had been no worker.
         later = []
         thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
         thread.start()
@@ -174,7 +174,7 @@ def test_bad_arguments(model):
     with Relay(model, 2, 16, prefill=prefill) as relay:
         with pytest.raises(ValueError, match="must belong to one relay"):
             Relay(model, 2, 16, prefill=prefill)
-        # The refusal has not closed it.
+        # The error has not closed it.
         relay.submit([1], max_new_tokens=1)
         assert relay.run()[0].status == "finished"
 

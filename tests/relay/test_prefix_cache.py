@@ -1,4 +1,4 @@
-"""Beginnings that are kept and reused: nothing of an answer changes, and memory stays bounded."""
+"""Beginnings that are kept and reused: answers do not change, and memory stays bounded."""
 
 import random
 
@@ -21,7 +21,7 @@ SYSTEM = [(7 * i + i // 5) % 47 for i in range(3 * BLOCK_TOKENS)]
 
 
 def block(begin: int) -> KeysValues:
-    """One layer, head and dimension; says where it begins."""
+    """A block with one layer, head and dimension, whose numbers say where it begins."""
     content = torch.full((1, BLOCK_TOKENS, 1, 1), float(begin))
     return KeysValues(content, -content)
 
@@ -73,7 +73,7 @@ def test_the_least_recently_used_goes_first():
     keep(cache, third)
     assert cache.find(first, 1000) == cache.find(third, 1000) == 2 * BLOCK_TOKENS
     assert cache.find(second, 1000) == 0
-    # A beginning outlives what follows it.
+    # A beginning is kept longer than what follows it.
     keep(cache, [4] * BLOCK_TOKENS)
     assert cache.find(first, 1000) == BLOCK_TOKENS
 
@@ -138,7 +138,7 @@ def test_random_use_against_a_list_of_texts(steps, room):
 
 
 def prompts() -> list[list[int]]:
-    """Some with a long beginning in common, some with a part of it, one with nothing."""
+    """Some share a long beginning, some a part of it, and one nothing."""
     generator = random.Random(1)
     tails = [[generator.randrange(47) for _ in range(n)] for n in (5, 1, 40, 9, 3, 30, 8)]
     heads = [SYSTEM, SYSTEM, SYSTEM[:70], [], SYSTEM, SYSTEM[:BLOCK_TOKENS], SYSTEM]
@@ -174,7 +174,7 @@ def test_a_hit_has_the_bits_of_a_miss(dtype, isa):
         expected, without = logits_of(model, prompts())
         got, counters = logits_of(model, prompts(), prefix_cache=2**24)
     assert without.reused_tokens == without.reusing_queries == 0
-    # Two rows: the first two queries enter at once, and the others find what those have left.
+    # Two rows: the first two queries enter at once, and the others reuse what those have left.
     assert counters.reusing_queries >= 4
     assert counters.reused_tokens >= 2 * len(SYSTEM)
     assert counters.prompt_tokens + counters.reused_tokens == without.prompt_tokens
@@ -201,7 +201,7 @@ def test_a_conversation_goes_on_from_its_own_answers():
         follow_up = first.prompt + first.tokens + [3, 4, 5]
         second = relay.submit(follow_up, max_new_tokens=5)
         relay.run()
-        # All but the answer's last token has been computed: 109 tokens, in blocks of 32.
+        # Everything but the answer's last token has been computed: 109 tokens, in blocks of 32.
         assert relay.counters.reused_tokens == 3 * BLOCK_TOKENS
     with Relay(model, 1, 400) as relay:
         again = relay.submit(follow_up, max_new_tokens=5)
@@ -215,7 +215,7 @@ def test_the_same_prompt_again_computes_its_last_tokens():
     for _ in range(3):
         query = relay.submit(SYSTEM, max_new_tokens=3, eos=None)
         relay.run()
-    # The logits after the last token are wanted, so that the last block is not copied.
+    # The logits after the last token are needed, so the last block is not copied.
     assert relay.counters.reused_tokens == 2 * 2 * BLOCK_TOKENS
     assert relay.counters.prompt_tokens == len(SYSTEM) + 2 * BLOCK_TOKENS
     fresh = Relay(model, 1, 120)

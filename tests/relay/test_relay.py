@@ -1,4 +1,5 @@
-"""The relay on a model without weights: who runs when, what fails alone, what is measured."""
+"""The relay on a model without weights: who runs when, which faults stay local, what is
+measured."""
 
 import gc
 import itertools
@@ -64,7 +65,7 @@ def test_a_finished_query_hands_its_slot_over_between_two_steps(model):
     assert (short.status, long.slot, newcomer.status) == ("finished", 1, "waiting")
     assert relay.step()
     assert (newcomer.slot, len(newcomer.tokens), len(long.tokens)) == (0, 1, 3)
-    # Packed: two prompts of 1; two decoders; the newcomer's prompt and the decoder that is left.
+    # Packed: two prompts of 1; two decoders; the newcomer's prompt and the remaining decoder.
     assert model.forwards == [(1, 1), (1, 1), (2, 1)]
     relay.run()
     assert_right(model, [short, long, newcomer])
@@ -163,7 +164,7 @@ def test_a_raising_callback_fails_its_query_alone(model, policy, at):
     assert (bad.status, len(bad.tokens)) == ("failed", at + 1)
     assert "on_token of query 1 must not raise, got ValueError('boom')" in str(bad.error)
     assert isinstance(bad.error.__cause__, ValueError)
-    # No frame, and with it no tensor of a step, lives on in an error.
+    # No frame, and so no tensor of a step, is kept alive by an error.
     assert bad.error.__traceback__ is bad.error.__cause__.__traceback__ is None
     assert_right(model, queries)
     assert_empty(relay)

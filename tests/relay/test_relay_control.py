@@ -1,4 +1,4 @@
-"""The relay's levers, pulled between steps and from callbacks: cancel, preempt, resume, resize."""
+"""The relay's controls, used between steps and from callbacks: cancel, preempt, resume, resize."""
 
 import random
 
@@ -65,7 +65,7 @@ def test_a_preempted_query_goes_on_without_recomputing(model, aligned):
     assert relay.resume(victim) is False
     relay.run()
     assert_right(model, queries)
-    # Every token once: the last one of a query is never an input.
+    # Every token once: the last token of a query is never an input.
     assert computed_tokens(model) == sum(len(q.prompt) + len(q.tokens) - 1 for q in queries)
     assert (relay.counters.preemptions, relay.counters.insertions) == (1, 1)
     assert_empty(relay)
@@ -211,7 +211,7 @@ def test_ctrl_c_loses_and_repeats_nothing(model, where, at, aligned):
 
 
 class Clock:
-    """A clock that only the model moves."""
+    """A clock that only the model advances."""
 
     def __init__(self):
         self.now = 0.0

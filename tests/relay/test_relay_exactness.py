@@ -1,5 +1,5 @@
-"""What a query gets in a batch that others enter and leave is what it gets alone: logits, not only
-tokens, against the unpatched transformers model and, bit for bit, against a relay of one slot."""
+"""A query gets the same in a batch that others enter and leave as by itself: not only tokens but
+logits, compared with the unpatched transformers model and, bit for bit, with a one-slot relay."""
 
 import copy
 

@@ -7,7 +7,7 @@ RelayMachine.TestCase.settings = hypothesis.settings(
     max_examples=100,
     stateful_step_count=30,
     deadline=None,
-    # How long it takes to draw is the machine's other load, not this test.
+    # The time for drawing depends on the machine's other load, not on this test.
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 TestRelayMachine = RelayMachine.TestCase

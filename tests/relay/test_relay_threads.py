@@ -1,4 +1,4 @@
-"""A relay that is called from a second thread says so, and goes on."""
+"""A relay that is called from a second thread raises an error and continues."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Which tokens may be drawn, with what probability, and that a draw is the query's own affair."""
+"""Which tokens may be drawn, with what probability, and that a draw depends only on its query."""
 
 import math
 
@@ -31,7 +31,7 @@ def drawn_by(logits: torch.Tensor, count: int, *, seed: int = 0, **options) -> l
 
 
 class Waiting:
-    """Stands in for a query that wants its next token."""
+    """Stands in for a query that is ready for its next token."""
 
     def __init__(self, tokens=(), **options):
         self.tokens = list(tokens)
@@ -62,7 +62,7 @@ def test_candidates_worked_out_by_hand():
     # Probabilities 0.5, 0.25, 0.125, 0.125 at temperature 1.
     logits = torch.tensor([0.5, 0.125, 0.25, 0.125]).log()
     ids, probabilities = likeliest(logits, temperature=1.0)
-    # The likeliest first, and of equal ones the lower id.
+    # The likeliest first; among equal ones lower ids first.
     assert ids.tolist() == [0, 2, 1, 3]
     order = [0, 2, 1, 3]
     close(probabilities, logits.exp()[order])

@@ -1,4 +1,4 @@
-"""What it costs to keep an aligned cache aligned: in place, and as `torch.cat` would do it."""
+"""The cost of keeping an aligned cache aligned: in place, and as `torch.cat` would do it."""
 
 import pytest
 import torch
@@ -53,9 +53,9 @@ def test_bytes_of_insertions_and_removals_worked_out_by_hand(concatenate):
     moved(3, 15)
     assert rows_of(cache) == {0: [0, 1, 2], 1: [100, 101, 102, 103, 104], 2: [200, 201]}
     if concatenate:
-        # What pads a row is zeros there, as padding makes it.
+        # Padding of a row consists of zeros there, as padding operations produce them.
         assert not cache.keys[:, 0, :, :2].any() and not cache.values[:, 0, :, :2].any()
-    # The longest leaves: in place nothing is done until room is short.
+    # The longest row leaves: in place nothing is done until room is needed.
     cache.free(1)
     moved(3, 15 + 2 * 3)
     assert cache.shape.width == (3 if concatenate else 5)

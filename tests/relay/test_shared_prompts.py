@@ -1,4 +1,5 @@
-"""Several answers to one prompt: the prompt is computed once, and every answer is as if alone."""
+"""Several answers to one prompt: the prompt is computed once, and answers are as for single
+queries."""
 
 import pytest
 from relay_checks import assert_empty

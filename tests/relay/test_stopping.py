@@ -23,7 +23,7 @@ def test_text_grows_to_what_decoding_at_once_gives(kind, data):
             lambda text: tokenizer.encode(text, add_special_tokens=False)
         )
     else:
-        # Characters that are no pieces of the vocabulary, byte by byte, between words and noise.
+        # Characters that the vocabulary lacks, so bytes, between words and noise.
         characters = st.text("aé魚🐟 .", max_size=4).map(
             lambda text: [2 + b for b in text.encode()]
         )
@@ -36,7 +36,7 @@ def test_text_grows_to_what_decoding_at_once_gives(kind, data):
         assert text == decoder.text
     whole = decode_text(tokenizer, tokens)
     if kind == "byte_fallback" and "\ufffd" in whole:
-        # One bad byte turns the good ones before it bad in hindsight; what was shown stays shown.
+        # One bad byte invalidates earlier good ones; what was shown stays shown.
         return
     assert whole.startswith(text)
     assert set(whole[len(text) :]) <= {"\ufffd"}
@@ -89,14 +89,14 @@ def test_stop_strings_are_found_across_tokens_and_cut_off():
         assert stop not in tokenizer.decode(tokens[: count - 1])
     assert run_stopper(tokenizer, tokens, "not there") is None
     assert run_stopper(tokenizer, tokens, ["nope", "two", "One fish"])[2] == ""
-    # Of two that end in the same token the earlier one cuts.
+    # If two end in the same token, the one that begins earlier cuts.
     count, _, text = run_stopper(tokenizer, tokens, ["sh", "fish", "ish,"])
     assert text == "One "
 
 
 def test_a_stop_string_inside_a_token_that_ends_in_half_a_character():
     class Bytes:
-        """One token is any string of bytes."""
+        """A token is any string of bytes."""
 
         def decode(self, tokens, **_):
             return b"".join(tokens).decode("utf-8", errors="replace")
@@ -125,8 +125,8 @@ def test_any_piece_of_the_text_stops_at_its_first_occurrence(kind, seed, begin, 
     stop = whole[begin : begin + length]
     if not stop or "\ufffd" in stop:
         return
-    # A decoder of SentencePiece takes the space off the first word. A stop string may begin with
-    # it, but not be that space and nothing else.
+    # A decoder of SentencePiece drops the space before the first word. A stop string may begin with
+    # this space, but not consist of it.
     lost = " " if tokenizer.convert_ids_to_tokens(tokens[0]).startswith("\u2581") else ""
     count, reason, text = run_stopper(tokenizer, tokens, stop)
     begin = (lost + whole).index(stop, 0 if len(stop) > 1 else len(lost))

@@ -1,4 +1,5 @@
-"""Text as it comes: complete characters, nothing that is taken back, and all of it in the end."""
+"""Text as it comes: complete characters, nothing that is withdrawn later, and complete in the
+end."""
 
 import functools
 
@@ -19,7 +20,7 @@ TEXT = "One fish 🐟, two 魚.\n\nUser: STOP é"
 
 
 class Speaker(FakeLlama):
-    """Says what it is told, whatever the prompt."""
+    """Says the given tokens, for any prompt."""
 
     def __init__(self, tokens, vocab_size=EOS + 8, eos=None):
         super().__init__(vocab_size=vocab_size, eos=eos)
@@ -121,7 +122,7 @@ def test_pieces_are_a_growing_beginning_of_the_text(kind, data):
     text = decode_text(tokenizer, tokens[:count]) if stopper.text is None else stopper.text
     rest = pieces.finish(text)
     if kind == "byte_fallback" and "\ufffd" in text:
-        # One bad byte turns the good ones before it bad in hindsight; what was given stays given.
+        # One bad byte invalidates earlier good ones; what was given stays given.
         return
     assert given + rest == text
 
@@ -171,7 +172,7 @@ TURNS = (
 def test_the_tokens_that_end_an_answer():
     tokenizer = byte_tokenizer(("<|im_start|>", "<|im_end|>"))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    # A template that ends turns with plain text says nothing.
+    # A template that ends turns with plain text gives no token.
     assert end_of_turn(tokenizer) is None
     tokenizer.chat_template = TURNS
     assert end_of_turn(tokenizer) == end
@@ -258,7 +259,7 @@ def test_the_text_of_queries_that_do_not_finish():
     while len(query.tokens) < 4:
         relay.step()
     relay.cancel(query)
-    # What was held back is text after all.
+    # Text that was held back turns out to be final.
     assert query.text == "abcd" and "".join(stream) == "cd"
     assert "".join(pieces) == "abcd"
 

@@ -1,4 +1,4 @@
-"""The picture of slots over time: what is merged, and which colors end up in it."""
+"""The picture of slots over time: which spans are merged, and which colors it contains."""
 
 from types import SimpleNamespace
 

@@ -10,10 +10,10 @@ STORE_BYTES = 80 * 2**20
 
 
 class TwoNodes:
-    """The tests' own node, and another one with room for two actors that want `prefill`."""
+    """The tests' own node, and another one with room for two actors that require `prefill`."""
 
     def __init__(self) -> None:
-        # Ray is a large package: not before a test needs it.
+        # Ray is a large package, so it is imported only when a test needs it.
         import ray
         from ray.cluster_utils import Cluster
 
@@ -36,7 +36,7 @@ class TwoNodes:
         )
 
     def remove(self) -> None:
-        """End the other node and its processes as a power cut does."""
+        """End the other node and its processes, like a power cut."""
         self._cluster.remove_node(self._other, allow_graceful=False)
 
     def close(self) -> None:
@@ -47,7 +47,7 @@ class TwoNodes:
 @pytest.fixture(scope="session", autouse=True)
 def _settings() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # On a machine under load a frontend takes longer to start than Serve grants it.
+    # On a machine under load a frontend takes longer to start than Serve allows.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 

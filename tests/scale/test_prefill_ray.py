@@ -1,5 +1,5 @@
 """Prompts that actors of Ray compute: same bits, and what happens when actors die, hang or raise,
-when their node goes, and when an object is lost."""
+when their node disappears, and when an object is lost."""
 
 import functools
 import os
@@ -22,12 +22,12 @@ from baton_engines.testing.small_llama import small_llama
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 from baton_engines.prefill.ray import Remote  # noqa: E402
 
-# The first tokens that are left are those of ProcessFault.
+# The ids above these are the first tokens of ProcessFault.
 prompt = functools.partial(relay_checks.prompt, vocab_size=40)
 
 
 def remote(**options) -> Remote:
-    """Actors on the other node, which get prompts whenever there are some."""
+    """Actors on the other node, which get every prompt."""
     return Remote(**{"always": True, "num_cpus": 0, "resources": {"prefill": 1}, **options})
 
 
@@ -36,7 +36,7 @@ def prefiller(relay: Relay) -> Remote:
 
 
 def wait_for_actors(relay: Relay, count: int) -> None:
-    """Until so many actors live and have nothing to do."""
+    """Wait until this many actors are alive and idle."""
     actors = prefiller(relay)._actors
 
     def live() -> bool:
@@ -52,7 +52,7 @@ def assert_gone(processes: list[int]) -> None:
 
 
 def test_a_relay_starts_ray_and_shuts_it_down(monkeypatch):
-    """Where the program is connected to no cluster."""
+    """If the program is not connected to a cluster."""
     before = children()
     started = []
 
@@ -79,7 +79,7 @@ def test_a_relay_starts_ray_and_shuts_it_down(monkeypatch):
 
 def test_logits_have_the_bits_of_a_prefill_in_the_loop(nodes):
     """A real model in bfloat16, which numpy lacks, with two actors on another node; queries that
-    come, go and are preempted, and an aligned cache."""
+    enter, leave and are preempted, and an aligned cache."""
     model = small_llama(dtype=torch.bfloat16)
 
     def run(prefill, aligned):
@@ -110,14 +110,14 @@ def test_logits_have_the_bits_of_a_prefill_in_the_loop(nodes):
     for (tokens, rows), (right_tokens, right_rows) in zip(found, expected, strict=True):
         assert tokens == right_tokens
         assert torch.equal(torch.stack(rows), torch.stack(right_rows))
-    # Of another node, the loop gives no core away.
+    # For actors on another node, the loop gives up no core.
     assert away.host_threads == 0 and len(away.process_ids) == 2
     assert_gone(away.process_ids)
 
 
 def test_faults_of_actors_end_no_query(nodes, tmp_path):
-    """One is killed while it has nothing to do; one prompt raises and one kills every actor that
-    tries it: the loop computes them. One hangs, once: another actor computes it. All come back."""
+    """One is killed while idle; one prompt raises, and one kills every actor that tries it: the
+    loop computes them. One hangs, once: another actor computes it. All actors come back."""
     model = FakeLlama()
     model.fault = ProcessFault(tmp_path / "struck")
     with Relay(model, 3, 32, prefill=remote(workers=2, timeout=4)) as relay:
@@ -150,16 +150,16 @@ def test_faults_of_actors_end_no_query(nodes, tmp_path):
 
 
 def test_a_node_goes_and_comes_back(nodes, monkeypatch, tmp_path):
-    """With one prompt being computed there, and keys and values of another that nobody has fetched
-    yet."""
+    """While one prompt is being computed there, and keys and values of another have not been
+    fetched yet."""
     model = FakeLlama()
     model.fault = ProcessFault(tmp_path / "struck")
     get, asked = ray.get, []
 
     def get_after_the_node_is_gone(reference, **options):
         asked.append(reference)
-        # The second one is the long prompt's: too large an answer to come by itself, it waits in
-        # the node's object store.
+        # The second call is the long prompt's: its answer is too large to be sent directly and
+        # waits in the node's object store.
         if len(asked) == 2:
             ray.wait([reference], fetch_local=False, timeout=60)
             nodes.remove()
@@ -167,7 +167,7 @@ def test_a_node_goes_and_comes_back(nodes, monkeypatch, tmp_path):
 
     with Relay(model, 3, 5000, prefill=remote(workers=2)) as relay:
         processes = prefiller(relay).process_ids
-        # While it decodes, a step waits for nobody.
+        # While a query decodes, a step waits for no prompt.
         queries = [relay.submit(prompt(3), max_new_tokens=90)]
         relay.step()
         monkeypatch.setattr(ray, "get", get_after_the_node_is_gone)
@@ -204,7 +204,7 @@ def test_close_while_an_actor_is_busy(nodes, tmp_path):
     relay.close()
     assert {runner.status, hanging.status, behind.status} == {"cancelled"}
     assert_gone(processes)
-    # Ray is the program's own, and goes on.
+    # Ray belongs to the program and keeps running.
     assert ray.is_initialized()
 
 

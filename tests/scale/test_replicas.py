@@ -1,5 +1,5 @@
 """Two replicas behind OpenAI's interface, one of them killed while both answer: no request is lost,
-no stream has a gap, and every answer is that of a relay alone."""
+no stream has a gap, and every answer is that of a single relay."""
 
 import signal
 import socket

@@ -1,5 +1,5 @@
 """Prompts computed on one host and decoded on another: same bits over the network, and what happens
-when the link between them is cut for a moment, and for so long that the host counts as lost."""
+when the link between them is cut for a moment, or for so long that the host counts as lost."""
 
 import functools
 import threading
@@ -21,7 +21,7 @@ from baton_engines.testing.small_llama import VOCAB_SIZE, small_llama
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 from baton_engines.prefill.ray import Remote  # noqa: E402
 
-# The first tokens that are left are those of ProcessFault.
+# The ids above these are the first tokens of ProcessFault.
 prompt = functools.partial(relay_checks.prompt, vocab_size=40)
 
 
@@ -45,7 +45,7 @@ def remote() -> Remote:
 
 
 def test_bits_are_those_of_one_host(pair):
-    """Logits in bfloat16, with keys and values of which some fill megabytes."""
+    """Logits in bfloat16; some of the keys and values take megabytes."""
     model = small_llama(dtype=torch.bfloat16)
     prompts = [relay_checks.prompt(length, 1, VOCAB_SIZE) for length in (3, 2500, 14, 4000, 1)]
 
@@ -68,15 +68,15 @@ def test_bits_are_those_of_one_host(pair):
     assert {*away.process_ids} <= processes
     config = model.config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    # Two bytes a number.
+    # Two bytes per number.
     assert pair.received_bytes() - before > 2 * numbers * sum(map(len, prompts))
     wait_until(lambda: not any(map(alive, away.process_ids)), "an actor is left")
 
 
 def test_the_link_is_cut_for_a_moment_and_for_long(pair, tmp_path):
-    """A prompt whose answer is late because of a short cut is no fault. In a long one the loop
-    computes all prompts, also those that were in work on the other host, which Ray then gives up:
-    its processes end when they hear of it, and it takes prompts again once it has joined anew."""
+    """An answer that is late because of a short cut counts as no fault. During a long one the loop
+    computes all prompts, including those in progress on the other host. Ray gives that host up: its
+    processes end when they learn of it, and it takes prompts again once it has joined anew."""
     model = FakeLlama()
     model.fault = ProcessFault(tmp_path / "begun")
     with Relay(model, 3, 5000, prefill=remote()) as relay:
@@ -89,10 +89,10 @@ def test_the_link_is_cut_for_a_moment_and_for_long(pair, tmp_path):
             queries.append(relay.submit(ids, max_new_tokens=new_tokens))
 
         def submit_and_cut_in_the_middle() -> None:
-            # While it decodes, a step waits for nobody.
+            # While a query decodes, a step waits for no prompt.
             submit(new_tokens=90)
             relay.step()
-            # The long one's keys and values will be in the other host's store.
+            # The long prompt's keys and values will be in the other host's store.
             (tmp_path / "begun").unlink(missing_ok=True)
             submit(ProcessFault.PAUSE, length=4000)
             submit(ProcessFault.PAUSE)

@@ -1,4 +1,5 @@
-"""Imports the bench package, which is not installed; the path that imports see stays as it is."""
+"""Imports the bench package, which is not installed, without changing the import path for
+others."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""What the tests of the ops that copy share: caches in the middle of a larger memory."""
+"""Shared by the tests of the ops that copy: caches in the middle of a larger memory."""
 
 from collections.abc import Callable
 
@@ -21,9 +21,9 @@ def embedded_cache(
     """A cache whose rows have ``margin`` elements of other memory around them.
 
     Args:
-        make: the contents, of a shape.
-        columns_first: laid out as [slots, capacity, heads, dim] and seen transposed, as the caches
-            of other engines are.
+        make: creates the contents, given a shape.
+        columns_first: stored as [slots, capacity, heads, dim] and viewed transposed, like the
+            caches of other engines.
     """
     sizes = (capacity, num_kv_heads) if columns_first else (num_kv_heads, capacity)
     shape = (*layers, num_slots, *sizes, head_dim)

@@ -1,4 +1,4 @@
-"""The ops on a device, behind CPU tensors: what lets one test function test CPU and GPU."""
+"""The ops on a device, behind CPU tensors, so that one test function tests CPU and GPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from baton_kernels.testing import storage
 class DeviceOps:
     """One backend of the ``ops`` fixture: arguments go to the device, results come back.
 
-    All memory behind an argument travels, padding and margins included, and keeps its strides and
-    alignment there; afterwards it is copied back, so that a test sees every write, also a wrong
-    one. Arguments that share memory share it on the device.
+    All memory behind an argument is copied, including padding and margins, and keeps its strides
+    and alignment; afterwards it is copied back, so that a test sees every write, even a wrong one.
+    Arguments that share memory share it on the device.
 
     Args:
         device: where the ops run.
         namespace: has the ops: `baton_kernels`, or `baton_kernels.triton` for the Triton kernels
-            of ops that have others on the device too.
+            of ops that also have others on the device.
     """
 
     def __init__(self, device: str, namespace: Any = baton_kernels) -> None:
@@ -42,7 +42,7 @@ class DeviceOps:
             if not isinstance(x, torch.Tensor):
                 return x
             whole = storage(x)
-            # No memory at all has the same address for every dtype.
+            # Empty memory has the same address for every dtype.
             key = whole.data_ptr(), whole.dtype
             if key not in memory:
                 memory[key] = whole, whole.to(self.device, copy=True)

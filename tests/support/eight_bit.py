@@ -1,4 +1,4 @@
-"""Rows in caches of eight bits, and poison in every column that no row has."""
+"""Rows in eight-bit caches, and poison in every column that belongs to no row."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 
 
 def skip_elsewhere(request) -> None:
-    """Only the CPU's kernels have code for eight bits."""
+    """Only the CPU's kernels support eight-bit types."""
     spec = getattr(request.node, "callspec", None)
     backend = spec and spec.params.get("ops")
     if backend and not backend.name.startswith("cpu-"):
@@ -20,7 +20,7 @@ def skip_elsewhere(request) -> None:
 
 
 def poison_eight(x: torch.Tensor) -> torch.Tensor:
-    """Fills with a number that no row has, NaN where there is one."""
+    """Fills with a number that no row contains, NaN if the dtype has one."""
     bits = x.view(torch.int8) if x.is_contiguous() else x
     if bits.dtype != torch.int8:
         raise AssertionError("poison before taking a view")
@@ -39,7 +39,7 @@ class EightBitProblem:
 def eight_bit_problem(
     dense: AttentionProblem, dtype: torch.dtype, margins: tuple[int, ...] | None = None
 ) -> EightBitProblem:
-    """The rows of a dense problem, quantized where they are."""
+    """The rows of a dense problem, quantized in place."""
     arguments = {field.name: getattr(dense, field.name) for field in dataclasses.fields(dense)}
     for name in ("key", "value"):
         cache = arguments[f"{name}_cache"]
@@ -62,7 +62,7 @@ def embed_bits(x: torch.Tensor, margins: tuple[int, ...] | None = None) -> torch
 
 
 def pages_of(problem: EightBitProblem, page: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The same rows, their columns in pages anywhere; the other columns are poison."""
+    """The same rows, their columns in random pages; the other columns are poison."""
     arguments = dict(problem.arguments)
     starts, lengths = arguments["starts"].tolist(), arguments["lengths"].tolist()
     slots = arguments.pop("slots").tolist()

@@ -1,6 +1,6 @@
 """Run by tests/cpu/test_failing_memory.py with its library preloaded: every allocation fails once.
 
-Prints a line of JSON: how many allocations each call makes, and what was wrong.
+Prints a line of JSON: the number of allocations of each call, and what went wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def as_tuple(results: Any) -> tuple:
 
 
 def mapped() -> tuple[int, int]:
-    """Where the library lies."""
+    """The addresses of the library."""
     name = str(Path(baton_kernels.__file__).with_name("libbaton_kernels.so"))
     spans = [
         line.split()[0].split("-")
@@ -38,7 +38,7 @@ def mapped() -> tuple[int, int]:
 
 
 def made(described: dict[str, Any]) -> dict[str, Any]:
-    """Contiguous tensors of these descriptions, the same at each call."""
+    """Contiguous tensors with these descriptions, the same at each call."""
     generator = torch.Generator().manual_seed(0)
 
     def tensor(x: Any) -> Any:
@@ -52,7 +52,8 @@ def made(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_a_new_thread(call: Any, until: threading.Event | None = None) -> None:
-    """What a thread keeps between calls, it has not yet. It lives on until the event, if any."""
+    """A new thread has none of the memory that threads keep. It lives on until the event, if
+    any."""
     done = threading.Event()
 
     def run() -> None:
@@ -78,7 +79,7 @@ class Failing:
         self.may_do_without = False  # the call goes on with fewer threads
 
     def attempt(self, failing: int) -> int:
-        """How many allocations there were, up to the one that fails."""
+        """The number of allocations up to the one that fails."""
         arguments, before, counts = made(self.described), made(self.described), []
 
         def call() -> None:
@@ -99,7 +100,7 @@ class Failing:
             for name, x in before.items():
                 if isinstance(x, torch.Tensor) and not torch.equal(arguments[name], x):
                     self.wrong.append(f"{self.name}: {name} changed, allocation {failing} failed")
-            # The next call in this thread finds nothing half done.
+            # The next call in this thread must find nothing half done.
             whole = made(self.described)
             same = as_tuple(self.native(**arguments)), as_tuple(self.native(**whole))
             pairs = [*zip(*same, strict=True), *((arguments[k], x) for k, x in whole.items())]
@@ -140,9 +141,9 @@ def main() -> None:
 
 
 def start_threads(memory: ctypes.CDLL, wrong: list[str]) -> int:
-    """Threads of callers that all live at the same time: each starts helpers of its own.
+    """Calling threads that all live at the same time: each starts separate helpers.
 
-    Before anything else, since what is made for the first caller is kept.
+    Runs before everything else, because what is made for the first caller is kept.
     """
     torch.set_num_threads(3)
     shapes = {
@@ -161,7 +162,7 @@ leaks: dict[str, int] = {}
 
 
 def leaked(call: Failing) -> int:
-    """What the library holds more after many failures than after one."""
+    """What the library still holds after many failures, compared with one failure."""
     call.attempt(0)
     before = call.memory.failing_memory_held()
     for _ in range(REPETITIONS):

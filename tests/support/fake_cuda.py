@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _OnTheCpu(TorchFunctionMode):
-    """Tensors that are requested on cuda are made on the CPU."""
+    """Tensors that are requested on cuda are created on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def here(x):
@@ -36,7 +36,7 @@ class _Event:
         self.seconds = time.perf_counter()
 
     def query(self) -> bool:
-        # A device that has not begun yet, as one that was told to sleep.
+        # The device has not begun yet, as if it had been told to sleep.
         return False
 
     def synchronize(self) -> None:

@@ -1,6 +1,6 @@
-"""A FakeLlama whose forwards fail in the loop and in prefill processes, and a count of its faults.
+"""A FakeLlama whose forwards fail in the loop and in prefill processes, and counts of its faults.
 
-Only what a prefill process needs is imported here: the model travels there with its faults.
+Imports only what a prefill process needs: the model is sent there with its faults.
 """
 
 import collections
@@ -11,7 +11,7 @@ import signal
 from baton_engines.testing import FakeLlama
 
 # A prompt that begins with POISON makes every forward raise; one with BAD has NaN logits as soon as
-# there are more than six tokens. RAISE and DIE strike in another process only.
+# there are more than six tokens. RAISE and DIE take effect in another process only.
 RAISE, DIE, POISON, BAD = 46, 47, 48, 49
 
 # Kind -> how many faults all machines of this process have injected; `make soak` prints them.
@@ -20,7 +20,7 @@ INJECTED: collections.Counter[str] = collections.Counter()
 
 class FaultyLlama(FakeLlama):
     """Attributes:
-    flaky: for each forward of several rows whether it fails, this one time; an iterator.
+    flaky: an iterator; for each forward of several rows, whether it fails this one time.
     """
 
     def __init__(self):
@@ -31,7 +31,7 @@ class FaultyLlama(FakeLlama):
         self._home = os.getpid()
 
     def __getstate__(self):
-        # Iterators do not travel.
+        # Iterators cannot be pickled.
         return {**self.__dict__, "flaky": ()}
 
     def strike(self, rows):
@@ -44,7 +44,7 @@ class FaultyLlama(FakeLlama):
         elif POISON in first:
             INJECTED["forward"] += 1
             raise RuntimeError("poison")
-        # A fault that goes away when it is tried again strikes where there are several to blame.
+        # A transient fault occurs where several rows could have caused it.
         elif len(rows) > 1 and next(self.flaky):
             INJECTED["forward, for now"] += 1
             raise MemoryError("for now")

@@ -1,4 +1,4 @@
-"""Relays with recorded CUDA graphs and without: what tests of them share."""
+"""Relays with recorded CUDA graphs and without: shared by their tests."""
 
 import itertools
 
@@ -7,13 +7,13 @@ from baton_kernels.testing import assert_same_bits
 
 
 def ticks():
-    """A clock on which every run is the same."""
+    """A clock with which every run is the same."""
     return itertools.count().__next__
 
 
 def assert_nothing_failed(relay, runtime):
-    """Each step with graphs was what it should be: one that fails is computed without them, and its
-    answer would not tell."""
+    """Checks that each step with graphs succeeded: a step that fails is computed without them, and
+    its answer would not show it."""
     copies_in, replays, copies_out, waits, captures = runtime.counts
     assert relay.counters.replayed_steps == replays
     assert copies_in == copies_out == waits == replays + captures

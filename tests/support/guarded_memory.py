@@ -1,7 +1,7 @@
-"""Memory between pages that nobody may touch, and tensors laid against them.
+"""Memory between guard pages, and tensors placed directly next to them.
 
-A byte read or written past a guard ends the process. A second copy of all memory tells which bytes
-a call was allowed to write.
+Reading or writing a byte past a guard ends the process. A second copy of all memory tells which
+bytes a call was allowed to write.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Region:
         self._units = {size: self.may_change.view(dtype) for size, dtype in _UNITS.items()}
 
     def allow(self, tensor: torch.Tensor) -> None:
-        """The elements of this tensor may be written."""
+        """Allow the elements of this tensor to be written."""
         units = self._units[tensor.element_size()]
         units.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(-1)
 

@@ -1,4 +1,4 @@
-"""Small random transformers decoders of every kind of attention, and prompts for them."""
+"""Small random transformers decoders with every kind of attention, and prompts for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _QWEN_MOE = {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 48}
 # Tokens of an answer.
 NEW = 24
 
-# Name -> (prefix of the classes, what differs from `_SMALL`); None leaves a setting out.
+# Name -> (prefix of the classes, differences from `_SMALL`); None leaves a setting out.
 MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {}),
     "mistral_window": ("Mistral", {"sliding_window": 8}),
@@ -50,7 +50,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "smollm3": ("SmolLM3", {}),
     "starcoder2_window": ("Starcoder2", {"sliding_window": 8}),
     "qwen3_moe": ("Qwen3Moe", _QWEN_MOE),
-    # Its layers pass no window to the attention function; only the mask has it.
+    # Its layers pass no window to the attention function; only the mask knows it.
     "qwen2_moe_window": (
         "Qwen2Moe",
         {
@@ -63,7 +63,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
 }
-# Not expressible as one span of columns per row.
+# Cannot be expressed as one span of columns per row.
 LLAMA4 = (
     "Llama4",
     {"attention_chunk_size": 8, "intermediate_size_mlp": 96, "num_local_experts": 2},
@@ -72,15 +72,15 @@ LLAMA4 = (
 
 @functools.cache
 def make(name: str, **sizes: int) -> transformers.PreTrainedModel:
-    """The model of that name, with other sizes if given, in float32; the same object each time."""
+    """The model of that name in float32, with other sizes if given; the same object each time."""
     prefix, changes = LLAMA4 if name == "llama4" else MODELS[name]
     settings = {**_SMALL, **changes, **sizes}
     settings = {key: value for key, value in settings.items() if value is not None}
-    # Neither leaves them to defaults, which lie outside the small vocabulary.
+    # Both are set, because their defaults lie outside the small vocabulary.
     settings["eos_token_id"] = None
     text = "TextConfig" if prefix in ("Gemma3", "Llama4") else "Config"
     torch.manual_seed(0)
-    # The first test that asks may run in inference mode, whose tensors torch.export refuses.
+    # The first test to use it may run in inference mode, whose tensors torch.export rejects.
     with torch.inference_mode(False):
         model = getattr(transformers, f"{prefix}ForCausalLM")(
             getattr(transformers, f"{prefix}{text}")(**settings)
@@ -106,8 +106,8 @@ def prompts(lengths=(27, 3, 40, 12, 33, 8)) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def generate(model, attention: str, ids, mask, new_tokens: int = 24, **options) -> torch.Tensor:
-    """Greedy tokens of every row under an attention implementation; `cache` as an option is given
-    under the name that the model has for it."""
+    """Greedy tokens of every row with an attention implementation; the option `cache` is passed
+    under the name that the model uses."""
     if "cache" in options:
         options[cache_argument(model)] = options.pop("cache")
     model.set_attn_implementation(attention)
@@ -125,6 +125,6 @@ def generate(model, attention: str, ids, mask, new_tokens: int = 24, **options) 
 
 @functools.cache
 def expected(name: str, beams: int = 1) -> torch.Tensor:
-    """What eager attention generates."""
+    """The tokens that eager attention generates."""
     options = {"num_beams": beams} if beams > 1 else {}
     return generate(make(name), "eager", *prompts(), NEW, **options)

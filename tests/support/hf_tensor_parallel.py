@@ -1,7 +1,7 @@
-"""What one rank of test_tensor_parallel runs under torchrun.
+"""The program that each rank of test_tensor_parallel runs under torchrun.
 
-A model saved in a folder, sharded over the ranks, under `generate` and under a relay. Rank 0 writes
-the tokens of all ranks.
+It loads a saved model, sharded over the ranks, and runs `generate` and a relay. Rank 0 writes the
+tokens of all ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ with torch.inference_mode():
     )
 generated = out[:, longest:].tolist()
 
-# Costs that are given, and no clock of a rank, say which prompt tokens join which forward.
+# Given costs decide which prompt tokens join which forward, not a rank's clock.
 policy = policies.get("baton", costs=lambda work: 4.0 + work.tokens, max_token_gap=10.0)
 with AnyModel(model) as handle, Relay(handle, 2, 64, policy) as relay:
     queries = [relay.submit(prompt, max_new_tokens=8) for prompt in prompts]

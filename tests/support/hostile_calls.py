@@ -1,9 +1,9 @@
-"""Random calls of `torch.ops.baton_kernels`, right ones and such as nobody should make.
+"""Random calls of `torch.ops.baton_kernels`: valid ones, and ones that nobody should make.
 
-``draw_call(random)`` gives an overload and a description of each argument. It begins with a call
-that is right and then spoils up to three arguments: shape, strides, dtype, device, values, memory
-that is another argument's, None, an object of another class. Every draw comes from the given
-``random.Random``, so a seed is a call.
+``draw_call(random)`` gives an overload and a description of each argument. It begins with a valid
+call and then spoils up to three arguments: shape, strides, dtype, device, values, memory shared
+with another argument, None, an object of another class. Every draw uses the given
+``random.Random``, so a seed determines a call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYOUTS = ("dense", "dense", "gaps", "permuted")
 
 @dataclasses.dataclass
 class Described:
-    """A tensor that has yet to be laid out in memory."""
+    """A tensor that has yet to be placed in memory."""
 
     shape: list[int]
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class Described:
     layout: str = "dense"
     at_end: bool = True  # the last byte borders on a guard page, else the first
     device: str = "cpu"
-    # Another argument's name, and how far into its memory this one begins, in bytes.
+    # Another argument's name, and the offset at which this one begins in its memory, in bytes.
     inside: tuple[str, int] | None = None
     stored: str = "plain"  # or sparse, negated: what else torch calls a tensor
 
@@ -65,7 +65,7 @@ def _caches(r: Random, layers: bool) -> tuple[list[int], Arguments]:
 
 
 def _scales(r: Random, shape: list[int], caches: Arguments) -> tuple[torch.dtype, Arguments]:
-    """The dtype of floats of the call; scales, where the caches have eight bits."""
+    """The float dtype of the call, and the scales if the caches have an eight-bit type."""
     dtype = caches["key_cache"].dtype
     if dtype not in EIGHT_BITS:
         return dtype, {}

@@ -1,4 +1,5 @@
-"""Defects of an op that the judge of hostile calls must find: insert_kv, wrong in one way each."""
+"""Defects that the judge of hostile calls must find: versions of insert_kv, each wrong in one
+way."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from guarded_memory import REGION_BYTES
 
-# Defect -> what the judge says about it.
+# Defect -> what the judge reports.
 DEFECTS = {
     "writes when it refuses": "it was refused",
     "writes next to its tensor": "outside of what is written",

@@ -1,9 +1,9 @@
 """Makes hostile calls and judges them: seeded, in processes that are replaced when they die.
 
-What a call must not do: end the process, touch a byte outside of its tensors, change anything when
-it is refused, write beside the elements of the tensors that its schema says are written, depend on
-how tensors lie in memory or on what they share (an accepted call has the bits of the same call on
-copies), be accepted where the fake implementation refuses.
+A call must not end the process, touch a byte outside of its tensors, change anything when it is
+rejected, write outside the elements of the tensors that its schema says are written, depend on how
+tensors lie in memory or share it (an accepted call must have the bits of the same call on copies),
+or be accepted where the fake implementation rejects it.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from hostile_calls import FLOATS, Described, draw_call
 from baton_kernels.testing import available_cpu_isas
 
 MOST_TENSORS = 15
-# So long may a call of these sizes take on a machine that does other things too.
+# Seconds that a call of these sizes may take, even on a busy machine.
 PATIENCE_S = 240
-# What a process may take on top of what it has before its first call.
+# Memory that a process may use on top of what it has before its first call.
 MOST_BYTES = 2**29
 # This many calls in succession run with one instruction set.
 CALLS_PER_ISA = 256
 
 
 class WrongError(Exception):
-    """What a call must not do."""
+    """A call did something that it must not do."""
 
 
 class LayoutError(Exception):
@@ -59,7 +59,7 @@ class Laid:
 
 
 class Caller:
-    """Lays calls out in its regions, makes them and judges them."""
+    """Places the arguments of calls in its regions, makes the calls and judges them."""
 
     def __init__(self) -> None:
         self.regions = [Region(REGION_BYTES) for _ in range(MOST_TENSORS)]
@@ -69,7 +69,7 @@ class Caller:
         self.isas = available_cpu_isas()
 
     def make(self, seed: int, index: int) -> str:
-        """Makes one call; how it ended. Raises WrongError."""
+        """Makes one call and returns how it ended. Raises WrongError."""
         r = Random(f"{seed}:{index}")
         torch.ops.baton_kernels.set_cpu_isa(self.isas[index // CALLS_PER_ISA % len(self.isas)])
         op, overload, described = draw_call(r)
@@ -87,7 +87,7 @@ class Caller:
     # Memory
 
     def lay(self, r: Random, described: dict[str, Any]) -> tuple[dict[str, Any], dict[int, Laid]]:
-        """Arguments of the call, and the bytes of each region that it may look at."""
+        """Arguments of the call, and the bytes of each region that it may access."""
         places: dict[str, Laid] = {}
         windows: dict[int, Laid] = {}
         arguments = dict(described)
@@ -102,7 +102,7 @@ class Caller:
             if tensor.inside is not None and tensor.inside[0] not in places:
                 tensor.inside = None  # a circle of such
             arguments[name] = self.place(r, name, tensor, places, windows)
-        # Index values come last: they are what the call finds, whatever they share memory with.
+        # Index values are written last, so that the call finds them even in shared memory.
         for name, tensor in tensors.items():
             self.fill(r, arguments[name], tensor)
         for name, tensor in tensors.items():
@@ -243,14 +243,14 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def kind(outcome: str) -> str:
-    """An outcome without what it says about the values: two of a kind test the same."""
+    """An outcome without the values in it: outcomes of one kind test the same thing."""
     expected = re.split(r", got | but instead|, where |\. Position|: arguments", outcome)[0]
     return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?|\[[^\]]*\]", "#", expected)[:120]
 
 
 @dataclasses.dataclass
 class Report:
-    """What a run of calls came to."""
+    """The results of a run of calls."""
 
     calls: int = 0
     outcomes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -264,10 +264,10 @@ class Report:
 
 
 def run(seed: int, indices: list[int], seconds: float = 0.0, say: Any = None) -> Report:
-    """Makes these calls in child processes; stops after so many seconds, if any.
+    """Makes these calls in child processes; stops after this many seconds, if given.
 
-    A child writes the number of each call into shared memory before it makes it, so the parent
-    knows which one ended it, and goes on with a new child behind it.
+    A child writes the number of each call into shared memory before making it. So the parent knows
+    which call ended the child, and continues with a new child after that call.
     """
     report, at, end = Report(), 0, time.monotonic() + seconds
     position = mmap.mmap(-1, PAGE)
@@ -301,7 +301,7 @@ def run(seed: int, indices: list[int], seconds: float = 0.0, say: Any = None) ->
     return report
 
 
-# A new process now and then: what leaks must not add up.
+# A new process now and then, so that leaks do not add up.
 CALLS_PER_CHILD = 5000
 
 
@@ -340,7 +340,7 @@ def limit_memory() -> None:
 
 
 def _wait(child: int, position: mmap.mmap) -> int:
-    """The child's exit status, negative for a signal; a call that does not end is ended."""
+    """The child's exit status, negative for a signal; a call that does not end is killed."""
     last, since = -1, time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)

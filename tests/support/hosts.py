@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a cable between them, each a node of Ray."""
+"""Two hosts on one machine: network namespaces connected by a cable, each a node of Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from processes import wait_until
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _CLONE_NEWNET = 0x40000000
-# A node that cannot be reached counts as lost after some 10 s; by default after half a minute.
+# An unreachable node counts as lost after some 10 s; the default is half a minute.
 _HEALTH_CHECK = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
@@ -26,12 +26,12 @@ _HEALTH_CHECK = {
 
 
 class CannotMakeHostsError(Exception):
-    """No network namespaces here."""
+    """Network namespaces are not available here."""
 
 
 class Hosts:
-    """The first host, on which the calling thread is afterwards, and the second one, which has room
-    for two actors that want `prefill`.
+    """The first host, to which the calling thread moves, and the second, which has room for two
+    actors that require `prefill`.
 
     Raises:
         CannotMakeHostsError: the system has no namespaces, or does not let this process make them.
@@ -41,7 +41,7 @@ class Hosts:
         self._names = [f"baton-{os.getpid()}-{end}" for end in "ab"]
         self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         self._nodes: list[subprocess.Popen | None] = [None, None]
-        # Names of sockets have to be short.
+        # Names of sockets must be short.
         self._scratch = tempfile.TemporaryDirectory(prefix="baton-", dir="/tmp")
         try:
             for name in self._names:
@@ -79,9 +79,9 @@ class Hosts:
                 stderr=log,
                 env={
                     **os.environ,
-                    # Other programs' memory is no reason to end an actor of a test.
+                    # Memory use of other programs must not end an actor of a test.
                     "RAY_memory_monitor_refresh_ms": "0",
-                    # Where no other program looks for a cluster that it could join.
+                    # A place where no other program looks for a cluster to join.
                     "RAY_TMPDIR": self._scratch.name,
                 },
             )
@@ -102,23 +102,23 @@ class Hosts:
         _ip("-n", self._names[0], "link", "set", "cable", "up")
 
     def received_bytes(self) -> int:
-        """What has come over the link to the first host."""
+        """Bytes that have come over the link to the first host."""
         told = _ip("-n", self._names[0], "-json", "-statistics", "link", "show", "dev", "cable")
         return json.loads(told)[0]["stats64"]["rx"]["bytes"]
 
     def processes(self, host: int) -> set[int]:
-        """Those on a host, without this one."""
+        """The processes on a host, without this one."""
         return set(map(int, _ip("netns", "pids", self._names[host]).split())) - {os.getpid()}
 
     def wait_until_empty(self, host: int) -> None:
-        """Until a host has no process."""
+        """Wait until a host has no process."""
         wait_until(lambda: not self.processes(host), f"processes are left on host {host}")
         node = self._nodes[host]
         if node is not None:
             node.wait()
 
     def close(self) -> None:
-        """End Ray on both, which must leave nothing, and take the hosts away."""
+        """End Ray on both hosts, check that nothing remains, and remove the hosts."""
         _enter(self._home)
         os.close(self._home)
         try:
@@ -139,7 +139,7 @@ class Hosts:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[Hosts]:
-    """Both with Ray, and the calling thread connected to it on the first."""
+    """Both hosts with Ray, and the calling thread connected to it on the first."""
     import ray
 
     hosts = Hosts()
@@ -163,7 +163,7 @@ def _ip(*words: str) -> str:
 
 
 def _enter(namespace: int) -> None:
-    """Move the calling thread, and those that it starts later, into a namespace of the network."""
+    """Move the calling thread, and threads that it starts later, into a network namespace."""
     # os.setns needs Python 3.12.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(namespace, _CLONE_NEWNET):

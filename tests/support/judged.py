@@ -1,11 +1,12 @@
 """Which cases of the ops' tests the backends run in `make test`, and what is left to --full.
 
 The machine's own instruction set runs every case in every dtype. Each of the others runs every case
-in one dtype, by turns: AMX's tiles in bfloat16, which is what they are for.
+in one dtype, in turns, except AMX's tiles, which take bfloat16.
 
-float16 and bfloat16 are one CUDA kernel with another type of number: every access is at the same
-place, and every sum in the same order. So of each case the judge of memory accesses runs one of
-them, by turns, and the emulator, under another schedule, the other one; float32 runs on both.
+float16 and bfloat16 share a CUDA kernel that differs only in the type of numbers: every access is
+at the same place, and every sum in the same order. So the judge of memory accesses runs each case
+with one of them, in turns, and the emulator, with another schedule, with the other; float32 runs on
+both.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ JUDGED, EMULATED = "cuda-judged", "cuda-emulated"
 
 
 def without_repetitions(items: list[pytest.Item], own: str) -> list[pytest.Item]:
-    """The tests, in their order, without dtypes that other cases or backends stand for.
+    """The tests, in their order, without dtypes that other cases or backends represent.
 
     Args:
         items: tests.
         own: the backend of the machine's own instruction set.
     """
-    # By function and case: by backend, the tests of all dtypes.
+    # For each function and case: the tests of all dtypes by backend.
     groups: dict[object, dict[str, dict[str, list[pytest.Item]]]] = {}
     for item in items:
         found = parameters(item)
@@ -42,7 +43,8 @@ def without_repetitions(items: list[pytest.Item], own: str) -> list[pytest.Item]
         for number, backends in enumerate(cases.values()):
             for place, (backend, same) in enumerate(backends.items()):
                 if backend in (JUDGED, EMULATED):
-                    # A test that has no other cases runs both, and so does one nobody judges.
+                    # A test without other cases runs both types, and so does one that is not
+                    # judged.
                     if len(cases) > 1 and JUDGED in backends:
                         left_out |= _other_half(same, number + (backend == JUDGED))
                 elif not backend.startswith("cuda"):
@@ -75,5 +77,5 @@ def is_left_to_full(item: pytest.Item) -> bool:
 
 
 def judged(where: Callable[[object], bool]) -> Callable[[dict[str, object]], bool]:
-    """For `full(where=...)`: under the judge, the cases with such a `name`."""
+    """For `full(where=...)`: cases under the judge whose `name` meets the condition."""
     return lambda case: case["ops"].name == "cuda-judged" and where(case["name"])

@@ -1,7 +1,7 @@
 """Runs the state machines of caches and relays in shards that a seed determines.
 
-Shard n of a machine is a search of its own with seed + n: nothing that Hypothesis learned in
-another one steers it, so one shard can be repeated by itself.
+Shard n of a machine is a separate search with seed + n, independent of what Hypothesis learned in
+other shards, so a single shard can be repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from faulty_llama import INJECTED
 from hypothesis.stateful import RuleBasedStateMachine, invariant, run_state_machine_as_test
 
 PROCESSES = "relay, prefill in processes"
-# A worker that was killed takes seconds to start again: few such shards say the same.
+# A killed worker takes seconds to start again, so few shards run this machine.
 EVERY_SHARDS = 25
 EXAMPLES, STEPS = 10, 50  # of a machine in a shard
 
@@ -40,7 +40,7 @@ def machines() -> dict[str, type[RuleBasedStateMachine]]:
 
 @dataclasses.dataclass
 class Report:
-    """What shards did: operations by machine, faults by kind, and what was wrong."""
+    """The results of shards: operations by machine, faults by kind, and what was wrong."""
 
     shards: int = 0
     operations: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -57,7 +57,7 @@ class Report:
 def run_shard(
     seed: int, names: list[str], examples: int = EXAMPLES, *, shrinks: bool = True
 ) -> Report:
-    """One search by each of these machines; what it raises is in the report, as short as can be."""
+    """One search by each of these machines; an error is reported in its shortest form."""
     torch.set_num_threads(1)
     report = Report(shards=1)
     before = INJECTED.copy()
@@ -90,7 +90,7 @@ def counted(machine, name: str, operations: collections.Counter[str]):
 
     class Counted(machine):
         def __init__(self):
-            # What is judged before the first rule is no operation.
+            # Checks before the first rule do not count as an operation.
             operations[name] -= 1
             super().__init__()
 
@@ -114,14 +114,14 @@ def run(
     jobs: int = 1,
     say: Callable[[Report], object] = lambda report: None,
 ) -> Report:
-    """Shards from number `begin` on until there were this many operations and faults.
+    """Runs shards from number `begin` on until this many operations and faults have been done.
 
     Args:
-        names: of machines; None takes all.
-        examples: of each machine in a shard.
+        names: of machines; None means all.
+        examples: per machine and shard.
         seconds: ends the run early; 0 does not.
-        jobs: processes.
-        say: called with what there is after every shard.
+        jobs: the number of processes.
+        say: called with the results so far after every shard.
     """
     names = names or list(machines())
     end = time.monotonic() + seconds if seconds else float("inf")
@@ -131,7 +131,7 @@ def run(
         enough = total.operations.total() >= operations and total.faults.total() >= faults
         return enough or bool(total.wrong) or time.monotonic() > end
 
-    # Not forks: a relay's workers and torch's threads do not survive one.
+    # Spawned, because a relay's workers and torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
         pending: set[concurrent.futures.Future[Report]] = set()

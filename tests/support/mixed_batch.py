@@ -6,7 +6,7 @@ from baton_engines.llama.packed_batch import PackedBatch
 
 
 def mixed_batch(llama: object) -> tuple[torch.Tensor, PackedBatch, object]:
-    """Two prefills and one decode token, in a cache where the latter's prompt has been computed."""
+    """Two prefills and one decode token, in a cache that already holds the latter's prompt."""
     cache = llama.new_cache(4, 32)
     slots = [cache.allocate(length) for length in (6, 4, 9)]
     first = PackedBatch.from_shape(cache.shape, [1], [4])

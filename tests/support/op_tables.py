@@ -1,4 +1,4 @@
-"""The ops' overloads and their tests' tables of bad arguments, for other ways to call them."""
+"""The ops' overloads and their tests' tables of bad arguments, for calling them in other ways."""
 
 import importlib.util
 from pathlib import Path
@@ -23,7 +23,7 @@ def table(op):
 
 
 def schemas(op):
-    """An op's schemas by overload, without those that write into tensors of the caller."""
+    """An op's schemas by overload, without those that write into the caller's tensors."""
     packet = getattr(torch.ops.baton_kernels, op)
     names = [name for name in packet.overloads() if not name.endswith("out")]
     return {name: getattr(packet, name)._schema for name in names}

@@ -1,4 +1,4 @@
-"""What the tests of `linear` from packed weights have in common, of every dtype of panels."""
+"""Shared by the tests of `linear` with packed weights, for every dtype of panels."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def problem(rows, size_in, size_out, *, bias=False, dtype=torch.float32, margin=
 
 
 def project(ops, arguments, dtype=None):
-    """The product from a weight that is packed by the same instruction set."""
+    """The product with a weight that is packed by the same instruction set."""
     packed = pack_linear(arguments["weight"], dtype=dtype)
     return ops.linear(**arguments | {"weight": packed})
 
@@ -45,7 +45,7 @@ def check_poison_in_a_row(ops, arguments, dtype, poison):
 
 
 def check_poison_in_an_output(ops, arguments, dtype, poison):
-    """`poison(row)` spoils the row of an output: a panel's neighbors, the next panel's included."""
+    """`poison(row)` spoils the row of one output; neighbors in its panel and the next are right."""
     expected = project(ops, arguments, dtype)
     for output in (0, 47, 48, 129):
         spoiled = arguments | {"weight": arguments["weight"].clone()}
@@ -57,7 +57,7 @@ def check_poison_in_an_output(ops, arguments, dtype, poison):
 
 
 def check_before_a_hole(ops, arguments, dtype):
-    """Nothing is loaded from behind the arguments. Panels end with their memory, too."""
+    """Nothing behind the arguments is loaded. Panels, too, end where memory ends."""
     packed = pack_linear(before_a_hole(arguments["weight"]), dtype=dtype)
     tensors = {"panels": before_a_hole(packed.panels)}
     if packed.scales is not None:
@@ -69,7 +69,7 @@ def check_before_a_hole(ops, arguments, dtype):
 
 
 def check_any_number_of_rows(ops, arguments, dtype):
-    """The bits of 130 rows one by one, and of the first and the last few together."""
+    """Rows have the same bits one by one, 130 together, and the first or last few together."""
     packed = pack_linear(arguments["weight"], dtype=dtype)
     x, bias = arguments["x"], arguments["bias"]
     with cpu_threads(1):

@@ -1,4 +1,4 @@
-"""Paged caches that hold the rows of a dense problem, and poison everywhere else."""
+"""Paged caches that hold the rows of a dense problem, with poison everywhere else."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from baton_kernels.testing import AttentionProblem, embed, poison_
 
 # How the pages lie in memory; each is passed as [pages, num_kv_heads, page, head_dim].
 LAYOUTS = ("heads first", "columns first", "keys and values together")
-# No page: what entries of a table hold that nobody may look at.
+# Values that are not pages, for table entries that must not be read.
 ABSURD = (-(2**31), 2**31 - 1)
 
 
@@ -42,14 +42,14 @@ def paged_problem(
     """The same rows, their columns in pages of this size.
 
     Columns without a row, pages without an owner and entries without a column are poisoned.
-    ``ascending``: pages of a row follow each other in memory; else they are anywhere.
+    ``ascending``: pages of a row follow each other in memory; otherwise their places are random.
     """
     generator = torch.Generator().manual_seed(seed)
     _, num_kv_heads, _, head_dim = dense.key_cache.shape
     places = list(
         zip(dense.slots.tolist(), dense.starts.tolist(), dense.lengths.tolist(), strict=True)
     )
-    # Of each row with columns: where its first page begins, and how many pages it has.
+    # For each row with columns: where its first page begins, and how many pages it has.
     owned = {
         row: (start // page * page, (start + length - 1) // page - start // page + 1)
         for row, (_, start, length) in enumerate(places)
@@ -94,5 +94,5 @@ def lay_out(keys, values, layout, margins=None):
         return embed(keys, margins), embed(values, margins)
     if layout == "columns first":
         return tuple(embed(x.transpose(1, 2), margins).transpose(1, 2) for x in (keys, values))
-    # Of each page and head all keys, then all values: vLLM's cache on the CPU.
+    # For each page and head all keys, then all values: vLLM's cache on the CPU.
     return embed(torch.cat((keys, values), 2), margins).chunk(2, 2)

@@ -1,4 +1,4 @@
-"""Small models to patch, and what of them is compared."""
+"""Small models to patch, and helpers that compare them."""
 
 import torch
 from mixed_batch import mixed_batch

@@ -1,4 +1,4 @@
-"""What a policy is asked, made by hand: queries as a relay would have them, and its view."""
+"""Inputs of a policy, made by hand: queries as a relay would have them, and its view."""
 
 from baton_engines.policies import View
 from baton_engines.query import Query

@@ -1,4 +1,4 @@
-"""Every setting a relay can be given that must not change an answer: drawn at random."""
+"""Relay settings that must not change an answer, drawn at random."""
 
 from hypothesis import strategies as st
 
@@ -8,7 +8,7 @@ OPTIONS = {
     "baton": {
         "max_prefill_tokens": st.integers(1, 40),
         "max_stall_tokens": st.none() | st.integers(1, 20),
-        # Seconds that a forward of the small models takes, and none that any takes.
+        # The time of a forward of the small models, and times that none or any would exceed.
         "max_token_gap": st.sampled_from([None, 1e-9, 2e-3, 60.0]),
         "join": st.sampled_from(policies.baton.JOINS),
     },
@@ -26,7 +26,7 @@ OPTIONS = {
 
 @st.composite
 def settings(draw, policy: str, capacity: int, bytes_per_token: int) -> dict:
-    """Arguments of a Relay; a budget has room for at least one query of the whole capacity."""
+    """Arguments of a Relay; the budget has room for at least one query of the whole capacity."""
     options = {name: draw(values) for name, values in OPTIONS[policy].items()}
     if options.get("join") == "never":
         options["max_token_gap"] = None
@@ -45,7 +45,7 @@ def settings(draw, policy: str, capacity: int, bytes_per_token: int) -> dict:
 
 
 def watch_budget(relay, budget: int | None) -> None:
-    """Check at every single change of the cache's shape that it is within the budget."""
+    """Check at every change of the cache's shape that it is within the budget."""
     commit = relay.cache._commit
 
     def checked(planned):

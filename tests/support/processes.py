@@ -1,4 +1,4 @@
-"""What tests ask about processes that they have started."""
+"""What tests need to know about processes that they have started."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import psutil
 
 
 def children() -> set[psutil.Process]:
-    """Processes of this one, and theirs."""
+    """Child processes of this one, and theirs."""
     return set(psutil.Process().children(recursive=True))
 
 
@@ -20,7 +20,7 @@ def alive(process: int) -> bool:
 
 
 def wait_until(holds: Callable[[], bool], otherwise: str, seconds: float = 60) -> None:
-    """Until something holds that has to at last; a test that would wait for ever fails."""
+    """Wait until a condition holds; fail instead of waiting forever."""
     end = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > end:

@@ -1,7 +1,7 @@
-"""`make test-quick`: which tests are left out so that a change is looked at in minutes.
+"""`make test-quick`: which tests are left out so that a change is checked in minutes.
 
-One dtype of each test, one instruction set, no code for GPUs (emulated, interpreted, compiled), no
-benchmarks and examples, and none of the tests that are marked ``slow``. `make test` runs them.
+It runs one dtype of each test and one instruction set. It leaves out code for GPUs (emulated,
+interpreted, compiled), benchmarks, examples, and tests marked ``slow``. `make test` runs them all.
 """
 
 import pytest

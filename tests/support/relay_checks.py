@@ -1,4 +1,4 @@
-"""What the tests of the relay share: prompts, and what must hold afterwards."""
+"""Shared by the tests of the relay: prompts, and what must hold afterwards."""
 
 import random
 

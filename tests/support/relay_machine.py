@@ -1,7 +1,7 @@
-"""Random mixes of everything that can happen to a relay, against what each query says by itself.
+"""Random mixes of everything that can happen to a relay, compared with each query by itself.
 
-After every rule nobody holds a slot who should not, and the accounting agrees with the queries; at
-the end nothing is left.
+After every rule no query holds a slot wrongly, and the accounting agrees with the queries; at the
+end nothing is left.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from baton_engines.testing import FakeLlama
 
 CAPACITY, BYTES_PER_TOKEN = 32, 256
 INDEX = st.integers(0, 1000)
-# Prompts that begin alike, and what is kept of them: blocks of a few tokens, not many of them.
+# Prompts with a common beginning, and a prefix cache of a few small blocks.
 ALIKE = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 BLOCK_TOKENS = 3
 PROMPTS = st.builds(
@@ -33,7 +33,7 @@ class CallbackError(Exception):
 
 
 class RelayMachine(RuleBasedStateMachine):
-    """Queries of a FaultyLlama: the first token of a prompt says what its forwards do."""
+    """Queries of a FaultyLlama: a prompt's first token decides what its forwards do."""
 
     @initialize(
         settings=st.sampled_from(policies.NAMES).flatmap(

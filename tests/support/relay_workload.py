@@ -11,20 +11,20 @@ CAPACITY = 72
 
 
 def make_model(dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
-    """changes: what the configuration has otherwise."""
+    """changes: different entries of the configuration."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-        # Large enough for attention that looks somewhere and logits that differ.
+        # Large enough for distinct attention patterns and logits.
         "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval().to(dtype)
 
 
 class Workload:
-    """44 queries of mixed lengths that arrive over time; some are cancelled, some are preempted
-    and come back, and the batch changes its size."""
+    """44 queries of mixed lengths that arrive over time; some are cancelled, some are preempted and
+    come back, and the batch changes its size."""
 
     def __init__(self, relay: Relay, seed: int, **options):
         self.relay = relay

@@ -1,4 +1,4 @@
-"""Tokenizers of the two kinds that Llama models have, with vocabularies of some 300 tokens."""
+"""Tokenizers of the two kinds that Llama models use, with vocabularies of some 300 tokens."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -7,7 +7,7 @@ TEXT = "One fish, two fish. Ünïcode: 魚と水, 🐟🐠! STOP. Stop here.\n\n
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """A byte-level BPE as SmolLM2 and Llama 3 have it: a character may be several tokens."""
+    """A byte-level BPE like those of SmolLM2 and Llama 3: a character may be several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -22,7 +22,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """A vocabulary as Llama 2 has it: words that begin with a space mark, bytes for the rest."""
+    """A vocabulary like that of Llama 2: words begin with a space mark, and bytes for the rest."""
     words = ["▁one", "▁two", "▁fish", "fish", "▁", ".", "S", "TO", "P", "▁Stop", "\n", "ü"]
     pieces = ["<unk>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}

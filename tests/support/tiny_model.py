@@ -15,7 +15,7 @@ EOS = 256
 
 
 def byte_tokenizer(special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """One token per byte, an end of sequence, and more special tokens."""
+    """One token per byte, an end-of-sequence token, and more special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: number for number, symbol in enumerate(alphabet)} | {"<eos>": EOS}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -28,7 +28,7 @@ def byte_tokenizer(special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 
 
 def save_tiny_model(path: Path, **changes: object) -> Path:
-    """Writes two layers with random weights and the tokenizer.
+    """Writes a model of two layers with random weights, and the tokenizer.
 
     Args:
         path: the folder.

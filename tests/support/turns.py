@@ -1,7 +1,7 @@
-"""Turns of tests that run at the same time, each in a process of pytest-xdist.
+"""Takes turns between tests that run at the same time in processes of pytest-xdist.
 
-A test that is marked ``alone`` measures what others would disturb, or waits for processes under a
-time limit: while it runs, no other test of this run does. Without xdist it does so anyway.
+A test marked ``alone`` measures something that others would disturb, or waits for processes under a
+time limit: while it runs, no other test of this run does. Without xdist that is always so.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ import pytest
 
 @contextlib.contextmanager
 def turn(folder: Path, alone: bool) -> Iterator[None]:
-    """A place in the room: all of it for ``alone``, else one of many.
+    """A place in the room: the whole room for ``alone``, else one of many places.
 
-    The door is held by the test that waits for a place, so that a test that needs the whole room is
-    not overtaken forever by those that share it.
+    The test that waits for a place holds the door, so that a test that needs the whole room is not
+    overtaken forever by those that share it.
     """
     with open(folder / "room", "w") as room:
         with open(folder / "door", "w") as door:

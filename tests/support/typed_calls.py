@@ -1,4 +1,5 @@
-"""What a type checker says of calls; `make lint` checks this file, nothing runs it."""
+"""Calls whose types a type checker must get right; `make lint` checks this file, nothing runs
+it."""
 
 import torch
 from typing_extensions import assert_type
@@ -25,14 +26,14 @@ def norm(x: torch.Tensor, residual: torch.Tensor | None) -> None:
 
 
 def append(x: torch.Tensor, index: torch.Tensor, query: torch.Tensor | None) -> None:
-    """The rotated query comes back, where there is one."""
+    """The rotated query is returned if there is one."""
     append_kv(x, x, x, x, index, index)
     assert_type(append_kv(x, x, x, x, index, index, query=x), torch.Tensor)
     assert_type(append_kv(x, x, x, x, index, index, query=query), torch.Tensor | None)
 
 
 def without_python_functions(x: torch.Tensor, index: torch.Tensor) -> None:
-    """The ops as torch registers them, by the protocols of their schemas."""
+    """The ops as torch registers them, typed by the protocols of their schemas."""
     assert_type(ops.ragged_attention(x, x, x, None, None, None, index), torch.Tensor)
     assert_type(ops.ragged_attention.lse(x, x, x, None, None, None, index, 0.5), Pair)
     ops.ragged_attention.lse_out(x, x, x, None, None, None, index, out=x, lse=x)

@@ -1,6 +1,6 @@
-"""vLLM in a process and an environment of its own; see `tests/engines/vllm`.
+"""vLLM in a separate process and environment; see `tests/engines/vllm`.
 
-Reads a list of runs from one file and writes the answers into another.
+Reads a list of runs from one file and writes the answers to another.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# What an engine is made with, unless a run says otherwise. Prompts of more than 16 tokens are
-# prefilled in chunks; pages are smaller than prompts, so that requests have several.
+# The default options of an engine. Prompts of more than 16 tokens are prefilled in chunks; pages
+# are smaller than prompts, so that requests have several.
 OPTIONS = {
     "dtype": "float32",
     "skip_tokenizer_init": True,
@@ -43,7 +43,7 @@ def start_counting(worker: Any) -> None:
 
 
 def counted(worker: Any) -> dict[str, Any]:
-    """Calls in a worker's process, and what its layers are."""
+    """Calls in a worker's process, and the kinds of its layers."""
     from baton_engines.vllm.backend import Impl
 
     modules = worker.model_runner.get_model().modules()
@@ -52,7 +52,7 @@ def counted(worker: Any) -> dict[str, Any]:
 
 
 def attempt(work: dict[str, Any]) -> dict[str, Any]:
-    """What `run` returns, or the error that it raises."""
+    """The result of `run`, or the error that it raises."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     try:
@@ -66,7 +66,7 @@ def attempt(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(work: dict[str, Any]) -> dict[str, Any]:
-    """The answers of one engine to batches of prompts, one after another."""
+    """One engine's answers to batches of prompts, one after another."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(model=work["model"], **{**OPTIONS, **work.get("options", {})})
@@ -108,7 +108,7 @@ def main() -> None:
     results = []
     for work in json.loads(source.read_text()):
         results.append(attempt(work))
-        # After each, so that a crash leaves what came before it.
+        # After each run, so that a crash leaves the results before it.
         target.write_text(json.dumps(results))
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels as a part of the package: names, errors, registration, life without triton."""
+"""The Triton kernels as part of the package: names, errors, registration, life without triton."""
 
 import importlib
 import inspect
@@ -36,7 +36,7 @@ def test_an_imported_file_does_not_hide_its_op(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_errors_are_the_ops(op, monkeypatch):
-    """The op's own table of bad arguments; only C++ looks at index values."""
+    """The op's own table of bad arguments; only C++ checks index values."""
     bad, arguments = table(op)
     ours = getattr(baton_kernels.triton, op)
     checked = 0
@@ -61,7 +61,7 @@ def test_no_kernel_runs_on_the_cpu(op):
 def test_every_gpu_has_a_kernel(op, key):
     for overload in getattr(torch.ops.baton_kernels, op).overloads():
         if overload.startswith("scaled"):
-            continue  # caches of eight bits, which only the CPU has kernels for
+            continue  # eight-bit caches, for which only the CPU has kernels
         name = f"baton_kernels::{op}" + ("" if overload == "default" else f".{overload}")
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), name
 
@@ -100,7 +100,7 @@ def test_without_triton():
 
 
 def test_launches_are_bounded_by_what_the_host_knows():
-    """Without memory behind the tensors nothing can be read back: a launch needs shapes alone."""
+    """Without memory behind the tensors nothing can be read back: a launch needs only shapes."""
     common = importlib.import_module("baton_kernels.triton.common")
     cache = torch.empty(64, 8, 4096, 128, dtype=torch.float16, device="meta")
     index = torch.empty(64, dtype=torch.int32, device="meta")

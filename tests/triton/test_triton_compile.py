@@ -24,7 +24,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from baton_kernels.triton import common  # noqa: E402
 
 KIB = 1024
-# Shared memory that one block may have.
+# Shared memory that one block may use.
 NVIDIA = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 AMD = {"gfx90a": (64, 64), "gfx942": (64, 64), "gfx1100": (64, 32)}  # KiB, threads of a warp
 TARGETS = {
@@ -39,7 +39,7 @@ TYPES = {
     torch.int16: "i16",
     torch.uint8: "u8",
 }
-# What must be there: 16-byte (l)oads and (s)tores, (m)atrix instructions for 16-bit numbers.
+# Required: 16-byte (l)oads and (s)tores, (m)atrix instructions for 16-bit numbers.
 MEANT = {
     "append_kv_kernel": "ls",
     "attend_few_kernel": "lm",
@@ -92,7 +92,7 @@ def attend_pages(dtype, head_dim, page=16):
 
 
 def attend_odd_pages(dtype, head_dim):
-    """Their number of columns is no power of two."""
+    """Their number of columns is not a power of two."""
     attend_pages(dtype, head_dim, page=7)
 
 
@@ -131,7 +131,7 @@ def the_rest(dtype, head_dim):
 
 
 def source(launch):
-    """A recorded launch as the compiler takes it; arguments are specialized as a real launch's."""
+    """A recorded launch for the compiler; arguments are specialized as in a real launch."""
     kernel = launch.kernel
     given = dict(launch.constants)
     given.update(zip([n for n in kernel.arg_names if n not in given], launch.args, strict=True))
@@ -178,7 +178,7 @@ def nvidia_code(compiled, folder):
 
 
 def amd_code(compiled, folder):
-    """As `nvidia_code`."""
+    """Like `nvidia_code`."""
     code = compiled.asm["amdgcn"]
 
     def figure(name):
@@ -214,9 +214,9 @@ def check(make_launches, target, dtype, head_dim, folder):
         assert all(found[kind] >= 1 for kind in wanted), what
 
 
-# What is left to --full. Targets take the two kinds of pages by turns: NVIDIA's and AMD's have some
-# of each. Of sm_86, sm_89 and sm_120, which have the same matrix instructions and as much shared
-# memory, and of gfx90a and gfx942, each kind of launches takes one, and each of them some kind.
+# Left to --full. Targets take turns with the two kinds of pages: NVIDIA's and AMD's have some of
+# each. Of sm_86, sm_89 and sm_120, which have the same matrix instructions and the same shared
+# memory, and of gfx90a and gfx942, one runs each kind of launch, and each of them runs some kind.
 LEFT_OUT = {
     attend: ("sm_89", "sm_120", "gfx90a"),
     attend_pages: ("sm_75", "sm_86", "sm_90", "sm_120", "gfx942"),
@@ -239,7 +239,8 @@ def test_compiled_code(target, launches, tmp_path):
     check(launches, target, torch.float16, 128, tmp_path)
 
 
-# Targets take the kinds of heads by turns, too; 256 dims of 16 bits are left to sm_80 and gfx1100.
+# Targets take turns with the kinds of heads, too; 256 dims of 16 bits run on sm_80 and gfx1100
+# only.
 HEADS = [(torch.bfloat16, 64), (torch.float16, 256), (torch.float32, 128), (torch.float32, 256)]
 OTHER_HEADS = [
     pytest.param(target, *heads, marks=[pytest.mark.full] if (i + j) % 2 else [])
@@ -277,7 +278,7 @@ def instructions(kernel, folder):
     ],
 )  # fmt: skip
 def test_projections_of_any_number_of_rows_use_one_kind_of_instruction(target, tmp_path):
-    """Others may add in another order; and a plan's shared memory is the compiled kernel's."""
+    """Other units may add in another order; and a plan's shared memory is the compiled kernel's."""
     gpu, shared_limit = TARGETS[target]
     weight = on_no_device(4096, 4096, dtype=torch.float16)
     kinds = []
@@ -306,7 +307,7 @@ def test_every_kernel_is_compiled():
 
 
 def ones(dtype, head_dim):
-    """Sizes of 1, which a launch hands to the compiler as constants."""
+    """Sizes of 1, which a launch passes to the compiler as constants."""
     ops = baton_kernels.triton
     cache = on_no_device(1, 1, 1, head_dim, dtype=dtype)
     token = on_no_device(1, 1, head_dim, dtype=dtype)

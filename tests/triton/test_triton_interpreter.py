@@ -1,7 +1,7 @@
 """The op tests on the Triton kernels, in Triton's interpreter: results without a GPU.
 
-Whether Triton interprets is decided when it is imported, so the tests run in a process of their
-own, which tests/conftest.py gives the Triton kernels as its one backend. By hand, whole files:
+Whether Triton interprets is decided when it is imported, so the tests run in a separate process,
+for which tests/conftest.py has the Triton kernels as the only backend. By hand, for whole files:
 `TRITON_INTERPRET=1 python -m pytest tests/ops/test_rms_norm.py -k triton`.
 """
 
@@ -17,9 +17,9 @@ import pytest
 import baton_kernels
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# The interpreter takes milliseconds per program: of each op's tests, those with few programs.
-# Layouts, options, poison and batch invariance are among them. `make test` takes each case in one
-# dtype, by turns (tests/support/judged.py), --full in all.
+# The interpreter takes milliseconds per program, so only tests with few programs run. Layouts,
+# options, poison and batch invariance are among them. `make test` takes each case in one dtype, in
+# turns (tests/support/judged.py); --full takes it in all.
 SMALL = "not triton-1000 and not triton-128-"
 ATTENTION = (
     "test_matches_reference and not long and not mixture",
@@ -50,8 +50,8 @@ SELECTED = {
 }
 
 
-# A process takes seconds to start, so the tests of several ops share one; more than one, so that
-# each core has something to do.
+# A process takes seconds to start, so the tests of several ops share one; there are several
+# processes, so that each core has something to do.
 GROUPS = {
     "attention": ("ragged_attention", "ragged_attention_paged"),
     "projections and torch": ("linear", "triton_torch"),
@@ -62,7 +62,7 @@ GROUPS["others"] = tuple(op for op in SELECTED if op not in sum(GROUPS.values(),
 def run(
     ops: Sequence[str], folder: pathlib.Path, every_case: bool
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """The names of the tests that ran by op, and the texts of those that failed."""
+    """The names of the tests that ran, by op, and the texts of those that failed."""
     pytest.importorskip("triton")
     report = folder / "report.xml"
     paths = [str(next((ROOT / "tests").glob(f"*/test_{op}.py"))) for op in ops]
@@ -92,7 +92,7 @@ def test_every_op_is_selected():
 @pytest.mark.long
 @pytest.mark.parametrize("group", GROUPS)
 def test_ops(group, tmp_path, every_case):
-    """Of `triton_torch`: opcheck, torch.compile and index values out of range."""
+    """For `triton_torch`: opcheck, torch.compile and index values out of range."""
     ran, failed = run(GROUPS[group], tmp_path, every_case)
     assert not failed, "\n\n".join(failed)
     for op, names in ran.items():

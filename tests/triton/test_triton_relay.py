@@ -1,6 +1,7 @@
-"""The whole relay on the Triton kernels alone: what a device without our CUDA library runs.
+"""A whole relay on only the Triton kernels, as on a device without our CUDA library.
 
-In Triton's interpreter, so in a process of its own; the answers must be those of the C++ kernels.
+It runs in Triton's interpreter, so in a separate process; the answers must be those of the C++
+kernels.
 """
 
 import json

@@ -29,14 +29,14 @@ if not triton.knobs.runtime.interpret:
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "ops"
 OVERLOADS = [
     (op, overload) for op in baton_kernels.triton.OPS for overload in schemas(op)
-    # Caches of eight bits, which only the CPU has kernels for.
+    # Eight-bit caches, for which only the CPU has kernels.
     if not overload.startswith("scaled")
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def triton_ops():
-    """torch.ops.baton_triton: the ops, with the functions that GPUs get as the CPU's."""
+    """torch.ops.baton_triton: the ops, with the functions for GPUs registered for the CPU."""
     library = torch.library.Library("baton_triton", "DEF")
     for op, overload in OVERLOADS:
         schema = str(schemas(op)[overload]).split("::")[1]
@@ -70,7 +70,7 @@ def valid_arguments(op):
 
 
 def by_position(op, overload, arguments):
-    """Those that the overload takes, in its order."""
+    """The arguments that the overload takes, in its order."""
     names = [argument.name for argument in schemas(op)[overload].arguments]
     return tuple(arguments[name] for name in names if name in arguments)
 
@@ -101,7 +101,7 @@ def test_triton_compile(op, overload, triton_ops, fresh_compiler):
         assert_same_bits(other, eager)
 
 
-# Index values are not checked on a GPU: what is out of range is left out, nothing else is touched.
+# Index values are not checked on a GPU: rows out of range are skipped, nothing else is touched.
 
 BAD_PLACES = [(-1, 0), (4, 0), (2**31 - 1, 0), (1, -1), (1, 2**31 - 1), (1, 8)]
 
@@ -141,7 +141,7 @@ def test_triton_tokens_out_of_range_are_left_out(slot, column):
         assert_same_bits(storage(keys), storage(cache))
 
 
-# Bounds of queries, and those that are whole: no other is copied, not even in part.
+# Bounds of queries, and which queries are whole: no other is copied, not even in part.
 WHOLE = [
     ([0, 3, 2], []), ([0, 4, 2, 6], []), ([0, 3, 9], [0]), ([-2, 3, 6], [1]), ([1, 3, 6], [0, 1]),
     ([4, 1], []), ([0, *range(0, 7), 5, 6], []), ([*[0] * 140, 4, 3, 6], []), ([0, 9, 5], []),
@@ -151,7 +151,7 @@ WHOLE = [
 
 @pytest.mark.parametrize(("bounds", "whole"), WHOLE)
 def test_triton_queries_are_copied_whole_or_not_at_all(bounds, whole):
-    """Row 1 of the last case would end behind the capacity."""
+    """Row 1 of the last case would end beyond the capacity."""
     queries = len(bounds) - 1
     tokens = torch.randn(6, 2, 16)
     cache = embed(torch.randn(queries, 2, 6, 16))
@@ -194,8 +194,8 @@ def test_triton_rms_norm_normalizes_the_sum_that_it_returns(dtype):
 
 
 def order_sensitive(rows, outs, ins, step=64):
-    """Factors whose sums are exact within a step, and whose large steps cancel each other: what is
-    left of the small ones tells in which order the steps were added."""
+    """Factors whose sums are exact within a step, and whose large steps cancel each other: the
+    small ones that remain reveal the order in which steps were added."""
     generator = torch.Generator().manual_seed(0)
 
     def whole(*shape):
@@ -213,7 +213,7 @@ def order_sensitive(rows, outs, ins, step=64):
 def test_triton_linear_adds_in_one_order(monkeypatch):
     """Tiles for one row, for some and for many, with two splits: the same additions."""
     ops, tiles = baton_kernels.triton, importlib.import_module("baton_kernels.triton.linear")
-    # Larger tiles from seven of them on, and not from as many as keep a GPU busy.
+    # Uses larger tiles from seven on, instead of from the number that keeps a GPU busy.
     monkeypatch.setattr(tiles, "ENOUGH_MANY", 7)
     rows, outs, ins = 150, 300, 600
     x, weight = order_sensitive(rows, outs, ins)
@@ -227,14 +227,14 @@ def test_triton_linear_adds_in_one_order(monkeypatch):
     for some in ([0], [5, 7], list(range(16)), list(range(80, 113)), list(range(9, 100))):
         assert not plan(len(some)).many
         assert_same_bits(ops.linear(x[some], weight, bias), expected[some], f"{len(some)} rows")
-    # The order matters: with in_features reversed the result is another one.
+    # The order matters: with in_features reversed the result differs.
     other = ops.linear(x[:16].flip(1).contiguous(), weight.flip(1).contiguous(), bias)
     assert not torch.equal(other, expected[:16])
 
 
 @pytest.mark.parametrize("shape", [(2048, 2048), (16384, 2048), (2048, 8192), (57, 300), (1, 1)])
 def test_triton_linear_splits_by_the_weight(shape):
-    """Splits are whole steps, cover in_features, and depend on nothing but the weight."""
+    """Splits are whole steps, cover in_features, and depend on the weight only."""
     tiles = importlib.import_module("baton_kernels.triton.linear")
     plans = [
         tiles.plan(rows, *shape, 2, "matrix", shared)
