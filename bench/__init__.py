@@ -15,7 +15,7 @@ from pathlib import Path
 
 def describe_run(device: str = "cpu") -> str:
     """Device, versions and commit, in one line."""
-    # Here and not above: bench.workloads needs no torch.
+    # Imported here, because bench.workloads needs no torch.
     import torch
 
     versions = [f"python {platform.python_version()}"]
@@ -35,7 +35,7 @@ def describe_run(device: str = "cpu") -> str:
 
 
 def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
-    """`median (p10-p90)`; of fewer than three values the range instead of the percentiles."""
+    """`median (p10-p90)`; with fewer than three values, the range instead of the percentiles."""
     low, high = min(values), max(values)
     if len(values) >= 3:
         deciles = statistics.quantiles(values, n=10, method="inclusive")
@@ -44,7 +44,7 @@ def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
 
 
 def cpu_name() -> str:
-    """The processor, as the system calls it."""
+    """The processor's name, as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -55,7 +55,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """What git calls the source this runs from."""
+    """The commit of the running sources."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

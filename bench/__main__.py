@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Every module of this folder that can be run, with the first line of what it says it does."""
+    """Prints every module of this folder that can be run, with the first line of its docstring."""
     folder = Path(__file__).parent
     modules = {path.stem: path for path in folder.glob("[!_]*.py")}
     modules |= {path.parent.name: path for path in folder.glob("*/__main__.py")}

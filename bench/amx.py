@@ -1,7 +1,7 @@
 """Tile instructions of the AMX kernels per useful product: `python -m bench.amx`.
 
-Counted while the built kernels run on a CPU without AMX, where each of them is done in software
-(python/emulation/amx/amx.cpp): exact, and no speed.
+The instructions are counted while the built kernels run on a CPU without AMX, where software
+emulates each of them (python/emulation/amx/amx.cpp). Counts are exact; no speed is measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from emulation import amx
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Executed tile instructions of one call, and the multiplications that its result needs."""
+    """Tile instructions that one call executes, and the multiplications that its result needs."""
 
     instructions: dict[str, int]
     needed: int
@@ -36,7 +36,7 @@ class Counts:
 
 
 def count(needed: int, op: Callable, *args: torch.Tensor) -> Counts:
-    """Runs an op on tiles in software, with one thread, and checks its result."""
+    """Runs an op on emulated tiles with one thread, and checks its result."""
     with cpu_threads(1), amx.entered():
         amx.take_counts()
         result = op(*args)
@@ -53,7 +53,7 @@ def count_linear(rows: int, in_features: int, out_features: int) -> Counts:
 
 
 def count_attention(tokens: int, length: int, heads: tuple[int, int], head_dim: int) -> Counts:
-    """One row with `tokens` query tokens at the end of its `length`."""
+    """One row with `tokens` query tokens at the end of its `length` columns."""
     problem = random_attention_problem(
         [tokens], [length], num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim,
         dtype=torch.bfloat16,

@@ -1,7 +1,7 @@
 """What can be said about the CUDA kernels without a GPU: `python -m bench.cuda_static`.
 
-Instructions and sectors are those of nvcc's own PTX, executed thread by thread
-(python/emulation/ptx/machine.py); registers, shared memory and loads in flight are those of the
+Instructions and sectors are counted in nvcc's own PTX, executed thread by thread
+(python/emulation/ptx/machine.py); registers, shared memory and loads in flight are taken from the
 machine code for each architecture. No figure here is a speed.
 """
 
@@ -22,7 +22,7 @@ flash-attention 2, split-KV      7.6 to 8.5     2.0   5.3         1.00     2,069
 KV append: FlashInfer            3.4 to 4.3                       1.08
 KV append: vLLM style            19                               1.06"""
 
-# Threads of a block by the beginning of the kernel's name; the copies fill 128.
+# Threads of a block, by the beginning of the kernel's name; copy kernels have 128.
 THREADS = {"": 128}
 
 
@@ -58,7 +58,7 @@ def decode() -> None:
 
 
 def decode_kernels() -> list[cuda_static.Kernel]:
-    """The decode kernel for bfloat16 x 128 on every architecture with products for it."""
+    """The decode kernel for bfloat16 x 128, for every architecture that has products for it."""
     source = ROOT / "csrc" / "cuda" / "ragged_attention" / "bfloat16.cu"
     return [
         kernel for kernel in cuda_static.compile_kernels(source)
@@ -67,12 +67,13 @@ def decode_kernels() -> list[cuda_static.Kernel]:
 
 
 def machine_code() -> None:
-    """The loop of the decode kernel in what ptxas makes of the PTX counted above."""
+    """The loop of the decode kernel in the machine code that ptxas makes of the PTX counted
+    above."""
     print(
         "machine code: instructions of the loop per 128 bytes of keys and values, as above without"
     )
     print("options, masks and rescaling, which most turns skip")
-    # A turn of a warp: 16 keys and values of 256 bytes each.
+    # One iteration of a warp: 16 keys and values of 256 bytes each.
     lines = 16 * 2 * 256 / 128
     for kernel in decode_kernels():
         print(f"  sm_{kernel.architecture}: {len(kernel.product_loop()) / lines:.2f}")

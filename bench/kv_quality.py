@@ -1,9 +1,8 @@
-"""What rounding keys and values to eight bits costs: perplexity, logits and greedy tokens.
+"""The effect of rounding keys and values to 8 bits: on perplexity, logits and greedy tokens.
 
-One model reads one text through a cache of its own dtype and through caches of eight bits, in
-windows of the same length; a token's logits are compared where all have read the same tokens
-before. Greedy answers go on from what each cache has chosen itself, so that one other token makes
-all later ones others.
+One model reads one text through a cache of its own dtype and through 8-bit caches, in windows of
+the same length; a token's logits are compared where all have read the same tokens before. Greedy
+answers continue from each cache's own choices, so that one different token changes all later ones.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def answers(llama: Any, prompts: Sequence[Sequence[int]], steps: int, kv_dtype: 
 
 
 def equal_share(ones: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> float:
-    """Of the tokens, those that come before the first that differs."""
+    """The share of tokens that come before the first difference."""
     equal = total = 0
     for one, other in zip(ones, others, strict=True):
         pairs = list(zip(one, other, strict=True))

@@ -1,6 +1,6 @@
-"""What a patched model makes of a text: the loss of each token, and the logits in its place.
+"""A patched model's predictions for a text: the loss of each token, and the logits before it.
 
-The text is read in windows of the same length; each token but a window's first counts once.
+The text is read in windows of the same length; every token except a window's first counts once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ TEXT = Path(__file__).parent / "data" / "prose.txt"
 
 
 class Reading(NamedTuple):
-    """What a model makes of a text.
+    """A model's predictions for a text.
 
     Attributes:
         losses: float64, minus the logarithm of the probability of each token.
-        logits: float32 `[places, vocab]` in these places.
+        logits: float32 `[places, vocab]`, one row per token of `losses`.
     """
 
     losses: torch.Tensor
@@ -30,19 +30,19 @@ class Reading(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """Of a token, on average."""
+        """The mean perplexity of a token."""
         return math.exp(self.losses.mean().item())
 
     def same_likeliest(self, other: Reading) -> float:
-        """Share of the places in which both have the same likeliest token."""
+        """The share of places where both have the same most likely token."""
         return (self.logits.argmax(1) == other.logits.argmax(1)).double().mean().item()
 
 
 def read(llama: Any, token_ids: torch.Tensor, window: int, kv_dtype: Any = None) -> Reading:
-    """The text through a cache of this dtype.
+    """Reads the text through a cache of this dtype.
 
     Args:
-        llama: of `patch_llama`.
+        llama: from `patch_llama`.
         token_ids: `[tokens]`.
         window: tokens that are read together, at least 2.
         kv_dtype: None for the model's.
@@ -58,7 +58,7 @@ def read(llama: Any, token_ids: torch.Tensor, window: int, kv_dtype: Any = None)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The model, the text and how it is cut."""
+    """Adds the options for the model, the text and its windows."""
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--text", type=Path, default=TEXT)
@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and the text's tokens that the options name."""
+    """The model, tokenizer and text tokens that the options select."""
     if options.window < 2:
         parser.error(f"--window must be at least 2, got {options.window}")
     model, tokenizer = load_model(options.model, dtype=options.dtype)

@@ -1,7 +1,7 @@
-"""What a prefix cache saves: conversations after one system prompt, with and without it, in turns.
+"""What a prefix cache saves: conversations with one system prompt, with and without it, in turns.
 
-Lengths and order are those of the Azure conversation trace, all there at once; every prompt begins
-with the same system prompt. The answers of all runs must have the same tokens.
+Lengths and order are those of the Azure conversation trace, all submitted at once; every prompt
+begins with the same system prompt. The answers of all runs must have the same tokens.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Run:
 
     Attributes:
         tokens: of every answer.
-        computed, reused: tokens of prompts.
+        computed, reused: prompt tokens.
         seconds: until the last answer.
         first_token: median seconds to the first token.
-        peak_bytes: of keys and values in the prefix cache, at the end.
+        peak_bytes: keys and values in the prefix cache at the end.
     """
 
     tokens: list[list[int]]
@@ -92,7 +92,7 @@ def make_prompts(requests: list[Request], system_tokens: int, vocab: int) -> lis
 
 
 def serve(relay: Any, prompts: list[list[int]], requests: list[Request], answers: int) -> Run:
-    """Answers everything."""
+    """Answers all prompts."""
     begin = time.perf_counter()
     queries = []
     for prompt, request in zip(prompts, requests, strict=True):
@@ -114,7 +114,7 @@ def serve(relay: Any, prompts: list[list[int]], requests: list[Request], answers
 
 
 def report(name: str, runs: list[Run]) -> None:
-    """One line of a kind of run."""
+    """Prints one line for a kind of run."""
     tokens = sum(map(len, runs[0].tokens))
     run = runs[0]
     share = run.reused / (run.reused + run.computed)

@@ -2,8 +2,8 @@
 
 `python -m bench.relay` runs all systems of `bench.evaluation.systems` on the default cells, checks
 that they give the same tokens, prints tables, and writes results.json and pictures into `--output`.
-`--quick` takes under three minutes. `--models`, `--dtypes`, `--workloads`, `--slots` and `--rates`
-choose other cells, every combination of them.
+`--quick` takes less than three minutes. `--models`, `--dtypes`, `--workloads`, `--slots` and
+`--rates` choose other cells, in every combination.
 
 `--from FILE` prints and draws an earlier run's results.json; `--markdown` prints its tables for a
 document, `--fill docs/evaluation/tables.md` writes them into one. `--engines` adds OpenVINO GenAI
@@ -23,8 +23,8 @@ OUTPUT = Path(__file__).resolve().parents[1] / "build" / "evaluation"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the cells, or reads an earlier run; prints and draws. 1 when answers differ."""
-    # Before torch is imported: torch's own threads, where they spin, take the cores of the kernels'
+    """Runs the cells or reads an earlier run; prints and draws. 1 if answers differ."""
+    # Before torch is imported: otherwise torch's spinning threads take the cores of the kernels'
     # threads and of the other engines.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch

@@ -1,10 +1,10 @@
-"""Two replicas of a relay on Ray Serve under load, one of them killed; then scaling by the queue.
+"""Two replicas of a relay on Ray Serve under load, one of which is killed; then autoscaling.
 
-`python -m bench.replicas` starts a cluster of Ray on this machine. Clients of OpenAI's interface
-stream answers for a minute; in the middle one replica is killed. No client repeats a request. Every
-answer is compared with that of a relay by itself: a request that fails, or an answer with a gap, is
-counted as lost. Then one replica is given more requests than it has slots until there are two, and
-nothing until there is one again.
+`python -m bench.replicas` starts a Ray cluster on this machine. Clients stream answers through
+OpenAI's interface for a minute; halfway, one replica is killed. Clients do not retry. Every answer
+is compared with that of a single relay: a failed request, or an answer with a gap, is counted as
+lost. Then one replica gets more requests than it has slots until there are two, and none until
+there is one again.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ NAME = "model"
 
 @dataclass
 class Answer:
-    """One request and what came of it.
+    """One request and its outcome.
 
     Attributes:
         question: index of the prompt.
         sent: seconds on this process's clock.
-        times: when each part of the stream was there.
+        times: when each part of the stream arrived.
         text: all parts.
-        error: what ended it.
+        error: the error that ended it.
     """
 
     question: int
@@ -55,7 +55,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the answer that a relay by itself gives."""
+    """A prompt, and a single relay's answer to it."""
 
     prompt: str
     settings: dict[str, Any]
@@ -63,7 +63,7 @@ class Question:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints; 1 when a request was lost."""
+    """Measures and prints; 1 if a request was lost."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.replicas",
         description=__doc__,
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_questions(model: str, tokens: int, count: int = 8) -> list[Question]:
-    """Prompts of some tens of tokens with sampled answers of equal length."""
+    """Prompts of a few dozen tokens with sampled answers of equal length."""
     loaded, tokenizer = load_model(model)
     numbers = random.Random(0)
     with Relay(loaded, count, 512, tokenizer=tokenizer) as relay:
@@ -129,11 +129,11 @@ def make_questions(model: str, tokens: int, count: int = 8) -> list[Question]:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[str]:
-    """Ray and its Serve on this machine, and the address of its interface."""
+    """Ray and Ray Serve on this machine, and the address of its interface."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # A machine that loads its processes slowly: Serve ends a frontend that takes longer.
+    # For machines that start processes slowly: Serve ends a frontend that takes longer.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     ray.init(
         "local", num_cpus=2, object_store_memory=256 << 20, include_dashboard=False,
@@ -148,12 +148,12 @@ def cluster() -> Iterator[str]:
 
 
 def run(arguments: argparse.Namespace, **options: Any) -> None:
-    """Deploy, and wait until it can be asked."""
+    """Deploys, and waits until requests are possible."""
     begin = time.perf_counter()
     serve.run(
         deployment(
             arguments.model, name=NAME, capacity=512, num_slots=arguments.slots,
-            # Two fit on any machine; what they really take is all there is.
+            # So that two fit on any machine; each really uses all cores.
             ray_actor_options={"num_cpus": 0.1}, **options,
         )
     )  # fmt: skip
@@ -171,7 +171,7 @@ def replicas() -> list[psutil.Process]:
 
 
 def ready_replicas() -> int:
-    """How many replicas take requests."""
+    """How many replicas accept requests."""
     state = serve.status().applications["default"].deployments[RelayReplica.__name__]
     return state.replica_states.get("RUNNING", 0)
 
@@ -179,12 +179,12 @@ def ready_replicas() -> int:
 async def load(
     url: str, questions: Sequence[Question], clients: int, seconds: float, *, kill: bool
 ) -> tuple[list[Answer], float | None]:
-    """Clients that ask one question after another until the time is over; their answers, and when a
-    replica was killed."""
+    """Clients that send one request after another until the time is over; returns their answers,
+    and when a replica was killed."""
     answers: list[Answer] = []
     end = time.perf_counter() + seconds
     killed = None
-    # A client that repeated a request would hide that it was lost.
+    # A client that retried would hide a lost request.
     async with openai.AsyncOpenAI(base_url=url, api_key="-", max_retries=0, timeout=300) as client:
 
         async def keep_asking(number: int) -> None:
@@ -203,7 +203,7 @@ async def load(
 
 
 async def ask(client: openai.AsyncOpenAI, question: Question, answer: Answer) -> None:
-    """Streams one answer, or notes what ended it."""
+    """Streams one answer, or records the error that ended it."""
     try:
         async for part in await client.completions.create(**question.settings, stream=True):
             if part.choices and part.choices[0].text:
@@ -214,7 +214,7 @@ async def ask(client: openai.AsyncOpenAI, question: Question, answer: Answer) ->
 
 
 def count_lost(answers: Sequence[Answer], questions: Sequence[Question]) -> int:
-    """Requests that failed or whose text is not the relay's; each is told."""
+    """The number of requests that failed or whose text is not the relay's; prints each of them."""
     lost = 0
     for answer in answers:
         if answer.error is not None or answer.text != questions[answer.question].expected:
@@ -224,8 +224,8 @@ def count_lost(answers: Sequence[Answer], questions: Sequence[Question]) -> int:
 
 
 def report(answers: Sequence[Answer], killed: float | None) -> str:
-    """Latencies in Markdown, in milliseconds: of all requests, and of those that were in work when
-    the replica was killed."""
+    """Latencies in Markdown, in milliseconds: of all requests, and of those in progress when the
+    replica was killed."""
     whole = [answer for answer in answers if answer.times]
     rows = {"all": whole}
     if killed is not None:
@@ -248,7 +248,7 @@ def report(answers: Sequence[Answer], killed: float | None) -> str:
 
 
 async def scale(url: str, questions: Sequence[Question], slots: int) -> None:
-    """From one replica to two while requests queue, and back when none do."""
+    """Goes from one replica to two while requests queue, and back when there are none."""
     if ready_replicas() != 1:
         raise RuntimeError(f"bench.replicas: replicas must be 1 at first, got {ready_replicas()}")
     begin = time.perf_counter()
@@ -265,7 +265,7 @@ async def wait_for_replicas(count: int, begin: float, limit: float = 300.0) -> f
     """Seconds since `begin` until `count` replicas are ready.
 
     Raises:
-        TimeoutError: there never are.
+        TimeoutError: this takes longer than `limit`.
     """
     while (found := await asyncio.to_thread(ready_replicas)) != count:
         if time.perf_counter() - begin > limit:

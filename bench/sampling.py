@@ -1,7 +1,7 @@
-"""What choosing tokens costs of a decode step: greedy, with penalties, drawn, and all of it.
+"""The share of a decode step for choosing tokens: greedy, with penalties, sampled, and combined.
 
 A relay of SmolLM2 decodes the same number of rows for each kind of options. Choosing is timed on
-the logits and the answers that this relay has at that moment, in turns with its own steps.
+the relay's current logits and answers, in turns with its own steps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     model, tokenizer = load_model(arguments.model)
     print(describe_run())
-    # Real text: how many tokens top_p keeps depends on how sure the model is.
+    # Real text, because the number of tokens that top_p keeps depends on how certain the model is.
     prompts = [record.encode(tokenizer) for record in demo_prompts()]
     steps, costs = measure(
         model, list(itertools.islice(itertools.cycle(prompts), arguments.rows)), arguments.repeats
@@ -63,7 +63,7 @@ def measure(
     model: Any, prompts: Sequence[Sequence[int]], repeats: int
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Milliseconds of whole steps, and of choosing the tokens of all rows by kind of options."""
-    # Two steps to warm up, and one more so that nobody ends.
+    # Two steps to warm up, and one more so that no query ends.
     most = repeats + 4
     steps: list[float] = []
     costs: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -95,7 +95,7 @@ def measure(
 
 
 def check(chosen: Sequence[int], expected: Sequence[int]) -> None:
-    """Raises unless the logits that are timed are those that the relay has chosen from."""
+    """Raises unless the timed logits are those that the relay has chosen from."""
     if list(chosen) != list(expected):
         raise AssertionError(f"sampling: chosen tokens must be the relay's, got {chosen[:5]}...")
 

@@ -1,4 +1,4 @@
-"""The study of docs/simulation.md, and the validation of what it rests on.
+"""The study of docs/simulation.md, and the validation of its cost model.
 
 `python -m bench.simulate --help`; the code is in bench/studies/simulate.
 """

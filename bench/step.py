@@ -1,9 +1,9 @@
 """Where the time of a decode step goes: the ops, what they lose to cold caches and sleeping
-threads, torch and Python around them, and the relay; next to the limit of the machine.
+threads, torch and Python around them, and the relay; compared with the machine's limit.
 
-A relay decodes with every row busy. Each op is timed where it runs, and in every other step three
-times in a row, of which the fastest counts: that is what it takes when its weights are in the
-caches as far as they fit, and all threads are awake.
+A relay decodes with every row busy. Each op is timed in place. In every other step it runs three
+times in a row and the fastest counts: that is its time with its weights in the caches, as far as
+they fit, and with all threads awake.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ AROUND, RELAY = "torch and Python in the forward", "the relay: plan, rows, choic
 
 @dataclass(frozen=True)
 class Part:
-    """What takes time in a step.
+    """A part of a step's time.
 
     Attributes:
-        name: of an op, or what else it is.
-        calls: in a step.
-        seconds: in a step.
+        name: of an op, or of another part.
+        calls: per step.
+        seconds: per step.
         hot: the same when repeated at once; None for what is not an op.
     """
 
@@ -48,7 +48,7 @@ class Part:
 
 
 class TimedOps:
-    """The ops of `baton_kernels`, timed; everything else of it as it is.
+    """The ops of `baton_kernels`, timed; everything else in it is unchanged.
 
     Attributes:
         hot: whether each call is repeated, and the fastest counted.
@@ -67,7 +67,7 @@ class TimedOps:
         def timed(*args: Any, **kwargs: Any) -> Any:
             seconds = []
             for _ in range(3 if self.hot else 1):
-                # An op writes what it wrote before, if anything, so it may run again.
+                # An op overwrites only what it wrote before, if anything, so it may run again.
                 begin = time.perf_counter()
                 result = function(*args, **kwargs)
                 seconds.append(time.perf_counter() - begin)
@@ -79,7 +79,7 @@ class TimedOps:
 
 @contextlib.contextmanager
 def timed_ops() -> Iterator[TimedOps]:
-    """Within the block the patched forward calls timed ops."""
+    """Within the block, the patched forward calls timed ops."""
     ops, before = TimedOps(), llama.forward.kernels
     llama.forward.kernels = ops
     try:
@@ -89,15 +89,15 @@ def timed_ops() -> Iterator[TimedOps]:
 
 
 def measure_step(patched: Any, rows: int, columns: int, steps: int) -> tuple[float, list[Part]]:
-    """Seconds of a decode step, and its parts; medians over the steps, which add up to the step.
+    """Seconds of the median decode step and of its parts; the parts add up to the step.
 
     Args:
         patched: a `PatchedLlama`.
         rows: queries that decode.
         columns: tokens of each, when the first of the steps begins.
-        steps: that are timed in place, and the same number again with every op repeated.
+        steps: number of steps timed in place, and the same number again with every op repeated.
     """
-    # Steps take turns; those before the first are not counted.
+    # The two kinds of steps take turns; the first ones are not counted.
     total = 2 * steps + 4
     with timed_ops() as ops, Relay(patched, rows, columns + total + 2) as relay:
         generator = torch.Generator().manual_seed(0)
@@ -127,7 +127,7 @@ def measure_step(patched: Any, rows: int, columns: int, steps: int) -> tuple[flo
                     found.append(ops.times)
         finally:
             del patched.forward
-    # The step in the middle, so that its parts are those of one step and add up.
+    # The median step, so that the parts belong to one step and add up.
     middle = sorted(range(len(whole)), key=whole.__getitem__)[len(whole) // 2]
     parts = [
         Part(
@@ -156,11 +156,11 @@ def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., 
 
 
 def limit_of_step(sizes: Sizes, ceiling: Ceiling, rows: int, columns: int) -> float:
-    """Seconds of the step if nothing is idle, as `bench.evaluation.limit` counts them."""
+    """Seconds of the step if nothing is idle, as computed by `bench.evaluation.limit`."""
     with_step = [Request(0.0, columns, 2)] * rows
     without = [Request(0.0, columns, 1)] * rows
     prompts = work_seconds(without, sizes, ceiling, rows, steps=1)
-    # Without an answer there is no step: only its one reading of the weights is in both.
+    # Without an answer there is no step; both times contain one reading of the weights.
     reading = sizes.weight_bytes / ceiling.read_bytes
     return work_seconds(with_step, sizes, ceiling, rows, steps=1) - prompts + reading
 
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, _ = load_model(arguments.model, dtype=arguments.dtype)
     dtype = getattr(torch, arguments.dtype)
     sizes, ceiling = Sizes.of(model.config, dtype), measure_ceiling(dtype)
-    # The limit is that of the model's dtype.
+    # The limit for the model's dtype.
     weights = f", weights in {arguments.weights}" if arguments.weights else ""
     print(
         f"{arguments.model} in {arguments.dtype}{weights}, rows of {arguments.columns} columns; "

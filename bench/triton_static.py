@@ -1,7 +1,7 @@
-"""What can be said about the Triton projections without a GPU: `python -m bench.triton_static`.
+"""What is known of the Triton projections without a GPU: `python -m bench.triton_static`.
 
-Programs, waves and bytes in flight follow from the plan that `linear` makes for a weight; the tests
-hold the compiled kernels to its shared memory, without spills. No figure here is a speed.
+Programs, waves and bytes in flight follow from the plan that `linear` makes for a weight; tests
+check that the compiled kernels use its shared memory and do not spill. No figure here is a speed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import importlib
 
 from . import describe_run
 
-# Multiprocessors, and shared memory that a program may have.
+# Multiprocessors, and the shared memory that a program may use.
 CARDS = {"H100 (sm_90)": (132, 227 << 10), "A100 (sm_80)": (108, 163 << 10),
          "L40S (sm_89)": (142, 99 << 10)}  # fmt: skip
-# (out, in) of a 1B's and an 8B's projections.
+# (out, in) of the projections of a 1B and an 8B model.
 WEIGHTS = {
     "1B qkv": (3072, 2048), "1B o": (2048, 2048), "1B gate, up": (16384, 2048),
     "1B down": (2048, 8192), "8B qkv": (6144, 4096), "8B o": (4096, 4096),
@@ -23,7 +23,7 @@ ROWS = (1, 32, 128, 2048)
 
 
 def table(card: str) -> list[str]:
-    """A line per weight: splits, and per number of rows waves and KB in flight per SM."""
+    """A line per weight: splits, and for each number of rows, waves and KB in flight per SM."""
     kernels = importlib.import_module("baton_kernels.triton.linear")
     multiprocessors, shared = CARDS[card]
     heads = " ".join(f"{f'{rows} rows':>16}" for rows in ROWS)

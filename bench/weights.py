@@ -1,9 +1,9 @@
-"""Weights rounded to int8 and the model's own dtype: perplexity, greedy tokens, bytes, speed.
+"""Int8 weights compared with the model's own dtype: perplexity, greedy tokens, bytes, speed.
 
-Perplexity is that of a text that lies in bench/data, or of any other, in windows of the same
-length; each token but a window's first counts once. Greedy tokens are compared where both models
-have seen the same ones before: the likeliest next token after each token of the text. With --rows
-decode steps are timed as well, one of each dtype in turns.
+Perplexity is measured on a text in bench/data or on any other, in windows of the same length; every
+token except a window's first counts once. Greedy tokens are compared where both models have read
+the same tokens: the most likely next token after each token of the text. With --rows, decode steps
+are timed as well, with the two dtypes in turns.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from . import describe_run, perplexity
 
 
 def step_seconds(models: Sequence[Any], rows: int, columns: int, steps: int) -> list[float]:
-    """Seconds of a decode step of each model, which take turns; medians.
+    """Median seconds of a decode step of each model; the models take turns.
 
     Args:
         models: patched ones.
         rows: queries that decode.
         columns: tokens of each, when the first of the steps begins.
-        steps: that are timed.
+        steps: number of timed steps.
     """
     with contextlib.ExitStack() as stack:
         relays = []

@@ -1,4 +1,4 @@
-"""The workloads of the evaluation: when requests arrive, and how many tokens they bring and take.
+"""The workloads of the evaluation: when requests arrive, and their numbers of tokens.
 
 Pure Python, so that a simulation needs nothing else. Everything random is seeded: the same
 arguments give the same requests in every process.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
 AZURE = ("conv", "code")
-# Orca's evaluation (OSDI'22): both ends are drawn too.
+# Orca's evaluation (OSDI'22); both ends are included.
 ORCA_PROMPT = (32, 512)
 ORCA_OUTPUT = (1, 128)
 
@@ -26,8 +26,8 @@ class Request:
 
     Attributes:
         arrival_seconds: after the beginning of the workload.
-        prompt_tokens: of the prompt, at least 1.
-        output_tokens: that are generated, at least 1, no matter which tokens they are.
+        prompt_tokens: length of the prompt, at least 1.
+        output_tokens: number of generated tokens, at least 1, whichever tokens they are.
     """
 
     arrival_seconds: float
@@ -36,7 +36,7 @@ class Request:
 
 
 def orca(count: int, *, seed: int = 0, divisor: float = 1.0) -> list[Request]:
-    """Orca's synthetic lengths, prompts U(32, 512) and outputs U(1, 128), all there at once.
+    """Orca's synthetic lengths, prompts U(32, 512) and outputs U(1, 128), all submitted at once.
 
     Args:
         count: requests.
@@ -63,15 +63,15 @@ def azure(
     first: int = 0,
     folder: Path = DATA,
 ) -> list[Request]:
-    """A stretch of the Azure LLM inference trace 2023, with its real arrivals.
+    """A section of the Azure LLM inference trace 2023, with its real arrivals.
 
     Args:
         name: "conv" (conversation) or "code" (code completion).
         count: requests.
         divisor: lengths are divided by it and rounded up.
-        compression: arrivals come this many times as fast as they did.
-        first: the stretch begins with this row of the file.
-        folder: of the files; the whole traces have the same names and columns as the samples.
+        compression: factor by which arrivals are faster than in the trace.
+        first: row of the file with which the section begins.
+        folder: of the files; the full traces have the same names and columns as the samples.
 
     Raises:
         ValueError: there is no such trace, or it has fewer rows.
@@ -98,17 +98,17 @@ def azure(
 
 
 def at_once(requests: Iterable[Request]) -> list[Request]:
-    """The same requests, all there at the beginning, in the same order."""
+    """The same requests, all submitted at the beginning, in the same order."""
     return [replace(request, arrival_seconds=0.0) for request in requests]
 
 
 def poisson(requests: Iterable[Request], rate: float, *, seed: int = 0) -> list[Request]:
     """The same requests in the same order, arriving as a Poisson process.
 
-    The gaps of all rates are the same ones, stretched: rates differ in load and in nothing else.
+    The gaps for all rates are the same ones, scaled, so that rates differ only in load.
 
     Args:
-        requests: whose lengths are kept.
+        requests: their lengths are kept.
         rate: requests per second, above 0.
         seed: of the gaps.
 
@@ -126,13 +126,13 @@ def poisson(requests: Iterable[Request], rate: float, *, seed: int = 0) -> list[
 
 
 def offered_rate(requests: Sequence[Request]) -> float | None:
-    """Requests per second over the time in which they arrive; None when all are there at once."""
+    """Requests per second over the time of their arrivals; None if all are submitted at once."""
     last = max(request.arrival_seconds for request in requests)
     return len(requests) / last if last else None
 
 
 def longest(requests: Iterable[Request]) -> int:
-    """Prompt and output together of the longest request: the capacity that a slot needs."""
+    """The most tokens of prompt and output together: the capacity that a slot needs."""
     return max(request.prompt_tokens + request.output_tokens for request in requests)
 
 
@@ -141,7 +141,7 @@ def _divided(tokens: int, divisor: float) -> int:
 
 
 def _seconds(timestamp: str) -> float:
-    # Seven decimals, one more than datetime reads; of a leap second nothing is known.
+    # Timestamps have seven decimals, one more than datetime reads; leap seconds are not handled.
     whole, _, fraction = timestamp.partition(".")
     since = datetime.fromisoformat(whole) - datetime(2023, 1, 1)
     return since.total_seconds() + float(f"0.{fraction or 0}")

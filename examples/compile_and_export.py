@@ -1,6 +1,6 @@
 """A decode step under torch.compile without a graph break, and as a file made by torch.export.
 
-The ops are ordinary torch ops with schemas that say what they write: nothing has to be declared
+The ops are ordinary torch ops with schemas that say what they write, so nothing has to be declared
 here. One compiled step serves every shape of the batch: slots, starts and lengths are tensors.
 """
 

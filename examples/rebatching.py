@@ -40,7 +40,7 @@ def prefill(queries):
 
 
 def take(queries, tokens):
-    """Keep the rows' new tokens; a row whose answer is complete computes for nothing."""
+    """Keeps the rows' new tokens; those of a row whose answer is complete are dropped."""
     for query, token in zip(queries, tokens.tolist(), strict=True):
         if not done(query):
             answers[query].append(token)

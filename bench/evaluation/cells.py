@@ -1,4 +1,4 @@
-"""What is measured: a cell is one workload on one model, for all systems alike."""
+"""What is measured: a cell is one workload on one model, the same for all systems."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ class Cell:
     Attributes:
         workload: one of `WORKLOADS`.
         arrivals: "at once"; "poisson"; or "trace", the trace's own arrivals, compressed.
-        load: of arrivals over time, their rate as a share of the queries/s that the reference
-            system reaches when all are there at once.
-        rate: requests per second instead of a load.
-        model, dtype, slots: what serves it.
-        queries: requests.
+        load: with arrivals over time, their rate as a share of the queries/s that the reference
+            system reaches when all are submitted at once.
+        rate: requests per second, instead of a load.
+        model, dtype, slots: what serves the requests.
+        queries: number of requests.
         divisor: lengths are divided by it.
-        repeats: runs of every system, in turns.
+        repeats: runs of every system, which take turns.
         systems: names; all when empty.
         peers: whether transformers runs it too, once, and the other engines that are requested.
         group: cells of one group are drawn in one picture.
-        timeline: whether who held which slot when is kept, for the picture.
+        timeline: whether the slots' history (which query held which slot when) is kept for the
+            picture.
     """
 
     workload: str
@@ -72,7 +73,7 @@ class Cell:
         )
 
     def at_once(self) -> list[Request]:
-        """The requests, all there at the beginning."""
+        """The requests, all submitted at the beginning."""
         if self.workload == "orca":
             return workloads.orca(self.queries, divisor=self.divisor)
         return workloads.at_once(workloads.azure(self.workload, self.queries, divisor=self.divisor))
@@ -81,7 +82,7 @@ class Cell:
         """The requests as they arrive.
 
         Args:
-            saturated: queries/s of the reference system, which a load is a share of.
+            saturated: queries/s of the reference system; a load is a share of it.
         """
         requests = self.at_once()
         if self.arrivals == "at once":
@@ -98,7 +99,8 @@ class Cell:
         )
 
     def calibration(self) -> Cell:
-        """The same requests at once: what a load is a share of. Equal for equal requests."""
+        """The same requests at once, to measure what a load is a share of. Equal for equal
+        requests."""
         return Cell(
             self.workload,
             model=self.model,

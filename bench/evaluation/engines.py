@@ -27,14 +27,14 @@ WORKERS = Path(__file__).parent / "workers"
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine and where it lives.
+    """An engine and where it is installed.
 
     Attributes:
-        name: in tables; its worker is `workers/<name>_worker.py`.
-        says: what it is.
+        name: as tables print it; its worker is `workers/<name>_worker.py`.
+        says: its description.
         environment: folder of the virtual environment, in the checkout.
-        options: for its worker, which hands them to the engine.
-        variables: of the process, on top of this one's.
+        options: for its worker, which passes them to the engine.
+        variables: environment variables of the process, in addition to this one's.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Engine:
 
     @property
     def python(self) -> Path:
-        """The interpreter that has the engine installed, if it is."""
+        """The interpreter of the engine's environment; None if the engine is not installed."""
         return ROOT / self.environment / "bin" / "python"
 
     def model_folder(self) -> Path:
-        """SmolLM2 in the form that the engine reads."""
+        """SmolLM2 in the format that the engine reads."""
         return openvino_folder() if self.name == "openvino" else smollm2_folder()
 
 
@@ -63,7 +63,8 @@ ENGINES = {
 
 
 def openvino_folder() -> Path:
-    """SmolLM2 as OpenVINO's own files, in the cache; made there by optimum-intel when missing.
+    """SmolLM2 in OpenVINO's format, in the cache; optimum-intel exports it there when it is
+    missing.
 
     Raises:
         RuntimeError: the export failed.
@@ -86,19 +87,19 @@ def openvino_folder() -> Path:
 
 
 class EngineProcess:
-    """An engine that has loaded the model and waits for its turns.
+    """An engine that has loaded the model and waits for its next turn.
 
     Args:
-        engine: which.
-        jobs: what it serves at each turn, or parts of which; all there at once.
+        engine: which one.
+        jobs: what it serves at each turn, or parts of which; all submitted at once.
         dtype: of weights and computation.
         slots: the most queries at a time.
 
     Attributes:
-        about: what it says about itself.
+        about: the engine's description of itself.
 
     Raises:
-        RuntimeError: it is not installed, or did not come up; the message says why.
+        RuntimeError: the engine is not installed or did not start; the message says why.
     """
 
     def __init__(self, engine: Engine, jobs: Sequence[Job], dtype: str, slots: int):

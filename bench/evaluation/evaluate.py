@@ -1,4 +1,4 @@
-"""Runs cells and collects what they give: one dictionary, ready for JSON."""
+"""Runs cells and collects their results in one dictionary, ready for JSON."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .limit import Ceiling, Sizes, measure_ceiling
 from .measure import Session
 
 Report = Callable[[str], object]
-# A Llama of 124 million parameters with equal numbers of query and key heads: twice SmolLM2's cache
-# per layer and head, and no file to load.
+# A Llama of 124 million parameters with equal numbers of query and key heads: it has twice the
+# cache of SmolLM2 per layer and head, and needs no file.
 RANDOM_SIZES = {
     "vocab_size": 32000,
     "hidden_size": 768,
@@ -37,9 +37,9 @@ RANDOM_SIZES = {
 
 
 def load(name: str, dtype: str, device: str = "cpu") -> tuple[Any, list[int]]:
-    """A model on a device, and a stream of tokens that prompts are cut out of.
+    """A model on a device, and a stream of tokens that prompts are taken from.
 
-    SmolLM2 reads the demo's prompts, one after the other; a random model random tokens.
+    For SmolLM2 these are the demo's prompts, joined; for a random model, random tokens.
     """
     if name == "smollm2":
         model, tokenizer = load_model(name, dtype=dtype)
@@ -61,16 +61,16 @@ def evaluate(
     device: str = "cpu",
     report: Report = print,
 ) -> dict[str, Any]:
-    """Measure cells, in their order but model by model.
+    """Measures cells, in their order within each model.
 
     Args:
         cells: what to run.
-        engines: other engines that run the cells with peers, on the CPU.
+        engines: other engines that run the cells with `peers`, on the CPU.
         device: of the model: "cpu" or "cuda".
         report: called with lines of progress.
 
     Raises:
-        GateError: systems that must agree do not.
+        GateError: systems that must agree gave different tokens.
     """
     begin = time.perf_counter()
     groups: dict[tuple[str, str], list[int]] = {}
@@ -89,7 +89,8 @@ def evaluate(
                     cell = cells[index]
                     report(f"cell {len(measured) + 1} of {len(cells)}: {cell.title}")
                     at = time.perf_counter()
-                    # What is measured again before each cell can only be nearer to the truth.
+                    # A maximum can only get closer to the truth when it is measured again before
+                    # each cell.
                     ceiling = ceiling.best(measure_ceiling(kind, 2, device))
                     measured[index] = session.measure(cell, ceiling, engines if cell.peers else ())
                     measured[index]["wall_seconds"] = time.perf_counter() - at
@@ -108,7 +109,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without its warnings: an end of sequence that no token is, is meant."""
+    """Silences transformers' warnings: the end of sequence is deliberately not a token."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -1,4 +1,5 @@
-"""The pictures of a run. Each function returns a matplotlib Figure, or None without its data."""
+"""The pictures of a run. Each function returns a matplotlib Figure, or None if its data is
+missing."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from .summary import medians, ratios
 DPI = 110
 INK, FAINT, GRID = "#2B2F36", "#6B7280", "#E3E5E9"
 LIMIT = "#B3261E"
-# A color per system in all pictures: ours strong, what it is compared with quiet.
+# A color per system in all pictures: strong for ours, muted for those it is compared with.
 COLORS = {
     "run_to_completion": "#9AA3B2",
     "multi_bin": "#6B7A99",
@@ -47,18 +48,18 @@ CAPTIONS = {
 
 
 def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write the pictures of a run.
+    """Writes the pictures of a run.
 
     Args:
         results: what `evaluate` returned.
-        folder: existing or not.
+        folder: created if it does not exist.
 
     Returns:
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cells = results["cells"]
-    # The pictures of one cell show the first one whose spans were kept.
+    # The pictures of a single cell show the first one whose spans were kept.
     head = next((cell for cell in cells if cell["timeline"]), cells[0])
     drawn = {
         "throughput": throughput(head),
@@ -77,7 +78,8 @@ def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def timelines(cell: Mapping[str, Any], path: Path) -> bool:
-    """Who held which slot when, a panel per system; whether there was anything to draw."""
+    """Which query held which slot when, a panel per system; returns whether there was data to
+    draw."""
     middle = medians(cell)
     panels = [
         Panel(
@@ -146,7 +148,7 @@ def slot_time(system: Mapping[str, Any], slots: int) -> dict[str, float]:
     for _, _, begin, end, kind in system["spans"]:
         busy[kind] += (end - begin) / whole
     shares = dict.fromkeys((name for name, _, _ in SHARES), 0.0)
-    # A shared step counts for all rows that take part in it, prompts and answers alike.
+    # A shared step counts for all rows that take part in it, whether prompt or answer.
     joint = min(run["joint_share"] * run["rows_per_step"] / slots, sum(busy.values()))
     shares["prefill"] = max(0.0, busy["prefill"] - joint)
     shares["decode"] = max(0.0, sum(busy.values()) - joint - shares["prefill"])
@@ -191,7 +193,7 @@ def idle_split(cell: Mapping[str, Any]) -> Figure | None:
 
 
 def load_curves(cells: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Latencies over the rate at which queries arrive, a line per system."""
+    """Latencies against the rate at which queries arrive, a line per system."""
     if len(cells) < 2:
         return None
     cells = sorted(cells, key=lambda cell: cell["offered_queries_per_second"])
@@ -205,7 +207,7 @@ def load_curves(cells: Sequence[Mapping[str, Any]]) -> Figure | None:
     middles = [medians(cell) for cell in cells]
     offered = [cell["offered_queries_per_second"] for cell in cells]
     limit = cells[0]["limit_queries_per_second"]
-    # A limit far to the right would leave the lines no room.
+    # A limit far to the right would leave no room for the lines.
     near = limit < 2 * max(offered)
     for axes, (key, title) in zip(all_axes, panels, strict=True):
         for name in names:
@@ -263,7 +265,7 @@ def all_cells(cells: Sequence[Mapping[str, Any]], baseline: str = "orca") -> Fig
         limits.append(limit / medians(cell)[baseline]["output_tokens_per_second"])
         highest = max(highest, *(dot.get_offsets()[0][0] for dot in axes.collections))
     for row, limit in enumerate(limits):
-        # One far to the right would leave the dots no room.
+        # A limit far to the right would leave no room for the dots.
         if limit < 2.5 * highest:
             axes.scatter(limit, row, marker="|", s=260, color=LIMIT, linewidth=1.8, zorder=2)
         else:

@@ -2,9 +2,9 @@
 
 Two ceilings are measured in the same run: the rate of a large matrix product (flop/s) and the rate
 at which memory is read (bytes/s). A prompt token costs its projections and its attention at the
-first. Decoding costs, per step, whichever is longer: the arithmetic of its tokens, or reading all
-weights once and every token's keys and values once. Everything else (norms, sampling, Python, cache
-writes, waiting) counts as nothing.
+first rate. A decode step costs the longer of two times: the arithmetic of its tokens, or reading
+all weights once and every token's keys and values once. Everything else (norms, sampling, Python,
+cache writes, waiting) counts as zero.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ READ_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the machine does at most, with the threads that torch has now.
+    """The highest rates of the machine, with torch's current number of threads.
 
     Attributes:
         flops: floating-point operations per second of a large matrix product.
-        read_bytes: bytes per second that a long tensor is read with.
+        read_bytes: bytes per second at which a long tensor is read.
     """
 
     flops: float
     read_bytes: float
 
     def best(self, other: Ceiling) -> Ceiling:
-        """The higher rates of both: a ceiling is not what a busy machine gave once."""
+        """The higher of each rate: a single measurement of a busy machine is not a ceiling."""
         return Ceiling(max(self.flops, other.flops), max(self.read_bytes, other.read_bytes))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model costs.
+    """The costs of a model.
 
     Attributes:
-        token_flops: of one token's projections in all layers.
-        logits_flops: of the logits of one token.
-        pair_flops: of one token's attention to one cached token, in all layers.
-        weight_bytes: of all weights that a forward reads.
-        kv_bytes: of one cached token's keys and values, in all layers.
+        token_flops: one token's projections in all layers.
+        logits_flops: the logits of one token.
+        pair_flops: one token's attention to one cached token, in all layers.
+        weight_bytes: all weights that a forward reads.
+        kv_bytes: one cached token's keys and values, in all layers.
     """
 
     token_flops: float
@@ -63,7 +63,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype) -> Sizes:
-        """Those of a Llama with this config."""
+        """The costs of a Llama with this config."""
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         layer = config.hidden_size * head_dim * (2 * heads + 2 * kv_heads)
@@ -79,7 +79,7 @@ class Sizes:
 
 
 def measure_ceiling(dtype: torch.dtype, repeats: int = 5, device: str = "cpu") -> Ceiling:
-    """The better of torch and this package at a large product, and of two ways to read memory."""
+    """The better of torch and this package for a large product, and of two ways to read memory."""
     if device != "cpu":
         return _gpu_ceiling(dtype, repeats, device)
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(2))
@@ -92,7 +92,7 @@ def measure_ceiling(dtype: torch.dtype, repeats: int = 5, device: str = "cpu") -
 
 
 def _gpu_ceiling(dtype: torch.dtype, repeats: int, device: str) -> Ceiling:
-    """Of sizes that fill a GPU; the host waits for each call."""
+    """With sizes that fill a GPU; the host waits for each call."""
     size = 4 * GEMM_SIZE
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     words = torch.empty(8 * READ_BYTES // 4, dtype=torch.int32, device=device).random_()
@@ -111,17 +111,17 @@ def _gpu_ceiling(dtype: torch.dtype, repeats: int, device: str) -> Ceiling:
 def work_seconds(
     requests: Sequence[Request], sizes: Sizes, ceiling: Ceiling, slots: int, steps: int = 0
 ) -> float:
-    """Seconds for the tokens of these requests, all of them there from the beginning.
+    """Seconds for the tokens of these requests, all of which are submitted at the beginning.
 
     Args:
         requests: prompts and outputs.
         sizes: of the model.
         ceiling: of the machine.
         slots: the most queries that decode in one step.
-        steps: decode steps; default: as few as there can be. Each reads the weights once.
+        steps: decode steps; default: the fewest possible. Each reads the weights once.
     """
     prompts = [request.prompt_tokens for request in requests]
-    # A query's first token comes out of its prefill, the others out of a decode step each.
+    # A query's first token comes from its prefill, each of the others from a decode step.
     decodes = [request.output_tokens - 1 for request in requests]
     if not steps:
         steps = max(math.ceil(sum(decodes) / slots), max(decodes))
@@ -129,7 +129,7 @@ def work_seconds(
         n * sizes.token_flops + n * (n + 1) / 2 * sizes.pair_flops + sizes.logits_flops
         for n in prompts
     )
-    # Token i after the prompt attends to the prompt and to i + 1 more, itself included.
+    # Token i after the prompt attends to the prompt and to i + 1 later tokens, including itself.
     pairs = sum(d * n + d * (d + 1) / 2 for n, d in zip(prompts, decodes, strict=True))
     arithmetic = sum(decodes) * (sizes.token_flops + sizes.logits_flops) + pairs * sizes.pair_flops
     reading = steps * sizes.weight_bytes + pairs * sizes.kv_bytes
@@ -139,8 +139,8 @@ def work_seconds(
 def limit_seconds(requests: Sequence[Request], sizes: Sizes, ceiling: Ceiling, slots: int) -> float:
     """The least time from the first arrival to the last token.
 
-    No request can be begun before it arrives: of all the requests' tails, the one that arrives and
-    is then computed with nothing idle is the latest to end.
+    No request can begin before it arrives. So consider, for each request, it and all later ones,
+    computed from its arrival on with nothing idle: the latest of these ends is the bound.
     """
     ordered = sorted(requests, key=lambda request: request.arrival_seconds)
     return max(

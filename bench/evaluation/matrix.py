@@ -1,4 +1,4 @@
-"""Which cells a run measures: the default, the quick one, and what the command line selects."""
+"""Which cells a run measures: the default ones, the quick ones, or the command line's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .systems import SYSTEMS
 
 # The systems whose curves over the load are drawn.
 CURVES = ("run_to_completion", "orca", "chunked", "baton_aligned", "baton")
-# Those that the smaller cells compare.
+# The systems that the smaller cells compare.
 CORE = ("run_to_completion", "multi_bin", "orca", "chunked", "baton_aligned", "baton")
 LOADS = (0.5, 0.75, 1.0)
 
@@ -22,12 +22,12 @@ def default_cells() -> list[Cell]:
         "orca", slots=16, queries=40, divisor=4, repeats=3, peers=True, timeline=True,
         group="headline",
     )  # fmt: skip
-    # One run of a policy may be a fifth slower than the next one: all are measured three times, but
-    # for those that wait for queries to arrive.
+    # One run of a policy may be 20 % slower than the next one, so all are measured three times,
+    # except those that wait for queries to arrive.
     small = replace(headline, peers=False, timeline=False, systems=CORE)
     return [
         headline,
-        # The lengths as they are, in the other dtype.
+        # The undivided lengths, in the other dtype.
         replace(small, divisor=1, queries=24, slots=8, dtype="bfloat16", group="full"),
         *(
             replace(
@@ -66,7 +66,7 @@ def default_cells() -> list[Cell]:
 
 
 def quick_cells() -> list[Cell]:
-    """Under three minutes: every system once, one dtype, three loads."""
+    """Less than three minutes: every system once, one dtype, three loads."""
     headline = Cell(
         "orca", slots=8, queries=24, divisor=8, peers=True, timeline=True, group="headline"
     )
@@ -87,7 +87,7 @@ def quick_cells() -> list[Cell]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What selects cells."""
+    """Adds the arguments that select cells."""
     parser.add_argument("--quick", action="store_true", help="a matrix of under three minutes")
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
@@ -104,8 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def select(arguments: argparse.Namespace) -> list[Cell]:
-    """The default or quick cells; or, where one of models, dtypes, workloads, slots or rates is
-    given, a cell for each combination, what is left out as in the headline."""
+    """The default or quick cells; if models, dtypes, workloads, slots or rates are given, a cell
+    for each combination, with the headline's values for those that are not given."""
     cells = quick_cells() if arguments.quick else default_cells()
     axes = ("models", "dtypes", "workloads", "slots", "rates")
     if any(getattr(arguments, name) for name in axes):
@@ -132,7 +132,7 @@ def _combinations(base: Cell, arguments: argparse.Namespace) -> list[Cell]:
             queries=3 * slots,
             arrivals="at once" if rate is None else "poisson",
             rate=rate,
-            # transformers cannot be handed queries as they arrive in static batches.
+            # Static batches of transformers cannot take queries as they arrive.
             peers=rate is None,
             group=f"{model} {dtype} {workload} {slots}",
         )

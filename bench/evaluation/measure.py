@@ -1,4 +1,4 @@
-"""Measures a cell: the gate first, then every system in turns, repeat by repeat.
+"""Measures a cell: first the gate, then every system in turns, repeat by repeat.
 
 The order of the systems changes from repeat to repeat, so that a machine that becomes slower or
 faster favors none of them.
@@ -26,11 +26,11 @@ Report = Callable[[str], object]
 
 
 class GateError(RuntimeError):
-    """Systems that must give the same tokens do not; nothing that they took is worth a figure."""
+    """Systems that must give the same tokens do not, so none of their figures counts."""
 
 
 def agreement(expected: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """How many answers are equal, and the share of tokens before the first difference."""
+    """The number of equal answers, and the share of tokens before the first difference."""
     same = before = 0
     for a, b in zip(expected, got, strict=True):
         same += list(a) == list(b)
@@ -43,10 +43,10 @@ def agreement(expected: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -
 
 
 def check_lengths(name: str, requests: Sequence[Request], tokens: Sequence[Sequence[int]]) -> None:
-    """Every answer of every system has the requested number of tokens.
+    """Checks that every answer of every system has the requested number of tokens.
 
     Raises:
-        GateError: one has not.
+        GateError: an answer has a different number.
     """
     for index, (request, answer) in enumerate(zip(requests, tokens, strict=True)):
         if len(answer) != request.output_tokens:
@@ -57,11 +57,11 @@ def check_lengths(name: str, requests: Sequence[Request], tokens: Sequence[Seque
 
 
 class Session:
-    """A model with what its cells share.
+    """A model and what its cells share.
 
     Args:
         model: LlamaForCausalLM; patched while a relay runs.
-        stream: tokens that prompts are cut out of.
+        stream: tokens that prompts are taken from.
         sizes: of the model.
         report: called with a line of progress.
     """
@@ -124,7 +124,7 @@ class Session:
                             else self._run_peer(name, cell, jobs)
                         )
                     except Exception as error:
-                        # Other people's code: the figures of ours are not lost with it.
+                        # Other people's code may fail; our figures must not be lost with it.
                         failed[name] = str(error) or type(error).__name__
         expected = runs[REFERENCE if REFERENCE in relays else relays[0]][0].tokens
         agreed = {
@@ -175,7 +175,7 @@ class Session:
         return PEERS[name].run(self.model, jobs, cell.slots)
 
     def _patch(self, on: bool) -> None:
-        """Outside of all times: the patch merges weights, which takes a while."""
+        """Runs outside of all timings, because the patch merges weights, which takes a while."""
         if on and self._handle is None:
             self._handle = patch_llama(self.model)
         elif not on and self._handle is not None:
@@ -185,7 +185,7 @@ class Session:
     def _warm_up(
         self, peers: Sequence[str], cell: Cell, jobs: Sequence[Job], failed: dict[str, str]
     ) -> None:
-        """Every row busy once, a few tokens long; peers that cannot do that have failed."""
+        """Keeps every row busy for a few tokens; a peer that cannot do that has failed."""
         few = [
             Job(replace(job.request, arrival_seconds=0.0, output_tokens=3), job.token_ids)
             for job in jobs[: cell.slots]
@@ -205,7 +205,7 @@ class Session:
         failed: dict[str, str],
         stack: contextlib.ExitStack,
     ) -> dict[str, EngineProcess]:
-        """The engines that came up, to be closed with the stack; why the others did not."""
+        """The engines that started, which the stack closes; and why the others did not."""
         running = {}
         for name in engines:
             self.report(f"  starting {name}")
@@ -247,7 +247,7 @@ class Session:
         ceiling: Ceiling,
         figures: Mapping[str, float | None],
     ) -> dict[str, float]:
-        """What the limit would be of the steps that were taken, as a share of the time."""
+        """The limit for the steps that were actually taken, as a share of the time."""
         if cell.arrivals != "at once" or not figures.get("steps"):
             return {}
         steps = int(figures["steps"])

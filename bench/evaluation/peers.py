@@ -17,7 +17,7 @@ from .run import Job, PeakMemory, Run, latencies, rates
 
 
 class _Clocked(StoppingCriteria):
-    """Ends each row of a batch at its own length, and notes when each token was there."""
+    """Ends each row of a batch at its own length, and records when each token was available."""
 
     def __init__(self, limits: torch.Tensor, clock: Callable[[], float]) -> None:
         self.limits = limits
@@ -33,7 +33,8 @@ class _Clocked(StoppingCriteria):
 def static_batches(
     model: Any, jobs: Sequence[Job], slots: int, clock: Callable[[], float] = time.perf_counter
 ) -> Run:
-    """`generate`, batch after batch in their order, left-padded; a batch runs to its longest."""
+    """`generate`, one left-padded batch after the other; a batch runs until its longest query
+    ends."""
     requests = [job.request for job in jobs]
     tokens: list[list[int]] = []
     times: list[list[float]] = []
@@ -42,7 +43,7 @@ def static_batches(
         for first in range(0, len(jobs), slots):
             batch = jobs[first : first + slots]
             width = max(len(job.token_ids) for job in batch)
-            # Made on the host and copied once: a GPU takes a launch for every small piece.
+            # Built on the host and copied once: on a GPU, each small piece would be a launch.
             ids = torch.zeros((len(batch), width), dtype=torch.long)
             mask = torch.zeros_like(ids)
             for row, job in enumerate(batch):
@@ -77,10 +78,10 @@ def continuous_batching(
     clock: Callable[[], float] = time.perf_counter,
     timeout: float = 600.0,
 ) -> Run:
-    """`ContinuousBatchingManager` with at most `slots` requests in a batch; all there at once.
+    """`ContinuousBatchingManager` with at most `slots` requests in a batch; all submitted at once.
 
     Raises:
-        RuntimeError: a request failed, or nothing came for `timeout` seconds.
+        RuntimeError: a request failed, or no result came for `timeout` seconds.
     """
     requests = [job.request for job in jobs]
     page = 64
@@ -90,7 +91,7 @@ def continuous_batching(
         num_blocks=pages,
         max_batch_tokens=512,
         max_requests_per_batch=slots,
-        # Prompts share nothing on purpose; graphs and double buffering are for GPUs.
+        # The prompts share no prefix by design; graphs and double buffering are for GPUs.
         allow_block_sharing=False,
         use_cuda_graph=False,
         use_async_batching=False,
@@ -135,7 +136,7 @@ def continuous_batching(
 
 
 def _batching_config(page: int, **options: Any) -> Any:
-    """Releases of transformers differ in what they call the tokens of a page."""
+    """Releases of transformers have different names for the number of tokens per page."""
     from transformers import ContinuousBatchingConfig
 
     known = inspect.signature(ContinuousBatchingConfig).parameters
@@ -148,14 +149,14 @@ def _batching_config(page: int, **options: Any) -> Any:
 
 
 def _greedy(tokens: int) -> GenerationConfig:
-    # No end of sequence: the number of tokens is given.
+    # No end of sequence: the number of tokens is fixed.
     return GenerationConfig(
         max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=-1, use_cache=True
     )
 
 
 class Peer(NamedTuple):
-    """Another way to serve jobs: `run(model, jobs, slots)`, and what it is."""
+    """Another way to serve jobs: `run(model, jobs, slots)`, and its description."""
 
     run: Callable[[Any, Sequence[Job], int], Run]
     says: str

@@ -1,4 +1,4 @@
-"""One run of one system: requests are submitted as they arrive, every token is timed."""
+"""One run of one system: requests are submitted as they arrive, and every token is timed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Job:
 
 @dataclass
 class Run:
-    """What one run gave.
+    """The result of one run.
 
     Attributes:
         tokens: answers, in the order of the jobs.
-        figures: by name; None where there is none.
-        spans: [slot, job, begin, end, kind], seconds from the beginning of the run.
+        figures: by name; None where a figure does not exist.
+        spans: [slot, job, begin, end, kind], in seconds from the beginning of the run.
     """
 
     tokens: list[list[int]]
@@ -42,14 +42,14 @@ class Run:
 
 
 def make_jobs(requests: Sequence[Request], stream: Sequence[int]) -> list[Job]:
-    """Prompts of the requested lengths, cut out of a stream of tokens.
+    """Prompts of the requested lengths, taken from a stream of tokens.
 
-    Request i begins at its own place in the stream, which goes round. Prompts that are alike at
-    their beginning would be cheaper for an engine that shares prefixes.
+    Each request begins at a different place in the stream, which wraps around. Prompts with equal
+    beginnings would be cheaper for an engine that shares prefixes.
     """
     jobs = []
     for index, request in enumerate(requests):
-        # A prime apart: no two of some hundred prompts begin alike.
+        # The distance is a prime, so among some hundred prompts no two begin alike.
         begin = index * 7919 % len(stream)
         ids = [stream[(begin + i) % len(stream)] for i in range(request.prompt_tokens)]
         jobs.append(Job(request, ids))
@@ -61,13 +61,13 @@ def latencies(
 ) -> dict[str, float]:
     """p50 and p99 of three latencies, in seconds.
 
-    `ttft` is from arrival to first token; `time_per_token` between two tokens of a query, over all
-    queries, pauses included; `normalized_latency`, as Orca has it, from arrival to last token
-    divided by the number of tokens.
+    `ttft` is from arrival to first token; `time_per_token` is between two tokens of a query, over
+    all queries, including pauses; `normalized_latency`, as defined by Orca, is from arrival to last
+    token divided by the number of tokens.
 
     Args:
         requests: lengths and arrivals.
-        token_times: of each request's tokens, seconds from the beginning of the workload.
+        token_times: for each request, when its tokens came: seconds from the workload's beginning.
     """
     pairs = list(zip(requests, token_times, strict=True))
     samples = {
@@ -94,22 +94,22 @@ def rates(requests: Sequence[Request], seconds: float) -> dict[str, float]:
 
 
 class PeakMemory:
-    """The most memory that this process and the children that it starts in the block hold, above
-    what it held before; `bytes` is None where the kernel does not tell.
+    """The peak memory of this process and of the children that it starts within the block, minus
+    what it held before; `bytes` is None where the kernel does not report it.
     """
 
     def __init__(self) -> None:
         self.bytes: int | None = None
         self._before = 0
-        # Other engines are children too, and no part of what is measured.
+        # Other engines are children too, but are not part of what is measured.
         self._others: set[str] = set()
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        # What earlier runs left free in the allocator would hide what this one takes.
+        # Memory that earlier runs left free in the allocator would hide what this one takes.
         ctypes.CDLL(None).malloc_trim(0)
         try:
-            # "5" sets the peak (VmHWM) back to what is resident now.
+            # "5" resets the peak (VmHWM) to what is resident now.
             Path("/proc/self/clear_refs").write_text("5")
             self._before = _status_bytes("self", "VmRSS")
             self._others = _children()
@@ -118,7 +118,7 @@ class PeakMemory:
         return self
 
     def read(self) -> None:
-        """To be called while the children still live."""
+        """Must be called while the children are still alive."""
         if not self._before:
             return
         peak = _status_bytes("self", "VmHWM") - self._before
@@ -135,7 +135,7 @@ def run_relay(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Run:
-    """Serves the jobs with a new relay, which is warmed up outside of the time.
+    """Serves the jobs with a new relay, which is warmed up before the timing begins.
 
     Args:
         make: returns the relay.
@@ -143,7 +143,7 @@ def run_relay(
         clock, sleep: seconds.
     """
     with PeakMemory() as memory, make() as relay:
-        # A newcomer while another query decodes: workers that prefill elsewhere get one too.
+        # A query arrives while another decodes, so that workers that prefill elsewhere get one too.
         for count in (4, 2):
             relay.submit(jobs[0].token_ids[:16], max_new_tokens=count, eos=None)
             relay.step()
@@ -190,7 +190,7 @@ def _drive(
     clock: Callable[[], float],
     sleep: Callable[[float], object],
 ) -> tuple[list[Any], float | None]:
-    """The queries, and the slot idle of the steps before and after which queries waited."""
+    """The queries, and `slot_idle` of the steps before and after which queries waited."""
     pending, queries = deque(jobs), []
     slot_steps = active = 0
     more = True
@@ -203,7 +203,7 @@ def _drive(
                 # earlier.
                 relay.submit(job.token_ids, max_new_tokens=job.request.output_tokens, eos=None)
             )
-        # A policy that forms batches may wait for them.
+        # A policy that forms batches may wait for those queries.
         relay.more_to_come = bool(pending)
         waited = bool(relay.waiting)
         before = relay.counters.slot_steps, relay.counters.active_slot_steps

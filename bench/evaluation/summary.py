@@ -1,4 +1,4 @@
-"""Several runs in one figure: medians, spreads, and ratios run by run."""
+"""Summarizes several runs: medians, spreads, and ratios run by run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def summarize(runs: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float] | None]:
-    """Median, lowest and highest of each figure over the repeats; None where a run had none."""
+    """Median, minimum and maximum of each figure over the repeats; None where a run has none."""
     summary = {}
     for name in runs[0]:
         values = [figures[name] for figures in runs]
@@ -23,7 +23,8 @@ def summarize(runs: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str,
 def ratios(
     runs: Mapping[str, Sequence[Mapping[str, float]]], baseline: str, figure: str
 ) -> dict[str, dict[str, float]]:
-    """Of every system to the baseline, repeat by repeat; of medians, where their repeats differ."""
+    """Ratios of every system to the baseline, repeat by repeat; of medians if repeats differ in
+    number."""
     theirs = [run[figure] for run in runs[baseline]]
     result = {}
     for name, figures in runs.items():
@@ -37,7 +38,7 @@ def ratios(
 
 
 def medians(cell: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Of every system of a cell, the medians of its figures."""
+    """For every system of a cell, the medians of its figures."""
     return {
         name: {
             figure: value and value["median"] for figure, value in summarize(system["runs"]).items()

@@ -17,9 +17,9 @@ class System:
     Attributes:
         name: in tables and on the command line.
         policy: the policy's name.
-        says: what it does, for a reader who knows none of them.
-        policy_options: of the policy's class.
-        relay_options: of the relay.
+        says: its description, for a reader who knows none of the systems.
+        policy_options: for the policy's class.
+        relay_options: for the relay.
     """
 
     name: str
@@ -34,9 +34,9 @@ class System:
         return Relay(model, num_slots, capacity, policy, **self.relay_options)
 
 
-# The paper's way with prompts.
+# How the paper handles prompts.
 APART = {"join": "never"}
-# In the order in which they are told: from what everybody knows to what is new.
+# In the order of presentation: from what is widely known to what is new.
 SYSTEMS = {
     system.name: system
     for system in (
@@ -111,7 +111,7 @@ SYSTEMS = {
         ),
     )
 }
-# What the others' answers are compared with.
+# The system whose answers all others are compared with.
 REFERENCE = "baton"
-# What speed is given as a ratio to.
+# The systems that speed is given as a ratio to.
 BASELINES = ("run_to_completion", "orca")

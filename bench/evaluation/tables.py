@@ -24,12 +24,12 @@ class Column(NamedTuple):
 
 
 def seconds(value: float) -> str:
-    """In the unit that reads best."""
+    """In the most readable unit."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
 
 
 def share(value: float) -> str:
-    """In percent; a digit more where it is small."""
+    """In percent, with one more digit where it is small."""
     return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
 
 
@@ -63,7 +63,7 @@ SPREAD = "output_tokens_per_second"
 
 
 class Sheet(NamedTuple):
-    """A table: what it is about, headings, and rows of cells."""
+    """A table: its subject, headings, and rows of cells."""
 
     title: str
     headings: list[str]
@@ -71,7 +71,7 @@ class Sheet(NamedTuple):
 
 
 def sheets(cell: Mapping[str, Any]) -> list[Sheet]:
-    """Speed of all systems; then, of the relays, where the time goes."""
+    """The speed of all systems; then, for the relays, where the time goes."""
     middle = medians(cell)
     runs = {name: system["runs"] for name, system in cell["systems"].items()}
     against = {
@@ -109,7 +109,7 @@ def sheets(cell: Mapping[str, Any]) -> list[Sheet]:
 
 
 def facts(cell: Mapping[str, Any]) -> str:
-    """The requests of the cell, and the least time they can take."""
+    """The cell's requests, and the least time that they can take."""
     offered = cell["offered_queries_per_second"]
     arriving = f", arriving at {offered:.2f} queries/s" if offered else ""
     return (
@@ -124,7 +124,7 @@ def facts(cell: Mapping[str, Any]) -> str:
 
 
 def machine(results: Mapping[str, Any]) -> list[str]:
-    """Where it ran, and the ceilings that were measured there."""
+    """The machine of the run, and the ceilings that were measured on it."""
     return [
         results["machine"],
         *(
@@ -138,7 +138,7 @@ def machine(results: Mapping[str, Any]) -> list[str]:
 
 
 def _doubts(results: Mapping[str, Any]) -> list[str]:
-    """What can only be if the machine was busy while the ceilings were measured."""
+    """Figures that are only possible if the machine was busy when the ceilings were measured."""
     shares = [
         system["limit_share"] or 0 for cell in results["cells"] for system in medians(cell).values()
     ]
@@ -149,7 +149,7 @@ def _doubts(results: Mapping[str, Any]) -> list[str]:
 
 def show(results: Mapping[str, Any]) -> None:
     """Print everything."""
-    # Wide enough for all columns in every terminal: a cut table is useless.
+    # Wide enough for all columns in every terminal, because a cut table is useless.
     console = Console(width=190, highlight=False)
     for line in machine(results):
         console.print(line)

@@ -1,1 +1,1 @@
-"""Everything that a few minutes of a GPU are for: `python -m bench.gpu_day`; see docs/gpu.md."""
+"""Checks and measurements for a few minutes on a GPU: `python -m bench.gpu_day`; docs/gpu.md."""

@@ -1,8 +1,8 @@
-"""A few minutes of a GPU: `python -m bench.gpu_day --minutes M --part PART --output DIR`.
+"""A short GPU session: `python -m bench.gpu_day --minutes M --part PART --output DIR`.
 
-Runs stages in the order of their value, each a process with a cap. `results.json` in the output
-folder has every stage the moment it ends; a table comes last. docs/gpu.md says how to prepare the
-machine and how to read the record. With `--device cpu` the stages run on small sizes, to be tried.
+Runs stages in order of importance, each in a process with a time limit. `results.json` in the
+output folder contains every stage as soon as it ends; a table comes last. docs/gpu.md says how to
+prepare the machine and how to read the record. `--device cpu` tries the stages out on small sizes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--carried", type=Path, default=carried.FOLDER, help="what `make gpu-carry` has made"
     )
-    # For machines that are slow or busy, such as those that test this.
+    # For slow or busy machines, such as those that run the tests.
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies the caps")
     return parser.parse_args(argv)
 
@@ -55,7 +55,7 @@ def chosen(options: argparse.Namespace) -> list[Stage]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; 0 if every stage ended well or had to be left out."""
+    """Entry point; 0 if every stage succeeded or had to be left out."""
     options = arguments(argv)
     output = options.output.resolve()
     os.chdir(ROOT)

@@ -1,9 +1,9 @@
-"""Makes the folder that travels to a machine with a GPU: `make gpu-carry`. Needs no GPU itself.
+"""Makes the folder to take to a machine with a GPU: `make gpu-carry`. Needs no GPU itself.
 
-Such a machine may have no network and an older torch, and no minute to lose on a compiler. The
-folder holds both libraries, compiled for its architecture only, and the peers that it may lack: as
-archives, because a limit on what travels counts bytes. A peer that cannot be had is left out, with
-a word. The call to make there is printed last.
+Such a machine may have no network and an older torch, and has no time to spend on a compiler. The
+folder contains both libraries, compiled for its architecture only, and the peers that it may lack:
+as archives, because the transfer limit counts bytes. A peer that cannot be obtained is left out,
+and a message says so. The command to run there is printed last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUILD = ROOT / "build" / "gpu-carry-build"
 # Compute capabilities of the machine's GPU.
 ARCHITECTURES = "90"
 PYTHON, MEBIBYTES = "3.12", 64
-# Wheels that travel as they are. The last three run the tests in processes that are replaced.
+# Wheels that are taken unchanged. The last three run the tests in processes that are replaced.
 WHEELS = ("fa3-fwd==0.0.3", "pytest-xdist", "execnet", "pytest-timeout")
 
 
@@ -35,11 +35,11 @@ def run(*command: str | Path, **options: object) -> None:
 
 
 def libraries(folder: Path, architectures: str) -> None:
-    """The CPU's library as `make setup` built it, and the CUDA library compiled next to this
-    environment's torch, which may be without CUDA.
+    """The CPU library as `make setup` built it, and the CUDA library compiled with this
+    environment's torch, which may lack CUDA.
 
-    What is missing then is only libtorch_cuda.so to link with; a library of that name which holds
-    nothing serves: the symbols are resolved where torch has CUDA.
+    Then only libtorch_cuda.so is missing at link time. An empty library of that name is enough: the
+    symbols are resolved on the machine whose torch has CUDA.
     """
     sys.path.insert(0, str(ROOT))
     import cmake
@@ -61,7 +61,7 @@ def libraries(folder: Path, architectures: str) -> None:
         f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}", f"-DBATON_TORCH_DIR={torch}",
         "-DBATON_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}",
         f"-DBATON_CUDA_ARCHITECTURES={architectures}",
-        # A library that holds nothing is needed all the same: the linker would leave it out.
+        # The linker would drop an empty library unless it is told to keep it.
         f"-DCMAKE_MODULE_LINKER_FLAGS=-L{stubs} -Wl,--no-as-needed", *flags,
     )  # fmt: skip
     run(program, "--build", BUILD / "cmake", "--target", "baton_kernels_cuda")
@@ -71,10 +71,10 @@ def libraries(folder: Path, architectures: str) -> None:
 
 
 def find_nvcc() -> str:
-    """nvcc: the machine's, else that of this environment's packages.
+    """nvcc: the machine's, otherwise that of this environment's packages.
 
     Raises:
-        SystemExit: There is no such tool.
+        SystemExit: nvcc was not found.
     """
     packages = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
     for path in (None, "/usr/local/cuda/bin", str(packages)):
@@ -85,7 +85,7 @@ def find_nvcc() -> str:
 
 
 def download(folder: Path, *requirements: str) -> list[Path]:
-    """Wheels for the other machine's Python, without what they require."""
+    """Wheels for the other machine's Python, without their dependencies."""
     folder.mkdir(parents=True, exist_ok=True)
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 24, 17)]
     run(
@@ -97,7 +97,7 @@ def download(folder: Path, *requirements: str) -> list[Path]:
 
 
 def peers(folder: Path) -> list[str]:
-    """Fetches and builds the peers; what there is, and what is missing and why."""
+    """Fetches and builds the peers; returns which are there, and which are missing and why."""
     from .flashinfer import pack
 
     target = folder / PEERS
@@ -129,7 +129,7 @@ def size(*paths: Path) -> int:
 
 
 def tree_bytes() -> int:
-    """Of the files that travel with the sources: those that git does not ignore."""
+    """Bytes of the files that travel with the sources: those that git does not ignore."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"]
     try:
         names = subprocess.run(command, capture_output=True, check=True).stdout.split(b"\0")

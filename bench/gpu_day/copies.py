@@ -18,13 +18,13 @@ KV_HEADS, DIM = 8, 128
 
 
 class Problem:
-    """A cache of layers, together larger than the L2 cache, and what goes into it.
+    """A cache whose layers together exceed the L2 cache, and a query for it.
 
     Args:
         stage: the stage.
         slots: of the cache.
         capacity: columns of a slot.
-        tokens: of the query that is inserted, extracted or moved.
+        tokens: length of the query that is inserted, extracted or moved.
     """
 
     def __init__(self, stage: Stage, slots: int, capacity: int, tokens: int):
@@ -56,7 +56,7 @@ class Problem:
 
 
 def operations(problem: Problem) -> Iterator[tuple[str, Callable, Callable]]:
-    """Name, a call by layer, and a check of what layer 0 holds afterwards."""
+    """For each operation its name, a call for a layer, and a check of the content of layer 0."""
     p = problem
 
     def is_inserted(_: object) -> None:
@@ -94,7 +94,7 @@ def copies(stage: Stage) -> None:
     for tokens in stage.pick((512, 64, 4096), (8,)):
         slots, capacity = stage.pick((8, max(2048, 3 * tokens)), (2, 32))
         problem = Problem(stage, slots, capacity, tokens)
-        # From memory that no op of this table has touched since the last replay.
+        # Memory that no op of this table has touched since the last replay.
         source = torch.randn(problem.layers, problem.bytes // 4, device=stage.device)
         target = torch.empty_like(source)
         copier = problem.each(lambda i, t=target, s=source: t[i].copy_(s[i]))
@@ -117,7 +117,8 @@ def copies(stage: Stage) -> None:
 
 
 def append(stage: Stage) -> None:
-    """One token per row with rotary: microseconds, and a copy of the same size."""
+    """One token per row with rotary embedding: microseconds, compared with a copy of the same
+    size."""
     for rows in stage.pick((1, 32, 128), (2,)):
         label = f"append with rotary, {rows} rows"
         if not stage.record.wants(label, 2.0):

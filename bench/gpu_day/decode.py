@@ -20,14 +20,14 @@ from .rates import words as random_words
 from .timing import beside_peers, our_us, time_ways
 
 LLAMA = Heads(32, 8, 128)
-# Shapes that are read from pages too, and the columns of a page.
+# Shapes that are also read from pages, and the columns of a page.
 PAGED, PAGES = ("32 x 2k", "32 mixed, 128 to 2048"), (16, 128)
 # Compiling it takes most of a minute per shape.
 FLEX = ("32 x 2k", "8 x 8k")
 
 
 class Sizes:
-    """A device as `AttentionWork` wants it."""
+    """A device with the fields that `AttentionWork` needs."""
 
     def __init__(self, stage: Stage):
         self.name = stage.device
@@ -37,7 +37,7 @@ class Sizes:
 
 
 def shapes() -> Iterator[tuple[str, Heads, list[int], dict]]:
-    """Label, heads, lengths and options, in the order of their value."""
+    """Label, heads, lengths and options, in order of importance."""
     k = 1024
     mixed = decode_lengths(32, 128, 2048, 686)
     yield "32 x 2k", LLAMA, [2 * k] * 32, {}
@@ -60,12 +60,12 @@ def shapes() -> Iterator[tuple[str, Heads, list[int], dict]]:
 
 
 def ways(work: AttentionWork, options: dict, flex: bool, paged: bool) -> list[Way]:
-    """Ours and the peers that run here."""
+    """Our op and the peers that run here."""
     ours = Way(
         "ragged_attention", work.calls(ragged_attention, **options), work.check, OURS,
         work.poison_padding,
     )  # fmt: skip
-    # A kind of its own: neither the row's figure nor a peer.
+    # Pages are a separate kind: neither the row's figure nor a peer.
     found = [ours] + [
         Way(f"in pages of {page}", Pages(work, page, False).calls(), work.check, "paged")
         for page in (PAGES if paged else ())
@@ -89,7 +89,7 @@ def decode(stage: Stage) -> None:
         record.add("read", gb_per_s=rate / 1e9, by=how)
     sizes = Sizes(stage)
     for label, heads, lengths, options in shapes():
-        # Flex last: a compiler may take all that is left.
+        # Flex comes last, because its compilation may take all the remaining time.
         if record.wants(label, 3.0):
             with record.attempt(label):
                 measure(stage, sizes, label, heads, lengths, options, rate, source)
@@ -136,7 +136,7 @@ def measure(
 
 
 def beside_slots(found: list[dict]) -> str:
-    """Times in pages as multiples of that in slots, in words."""
+    """Times in pages as multiples of the time in slots, as text."""
     us = our_us(found)
     return "".join(
         f"; {way['way']} {way['us'] / us:.2f}x" for way in found
@@ -145,7 +145,7 @@ def beside_slots(found: list[dict]) -> str:
 
 
 def reads(source: torch.Tensor, work: AttentionWork) -> list:
-    """The same number of bytes from elsewhere, once per layer of the work."""
+    """Calls that read the same number of bytes from other memory, one per layer of the work."""
     from ..kernels.cuda import readers
 
     read = next(iter(readers().values()))

@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class Stage:
-    """What a stage needs: its device, its record, and how large its cases are.
+    """A stage's device, its record, and the size of its cases.
 
     Attributes:
         device: "cuda" or "cpu".
-        small: whether sizes are those of a test, where no figure means anything.
+        small: whether sizes are those of a test, whose figures mean nothing.
         dtype: of keys, values, weights and activations.
-        record: rows go there.
+        record: where rows are added.
         model: "1b" or "8b".
     """
 
@@ -34,7 +34,7 @@ class Stage:
         self.dtype = torch.float32 if self.small else torch.bfloat16
 
     def pick(self, full: T, small: T) -> T:
-        """The one for this device."""
+        """The value for this device."""
         return small if self.small else full
 
     def synchronize(self) -> None:
@@ -42,7 +42,7 @@ class Stage:
             torch.cuda.synchronize()
 
     def skip(self, why: str) -> None:
-        """Ends the stage: it cannot run here.
+        """Ends the stage, because it cannot run here.
 
         Raises:
             SystemExit: Always.
@@ -53,12 +53,12 @@ class Stage:
 
 
 def run(main: Callable[..., None], *names: str, argv: Sequence[str] | None = None) -> None:
-    """Calls `main(stage, *positional)` with what the runner says; saves when the time is up.
+    """Calls `main(stage, *positional)` with the runner's arguments; saves when the time is up.
 
     Args:
         main: the stage.
         names: of its positional arguments.
-        argv: instead of the process's.
+        argv: replaces the process's arguments.
     """
     parser = argparse.ArgumentParser()
     for name in names:
@@ -68,7 +68,7 @@ def run(main: Callable[..., None], *names: str, argv: Sequence[str] | None = Non
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(argv)
-    # What is under way when the last seconds begin shall end by itself.
+    # A case that runs when the last seconds begin should end by itself.
     record = Record(options.json, options.seconds - min(3.0, options.seconds / 10))
     stage = Stage(options.device, record, options.model)
 

@@ -1,5 +1,5 @@
-"""FlashInfer for a machine without a network: its Python files, and the modules that a decode needs
-compiled ahead of time. Its own sources, which are most of it, stay here."""
+"""FlashInfer for a machine without a network: its Python files, and the modules that a decode
+needs, compiled ahead of time. Its own sources, which are the largest part, are left out."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 VERSION = "0.7.2"
 # What importing it needs and the other machine lacks.
 NEEDED = ("apache-tvm-ffi>=0.1.11,<0.2",)
-# And what this Python lacks, to compile its modules.
+# What this Python lacks for compiling its modules.
 TO_COMPILE = (*NEEDED, "nvidia-ml-py", "requests", "urllib3", "idna", "certifi",
               "charset-normalizer", "tqdm", "tabulate", "einops", "ninja", "packaging",
               "click")  # fmt: skip
 ARCHITECTURE = "9.0a"
-# Folders of the package that a decode does not read; of the others, its Python files.
+# Folders of the package that a decode does not read; only the Python files of the others are taken.
 LEFT_OUT = ("flashinfer/data/",)
-# But for the templates that its generators read even where a compiled module is there.
+# Except for the templates that its generators read even if there is a compiled module.
 TEMPLATES = "flashinfer/data/csrc/batch_"
 KEPT = (".py", ".so", ".txt", "METADATA")
 # bfloat16, heads of 128, on CUDA cores and on tensor cores.
@@ -43,12 +43,12 @@ def pack(target: Path, build: Path, download: Callable[..., list[Path]]) -> None
     """Writes flashinfer.zip into a folder.
 
     Args:
-        target: gets the archive.
-        build: keeps what was fetched and compiled for the next time.
+        target: folder of the archive.
+        build: folder that keeps downloads and compiled files for the next time.
         download: fetches wheels into a folder.
 
     Raises:
-        RuntimeError: It was compiled and gave no library.
+        RuntimeError: the compilation produced no library.
     """
     site = build / "site"
     if not site.is_dir():
@@ -71,8 +71,8 @@ def pack(target: Path, build: Path, download: Callable[..., list[Path]]) -> None
 
 
 def runtime_folders() -> list[str]:
-    """Where nvcc links the CUDA runtime from: FlashInfer guesses it from the compiler's own path,
-    which need not lie next to it."""
+    """Folders from which nvcc links the CUDA runtime: FlashInfer derives them from the compiler's
+    path, but they need not be next to it."""
     command = [shutil.which("nvcc") or "nvcc", "--dryrun", "-x", "cu", os.devnull]
     said = subprocess.run(command, capture_output=True, text=True).stderr
     return re.findall(r'"-L([^"]+)"', "".join(re.findall(r"LIBRARIES=.*", said)))
@@ -85,7 +85,7 @@ def compile_modules(site: Path, build: Path) -> None:
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
         command = [*pip, "install", "--no-deps", "--target", str(here), *TO_COMPILE]
         subprocess.run(command, check=True)
-    # The driver's library is where a GPU is; its modules take no symbol of it.
+    # Only machines with a GPU have the driver's library; the modules use none of its symbols.
     stubs = build / "stubs"
     stubs.mkdir(exist_ok=True)
     command = ["c++", "-shared", "-x", "c", os.devnull, "-o", str(stubs / "libcuda.so")]

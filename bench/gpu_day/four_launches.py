@@ -1,4 +1,4 @@
-"""One decode of 32 rows, one of a long row, a prefill and an insertion: what a profiler reads."""
+"""The launches to profile: a decode of 32 rows, one of a long row, a prefill, an insertion."""
 
 from __future__ import annotations
 

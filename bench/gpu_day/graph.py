@@ -1,5 +1,5 @@
-"""CUDA graphs: the tests of capture and replay, a cold capture, one step again and again, and a
-relay with graphs and without."""
+"""CUDA graphs: the tests of capture and replay, a cold capture, one step many times, and a relay
+with and without graphs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ GPU_TESTS = (
 
 
 class Step:
-    """A decode step of some layers: append with rotary, attention, a norm, a projection.
+    """A decode step of some layers: append with rotary embedding, attention, a norm, a projection.
 
     Args:
         device: "cuda" or "cpu".
-        dtype: of everything.
+        dtype: of all tensors.
         rows: of the batch; their lengths differ.
         capacity: columns of a slot.
     """
@@ -55,7 +55,7 @@ class Step:
         self.rows = int32(self.lengths, device)
 
     def run(self) -> torch.Tensor:
-        """What a captured step computes."""
+        """The computation that is captured."""
         query = baton_kernels.append_kv(
             self.key, self.value, *self.caches, self.slots, self.columns, query=self.query,
             cos=self.cos, sin=self.sin,
@@ -92,10 +92,10 @@ def busy(stage: Stage, stop: threading.Event) -> None:
 
 @torch.inference_mode()
 def repeat(stage: Stage) -> int:
-    """The same step many times next to other work; how many, all with the same bits.
+    """Repeats a step next to other work and returns how often; all results had the same bits.
 
     Raises:
-        AssertionError: Some bits differ.
+        AssertionError: some bits differ.
     """
     step = make(stage)
     expected = step.run().clone()
@@ -116,7 +116,7 @@ def repeat(stage: Stage) -> int:
 
 
 def answers(stage: Stage, model: Any, graphs: Any) -> tuple[dict[int, list[torch.Tensor]], int]:
-    """Logits of queries that come, go, pause and move, and how many steps were replayed."""
+    """Logits of queries that arrive, leave, pause and move, and how many steps were replayed."""
     logits: dict[int, list[torch.Tensor]] = {}
     count, slots = stage.pick((40, 12), (6, 3))
     costs = policies.get("baton", costs=lambda work: 1e-3 * (10 + work.tokens))
@@ -139,11 +139,11 @@ def answers(stage: Stage, model: Any, graphs: Any) -> tuple[dict[int, list[torch
 
 
 def relay_with_graphs(stage: Stage) -> dict[str, int]:
-    """A small relay with graphs and without: the same bits, and no waiting for the device that
-    torch knows of.
+    """A small relay with and without graphs: the bits are equal, and torch sees no wait for the
+    device.
 
     Raises:
-        AssertionError: Some bits differ, or no step was replayed.
+        AssertionError: some bits differ, or no step was replayed.
     """
     model = make_model(stage, "tiny")
     graphs = True if stage.device == "cuda" else RecordedGraphs()
@@ -157,10 +157,10 @@ def relay_with_graphs(stage: Stage) -> dict[str, int]:
 
 
 def waits_of_a_step(stage: Stage) -> None:
-    """A replayed step under torch's own watch over the host's waits.
+    """A replayed step while torch reports every wait of the host.
 
     Raises:
-        RuntimeError: Something in it waits for the device, but for the event of the step itself.
+        RuntimeError: something waits for the device, other than for the event of the step itself.
     """
     with Relay(make_model(stage, "tiny"), 4, 64) as relay:
         relay.submit([1, 2, 3], max_new_tokens=9, eos=None)
@@ -187,7 +187,7 @@ def cold_capture() -> None:
 
 
 def result_of(row: dict[str, Any]) -> Any:
-    """Of a case, in a word."""
+    """The result of a case as one word."""
     return next(
         (row[key] for key in ("error", "last_line", "equal", "equal_logits") if row.get(key)), None
     )

@@ -26,7 +26,7 @@ MODELS = {
     "logits 8b": {"logits": (128256, 4096)},
 }
 ROWS = (1, 8, 32, 128, 2048)
-# Rows up to which reading the weights takes longer than multiplying them.
+# The most rows for which reading the weights takes longer than multiplying them.
 FEW = 128
 
 
@@ -48,13 +48,14 @@ def linear(stage: Stage) -> None:
 
 
 def measure(stage: Stage, label: str, rows: int, outs: int, ins: int, rate: float) -> None:
-    """One projection at one number of rows."""
+    """One projection for one number of rows."""
     like = {"dtype": stage.dtype, "device": stage.device}
     size = outs * ins * stage.dtype.itemsize
     copies = max(2, min(32, 4 * Sizes(stage).cache_bytes // size + 1))
     weights = [torch.randn(outs, ins, **like) for _ in range(copies)]
     x = torch.randn(rows, ins, **like)
-    # The accuracy of some rows and outputs: all of them in float64 would take longer than the rest.
+    # Accuracy is checked for some rows and outputs: float64 for all would take longer than the
+    # rest.
     some, part = x[:64], weights[0][:512]
     accuracy = Accuracy(reference.linear, some, part)
 
@@ -63,7 +64,7 @@ def measure(stage: Stage, label: str, rows: int, outs: int, ins: int, rate: floa
 
     def check_bits(y: torch.Tensor) -> None:
         check(y)
-        # Other tiles take a row that comes by itself: it must not matter.
+        # A single row is computed with other tiles, which must not change its bits.
         for row in {0, rows // 2, rows - 1}:
             alone = baton_kernels.linear(x[row : row + 1], weights[0])
             assert_same_bits(y[row : row + 1], alone, f"row {row} of {rows}")
@@ -89,7 +90,7 @@ def static(stage: Stage, rows: int, outs: int, ins: int) -> dict[str, float]:
         return {}
     from baton_kernels.triton import common
 
-    # The package's attribute of that name is the op.
+    # The package attribute of that name is the op, not the module.
     kernels = importlib.import_module("baton_kernels.triton.linear")
     device = torch.device("cuda")
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -106,7 +107,7 @@ def static(stage: Stage, rows: int, outs: int, ins: int) -> dict[str, float]:
 
 
 def summary(stage: Stage) -> None:
-    """A line per number of rows: the time of a model's projections and of cuBLAS's."""
+    """One line per number of rows: the time of a model's projections, ours and cuBLAS's."""
     lines = []
     for rows in ROWS if not stage.small else (1, 3):
         for model in MODELS if not stage.small else ("tiny",):

@@ -10,7 +10,7 @@ import sys
 
 from .device import Stage, run
 
-# By their names there; what the table calls them.
+# By ncu's names; the values are the table's names.
 METRICS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",
@@ -28,7 +28,7 @@ METRICS = {
 
 
 def command(profiler: str) -> list[str]:
-    """The profiler over `four_launches`; clocks stay as they are found."""
+    """The command that profiles `four_launches`; it does not change the clocks."""
     kernels = ["--kernel-name-base", "demangled", "--kernel-name", "regex:baton::"]
     output = ["--metrics", ",".join(METRICS), "--csv", "--page", "raw", "--print-units", "base"]
     program = [sys.executable, "-m", "bench.gpu_day.four_launches"]
@@ -36,7 +36,7 @@ def command(profiler: str) -> list[str]:
 
 
 def launches(text: str) -> list[dict[str, str]]:
-    """Per launch of ncu's table the kernel's name, and figures as `METRICS` calls them."""
+    """For each launch of ncu's table, the kernel's name and figures by the names of `METRICS`."""
     lines = text.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if first is None:

@@ -21,13 +21,13 @@ TEST_SECONDS = 40
 
 
 def test_files(ops: Iterable[str]) -> list[str]:
-    """Of every op named, wherever the tests keep it."""
+    """The test file of every given op, in any folder of the tests."""
     names = {f"test_{op}.py" for op in ops}
     return sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if path.name in names)
 
 
 def backend_of(stage: Stage, name: str) -> tuple[str, list[str]]:
-    """The tests' name of a backend, and which tests to choose."""
+    """A backend's name in the tests, and which tests to choose."""
     isas = baton_kernels.build_info()["cpu"]
     if name == "amx":
         if "amx_bf16" not in isas["isa_found"] or "amx_bf16" not in isas["isa_compiled"]:
@@ -39,7 +39,7 @@ def backend_of(stage: Stage, name: str) -> tuple[str, list[str]]:
 
 
 class Collector:
-    """Collects every test's outcome, and has it on disk a second later at the latest."""
+    """Collects every test's outcome, and saves it to disk at most a second later."""
 
     def __init__(self, stage: Stage):
         self.record = stage.record
@@ -49,7 +49,7 @@ class Collector:
         self.crashes = 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """One phase of one test; xdist hands over those of its workers."""
+        """Takes one phase of one test; xdist passes on those of its workers."""
         if report.when != "call" and report.outcome == "passed":
             return
         before = self.outcomes.get(report.nodeid)
@@ -102,12 +102,13 @@ def op_tests(stage: Stage, name: str) -> None:
         "--tb=short", "-q", f"--rootdir={ROOT}",
     ]  # fmt: skip
     processes = stage.pick(min(PROCESSES, os.cpu_count() or 1), 1)
-    # A process takes seconds to collect the tests of all ops; two ops show what the stage does.
+    # Collecting the tests of all ops takes seconds per process; two ops are enough to try the
+    # stage.
     ops = stage.pick(baton_kernels.ops.__all__, ("merge_attention", "rms_norm"))
     if importlib.util.find_spec("xdist"):
         arguments += ["-n", str(processes), "--dist=worksteal", "--max-worker-restart=64"]
     if importlib.util.find_spec("pytest_timeout"):
-        # By a thread: a process that waits for its GPU hears no signal.
+        # A thread does this, because a process that waits for its GPU receives no signal.
         arguments += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
     collector = Collector(stage)
     code = pytest.main([*arguments, *test_files(ops)], plugins=[collector])

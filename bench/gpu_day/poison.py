@@ -1,6 +1,6 @@
-"""A pytest plugin: a process whose GPU no longer answers runs no further test.
+"""A pytest plugin: a process whose GPU no longer responds runs no further tests.
 
-After an illegal access every later call of the process fails, and so would every later test. Under
+After an illegal access, every later call of the process fails, and so would every later test. With
 pytest-xdist the worker ends and is replaced; without it the run stops.
 """
 
@@ -17,7 +17,7 @@ EXIT_CODE = 71
 
 
 class Poison:
-    """Looks at the device after every test that failed."""
+    """Checks the device after every failed test."""
 
     def __init__(self, config: pytest.Config):
         self.config = config
@@ -31,7 +31,7 @@ class Poison:
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self) -> None:
-        """Once the reports of a test have been sent."""
+        """Runs after the reports of a test have been sent."""
         if not self.failed:
             return
         self.failed = False
@@ -43,6 +43,6 @@ class Poison:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The controller of xdist's workers runs no test.
+    # With xdist, the controller itself runs no tests.
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         config.pluginmanager.register(Poison(config), "baton-poison")

@@ -19,7 +19,7 @@ def prefill(stage: Stage) -> None:
     """The stage."""
     record = stage.record
     sizes = Sizes(stage)
-    # A product of matrices reads its operands from the cache anyway: two layers are enough.
+    # A matrix product reads its operands from the cache in any case, so two layers are enough.
     sizes.cache_bytes = 1
     for rows, tokens in stage.pick(((1, 2048), (1, 8192), (1, 512), (8, 512)), ((1, 24), (2, 7))):
         label = f"{rows} x {tokens} tokens, {LLAMA}"

@@ -1,4 +1,4 @@
-"""What the device is and gives at most, and each op once against its reference."""
+"""The device's properties and highest rates, and each op once compared with its reference."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def probe(stage: Stage) -> None:
         with record.attempt(name):
             compare(*make())
             record.add(name, right=True)
-    # After the ops: a rate can be measured again, whether they are right has to be known first.
+    # After the ops: a rate can be measured again, but whether the ops are right must be known
+    # first.
     if record.wants("rates"):
         with record.attempt("rates"):
             record.add("rates", **rates(stage))

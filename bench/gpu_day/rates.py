@@ -1,4 +1,4 @@
-"""What the device gives at most: reading, copying, matrix products, launches."""
+"""The device's highest rates: reading, copying, matrix products, launches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ READ_BYTES = 4 << 30
 
 
 def words(stage: Stage) -> torch.Tensor:
-    """Random int32 numbers, many times the L2 cache."""
+    """Random int32 numbers, many times as large as the L2 cache."""
     count = stage.pick(READ_BYTES, 8 << 20) // 4
     return torch.empty(count, dtype=torch.int32, device=stage.device).random_()
 
@@ -29,7 +29,7 @@ def median_seconds(stage: Stage, call: Callable[[], object], repeats: int = 5) -
 
 
 def read_rate(stage: Stage, source: torch.Tensor | None = None) -> tuple[float, str]:
-    """Bytes per second of the fastest way to read, and which that was."""
+    """Bytes per second of the fastest way to read, and the name of that way."""
     source = words(stage) if source is None else source
     took = {
         name: median_seconds(stage, functools.partial(read, source))
@@ -63,7 +63,7 @@ def rates(stage: Stage) -> dict[str, Any]:
 
 
 def launch_seconds(stage: Stage, tiny: torch.Tensor) -> float:
-    """Of the host, for one launch that computes next to nothing."""
+    """The host's time for one launch that computes almost nothing."""
     stage.synchronize()
     begin = time.perf_counter()
     for _ in range(200):

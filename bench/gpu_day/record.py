@@ -1,4 +1,4 @@
-"""A stage's part of the record: rows that are on disk as soon as they are known."""
+"""A stage's part of the record: rows that are saved to disk as soon as they are known."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .exits import BROKEN_DEVICE, is_broken
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes the file, or leaves the one that is there: never half of it."""
+    """Writes the file completely, or leaves the existing one unchanged."""
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(json.dumps(content, indent=1, default=str) + "\n")
     os.replace(scratch, path)
 
 
 class Record:
-    """Rows by case. A stage that is begun again in a new process goes on behind the last case.
+    """Rows by case. If a new process repeats the stage, it continues after the last case.
 
     Args:
         path: of the JSON file.
-        seconds: after which no further case is begun.
+        seconds: time after which no further case is begun.
 
     Attributes:
         rows: dicts with at least `case`.
         headline: one line for the table.
-        lines: more of them.
+        lines: further lines for the table.
     """
 
     def __init__(self, path: Path, seconds: float):
@@ -57,7 +57,7 @@ class Record:
         )  # fmt: skip
 
     def add(self, case: str, **figures: Any) -> None:
-        """One row, on disk when this returns."""
+        """Adds one row, which is on disk when this returns."""
         self.rows.append({"case": case, **figures})
         self.save()
 
@@ -74,10 +74,10 @@ class Record:
 
     @contextlib.contextmanager
     def attempt(self, case: str) -> Iterator[None]:
-        """What is raised within the block becomes the case's row.
+        """An exception within the block becomes the case's row.
 
         Raises:
-            SystemExit: The device no longer answers: the runner begins a new process.
+            SystemExit: the device no longer responds, so the runner begins a new process.
         """
         try:
             yield
@@ -90,5 +90,5 @@ class Record:
 
     @property
     def errors(self) -> list[str]:
-        """Cases that gave no figure."""
+        """Cases without a figure."""
         return [row["case"] for row in self.rows if row.get("error")]

@@ -40,7 +40,7 @@ BY_THE_HOST = ", launched by the host"
 
 
 def make_model(stage: Stage, sizes: str) -> LlamaForCausalLM:
-    """A Llama with random weights, made where it runs: seconds instead of minutes."""
+    """A Llama with random weights, created on the device: seconds instead of minutes."""
     hidden, wide, layers, heads, kv_heads, vocabulary = SIZES[sizes]
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=wide,
@@ -60,7 +60,7 @@ def make_model(stage: Stage, sizes: str) -> LlamaForCausalLM:
 
 @contextlib.contextmanager
 def projections(function: Any) -> Iterator[None]:
-    """Within the block the patched pass projects with another function."""
+    """Within the block, the patched forward uses another function for projections."""
     before = llama.forward.project
     llama.forward.project = function
     try:
@@ -72,8 +72,8 @@ def projections(function: Any) -> Iterator[None]:
 def by_cublas(
     x: torch.Tensor, weight: PackedWeight | torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The projection by torch's own product. On a GPU the weight is there as it is; on a CPU, which
-    only tries this stage out, it is unpacked in every call."""
+    """The projection by torch's own product. On a GPU the weight is not packed; on a CPU, which is
+    only used to try this stage out, it is unpacked in every call."""
     return functional.linear(
         x, weight.unpack() if isinstance(weight, PackedWeight) else weight, bias
     )
@@ -81,7 +81,7 @@ def by_cublas(
 
 @torch.inference_mode()
 def step_us(stage: Stage, patched: Any, rows: int, context: int) -> dict[str, float]:
-    """Microseconds of one decode step: as the relay launches it, and replayed as a graph."""
+    """Microseconds of one decode step: launched by the relay, and replayed as a graph."""
     cache = patched.new_cache(rows, context + 8)
     try:
         slots = [cache.allocate(context) for _ in range(rows)]
@@ -111,18 +111,18 @@ def step_us(stage: Stage, patched: Any, rows: int, context: int) -> dict[str, fl
 
 
 def weights_and_cache_us(stage: Stage, model: Any, rows: int, context: int, rate: float) -> float:
-    """What reading the weights and the valid keys and values once takes at least."""
+    """The least time for reading the weights and the valid keys and values once."""
     weights = sum(p.nbytes for p in model.parameters())
     config = model.config
     if not config.tie_word_embeddings:
-        # A step looks up rows of the embedding, and reads all of the logits' weight.
+        # A step reads single rows of the embedding, but all of the weight for the logits.
         weights -= model.get_input_embeddings().weight.nbytes
     columns = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return 1e6 * (weights + rows * context * columns * stage.dtype.itemsize) / rate
 
 
 def steps(stage: Stage, model: Any, rate: float) -> None:
-    """Decode steps with our projections and with cuBLAS's, compared with what has to be read."""
+    """Decode steps with our projections and with cuBLAS's, compared with the bytes to be read."""
     context = stage.pick(1024, 16)
     for name, project in (("ours", llama.forward.project), ("cuBLAS", by_cublas)):
         for rows in stage.pick((1, 8, 32, 128), (1, 3)):
@@ -136,8 +136,9 @@ def steps(stage: Stage, model: Any, rate: float) -> None:
 
 
 def warmed_up(stage: Stage, patched: Any, name: str, slots: int, capacity: int) -> Relay:
-    """A relay of a policy, or of one whose steps the host launches. It has captured the graphs of
-    all numbers of rows: captures come once, and a run of some seconds would be charged for them."""
+    """A relay with a policy, or with one whose steps the host launches. It has already captured the
+    graphs for all numbers of rows: captures happen once, but would be charged to a run of
+    seconds."""
     system = SYSTEMS[name.removesuffix(BY_THE_HOST)]
     graphs: Any = None if stage.device == "cuda" else RecordedGraphs()
     options = {**system.relay_options, "cuda_graphs": graphs if name == system.name else False}
@@ -150,7 +151,7 @@ def warmed_up(stage: Stage, patched: Any, name: str, slots: int, capacity: int) 
 
 def policies(stage: Stage, model: Any, vocabulary: int) -> None:
     """Each policy on the same queries, one of them without graphs too, then `generate` on them;
-    tokens compared."""
+    compares the tokens."""
     record = stage.record
     slots, count, divisor = stage.pick((32, 96, 1.0), (2, 4, 16.0))
     requests = workloads.orca(count, divisor=divisor)
@@ -177,7 +178,7 @@ def policies(stage: Stage, model: Any, vocabulary: int) -> None:
 
 
 def simulation(stage: Stage, model: Any) -> None:
-    """Costs of forwards are measured and fitted; what they predict of a run, compared with it."""
+    """Measures and fits the costs of forwards; compares their prediction of a run with the run."""
     record = stage.record
     count, slots = stage.pick((24, 8), (3, 2))
     if not record.wants("simulation", 10.0):

@@ -1,7 +1,7 @@
-"""Runs stages as processes with a cap, and has the record on disk whenever one of them ends.
+"""Runs stages as processes with a time limit, and saves the record whenever one of them ends.
 
-In the output folder: `results.json` with every stage so far, `logs.txt` with what they printed, and
-`running.json` of the stage that runs. A stage that fails, hangs or dies ends no other.
+In the output folder: `results.json` with every stage so far, `logs.txt` with their output, and
+`running.json` of the running stage. A stage that fails, hangs or dies does not end the others.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .exits import BROKEN_DEVICE, SKIPPED
 from .record import write_json
 from .stages import Stage
 
-# Processes that one stage may take.
+# The most processes of one stage.
 ATTEMPTS = 4
-# A stage with less time than this is not begun, unless its cap is shorter.
+# A stage is not begun with less time than this, unless its limit is shorter.
 LEAST_SECONDS = 8.0
-# Between SIGTERM, upon which a stage may still save what it has, and SIGKILL.
+# Time between SIGTERM, after which a stage may still save its results, and SIGKILL.
 GRACE_SECONDS = 3.0
 LOG_BYTES = 1 << 20
 
@@ -37,10 +37,10 @@ class Day:
 
     Args:
         output: folder of the record.
-        seconds: for all of them together.
+        seconds: for all stages together.
         arguments: of every stage.
         environment: of every stage.
-        about: what the record says of the run.
+        about: description of the run, for the record.
     """
 
     output: Path
@@ -58,7 +58,7 @@ class Day:
         self.results: list[dict[str, Any]] = []
 
     def run(self, stage: Stage) -> dict[str, Any]:
-        """The stage's entry of the record, which is on disk when this returns."""
+        """Runs a stage; returns its entry of the record, which is on disk by then."""
         left = self.end - time.monotonic()
         if left < min(LEAST_SECONDS, stage.cap):
             entry = {"stage": stage.name, "state": "no time", "seconds": 0.0, "cap": stage.cap}
@@ -77,7 +77,7 @@ class Day:
             state = self._process(stage, scratch, seconds - (time.monotonic() - begin))
             states.append(state)
             broken = state == f"failed ({BROKEN_DEVICE})" or state.startswith("died")
-            # A process that got nowhere would not get farther the next time.
+            # A process that made no progress would not make any the next time.
             progressed = scratch.is_file()
             if not (broken and progressed) or seconds - (time.monotonic() - begin) < LEAST_SECONDS:
                 break
@@ -100,7 +100,7 @@ class Day:
         return entry
 
     def _process(self, stage: Stage, scratch: Path, seconds: float) -> str:
-        """How one process of the stage ended."""
+        """Runs one process of the stage; returns how it ended."""
         command = [
             sys.executable, "-m", *stage.command, *self.arguments,
             "--seconds", f"{seconds:.1f}", "--json", str(scratch),
@@ -117,7 +117,7 @@ class Day:
             except subprocess.TimeoutExpired:
                 state = "hung" if _end_group(job) else "hung, and cannot be killed"
             finally:
-                # Workers that outlive the process they belong to.
+                # Workers may outlive their process.
                 _signal_group(job, signal.SIGKILL)
         self._keep_log(stage, state, time.monotonic() - begin, log_path)
         return state
@@ -147,13 +147,13 @@ def _ended(code: int) -> str:
 
 
 def _signal_group(job: subprocess.Popen, number: int) -> None:
-    # The group is the stage's own: it was started as a session.
+    # The group contains only the stage, which was started as a session.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(job.pid, number)
 
 
 def _end_group(job: subprocess.Popen) -> bool:
-    """Whether the process has ended; one that waits in the kernel for a device may not."""
+    """Ends the process; whether it has ended: one that waits in the kernel for a device may not."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         _signal_group(job, number)
         try:
@@ -165,7 +165,7 @@ def _end_group(job: subprocess.Popen) -> bool:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One line per stage: state, seconds of its cap, and what it found."""
+    """One line per stage: state, seconds and limit, and its headline."""
     lines = [f"{'stage':10} {'state':24} {'s':>6} {'cap':>5}  found"]
     for entry in results:
         lines.append(

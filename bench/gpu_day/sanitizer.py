@@ -1,4 +1,4 @@
-"""compute-sanitizer's four tools over small calls, all at the same time."""
+"""compute-sanitizer's four tools on small calls, all at the same time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOUND = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 
 
 def command(tool: str) -> list[str]:
-    """The tool over `small_calls`."""
+    """The command that runs the tool on `small_calls`."""
     return [
         "compute-sanitizer", "--tool", tool, "--print-limit", "20", "--launch-timeout", "0",
         sys.executable, "-m", "bench.gpu_day.small_calls", "--device", "cuda",
@@ -30,7 +30,7 @@ def sanitizer(stage: Stage) -> None:
     record = stage.record
     if stage.device == "cpu" or shutil.which("compute-sanitizer") is None:
         stage.skip("compute-sanitizer is not installed" if stage.device == "cuda" else "no GPU")
-    # Blocks of exactly the requested size: what lies behind a tensor then belongs to nobody.
+    # Blocks of exactly the requested size, so that an access past the end of a tensor is an error.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryDirectory() as folder:
         logs = {tool: Path(folder) / tool for tool in TOOLS}
@@ -55,7 +55,7 @@ def sanitizer(stage: Stage) -> None:
 
 
 def add(stage: Stage, tool: str, log: Path, code: int | None) -> None:
-    """One tool's row; errors that it reports make the row one."""
+    """Adds one tool's row, with an error if the tool reports one."""
     text = log.read_text(errors="replace")
     print(f"== {tool}\n{text}")
     match = FOUND.search(text)

@@ -1,7 +1,7 @@
-"""Small calls of every op that has a CUDA kernel: compared with the reference, or run by a tool.
+"""Small calls of every op with a CUDA kernel: compared with the reference, or run by a tool.
 
 `python -m bench.gpu_day.small_calls --device cuda` runs them without a comparison, in memory of
-exactly their size: what compute-sanitizer needs.
+exactly the needed size: this is what compute-sanitizer needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROWS = ([0, 2], [5, 0], [37, 530])  # slots, starts, lengths
 
 
 def caches(device: str, dtype: torch.dtype, dim: int, layers: tuple[int, ...] = ()) -> list:
-    """Keys and values of the rows; nobody has written the padding."""
+    """Keys and values of the rows; their padding is never written."""
     made = []
     for _ in range(2):
         cache = torch.empty(*layers, SLOTS, KV_HEADS, CAPACITY, dim, dtype=dtype, device=device)
@@ -31,7 +31,7 @@ def caches(device: str, dtype: torch.dtype, dim: int, layers: tuple[int, ...] = 
 
 
 def attention(device: str, dtype: torch.dtype, dim: int, tokens: list[int], **options) -> tuple:
-    """A call of ragged_attention: the op's name, its arguments."""
+    """A call of ragged_attention: the op's name and its arguments."""
     query = torch.empty(sum(tokens), 4, dim, dtype=dtype, device=device).normal_()
     index = (int32(x, device) for x in ROWS)
     arguments = (query, *caches(device, dtype, dim), cumulative(tokens, device), *index)
@@ -39,7 +39,7 @@ def attention(device: str, dtype: torch.dtype, dim: int, tokens: list[int], **op
 
 
 def paged(device: str, page: int, tokens: list[int]) -> tuple:
-    """A call of ragged_attention in bfloat16 x 128 with a block table; pages are one row's."""
+    """A call of ragged_attention in bfloat16 x 128 with a block table; no page is shared."""
     query = torch.empty(sum(tokens), 4, 128, dtype=torch.bfloat16, device=device).normal_()
     starts, lengths = ROWS[1:]
     pages_of = [-(-(start + n) // page) for start, n in zip(starts, lengths, strict=True)]
@@ -55,7 +55,7 @@ def paged(device: str, page: int, tokens: list[int]) -> tuple:
 
 
 def calls(device: str) -> Iterator[tuple[str, Callable[[], tuple]]]:
-    """Names, and what makes an op's name, arguments and keyword arguments."""
+    """Names, and functions that make an op's name, arguments and keyword arguments."""
     half, wide = torch.bfloat16, torch.float32
 
     def packed(count: int, dtype: torch.dtype, *layers: int) -> list[torch.Tensor]:
@@ -120,10 +120,10 @@ def calls(device: str) -> Iterator[tuple[str, Callable[[], tuple]]]:
 
 
 def compare(op: str, arguments: tuple, options: dict) -> None:
-    """The op on its device against the reference on the CPU.
+    """Compares the op on its device with the reference on the CPU.
 
     Raises:
-        AssertionError: A result is wrong, or a cache holds other bits.
+        AssertionError: a result is wrong, or a cache has different bits.
     """
     here = [x if x is None else x.cpu().clone() for x in arguments]
     given = {k: x.cpu() if isinstance(x, torch.Tensor) else x for k, x in options.items()}
@@ -136,7 +136,8 @@ def compare(op: str, arguments: tuple, options: dict) -> None:
     written = list(arguments) if op != "extract_kv" else list(result)
     wanted = here if op != "extract_kv" else list(expected)
     if op == "append_kv":
-        # Rotation rounds; keys that were appended are compared like the query, the rest by bits.
+        # Rotation rounds: appended keys are compared with a tolerance like the query, the rest bit
+        # by bit.
         slots, columns = (x.tolist() for x in here[4:6])
         keys = [(slot, slice(None), column) for slot, column in zip(slots, columns, strict=True)]
         pairs = [(result.cpu(), expected)]

@@ -1,4 +1,4 @@
-"""What is done with a GPU, in the order of its value."""
+"""The stages of a GPU session, in order of importance."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Stage:
     Attributes:
         name: in the table and the record.
         cap: seconds after which it is ended.
-        parts: in which of `PARTS` it runs.
-        what: for a reader of the table.
-        module: of this package, or with a dot a module of another; the stage's name if empty.
-        arguments: of the module, behind those of every stage.
+        parts: which of `PARTS` include it.
+        what: its description, for a reader of the table.
+        module: of this package, or, if it contains a dot, of another; the stage's name if empty.
+        arguments: of the module, after those of every stage.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Times ways of doing one piece of work in turns, each as a CUDA graph of calls on cold data."""
+"""Times several ways to do the same work in turns, each as a CUDA graph of calls on cold data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..kernels.measure import Way, describe, refused
 
 
 class Replay:
-    """Calls that run one after the other: captured on a GPU, as they are on a CPU.
+    """Calls that run one after the other: captured on a GPU, called directly on a CPU.
 
     Args:
-        calls: distinct data each, together more than the L2 cache holds.
+        calls: each on its own data, which together exceed the L2 cache.
         device: "cuda" or "cpu".
 
     Attributes:
-        captured: whether it is a graph; a peer that cannot be captured is launched by the host.
+        captured: whether it is a graph; the host launches a peer that cannot be captured.
     """
 
     def __init__(self, calls: Sequence[Callable[[], object]], device: str):
@@ -33,7 +33,8 @@ class Replay:
     def _capture(self) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        # Kernels are loaded and workspaces made before a capture, which may do neither.
+        # Kernels are loaded and workspaces created before a capture, during which neither is
+        # allowed.
         with torch.cuda.stream(stream):
             for call in self.calls[:2]:
                 call()
@@ -42,7 +43,7 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                # Results live in the graph's own memory pool as long as it does.
+                # Results stay in the graph's own memory pool as long as it exists.
                 self._results = [call() for call in self.calls]
         except Exception as error:
             torch.cuda.synchronize()
@@ -58,7 +59,7 @@ class Replay:
             call()
 
     def seconds(self) -> float:
-        """Of one call, in one replay of all."""
+        """The time of one call, in one replay of all."""
         if self.device == "cpu":
             begin = time.perf_counter()
             self.run()
@@ -77,13 +78,13 @@ class Replay:
 def time_ways(
     ways: Sequence[Way], device: str, *, rounds: int = 7, most_calls: int = 64, seconds: float = 2.0
 ) -> list[dict[str, Any]]:
-    """Microseconds of each way that gives the right result; why the others have none.
+    """Microseconds of each way that gives the right result, and why the others have none.
 
     Args:
-        ways: of one piece of work; each is checked first.
-        rounds: of all ways in turns.
+        ways: of doing the same work; each is checked first.
+        rounds: in each of which every way runs once.
         most_calls: in one graph.
-        seconds: after which no further round is begun.
+        seconds: time after which no further round is begun.
     """
     found = []
     replays = []
@@ -127,7 +128,7 @@ def best_peer(ways: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
 
 
 def beside_peers(ways: Sequence[dict[str, Any]]) -> str:
-    """Ours as a multiple of the best peer's time, in words."""
+    """Our time as a multiple of the best peer's, as text."""
     mine, peer = our_us(ways), best_peer(ways)
     if mine is None:
         return "ours gave no figure"

@@ -1,8 +1,8 @@
 """transformers' own continuous batching, `generate_batch`, on sdpa and on this package.
 
-The second takes its attention from the folder that `scripts/hub_kernel.py` writes, which needs the
-package `kernels`. Each side runs in a process of its own, because transformers reads LOCAL_KERNELS
-once; tokens are compared between them in float32.
+The second uses attention from the folder that `scripts/hub_kernel.py` writes, which needs the
+package `kernels`. Each side runs in a separate process, because transformers reads LOCAL_KERNELS
+only once; their tokens are compared in float32.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "baton/flash"
-# What transformers 5.23 and 5.24 ask for; PyPI's newest has the same interface.
+# The version that transformers 5.23 and 5.24 require; PyPI's newest has the same interface.
 WANTED = "0.18.2"
 
 
 def measure_here(name: str, dtype: str, attention: str, queries: int, runs: int) -> dict:
-    """In this process: seconds of each run after a first one, and tokens of each query."""
+    """Measures in this process: seconds of each run after a first one, and tokens of each query."""
     version = importlib.metadata.version
     importlib.metadata.version = lambda package: (
         WANTED if package == "kernels" else version(package)
@@ -63,7 +63,7 @@ def measure_here(name: str, dtype: str, attention: str, queries: int, runs: int)
 
 
 def measure(name: str, dtype: str, queries: int = 16, runs: int = 3) -> dict | None:
-    """Both sides, printed; None without the package `kernels`.
+    """Measures and prints both sides; None without the package `kernels`.
 
     Raises:
         SystemExit: float32 tokens differ.

@@ -1,9 +1,9 @@
-"""The most memory that decode steps take beside the model, each side in a process of its own.
+"""The peak memory of decode steps in addition to the model, each side in a separate process.
 
     python -m bench.huggingface.memory MODEL DTYPE ATTENTION/CACHE ROWS COLUMNS
 
-prints mebibytes: of the filled cache, and the peak of the steps after it, which is what a cache
-that copies itself needs besides.
+prints mebibytes: of the filled cache, and the peak of the steps after it. A cache that copies
+itself needs the difference between the two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.table import Table
 
 
 def _status(field: str) -> float:
-    """A field of /proc/self/status in mebibytes."""
+    """A field of /proc/self/status, in mebibytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
@@ -27,7 +27,7 @@ def _status(field: str) -> float:
 
 
 def measure_here(name: str, dtype: str, key: str, rows: int, columns: int) -> dict[str, float]:
-    """In this process: mebibytes of the cache and at the peak."""
+    """Measures in this process: mebibytes of the cache and at the peak."""
     import torch
 
     from . import steps
@@ -46,7 +46,7 @@ def measure_here(name: str, dtype: str, key: str, rows: int, columns: int) -> di
         if side.cache == "slot":
             cache.trim()
         filled = _status("VmRSS")
-        # From here on the peak counts.
+        # The peak counts from here on.
         Path("/proc/self/clear_refs").write_text("5")
         decoder = steps.make_decoder(model, side, cache, rows, tokens, count, columns)
         for _ in range(count):
@@ -55,7 +55,7 @@ def measure_here(name: str, dtype: str, key: str, rows: int, columns: int) -> di
 
 
 def measure(name: str, dtype: str, keys: Sequence[str], rows: int, columns: int) -> list[dict]:
-    """One child process per side; a table of them."""
+    """Runs one child process per side and prints a table of them."""
     found = []
     for key in keys:
         command = [sys.executable, "-m", "bench.huggingface.memory", name, dtype, key]
@@ -67,7 +67,7 @@ def measure(name: str, dtype: str, keys: Sequence[str], rows: int, columns: int)
             text=True,
         )
         found.append({"side": key, **json.loads(done.stdout.splitlines()[-1])})
-    title = f"{name}, {rows} rows, {columns} columns, {dtype}: MiB beside the model"
+    title = f"{name}, {rows} rows, {columns} columns, {dtype}: MiB in addition to the model"
     table = Table(title=title, title_justify="left")
     for head in ("attention/cache", "cache", "peak of 4 steps"):
         table.add_column(head)

@@ -1,8 +1,8 @@
 """Decode steps of unmodified transformers models, by attention implementation and cache.
 
-Every row of a batch is left-padded, as `generate` pads it. All sides hold the same random keys and
-values, decode the same tokens and take turns step by step, so a busy moment hits all of them; in
-float32 a different token ends the benchmark before a figure is printed.
+Every row of a batch is left-padded, as `generate` does it. All sides have the same random keys and
+values, decode the same tokens and take turns step by step, so that a busy moment affects all of
+them. In float32, a different token ends the benchmark before any figure is printed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from baton_engines.llama.load import load_model
 from .. import spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Of the sizes of a 0.6B and a 1B model and few layers: a step of them is attention, cache and
-# projections in the usual proportion. One in six layers of Gemma 3 does not slide.
+# The sizes of a 0.6B and a 1B model with few layers: attention, cache and projections have their
+# usual shares of a step. One in six layers of Gemma 3 has no sliding window.
 RANDOM = {
     "qwen3": ("Qwen3", "Config", {"num_hidden_layers": 4}),
     "gemma3": ("Gemma3", "TextConfig", {"num_hidden_layers": 6, "sliding_window": 512}),
@@ -63,12 +63,12 @@ class Side:
 
     @property
     def key(self) -> str:
-        """As the command line has it."""
+        """As the command line names it."""
         return f"{self.attention}/{self.cache}" + ("/packed" if self.packed else "")
 
     @property
     def name(self) -> str:
-        """As the tables have it."""
+        """As the tables name it."""
         marks = (", packed" if self.packed else "") + (", compiled" if self.compiled else "")
         return f"{self.attention}, {self.cache} cache{marks}"
 
@@ -90,10 +90,10 @@ COMPILED += [Side("baton", "slot", True, packed=True)]
 
 @dataclass
 class Decoder:
-    """A batch that decodes one way.
+    """A batch that decodes in one way.
 
     Attributes:
-        prepare: makes the model this side's, before a step.
+        prepare: sets the model up for this side, before a step.
         seconds: of each timed step.
         tokens: `[rows]` of each step.
     """
@@ -117,7 +117,7 @@ def make_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def row_lengths(rows: int, columns: int) -> list[int]:
-    """Lengths from a quarter of the columns to all of them, evenly."""
+    """Evenly spaced lengths, from a quarter of the columns to all of them."""
     return [columns * (rows + 3 * row) // (4 * rows - 3) for row in range(rows)]
 
 
@@ -131,13 +131,13 @@ def make_cache(model: PreTrainedModel, kind: str, capacity: int) -> Cache:
 
 
 def fill(caches: Sequence[Cache], model: PreTrainedModel, rows: int, tokens: int) -> None:
-    """Write the same random keys and values into all caches, as a prefill of `tokens` would."""
+    """Writes the same random keys and values into all caches, as a prefill of `tokens` would."""
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
     generator = torch.Generator().manual_seed(0)
-    # A few hundred random columns again and again: as good for attention, and made in seconds.
+    # Repeats a few hundred random columns: as good for attention, and made within seconds.
     sizes = (2, rows, config.num_key_value_heads, min(tokens, 509), head_dim)
     for layer in range(config.num_hidden_layers):
         few = torch.randn(sizes, generator=generator).to(model.dtype)
@@ -158,7 +158,7 @@ def make_decoder(
     """A batch whose cache holds `tokens` columns, ready to decode `steps` more."""
     name = cache_argument(model)
     lengths = torch.tensor(row_lengths(rows, tokens))
-    # As long as the static caches, so that no shape of a compiled step changes.
+    # As long as the static caches, so that no shape changes in a compiled step.
     width = tokens + steps if side.cache == "dynamic" else capacity
     mask = (torch.arange(width) >= (tokens - lengths)[:, None]).long()
     mask[:, tokens:] = 0
@@ -173,7 +173,7 @@ def make_decoder(
         run = torch.compile(forward, fullgraph=True)
 
     def prepare() -> None:
-        # Goes through all modules, which no step of a user does.
+        # Iterates over all modules, which a user's step does not do.
         if model.config._attn_implementation != side.attention:
             model.set_attn_implementation(side.attention)
 
@@ -198,7 +198,7 @@ def make_decoder(
 def measure(
     model: PreTrainedModel, sides: Sequence[Side], rows: int, tokens: int, steps: int, capacity: int
 ) -> list[Decoder]:
-    """Time the steps of all sides in turns.
+    """Times the steps of all sides in turns.
 
     Raises:
         SystemExit: float32 tokens differ.
@@ -214,7 +214,7 @@ def measure(
     for side, cache in zip(sides, caches, strict=True):
         its = packed if side.packed else model
         decoder = make_decoder(its, side, cache, rows, tokens, steps + warm_up, capacity)
-        # A compiled step is compiled while no other attention implementation is set.
+        # A step must be compiled while its own attention implementation is set.
         decoder.prepare()
         decoder.tokens += [decoder.step() for _ in range(warm_up)]
         decoders.append(decoder)
@@ -233,14 +233,15 @@ def measure(
 
 
 def ratios(decoder: Decoder, baseline: Decoder) -> list[float]:
-    """How many times as long the baseline takes, step by step."""
+    """The baseline's time divided by the decoder's, step by step."""
     return [a / b for a, b in zip(baseline.seconds, decoder.seconds, strict=True)]
 
 
 def affordable(
     sides: Sequence[Side], model: PreTrainedModel, rows: int, columns: int
 ) -> list[Side]:
-    """The sides whose caches fit into memory together; dynamic ones other than sdpa's go first."""
+    """The sides whose caches fit into memory together; dynamic ones are dropped first, except
+    sdpa's."""
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
@@ -255,11 +256,12 @@ def affordable(
 
 
 def to_records(decoders: Sequence[Decoder]) -> list[dict]:
-    """Medians in milliseconds, ratios to sdpa on the same kind of cache, and the caches' bytes."""
+    """Medians in milliseconds, ratios to sdpa with the same kind of cache, and the caches'
+    bytes."""
     by_side = {decoder.side: decoder for decoder in decoders}
     records = []
     for decoder in decoders:
-        # A slot cache stands where either of transformers' own would.
+        # A slot cache is compared with both of transformers' own kinds.
         kinds = ["dynamic", "static"] if decoder.side.cache == "slot" else [decoder.side.cache]
         records.append(
             {

@@ -1,7 +1,7 @@
 """Kernels against the machine's limits and against peers: `python -m bench.kernels`.
 
-Every way of doing a piece of work is checked against float64 first, then all are timed in turns on
-cold data. A share is a share of a ceiling that is measured in the same run, before and after.
+Every way of doing a piece of work is first checked against float64; then all are timed in turns on
+cold data. Shares are relative to a ceiling that is measured in the same run, before and after.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclasses.dataclass
 class Case:
-    """One table: its works, the ceilings it is held against, and what is said below it."""
+    """One table: its works, the ceilings that it is compared with, and the lines below it."""
 
     works: Callable[[Options], Iterator[Work]]
     ceilings: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class Case:
 
 
 def ceilings(options: Options) -> Iterator[Work]:
-    """What this machine gives at most, measured twice."""
+    """The machine's highest rates, measured twice."""
     yield from ()
 
 
@@ -79,7 +79,7 @@ CASES = {
 
 
 def run_case(name: str, options: Options) -> tuple[list[Row], list[str]]:
-    """Measures one table: its rows, and the lines below it."""
+    """Measures one table; returns its rows and the lines below it."""
     case = CASES[name]
     names = [
         one
@@ -100,7 +100,7 @@ def run_case(name: str, options: Options) -> tuple[list[Row], list[str]]:
             device = options.device
             rows += measure(name, work, options.effort, device.clock, threads, device.settle)
     except torch.OutOfMemoryError as error:
-        # A smaller card's table ends here; the next ones may fit.
+        # Too large for this card: the table ends here, but the next ones may fit.
         lines.append(f"ended early: {describe(error)}")
         work = None
         torch.cuda.empty_cache()
@@ -145,7 +145,7 @@ def make_options(args: argparse.Namespace) -> Options:
         cache_bytes = 1
     dtypes = args.dtype if args.dtype != list(DTYPES) or not args.quick else ["bfloat16"]
     if args.device == "cuda":
-        # Many times the largest L2 cache, random.
+        # Random data, many times as large as the largest L2 cache.
         device = Cuda(num_bytes if args.tiny else 4 << 30, repeats)
     else:
         if not args.tiny:
@@ -165,7 +165,7 @@ def make_options(args: argparse.Namespace) -> Options:
 
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; 1 when an op of ours was refused."""
+    """Entry point; 1 if one of our ops was refused."""
     args = arguments(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench.kernels: --device cuda needs a GPU that torch can use, and finds none")

@@ -21,9 +21,10 @@ SMOLLM2 = Heads(9, 3, 64)
 
 
 def decode_lengths(rows: int, low: int, high: int, mean: int) -> list[int]:
-    """Lengths from low to high with this mean, the same on every machine: many short, few long."""
+    """Lengths from low to high with this mean, the same on every machine: many short, few long
+    ones."""
     shares = [row / max(rows - 1, 1) for row in range(rows)]
-    # The power of a straight line whose mean fits, found by bisection.
+    # The exponent of a power curve with that mean, found by bisection.
     small, large = 0.1, 20.0
     for _ in range(60):
         power = (small + large) / 2
@@ -54,18 +55,18 @@ def shapes(options: Options) -> dict[str, tuple[Heads, list[int], int]]:
 
 
 def ours(work: AttentionWork, name: str = "ragged_attention") -> Way:
-    """Our op, on padding that it must not read."""
+    """Our op, with padding that it must not read."""
     return Way(name, work.calls(ragged_attention), work.check, OURS, work.poison_padding)
 
 
 def limit(options: Options, num_bytes: int) -> list[Way]:
-    """Reading the same number of bytes, nothing else."""
+    """Only reads the same number of bytes."""
     calls = options.device.readers(num_bytes)
     return [Way("read of the same bytes", calls, kind=LIMIT)] if calls else []
 
 
 def decode(options: Options) -> Iterator[Work]:
-    """One decoded token per row: GB/s of valid keys and values, against the read ceiling."""
+    """One decoded token per row: GB/s of valid keys and values, compared with the read ceiling."""
     for dtype in options.dtypes:
         for label, (heads, lengths, capacity) in shapes(options).items():
             if options.only not in label:
@@ -87,8 +88,8 @@ def decode(options: Options) -> Iterator[Work]:
 
 
 def decode_summary(rows: list[Row]) -> list[str]:
-    """How close to reading the same bytes, whose runs took turns with ours: of a machine whose
-    bandwidth changes between two works, the share of its ceiling says less."""
+    """How close to reading the same bytes, measured in turns with ours. On a machine whose
+    bandwidth changes between two works, this says more than the share of the ceiling."""
     lines = []
     for dtype, way in dict.fromkeys((r.dtype, r.way) for r in rows if r.kind == OURS):
         shares = []
@@ -103,7 +104,7 @@ def decode_summary(rows: list[Row]) -> list[str]:
 
 
 def decode_ways(work: AttentionWork, options: Options) -> list[Way]:
-    """Every peer that runs where the work is."""
+    """Every peer that runs on the work's device."""
     ways = peers.decode_peers(work, flex=options.flex)
     if options.device.name == "cuda":
         return [*ways, *cuda_peers.decode_peers(work)]
@@ -126,7 +127,7 @@ def padding(options: Options) -> Iterator[Work]:
                 )  # fmt: skip
                 ways.append(ours(work, f"{'aligned' if aligned else 'ragged'} in {capacity}"))
                 kept.append(work)
-        # All in turns: a spread of a few percent does not survive being measured apart.
+        # All in turns: differences of a few percent would be lost in separate measurements.
         yield Work(
             f"{len(lengths)} rows of {min(lengths)}..{max(lengths)}",
             dtype_name(dtype), ways, bytes=kept[0].bytes, ceiling="read",
@@ -144,7 +145,7 @@ def padding_summary(rows: list[Row]) -> list[str]:
 
 
 def thread_counts(options: Options) -> list[int]:
-    """1, 2, 4, ... and the chosen number; where threads do not matter, only the latter."""
+    """1, 2, 4, ... and the chosen number; only the latter where threads do not matter."""
     if options.device.name != "cpu":
         return [options.threads]
     doubled = [1 << i for i in range(options.threads.bit_length())]
@@ -152,7 +153,7 @@ def thread_counts(options: Options) -> list[int]:
 
 
 def scaling(options: Options) -> Iterator[Work]:
-    """Time against valid columns, on 1, 2, 4, ... threads."""
+    """Time as a function of valid columns, on 1, 2, 4, ... threads."""
     counts = (2, 4, 8) if options.tiny else (1024, 2048, 4096, 8192, 16384, 32768)
     for dtype in options.dtypes:
         for threads in thread_counts(options):
@@ -171,7 +172,7 @@ def scaling(options: Options) -> Iterator[Work]:
 
 
 def scaling_summary(rows: list[Row]) -> list[str]:
-    """A straight line through the times, what is left of it, and what a second thread brings."""
+    """A line fitted to the times, its residuals, and the gain of a second thread."""
     lines, slopes = [], {}
     mine = [row for row in rows if row.kind == OURS and row.median_us]
     for dtype, threads in dict.fromkeys((row.dtype, row.threads) for row in mine):
@@ -182,7 +183,8 @@ def scaling_summary(rows: list[Row]) -> list[str]:
         ]
         x = torch.tensor([point[0] for point in points], dtype=torch.float64)
         y = torch.tensor([point[1] for point in points], dtype=torch.float64)
-        # Each point counts by its relative error: the short ones are as good as the long ones.
+        # Each point counts by its relative error, so that short ones have the same weight as long
+        # ones.
         design = torch.stack((torch.ones_like(x), x), 1) / y[:, None]
         fit = torch.linalg.lstsq(design, torch.ones_like(y)[:, None]).solution[:, 0]
         left = (fit[0] + fit[1] * x - y) / y

@@ -1,4 +1,4 @@
-"""Attention problems: a batch's queries and caches, and what the right result is."""
+"""Attention problems: a batch's queries and caches, and the expected result."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from baton_kernels.testing import Accuracy, cumulative, int32
 
 # Columns on either side of a row that the gate poisons: more than any kernel reads at once.
 POISONED = 64
-# Query tokens per row that the gate looks at, the first and the last among them; and rows.
+# Query tokens per row that the gate checks, including the first and the last; and number of rows.
 CHECKED = 16
 CHECKED_ROWS = 64
-# Copies of the data at most.
+# The most copies of the data.
 MAX_LAYERS = 64
 
 
@@ -34,7 +34,8 @@ class Heads:
 
 
 class Device(Protocol):
-    """Where a problem lies: its name, and the bytes of the caches between it and memory."""
+    """Where a problem is stored: the device's name, and the bytes of caches in front of its
+    memory."""
 
     name: str
     cache_bytes: int
@@ -43,18 +44,18 @@ class Device(Protocol):
 class AttentionWork:
     """A batch in a KV cache whose layers are copies of each other.
 
-    A call per layer is what a decode step does; with enough layers none is in the processor's cache
+    A decode step makes one call per layer; with enough layers, none is in the processor's cache
     when its turn comes.
 
     Args:
         heads: The model's.
-        query_lengths: Per row; its last tokens.
+        query_lengths: Per row, the number of its last tokens that are queries.
         lengths: Valid columns per row.
         capacity: Columns of a slot; just enough if None.
-        dtype: Of everything.
-        device: Where: `options.Cpu` or `cuda.Cuda`.
-        aligned: Rows end in the last column; otherwise they begin in column 0.
-        huge_pages: Of the cache.
+        dtype: Of all tensors.
+        device: Where they are: `options.Cpu` or `cuda.Cuda`.
+        aligned: Whether rows end in the last column; otherwise they begin in column 0.
+        huge_pages: Whether the cache uses them.
         window: Tokens that a token sees; all before it if None. For decode steps only.
     """
 
@@ -80,19 +81,19 @@ class AttentionWork:
         self.visible = [length if window is None else min(length, window) for length in lengths]
         self.columns = sum(self.visible)
         self.bytes = 2 * self.columns * heads.kv * heads.dim * dtype.itemsize
-        # Scores of visible pairs; a product of `dim` for each, once with keys, once with values.
+        # Scores of visible pairs; each takes `dim` products with keys and `dim` with values.
         pairs = sum(
             q * length - q * (q - 1) // 2 for q, length in zip(query_lengths, lengths, strict=True)
         )
         self.pairs = pairs
         self.flops = 4 * pairs * heads.query * heads.dim
 
-        # Four times the last cache level between two visits of the same column.
+        # Between two visits of the same column, four times the last cache level is read.
         def copies(num_bytes: int) -> int:
             return max(2, min(MAX_LAYERS, -(-4 * device.cache_bytes // num_bytes) + 1))
 
         self.layers = copies(self.bytes)
-        # Who reads padding too has more to read, and the padding has to be there.
+        # Peers that also read padding read more, and the padding has to exist.
         self.dense_layers = copies(self.bytes // self.columns * len(lengths) * self.capacity)
         self.cache = KVCache(
             self.layers, len(lengths), heads.kv, self.capacity, heads.dim,
@@ -100,7 +101,7 @@ class AttentionWork:
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
 
-        # A GPU's cache is of gigabytes, which the host would take minutes for.
+        # A GPU's cache takes gigabytes, which would take minutes to generate on the host.
         def normal(*shape: int) -> torch.Tensor:
             if self.device == "cuda":
                 return torch.randn(shape, device=self.device, dtype=dtype)
@@ -119,12 +120,13 @@ class AttentionWork:
         )
 
     def poison_padding(self) -> None:
-        """NaN in the columns around every row: reading them gives a wrong result."""
+        """Writes NaN into the columns around every row, so that reading them gives a wrong
+        result."""
         self._fill_padding(float("nan"), POISONED, self.layers)
         self._finite = False
 
     def finite_padding(self) -> None:
-        """Zeros in the padding of dense_layers: peers multiply it by zero, and have to read it."""
+        """Zeros the padding of dense_layers, which peers read and multiply by zero."""
         if not self._finite:
             self._fill_padding(0.0, self.capacity, self.dense_layers)
             self._finite = True
@@ -137,7 +139,8 @@ class AttentionWork:
                 tensor[:layers, row, :, end : end + reach] = value
 
     def calls(self, attend: Callable[..., object], **options: object) -> list[Callable]:
-        """`attend` as `ragged_attention` is called, once per layer; `options` replace bounds."""
+        """Calls of `attend` with the arguments of `ragged_attention`, one per layer; `options`
+        override."""
         bounds = {"max_query_length": max(self.query_lengths), "max_length": max(self.lengths)}
         if self.window is not None:
             bounds["window"] = self.window
@@ -157,7 +160,7 @@ class AttentionWork:
 
     @functools.cached_property
     def _gate(self) -> tuple[list[int], Accuracy]:
-        """Query tokens to look at, and what their attention is held to."""
+        """Query tokens to check, and the accuracy that their attention must have."""
         tokens, seen = [], []
         bounds = self.cu_seqlens.tolist()
         rows = list(enumerate(zip(self.query_lengths, self.lengths, strict=True)))
@@ -168,8 +171,8 @@ class AttentionWork:
                 seen.append((row, length - count + offset + 1))
         group = self.heads.query // self.heads.kv
 
-        # The formula in one dtype; grouped, because the reference's repeated keys do not fit the
-        # memory of a small machine in float64.
+        # The formula in one dtype; grouped, because the reference's repeated keys in float64 exceed
+        # the memory of a small machine.
         def attention(query: torch.Tensor) -> torch.Tensor:
             outs = []
             for token, (row, length) in zip(query, seen, strict=True):
@@ -183,7 +186,8 @@ class AttentionWork:
         return tokens, Accuracy(attention, self.query[tokens])
 
     def check(self, result: object) -> None:
-        """The packed output is as accurate as plain torch at this dtype, within a factor of 2.
+        """Checks that the packed output is as accurate as plain torch in this dtype, within a
+        factor of 2.
 
         Raises:
             AssertionError: It is not.

@@ -1,4 +1,4 @@
-"""What a call costs: with nothing to do, and with the rows of a decode step to check."""
+"""The cost of a call: with nothing to do, and with the rows of a decode step to check."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .layer_cases import INNER
 from .measure import LIMIT, OURS, Row, Way, Work
 from .options import Options
 
-# Layers of a step: its calls for the same rows.
+# Layers of a step, all of which call the ops with the same rows.
 LAYERS = 30
 
 
 def overhead(options: Options) -> Iterator[Work]:
     """A call of each op with nothing to do, compared with calls of torch's own ops."""
     if options.device.name != "cpu":
-        return  # nothing is launched, and the device's clock sees nothing
+        return  # nothing is launched, so the device's clock measures nothing
     device, none = options.device.name, int32([], options.device.name)
     cache, index = torch.zeros(1, 2, 8, 16, device=device), cumulative([], device)
     other = cache.clone()
@@ -33,7 +33,7 @@ def overhead(options: Options) -> Iterator[Work]:
     scores, lse = torch.zeros(0, 2, 1, 8, device=device), torch.zeros(0, 2, device=device)
     weight = torch.ones(16, device=device)
     empty, square = torch.zeros(0, 16, device=device), torch.zeros(16, 16, device=device)
-    # The same on torch's own ops: rows of a cache by long indices, attention per head.
+    # The same with torch's own ops: rows of a cache by long indices, attention per head.
     rows, heads = torch.zeros(0, dtype=torch.long, device=device), tokens.transpose(0, 1)
     gate = empty[:, :8]
 
@@ -68,7 +68,7 @@ def overhead(options: Options) -> Iterator[Work]:
         ways.append(Way(f"torch.cat of {count}", [others]))
         if peer is not None:
             ways.append(Way(f"torch: {like}", [peer]))
-        # As the Python function calls the op: numbers without a default come behind.
+        # As the Python function calls the op: arguments without a default come last.
         behind = {"extract_kv": (0,), "rms_norm": (1e-6,)}
         empty_op = getattr(empty_ops(), name).default
         nothing = functools.partial(empty_op, *arguments, *behind.get(name, ()))
@@ -77,7 +77,7 @@ def overhead(options: Options) -> Iterator[Work]:
 
 
 def overhead_summary(rows: list[Row]) -> list[str]:
-    """What a call costs, in calls of others."""
+    """The cost of a call, in calls of other functions."""
     lines = []
     for peers, text in (
         ("torch.cat", "torch.cat"),
@@ -99,7 +99,7 @@ def overhead_summary(rows: list[Row]) -> list[str]:
 def step(options: Options) -> Iterator[Work]:
     """Calls for rows of one column, microseconds each: rows seen before, and new ones each time."""
     if options.device.name != "cpu":
-        return  # the host checks no rows there
+        return  # the host does not check rows there
     device, heads = options.device.name, SMOLLM2
     for count in options.pick((1, 8, 32, 128), None, (1, 2)):
         cache = torch.randn(count + 1, heads.kv, 2, heads.dim, device=device)
@@ -107,7 +107,7 @@ def step(options: Options) -> Iterator[Work]:
         query = torch.randn(count, heads.query, heads.dim, device=device)
         key, value = (torch.randn(count, heads.kv, heads.dim, device=device) for _ in range(2))
         ones, zeros = int32([1] * count, device), int32([0] * count, device)
-        # Two sets of rows: alternating, no call sees those of the one before.
+        # Two sets of rows in alternation, so that no call has the rows of the call before.
         slots = [int32(range(first, first + count), device) for first in (0, 1)]
         bounds = cumulative([1] * count, device)
 
@@ -125,7 +125,7 @@ def step(options: Options) -> Iterator[Work]:
             def alternating(function=function, turns=turns) -> object:
                 return function(next(turns))
 
-            # A row of one token sees only that token: its value.
+            # A row of one token sees only that token, so the result is its value.
             def check(result: torch.Tensor | None, value=caches[1], count=count) -> None:
                 if result is not None:
                     seen = value[:count, :, 0].repeat_interleave(heads.query // heads.kv, 1)
@@ -140,7 +140,7 @@ def step(options: Options) -> Iterator[Work]:
 
 
 def step_summary(rows: list[Row]) -> list[str]:
-    """What checking and planning a row costs, where the call before had other rows."""
+    """The cost of checking and planning a row, if the call before had other rows."""
     lines = []
     for op in ("append_kv", "ragged_attention"):
         found = [row for row in rows if row.work.startswith(op) and row.median_us]

@@ -1,4 +1,4 @@
-"""Insertion, extraction, relocation and appending of keys and values, against memcpy."""
+"""Insertion, extraction, relocation and appending of keys and values, compared with memcpy."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class CopyWork:
     def __init__(self, options: Options, dtype: torch.dtype):
         heads, self.tiny = LLAMA, options.tiny
         rows, self.capacity, self.tokens = (4, 32, 8) if options.tiny else (32, 2048, 512)
-        # Of one layer.
+        # Bytes of one layer.
         self.bytes = 2 * self.tokens * heads.kv * heads.dim * dtype.itemsize
-        # At least a model's, and four times the last cache level between two visits of a layer.
+        # At least a model's layers, and four times the last cache level between two visits of a
+        # layer.
         self.model_layers = options.pick(LAYERS, None, 2)
         cold = -(-4 * options.device.cache_bytes // self.bytes) + 1
         self.layers = max(self.model_layers, cold)
@@ -52,7 +53,7 @@ class CopyWork:
             tensor[:, SLOT].fill_(UNTOUCHED)
 
     def place(self) -> None:
-        """Puts the query of every layer where insertion would."""
+        """Puts the query into every layer, as insertion would."""
         self.reset()
         for layer in range(self.layers):
             self.columns(layer, self.start)[0].copy_(self.key[layer].transpose(0, 1))
@@ -80,13 +81,14 @@ class CopyWork:
         return check
 
     def check_packed(self, result: object, layer: int = 0) -> None:
-        """Checks what was extracted from a layer."""
+        """Checks the tokens that were extracted from a layer."""
         for got, packed in zip(result, (self.key, self.value), strict=True):
             assert_same_bits(got, packed[layer], "extracted tokens")
 
     @property
     def half(self) -> int:
-        """Where peers begin: no way finds in the processor's cache what another has just read."""
+        """The layer at which peers begin, so that no way finds in cache what another has just
+        read."""
         return self.layers // 2
 
     def per_layer(self, call: Callable[[int], object], first: int = 0) -> list[Callable]:
@@ -96,7 +98,7 @@ class CopyWork:
 
 
 def insert(options: Options) -> Iterator[Work]:
-    """One prefilled query enters a running batch: against memcpy, and the usual ways."""
+    """One prefilled query enters a running batch: compared with memcpy and the usual ways."""
     for dtype in options.dtypes:
         work = CopyWork(options, dtype)
         index = (work.cu_seqlens, work.slot, work.column)
@@ -132,7 +134,7 @@ def memcpy(options: Options, num_bytes: int) -> list[Way]:
 
 
 def insert_peers(work: CopyWork) -> list[Way]:
-    """One row in place with torch; a whole batch copied into place; padded and concatenated."""
+    """torch: one row in place; a whole batch copied into place; padded and concatenated."""
 
     def in_place(layer: int) -> None:
         for target, packed in zip(
@@ -140,8 +142,8 @@ def insert_peers(work: CopyWork) -> list[Way]:
         ):
             target.copy_(packed[layer].transpose(0, 1))
 
-    # What a batch without free slots costs: its rows move to a larger cache, or a new one is made.
-    # Two layers, each many times the processor's caches.
+    # What a batch without free slots costs: its rows move to a larger cache, or a new one is
+    # created. Two layers, each many times as large as the processor's caches.
     old = [tuple(x.clone() for x in work.cache.layer(layer)) for layer in range(2)]
     new = [tuple(x.new_zeros(x.shape[0] + 1, *x.shape[1:]) for x in pair) for pair in old]
     end = work.start + work.tokens
@@ -177,19 +179,20 @@ def insert_peers(work: CopyWork) -> list[Way]:
 
 
 def extract(options: Options) -> Iterator[Work]:
-    """One query leaves, packed: into memory that is there already, and into new memory."""
+    """One query leaves, packed: into existing memory, and into new memory."""
     for dtype in options.dtypes:
         work = CopyWork(options, dtype)
         work.place()
         yield extract_into(options, work)
-        # Nothing is freed meanwhile, and nothing is free at the beginning: all results are new.
+        # Nothing is freed meanwhile and nothing is free at the beginning, so that all results are
+        # new.
         held: list[object] = []
         yield extract_new(options, work, held)
         held.clear()
 
 
 def extract_into(options: Options, work: CopyWork) -> Work:
-    """A server's buffers, of every layer."""
+    """A server's buffers for every layer."""
     index = (work.cu_seqlens, work.slot, work.column)
     outs = [(key.clone(), value.clone()) for key, value in zip(work.key, work.value, strict=True)]
 
@@ -220,7 +223,7 @@ def extract_into(options: Options, work: CopyWork) -> Work:
 
 
 def extract_new(options: Options, work: CopyWork, held: list[object]) -> Work:
-    """Results that a call allocates; `held` keeps them."""
+    """Results that a call allocates; `held` keeps them alive."""
     index = (work.cu_seqlens, work.slot, work.column)
 
     def ours(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,7 +241,7 @@ def extract_new(options: Options, work: CopyWork, held: list[object]) -> Work:
 
     check = work.check_packed
     theirs = functools.partial(work.check_packed, layer=work.half)
-    # Before the first call; what other works have held is free by then.
+    # Before the first call, by which time the memory of other works has been freed.
     release = options.device.release_free_memory
     ways = [Way("extract_kv", holding(work.per_layer(ours)), check, OURS, release)]
     others = work.per_layer(with_torch, work.half)
@@ -255,7 +258,7 @@ def extract_new(options: Options, work: CopyWork, held: list[object]) -> Work:
 
 
 def move(options: Options) -> Iterator[Work]:
-    """One row is realigned by 64 columns over itself, and to columns apart from its own."""
+    """Moves one row by 64 columns, overlapping itself, and to columns that do not overlap it."""
     for dtype in options.dtypes:
         work = CopyWork(options, dtype)
         work.place()

@@ -1,6 +1,6 @@
 """The GPU as a device of the suite. Nothing here has run on a GPU yet.
 
-The cases and the reporting are the CPU's.
+The cases and the reporting are shared with the CPU.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 
 from .limits import Ceiling
 
-# What the device waits for at first, so that the host is done launching when a call begins: half a
-# millisecond. It is doubled where that was too short.
+# The device first waits half a millisecond, so that the host has finished launching when a call
+# begins. The time is doubled if that was too short.
 SLEEP_CYCLES = 1_000_000
 MOST_CYCLES = 256 * SLEEP_CYCLES
 
 
 class Cuda:
-    """The current GPU: events for a clock, a cold and clean L2 cache before every call.
+    """The current GPU: events as the clock, and a cold and clean L2 cache before every call.
 
     Args:
-        num_bytes: of each of the two buffers that ceilings are measured on.
-        repeats: of each ceiling; the best of several ways to read, the median of each.
+        num_bytes: size of each of the two buffers for measuring ceilings.
+        repeats: measurements of each ceiling; the best of several ways to read, the median of each.
     """
 
     name = "cuda"
@@ -37,7 +37,7 @@ class Cuda:
     def __init__(self, num_bytes: int, repeats: int):
         self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         self.repeats = repeats
-        # Random: zeros and ones can be faster than what anybody reads.
+        # Random data: zeros and ones can be faster than what is read in practice.
         words = torch.empty(num_bytes // 4, dtype=torch.int32, device="cuda").random_()
         self._words = words
         self._source = words.view(torch.uint8)
@@ -48,9 +48,9 @@ class Cuda:
         self._cycles = SLEEP_CYCLES
 
     def clock(self, call: Callable[[], object]) -> float:
-        """Seconds of a call on the GPU, its L2 cache cold.
+        """Seconds of a call on the GPU, with a cold L2 cache.
 
-        The cache is flushed by reading: what is written instead lies dirty in the cache, and goes
+        The cache is flushed by reading: written data would stay dirty in the cache, and be written
         to memory during the call.
         """
         while True:
@@ -60,8 +60,8 @@ class Cuda:
             begin.record()
             call()
             end.record()
-            # Whether the host was done launching before the device began, or the device has
-            # waited for it: that time is not the kernels'.
+            # Whether the host had finished launching before the device began; otherwise the device
+            # waited for it, and that time does not belong to the kernels.
             launched_first = not begin.query()
             end.synchronize()
             if launched_first or self._cycles >= MOST_CYCLES:
@@ -87,7 +87,7 @@ class Cuda:
             best = min(took, key=took.get)
             return Ceiling(name, self._source.nbytes / took[best] / 1e9, "GB/s", best)
         took = self._seconds(lambda: self._target.copy_(self._source))
-        # What a memcpy copies is half of what it moves.
+        # A memcpy is rated by the bytes it copies, which is half of what it moves.
         moved = self._source.nbytes * (1 if name == "memcpy" else 2)
         return Ceiling(name, moved / took / 1e9, "GB/s", "device copy")
 
@@ -96,7 +96,7 @@ class Cuda:
         return statistics.median(self.clock(call) for _ in range(self.repeats))
 
     def readers(self, num_bytes: int) -> list[Callable[[], object]]:
-        """Calls that read this number of bytes of cold memory, elsewhere each time."""
+        """Calls that read this number of bytes of cold memory, each time at another place."""
         read = next(iter(readers().values()))
         words = max(1, min(num_bytes // 4, len(self._words)))
 
@@ -114,21 +114,21 @@ class Cuda:
         return [functools.partial(target.copy_, source)]
 
     def copiers_to_new(self, num_bytes: int) -> list[Callable[[], object]]:
-        """None: the caching allocator's memory is never new."""
+        """None, because the caching allocator's memory is never new."""
         return []
 
     @staticmethod
     def release_free_memory() -> None:
-        """Allocation costs no copy."""
+        """Does nothing, because allocation does not involve a copy."""
 
     @contextlib.contextmanager
     def on_threads(self, count: int) -> Iterator[None]:
-        """The host's threads do not matter."""
+        """Does nothing, because the host's threads do not matter."""
         yield
 
 
 def readers() -> dict[str, Callable[[torch.Tensor], object]]:
-    """Ways to read int32 words and do nothing else, by name; the best one first as a rule."""
+    """Ways to only read int32 words, by name; usually the first is the best."""
     found = {}
     if importlib.util.find_spec("triton") is not None and torch.cuda.is_initialized():
         from .cuda_read import read

@@ -1,6 +1,6 @@
-"""Other attention kernels for a GPU, where they are installed: called by their documentation.
+"""Other attention kernels for GPUs, if they are installed, called as their documentation says.
 
-Each takes the same cache through views; what they plan or pack beforehand costs them nothing.
+Each takes the same cache through views; planning and packing beforehand are not timed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from .attention_work import AttentionWork
 from .measure import Way, describe
 
-# Bytes of packed copies that a peer may need.
+# The most bytes of packed copies that a peer may need.
 MOST_PACKED = 8 << 30
 
 
@@ -49,13 +49,13 @@ def _installed(
     try:
         calls = make(work)
         calls[0]()
-    except Exception as error:  # a refusal is its answer
+    except Exception as error:  # its refusal is the result
         return Way(name, missing=describe(error))
     return Way(name, calls, work.check, reset=work.finite_padding)
 
 
 def _window(work: AttentionWork) -> tuple[int, int]:
-    """As flash-attention has it: tokens seen to the left of a token, and to its right."""
+    """In flash-attention's form: tokens seen to the left of a token, and to its right."""
     return (-1, -1) if work.window is None else (work.window - 1, 0)
 
 
@@ -75,7 +75,7 @@ def _flash_attention_3(work: AttentionWork) -> list[Callable]:
 
     query = _equal_queries(work)
     _, starts, lengths = work.index
-    # Columns are counted from 0 there, padding on the left included.
+    # There, columns are counted from 0 and include the padding on the left.
     ends = (starts + lengths).to(torch.int32)
     options = {"cache_leftpad": starts} if any(work.starts) else {}
     return [
@@ -110,7 +110,7 @@ def _flashinfer(work: AttentionWork) -> list[Callable]:
         raise ValueError("rows must begin in column 0")
     heads = work.heads
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=work.device)
-    # Heads that share keys are the rows of a matrix product there, as its own engines choose it.
+    # Heads that share keys are the rows of a matrix product, as FlashInfer's own engines choose it.
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         workspace, "HND", use_tensor_cores=heads.query >= 4 * heads.kv
     )
@@ -127,7 +127,7 @@ def _flashinfer(work: AttentionWork) -> list[Callable]:
 
 
 def _varlen(work: AttentionWork) -> list[Callable]:
-    """Keys and values packed beforehand: it knows no cache."""
+    """Keys and values are packed beforehand, because this function has no cache."""
     from torch.nn.attention.varlen import varlen_attn
 
     if work.bytes * work.layers > MOST_PACKED:
@@ -136,7 +136,7 @@ def _varlen(work: AttentionWork) -> list[Callable]:
     longest = max(work.lengths)
     bounds = torch.zeros_like(work.cu_seqlens)
     bounds[1:] = work.index[2].cumsum(0)
-    # A decoded token sees all of its row; `window_size` is as flash-attention has it.
+    # A decoded token sees all of its row; `window_size` has flash-attention's form.
     left = _window(work)[0]
     options = {"window_size": (left, 0)}
     calls = []
@@ -152,14 +152,14 @@ def _varlen(work: AttentionWork) -> list[Callable]:
             try:
                 call()
             except Exception:
-                # Some releases share no heads by themselves, and want to be told.
+                # Some releases share heads only if they are told to.
                 options["enable_gqa"] = True
                 calls[0] = functools.partial(call, enable_gqa=True)
     return calls
 
 
 def _sdpa(backend: str, work: AttentionWork) -> list[Callable]:
-    """torch's scaled_dot_product_attention by one backend, which knows no lengths."""
+    """torch's scaled_dot_product_attention with one backend; it does not support lengths."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if any(work.starts) or set(work.lengths) != {work.capacity} or work.window is not None:

@@ -1,4 +1,4 @@
-"""The ceiling of reading: a kernel that reads memory of a GPU and writes next to nothing."""
+"""The ceiling of reading: a kernel that reads a GPU's memory and writes almost nothing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import triton.language as tl
 # Words of 4 bytes that a program has in flight at a time: 16 loads of 16 bytes for each of its 128
 # threads.
 BLOCK = 8192
-# Programs per multiprocessor, so that the whole device is busy until the end.
+# Programs per multiprocessor, enough to keep the whole device busy until the end.
 WAVES = 8
 
 
 @triton.jit
 def read_kernel(words_ptr, sums_ptr, num_words, BLOCK: tl.constexpr):
-    """Program p adds up the blocks p, p + programs, ...; sums wrap around."""
+    """Program p sums the blocks p, p + programs, ...; sums wrap around."""
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.int32)
     begin = tl.program_id(0).to(tl.int64) * BLOCK
@@ -27,7 +27,7 @@ def read_kernel(words_ptr, sums_ptr, num_words, BLOCK: tl.constexpr):
 
 
 def read(source: torch.Tensor, programs: int | None = None) -> torch.Tensor:
-    """Reads all of `source`, int32 and contiguous; sums of its parts, int32."""
+    """Reads all of `source`, int32 and contiguous; returns int32 sums of its parts."""
     if programs is None:
         properties = torch.cuda.get_device_properties(source.device)
         programs = properties.multi_processor_count * WAVES

@@ -1,4 +1,4 @@
-"""Decode attention over keys and values of eight bits, compared with bfloat16 ones."""
+"""Decode attention with 8-bit keys and values, compared with bfloat16 ones."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ STORED = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 
 
 class EightBitWork(AttentionWork):
-    """A work whose rows are quantized; the right result is that of what the elements stand for."""
+    """A work with quantized rows; the expected result is that of the dequantized elements."""
 
     def __init__(self, work: AttentionWork, stored: torch.dtype):
-        # The same query and index tensors; the rows of all layers are copies, as there.
+        # The same query and index tensors; as there, the rows of all layers are copies.
         self.__dict__.update({name: value for name, value in vars(work).items() if name != "_gate"})
         heads = work.heads
         self.cache = KVCache(
@@ -42,7 +42,7 @@ class EightBitWork(AttentionWork):
         self._finite = False
 
     def poison_padding(self) -> None:
-        """The columns around a row have never been written; their scales are poison here."""
+        """The columns around a row have never been written; here their scales are poisoned."""
         for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             for scales in (self.cache.key_scales, self.cache.value_scales):
                 assert scales is not None
@@ -50,20 +50,20 @@ class EightBitWork(AttentionWork):
                 scales[:, row, :, start + length :] = float("nan")
 
     def calls(self, attend: Callable[..., object], **options: object) -> list[Callable]:
-        """As `AttentionWork.calls`, with the scales."""
+        """`AttentionWork.calls` with the scales."""
         calls = super().calls(attend, **options)
         return [
             functools.partial(call, **self.cache.scales(layer)) for layer, call in enumerate(calls)
         ]
 
     def row(self, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the elements of a row stand for, `[kv heads, length, head_dim]`."""
+        """The dequantized elements of a row, `[kv heads, length, head_dim]`."""
         key, value = self.cache.extract(row, dtype=torch.float32)
         return key[layer].transpose(0, 1), value[layer].transpose(0, 1)
 
 
 def eight_bit(options: Options) -> Iterator[Work]:
-    """One decoded token per row: keys and values of eight bits, compared with the query's dtype."""
+    """One decoded token per row: 8-bit keys and values, compared with the query's dtype."""
     if options.device.name != "cpu":
         return
     for dtype in options.dtypes:
@@ -88,7 +88,7 @@ def eight_bit(options: Options) -> Iterator[Work]:
 
 
 def eight_bit_summary(rows: list[Row]) -> list[str]:
-    """How much faster than in the query's dtype."""
+    """The speed-up over the query's dtype."""
     return [
         f"{row.dtype}, {row.work}: {row.dtype} / {row.way} = {1 / row.ratio:.2f}"
         for row in rows

@@ -1,4 +1,4 @@
-"""What a call costs at least: ops of the same schemas that do nothing (`empty_ops.cpp`)."""
+"""The least cost of a call: ops of the same schemas that do nothing (`empty_ops.cpp`)."""
 
 from __future__ import annotations
 

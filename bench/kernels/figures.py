@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 Record = dict[str, dict]
 
 OURS, PEER, LIMIT = "#1f6f8b", "#b8b8b8", "#d98c3f"
-# By kind of row.
+# By the kind of row.
 COLORS = {"ours": OURS, "peer": PEER, "limit": LIMIT}
 
 
@@ -23,7 +23,7 @@ def draw(record: Record, folder: Path) -> list[Path]:
 
     Args:
         record: As `--json` writes it.
-        folder: Made if it is not there. Written.
+        folder: Created if it does not exist.
 
     Returns:
         The files.
@@ -48,7 +48,7 @@ def _rows(cases: Record, name: str) -> list[dict]:
 
 
 def roofline(axes: Axes, cases: Record) -> bool:
-    """Share of its limit that each op of ours reaches, dtypes side by side."""
+    """The share of its limit that each of our ops reaches, dtypes side by side."""
     bars: dict[str, dict[str, float]] = {}
     # The padding case has a separate picture.
     for name in (name for name in cases if name != "padding"):
@@ -56,11 +56,12 @@ def roofline(axes: Axes, cases: Record) -> bool:
         limits = {(r["work"], r["dtype"]): r for r in rows if r["kind"] == "limit"}
         for row in rows:
             if row["kind"] == "ours" and row["share"]:
-                # What took turns with ours saw the same machine; the ceiling may be minutes away.
+                # A limit measured in turns with ours saw the same machine; the ceiling may be
+                # minutes away.
                 limit = limits.get((row["work"], row["dtype"]))
                 share = limit["median_us"] / row["median_us"] if limit else row["share"]
                 label = f"{name}: {row['work']}"
-                # The first of ours: small pages, where there are huge ones besides.
+                # The first of our ways: small pages, where there are huge ones too.
                 bars.setdefault(label, {}).setdefault(row["dtype"], share)
     if not bars:
         return False
@@ -80,7 +81,7 @@ def roofline(axes: Axes, cases: Record) -> bool:
 
 
 def capacity(axes: Axes, cases: Record) -> bool:
-    """Time of the same lengths against the capacity of their slots."""
+    """Time for the same lengths as a function of the slots' capacity."""
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in _rows(cases, "padding"):
         shape, _, columns = row["way"].split()
@@ -98,7 +99,7 @@ def capacity(axes: Axes, cases: Record) -> bool:
 
 
 def columns(axes: Axes, cases: Record) -> bool:
-    """Time against valid columns, by dtype and threads."""
+    """Time as a function of valid columns, by dtype and threads."""
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for row in _rows(cases, "scaling"):
         if row["kind"] == "ours":
@@ -118,7 +119,7 @@ def columns(axes: Axes, cases: Record) -> bool:
 
 def _ways(axes: Axes, cases: Record, chosen: Callable[[str], bool], title: str) -> bool:
     rows = [row for row in _rows(cases, "decode") if chosen(row["work"])]
-    # The first dtype that was measured: one picture, one scale.
+    # The first measured dtype only, so that a picture has one scale.
     rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
     rows.sort(key=lambda row: row["median_us"])
     names = [row["way"] for row in rows]
@@ -133,12 +134,12 @@ def _ways(axes: Axes, cases: Record, chosen: Callable[[str], bool], title: str) 
 
 
 def decode(axes: Axes, cases: Record) -> bool:
-    """Ours, peers and the limit on the mixed decode batch."""
+    """Our op, the peers and the limit on the mixed decode batch."""
     return _ways(axes, cases, lambda work: work == "32 rows of 128..2048", "32 rows of 128..2048")
 
 
 def long_row(axes: Axes, cases: Record) -> bool:
-    """The same where one row is very long and 31 are short."""
+    """The same for one very long row and 31 short ones."""
     return _ways(axes, cases, lambda work: "among" in work, "one long row among 31 short ones")
 
 

@@ -18,15 +18,16 @@ from .report import dtype_name
 
 # Bytes of one input.
 LARGE = 16 << 20
-# Calls in one timing where a call takes microseconds: many for the clock, few for a machine that is
-# disturbed now and then.
+# Calls per timing where a call takes microseconds: enough for the clock's resolution, and few
+# enough that an occasional disturbance of the machine affects few timings.
 INNER = 20
 # hidden and intermediate size
 MODELS = {"SmolLM2-135M": (576, 1536), "Llama 8B": (4096, 14336)}
 
 
 def layers(options: Options) -> Iterator[Work]:
-    """rms_norm and silu_and_mul of large inputs, against reading and writing the same bytes."""
+    """rms_norm and silu_and_mul of large inputs, compared with reading and writing the same
+    bytes."""
     width = options.pick(4096, 4096, 64)
     for dtype in options.dtypes:
         rows = max(1, options.pick(LARGE, LARGE, 4096) // (width * dtype.itemsize))
@@ -39,7 +40,7 @@ def layers(options: Options) -> Iterator[Work]:
             (f"silu_and_mul, {rows} x {width}", activations(inputs), size + size // 2),
         ):
             ways = [*pair(options, *calls), *copies_of(options, moved // 2)]
-            # Results lie in memory that is there, as a server's allocator hands it out.
+            # Results are written to existing memory, as with a server's allocator.
             for way in ways:
                 for call in way.calls:
                     call()
@@ -47,7 +48,7 @@ def layers(options: Options) -> Iterator[Work]:
 
 
 def rows(options: Options) -> Iterator[Work]:
-    """rms_norm and silu_and_mul of one decode row: microseconds, the call included."""
+    """rms_norm and silu_and_mul of one decode row: microseconds, including the call."""
     for dtype in options.dtypes:
         for model, (hidden, wide) in MODELS.items():
             x, gate = (normal(options, dtype, 1, n) for n in (hidden, 2 * wide))
@@ -68,7 +69,7 @@ Calls = list[Callable[[], torch.Tensor]]
 
 
 def norms(inputs: Sequence[torch.Tensor], weight: torch.Tensor) -> tuple[Calls, Calls, Accuracy]:
-    """Ours, torch's, and what they are held to."""
+    """Our calls, torch's, and the required accuracy."""
     size = weight.shape
     return (
         [functools.partial(bk.rms_norm, x, weight, 1e-6) for x in inputs],
@@ -104,7 +105,7 @@ def copies_of(options: Options, num_bytes: int) -> list[Way]:
 
 
 def linear(options: Options) -> Iterator[Work]:
-    """linear against torch: the weights' GB/s for few rows, TFLOP/s for many."""
+    """linear compared with torch: GB/s of weights for few rows, TFLOP/s for many."""
     for dtype in options.dtypes:
         for model, (hidden, wide) in MODELS.items():
             wide = hidden if model == "Llama 8B" else wide

@@ -1,6 +1,6 @@
 """The machine's ceilings: read bandwidth, memcpy, read + write, matrix products.
 
-`limits.cpp` is compiled by the system's compiler on first use, for this machine only.
+The system's compiler compiles `limits.cpp` on first use, for this machine only.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import torch
 
 SOURCE = Path(__file__).with_name("limits.cpp")
 BUILD = SOURCE.parents[2] / "build" / "bench"
-# (runs read side by side, bytes of software prefetch ahead): the best one is this machine's.
+# (streams that are read side by side, bytes of prefetch distance): the machine's best one is used.
 READERS = tuple((streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 2048, 4096))
 
 
 @dataclass
 class Ceiling:
-    """One limit: median rate in GB/s or TFLOP/s, and what reached it."""
+    """One limit: the median rate in GB/s or TFLOP/s, and the way that reached it."""
 
     name: str
     rate: float
@@ -37,7 +37,7 @@ class Ceiling:
 
 
 def compiled(source: Path, options: Sequence[str], libraries: Sequence[str]) -> Path:
-    """A shared library of one C++ file, compiled when it is not there yet.
+    """A shared library of one C++ file, compiled if it does not exist yet.
 
     Raises:
         RuntimeError: There is no C++ compiler.
@@ -63,7 +63,8 @@ def compiled(source: Path, options: Sequence[str], libraries: Sequence[str]) -> 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled limits."""
-    # Left to be found at load time, OpenMP is torch's own copy: one pool of threads, not two.
+    # If OpenMP is resolved at load time, it is torch's own copy: one pool of threads instead of
+    # two.
     own = [] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-fopenmp"]
     target = compiled(SOURCE, ["-fopenmp"], own)
     loaded = ctypes.CDLL(str(target))
@@ -77,7 +78,7 @@ def library() -> ctypes.CDLL:
 
 
 def l3_bytes() -> int:
-    """Bytes of the last cache level that core 0 sees; 32 MiB where the system does not say."""
+    """Bytes of the last cache level that core 0 sees; 32 MiB if the system does not report it."""
     try:
         text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
         return int(text.removesuffix("K")) * 1024
@@ -86,10 +87,10 @@ def l3_bytes() -> int:
 
 
 def retain_memory() -> None:
-    """Makes the C library keep memory that is freed, as a server's allocator does.
+    """Makes the C library keep freed memory, as a server's allocator does.
 
-    By itself it gives large blocks back to the system; each result would then begin with a page
-    fault for every 4 KB, which take longer than the op. Does nothing where there is no glibc.
+    By default it returns large blocks to the system, so each result would begin with a page fault
+    for every 4 KB, which takes longer than the op. Does nothing without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -99,14 +100,14 @@ def retain_memory() -> None:
 
 
 def release_free_memory() -> None:
-    """Gives everything that is free back to the system: what is allocated next is new memory."""
+    """Returns all free memory to the system, so that the next allocation is new memory."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def buffer(num_bytes: int, huge_pages: bool) -> torch.Tensor:
-    """Bytes on separate pages, written once, so that every page is there."""
+    """Bytes on separate pages, written once, so that every page is mapped."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
@@ -125,10 +126,10 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 class Limits:
-    """Measures the ceilings on the CPU, and lends their kernels to tables as one more way.
+    """Measures the CPU's ceilings; tables use their kernels as additional ways.
 
     Args:
-        num_bytes: Of each of the two buffers; several times the last cache level.
+        num_bytes: Size of each of the two buffers; several times the last cache level.
         repeats: Runs of each candidate.
     """
 
@@ -139,11 +140,12 @@ class Limits:
         self._next = 0
 
     def measure(self, names: Sequence[str]) -> dict[str, Ceiling]:
-        """The named ceilings: read, memcpy, copy, gemm_<dtype>; on torch's number of threads."""
+        """The named ceilings: read, memcpy, copy, gemm_<dtype>; with torch's number of threads."""
         return {name: self._measure(name) for name in names}
 
     def read(self, num_bytes: int) -> Callable[[], None]:
-        """A call that reads `num_bytes` of cold memory the best known way, elsewhere each time."""
+        """A call that reads `num_bytes` of cold memory in the best known way, each time at another
+        place."""
         self._measure_once("read")
         threads = torch.get_num_threads()
         huge, streams, ahead = self._best["read", threads]
@@ -168,7 +170,7 @@ class Limits:
         return call
 
     def memcpy_to_new(self, num_bytes: int) -> Callable[[], torch.Tensor]:
-        """The same into a tensor that the call allocates and returns."""
+        """The same, into a tensor that the call allocates and returns."""
         threads, function = torch.get_num_threads(), library().limits_memcpy
         num_bytes, source = self._whole_lines(num_bytes), self._buffers[True].data_ptr()
 
@@ -198,13 +200,13 @@ class Limits:
             return self._gemm(name)
         threads = torch.get_num_threads()
         candidates = {"read": self._readers, "memcpy": self._memcpys, "copy": self._copies}[name]()
-        # All candidates once per process and number of threads; later only the best of them.
+        # All candidates once per process and number of threads; after that, only the best one.
         known = self._best.get((name, threads))
         if known is not None:
             candidates = {known: candidates[known]}
         took = {key: seconds(call, self.repeats) for key, (call, _) in candidates.items()}
         best = self._best[name, threads] = min(took, key=took.get)
-        # A memcpy is rated by what it copies, a copy by what it reads and writes.
+        # A memcpy is rated by the bytes it copies, a copy by those it reads and writes.
         moved = self.num_bytes * (2 if name == "copy" else 1)
         return Ceiling(name, moved / took[best] / 1e9, "GB/s", candidates[best][1])
 
@@ -233,7 +235,7 @@ class Limits:
         }
 
     def _copier(self, function: str, huge: bool) -> Callable[[], None]:
-        # Within one buffer, so that source and target lie on pages of one size.
+        # Within one buffer, so that source and target are on pages of the same size.
         half, base = self.num_bytes // 2, self._buffers[huge].data_ptr()
         threads, copy = torch.get_num_threads(), getattr(library(), function)
 
@@ -245,7 +247,7 @@ class Limits:
 
     def _gemm(self, name: str) -> Ceiling:
         dtype, threads = getattr(torch, name.removeprefix("gemm_")), torch.get_num_threads()
-        # Where torch has no fast product for a dtype, the larger size would take minutes.
+        # If torch has no fast product for a dtype, the larger size would take minutes.
         known = self._best.get((name, threads))
         sizes = known or tuple(size for size in (256, 1024, 2048) if size**2 <= self.num_bytes)
         best = None

@@ -1,4 +1,4 @@
-"""Checks ways of doing one piece of work, then times them in turns on cold data."""
+"""Checks several ways of doing the same work, then times them in turns on cold data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Way:
 
     Args:
         name: As the table prints it.
-        calls: One per copy of the data; they are taken in turns, so that caches stay cold.
-        check: Takes what a call returned and raises AssertionError when it is wrong.
-        kind: OURS, PEER, or LIMIT for what no op could beat.
-        reset: Undoes what an earlier way has written, before the check.
+        calls: One per copy of the data; they are used in turns, so that caches stay cold.
+        check: Takes the result of a call and raises AssertionError if it is wrong.
+        kind: OURS, PEER, or LIMIT for what no op could be faster than.
+        reset: Undoes the writes of an earlier way, before the check.
         missing: Why this way cannot run here; it has no calls then.
-        times: Seconds, where something else has measured them already.
+        times: Seconds, if they were measured elsewhere.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Work:
 
     Args:
         label: What is done.
-        ways: The first one that is ours is what the others are compared with.
-        bytes: That any way has to move; 0 where that is not the limit.
-        flops: Likewise.
+        ways: The others are compared with the first one of ours.
+        bytes: Bytes that any way has to move; 0 where that is not the limit.
+        flops: Floating-point operations, likewise.
         ceiling: The name of the limit in `Limits`; none if empty.
-        inner: Calls in one timing; more than 1 where a call takes microseconds.
+        inner: Calls per timing; more than 1 where a call takes microseconds.
         values: Numbers that a summary of the table needs, such as columns.
     """
 
@@ -61,7 +61,7 @@ class Work:
 
 @dataclass
 class Row:
-    """One line of a table; `share` and `rate` are None where there is no ceiling or no figure."""
+    """One line of a table; `share` and `rate` are None without a ceiling or a figure."""
 
     case: str
     work: str
@@ -77,7 +77,7 @@ class Row:
     unit: str = ""
     ceiling: str = ""
     share: float | None = None
-    ratio: float | None = None  # this way's time over ours
+    ratio: float | None = None  # this way's time divided by ours
     note: str = ""
     values: dict[str, float] = field(default_factory=dict)
 
@@ -87,9 +87,9 @@ class Effort:
     """How long to measure.
 
     Args:
-        seconds: For each way of each work; a slow one runs `least` times however long it takes.
-        least: Runs at least.
-        most: Runs at most.
+        seconds: For each way of each work; a slow one runs `least` times regardless.
+        least: The fewest runs.
+        most: The most runs.
     """
 
     seconds: float = 1.0
@@ -98,7 +98,7 @@ class Effort:
 
 
 def refused(way: Way) -> str:
-    """Why a way's result is wrong, or a peer gives none; empty when it is right."""
+    """Why a way's result is wrong or a peer gives none; empty if the result is right."""
     if way.check is None:
         return ""
     way.reset()
@@ -109,7 +109,7 @@ def refused(way: Way) -> str:
     except Exception as error:
         if way.kind != PEER:
             raise
-        # A dtype that it does not have, memory that is not there: its own affair.
+        # A peer may lack a dtype or run out of memory, which is not an error of ours.
         return f"missing: {describe(error)}"
     return ""
 
@@ -123,8 +123,8 @@ def describe(error: Exception) -> str:
 def kept(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
     """The same calls, each of which keeps its result until it is called again.
 
-    Results are then one block of memory per call, and as cold as the inputs; the
-    allocator would otherwise hand out one block again and again, from the processor's cache.
+    Each call then has its own result memory, as cold as the inputs; otherwise the allocator would
+    reuse one block again and again, from the processor's cache.
     """
     results: list[object] = [None] * len(calls)
 
@@ -147,11 +147,11 @@ def time_in_turns(
     inner: int = 1,
     settle: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every run; one run of each way, then the next of each.
+    """Seconds of every run; the ways take turns.
 
-    What disturbs the machine for a while thus disturbs all of them. Where ways have threads of
+    A temporary disturbance of the machine thus affects all of them. If ways have threads of
     different libraries, `settle` waits until those of the last way have stopped spinning. A turn
-    then begins with a run that is not timed and wakes the way's own threads, and has several runs.
+    then begins with an untimed run that wakes the way's own threads, and consists of several runs.
     """
     times: dict[str, list[float]] = {way.name: [] for way in ways}
     turns = {way.name: itertools.cycle(way.calls) for way in ways}
@@ -200,7 +200,8 @@ def measure(
     threads: int,
     settle: Callable[[], object] | None = None,
 ) -> list[Row]:
-    """The rows of one work: gate first, then time; what is missing or refused gets no figure."""
+    """The rows of one work: first the gate, then timing; what is missing or refused gets no
+    figure."""
     notes = {way.name: way.missing and f"missing: {way.missing}" for way in work.ways}
     for way in work.ways:
         if way.calls:

@@ -1,4 +1,4 @@
-"""What a run measures, and where."""
+"""What a run measures, and on which device."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Cpu:
 
     @staticmethod
     def settle() -> None:
-        """Wait until threads that spin after an earlier call have gone to sleep: torch's spin for
-        some milliseconds where nobody has told them not to."""
+        """Waits until threads that spin after an earlier call have gone to sleep: by default,
+        torch's spin for some milliseconds."""
         time.sleep(0.02)
 
     def readers(self, num_bytes: int) -> list[Callable[[], None]]:
@@ -57,7 +57,7 @@ class Cpu:
 
     @staticmethod
     def release_free_memory() -> None:
-        """What is allocated next is new memory."""
+        """Makes the next allocation return new memory."""
         release_free_memory()
 
     @staticmethod
@@ -70,14 +70,14 @@ class Options:
     """What to measure.
 
     Args:
-        device: Where.
+        device: Where to measure.
         dtypes: Of keys, values and activations.
-        threads: Of torch, and of the ceilings.
-        effort: How long.
-        size: "full", "quick", or "tiny": sizes of a test, where no figure means anything.
-        only: Measure works whose label has this in it.
+        threads: Of torch and of the ceilings.
+        effort: How long to measure.
+        size: "full", "quick", or "tiny": sizes of a test, whose figures mean nothing.
+        only: Measure only works whose label contains this.
         with_peers: Whether peers are measured too.
-        flex: Whether FlexAttention is among them; compiling it takes most of a minute per shape.
+        flex: Whether FlexAttention is one of them; compiling it takes most of a minute per shape.
     """
 
     device: Cpu | Cuda
@@ -95,7 +95,7 @@ class Options:
         return self.size == "tiny"
 
     def pick(self, full: T, quick: T | None, tiny: T) -> T:
-        """The one for this size; a quick run takes the full one where there is no separate one."""
+        """The value for this size; a quick run uses the full one if there is no separate one."""
         if self.size == "quick" and quick is not None:
             return quick
         return tiny if self.tiny else full

@@ -1,5 +1,5 @@
-"""The projections of a layer from packed weights, in int8 too, beside row-major ones, torch and
-their limit.
+"""The projections of a layer with packed weights (also in int8), compared with row-major weights,
+torch and their limit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _layer(
         x = {ins: normal(options, dtype, rows, ins, seed=9) for ins, _ in sizes}
         last = x[sizes[-1][0]], one[-1]
         truth = Accuracy(reference.linear, *last)
-        # Bits, and not an accuracy: rounding is part of what is computed.
+        # Bits are compared, not accuracy, because rounding is part of the computation.
         same = functools.partial(assert_same_bits, linear_int8(*last))
         flops = 2 * rows * sum(weight.numel() for weight in one)
 
@@ -96,8 +96,8 @@ def _project(
 
 
 def _products(options: Options, dtype: torch.dtype, flops: int) -> Callable[[], None]:
-    """About as many products, by the same kernel where everything stays in the caches."""
-    # Enough outputs that every thread gets a share, whose weights fit its cache.
+    """About the same number of products, by the same kernel, with all data in the caches."""
+    # Enough outputs to give every thread a share whose weights fit its cache.
     rows, ins, outs = 64, 512, options.pick(768 * options.threads, None, 96)
     x = normal(options, dtype, rows, ins)
     weight = bk.pack_linear(normal(options, dtype, outs, ins, seed=1))

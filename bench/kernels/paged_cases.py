@@ -1,5 +1,5 @@
-"""Decode attention through block tables: against the same rows in slots, and of rows that share
-their first pages."""
+"""Decode attention through block tables: compared with the same rows in slots, and for rows that
+share their first pages."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .options import Options
 from .report import dtype_name
 
 MHA = Heads(12, 12, 64)
-# Columns of a page, and whether the heads of a column lie next to each other, as in a pool of
-# tokens; else each head of a page has its columns together. Pages of 2048 hold a row each: what the
-# layout alone costs.
+# Columns of a page, and whether the heads of a column are adjacent, as in a pool of tokens;
+# otherwise the columns of each head of a page are adjacent. A page of 2048 contains a whole row, so
+# it shows the cost of the layout without that of the table.
 PAGES = ((128, False), (16, False), (1, False), (2048, True), (16, True), (1, True))
 
 
@@ -28,7 +28,8 @@ def name_of(page: int, heads_last: bool) -> str:
 
 
 class Pages:
-    """The rows of a work in pages anywhere, all else NaN; `shared` pages are all rows' first."""
+    """A work's rows in pages in random order, surrounded by NaN; all rows begin with `shared`
+    pages."""
 
     def __init__(self, work: AttentionWork, page: int, heads_last: bool, shared: int = 0):
         self.work = work
@@ -56,7 +57,7 @@ class Pages:
                     cache[place] = rows.transpose(0, 1)
 
     def calls(self) -> list[Callable[[], object]]:
-        """As `AttentionWork.calls`."""
+        """Calls as those of `AttentionWork.calls`."""
         work = self.work
         return [
             functools.partial(
@@ -69,7 +70,7 @@ class Pages:
 
 
 def paged(options: Options) -> Iterator[Work]:
-    """One decoded token per row, its keys and values in pages anywhere or in a slot."""
+    """One decoded token per row, with its keys and values in scattered pages or in a slot."""
     lengths = decode_lengths(32, 128, 2048, 686)
     if options.tiny:
         lengths = [1, 5, 16]
@@ -93,7 +94,7 @@ def paged(options: Options) -> Iterator[Work]:
 
 
 def prefix(options: Options) -> Iterator[Work]:
-    """One decoded token of rows behind one prefix; bytes count each column in memory once."""
+    """One decoded token of rows with a common prefix; bytes count each column in memory once."""
     rows, page, common, own = (3, 16, 1024, 40) if options.tiny else (32, 128, 4096, 256)
     if options.device.name != "cpu":
         return
@@ -120,7 +121,7 @@ def prefix(options: Options) -> Iterator[Work]:
 
 
 def prefix_summary(rows: list[Row]) -> list[str]:
-    """Against reading every byte once, and every row's."""
+    """Compared with reading every byte once, and with reading it for every row."""
     return [
         f"{row.dtype}, {row.work}: {row.way} / prefix shared = {row.ratio:.2f}"
         for row in rows
@@ -129,7 +130,7 @@ def prefix_summary(rows: list[Row]) -> list[str]:
 
 
 def paged_summary(rows: list[Row]) -> list[str]:
-    """What a table costs."""
+    """The cost of a block table."""
     return [
         f"{row.dtype}, {row.work}: {row.way} / slots = {row.ratio:.2f}"
         for row in rows

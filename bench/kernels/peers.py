@@ -1,7 +1,7 @@
-"""Other ways of attending over a ragged batch in a dense cache.
+"""Other ways of computing attention for a ragged batch in a dense cache.
 
-Masks, block masks and views are made beforehand and cost the peers nothing: only attention is
-timed. Each returns the packed output, as `ragged_attention` does.
+Masks, block masks and views are made beforehand, so only attention is timed. Each returns the
+packed output, as `ragged_attention` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from .attention_work import AttentionWork
 from .measure import Way, describe
 
-# Bytes that a peer may repeat keys and values to: more does not fit the memory of a small machine.
+# The most bytes of repeated keys and values: more does not fit the memory of a small machine.
 MAX_REPEATED = 6 << 30
 
 
@@ -69,7 +69,7 @@ def eager(work: AttentionWork) -> Way:
 
 
 def dense_sdpa(work: AttentionWork) -> Way:
-    """torch's scaled_dot_product_attention over the padded batch."""
+    """torch's scaled_dot_product_attention on the padded batch."""
     visible, width = _mask(work)
     query, gqa = work.query[:, :, None], work.heads.query != work.heads.kv
 
@@ -85,7 +85,7 @@ def dense_sdpa(work: AttentionWork) -> Way:
 
 
 def row_sdpa(work: AttentionWork) -> Way:
-    """One call per row, no padding: the query heads of a KV head are query tokens."""
+    """One call per row without padding: the query heads of a KV head become query tokens."""
     group = work.heads.query // work.heads.kv
     queries = work.query.view(-1, 1, work.heads.kv, group, work.heads.dim)
 
@@ -101,7 +101,7 @@ def row_sdpa(work: AttentionWork) -> Way:
 
 
 def flex_attention(work: AttentionWork) -> Way:
-    """torch's FlexAttention, compiled, heads folded; blocks of padding are skipped."""
+    """torch's FlexAttention, compiled, with folded heads; it skips blocks of padding."""
     name = "FlexAttention, heads folded"
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as flex
@@ -117,7 +117,7 @@ def flex_attention(work: AttentionWork) -> Way:
 
     blocks = create_block_mask(visible, rows, None, group, width, device=work.device)
     query = work.query.view(rows, heads.kv, group, heads.dim)
-    # Compiled for this shape only; what others left behind would count against a limit.
+    # Compiled for this shape only; earlier compilations would count towards a limit.
     torch.compiler.reset()
     compiled = torch.compile(flex, dynamic=False)
 

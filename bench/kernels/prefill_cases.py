@@ -17,7 +17,7 @@ from .report import dtype_name
 
 
 def prefill(options: Options) -> Iterator[Work]:
-    """Whole prefills: TFLOP/s of the visible scores, against the rate of matrix products."""
+    """Whole prefills: TFLOP/s of the visible scores, compared with the rate of matrix products."""
     for dtype in options.dtypes:
         for heads in (LLAMA, SMOLLM2):
             for tokens in options.pick((512, 2048, 4096), (512, 2048), (24,)):
@@ -30,7 +30,7 @@ def prefill(options: Options) -> Iterator[Work]:
 
 
 def prefill_peers(work: AttentionWork, options: Options) -> list[Way]:
-    """torch's causal attention, heads shared and heads repeated beforehand; vLLM's."""
+    """torch's causal attention, with shared heads and with heads repeated beforehand; vLLM's."""
     group = work.heads.query // work.heads.kv
     query = work.query.transpose(0, 1)[None]
 

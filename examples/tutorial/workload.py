@@ -20,6 +20,6 @@ def make_model(attention: str = "sdpa") -> LlamaForCausalLM:
 
 
 def report(steps: int) -> None:
-    """Decode steps, and the share of slots in them that computed nothing anybody wants."""
+    """Prints the decode steps, and the share of slots in them that computed nothing useful."""
     useful = sum(length - 1 for length in ANSWERS)  # the first token comes from the prompt
     print(f"{steps} decode steps, {1 - useful / (SLOTS * steps):.0%} of the slots idle")

@@ -1,7 +1,7 @@
 """OpenVINO GenAI's continuous batching, in a separate environment: see protocol.py.
 
 The model is a folder that optimum-intel exported: `openvino_model.xml` next to the configuration.
-Nothing is quantised: keys and values have the dtype of the computation too.
+Nothing is quantized; keys and values have the dtype of the computation too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def start(work: dict[str, Any]):
     scheduler.max_num_seqs = work["slots"]
     scheduler.max_num_batched_tokens = 512
     scheduler.cache_size = 2
-    # With it max_num_seqs would have no effect: all prompts would be taken at once.
+    # With it, max_num_seqs would have no effect: all prompts would be taken at once.
     scheduler.dynamic_split_fuse = False
     scheduler.enable_prefix_caching = False
     kind = TYPES[work["dtype"]]
@@ -60,7 +60,7 @@ def start(work: dict[str, Any]):
 
 def _greedy(count: int) -> openvino_genai.GenerationConfig:
     config = openvino_genai.GenerationConfig()
-    # Without a minimum, which would forbid the end-of-sequence token instead of ignoring it.
+    # No minimum length: it would forbid the end-of-sequence token instead of ignoring it.
     config.max_new_tokens = count
     config.ignore_eos = True
     config.do_sample = False

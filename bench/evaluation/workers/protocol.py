@@ -1,10 +1,10 @@
-"""What an engine's process and the benchmark say to each other; needs nothing but Python.
+"""The protocol between an engine's process and the benchmark; needs only the standard library.
 
 The process is started with a JSON file: model folder, dtype, slots, threads, and the jobs, each a
-list of token ids and a number of output tokens. It loads, warms up, and prints `ready`, a line of
-JSON about itself. For each line on its standard input, `[begin, end]`, it serves those jobs once,
-all from `begin` on if `end` is null, and prints a line: tokens of every job, and when each token
-was there, in seconds.
+list of token ids and a number of output tokens. It loads, warms up, and prints a line of JSON about
+itself as soon as it is ready. For each line `[begin, end]` on its standard input it serves those
+jobs once (all from `begin` on if `end` is null) and prints a line: the tokens of every job, and
+when each token was available, in seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Engines print what they like to standard output; the protocol's lines go to the original one.
+# Engines may print anything to standard output; the protocol's lines go to the original one.
 _OUT = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 
@@ -30,7 +30,7 @@ class Clocked:
         self.times: list[list[float]] = [[] for _ in range(count)]
 
     def add(self, index: int, tokens: list[int]) -> None:
-        """New tokens of a job, there now."""
+        """Adds new tokens of a job, with the current time."""
         now = time.perf_counter() - self.begin
         self.tokens[index] += map(int, tokens)
         self.times[index] += [now] * len(tokens)
@@ -40,8 +40,8 @@ def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[list
     """Run the protocol.
 
     Args:
-        start: takes the content of the JSON file; returns what there is to say about the engine,
-            and a function that serves jobs.
+        start: takes the content of the JSON file; returns a description of the engine, and a
+            function that serves jobs.
     """
     with open(sys.argv[1]) as file:
         work = json.load(file)

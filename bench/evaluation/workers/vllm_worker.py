@@ -11,7 +11,7 @@ from protocol import Clocked, serve
 def start(work: dict[str, Any]):
     """The engine, with one sequence per slot at a time."""
     os.environ.update(
-        # In this process, whose steps can then be timed.
+        # In this process, so that its steps can be timed.
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="2",
         VLLM_CPU_OMP_THREADS_BIND=f"0-{work['threads'] - 1}",
@@ -45,7 +45,7 @@ def start(work: dict[str, Any]):
                 {"prompt_token_ids": ids},
                 vllm.SamplingParams(
                     temperature=0,
-                    # Without a minimum, which would forbid the end-of-sequence token.
+                    # No minimum length: it would forbid the end-of-sequence token.
                     max_tokens=count,
                     ignore_eos=True,
                     detokenize=False,

@@ -1,14 +1,14 @@
-"""The study of docs/simulation.md, and the validation of what it rests on.
+"""The study of docs/simulation.md, and the validation of its cost model.
 
 `python -m bench.simulate` simulates the relay's policies on published GPUs and prints ratios to
-Orca, with the assumptions that each follows from. No GPU is measured: every figure is a consequence
-of the cost model and its stated efficiency factors.
+Orca, with the assumptions behind each. No GPU is measured: every figure follows from the cost model
+and its stated efficiency factors.
 
-`python -m bench.simulate --validate` times forwards of SmolLM2 on this machine, predicts with them
-what the relay does under every policy, runs the relay, and prints both.
+`python -m bench.simulate --validate` times forwards of SmolLM2 on this machine, predicts from them
+the relay's behavior under every policy, runs the relay, and prints both.
 
-`python -m bench.simulate --bound` times the same forwards, and prints for this machine and for an
-H100 what no schedule can exceed, and where prompts beside decoders can pay at all.
+`python -m bench.simulate --bound` times the same forwards and prints, for this machine and for an
+H100, what no schedule can exceed, and where prefill next to decoding can pay at all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _validate(arguments)
     if arguments.bound:
         return _bound(arguments)
-    # Here and not above, as below: a study needs no model, a validation no figures.
+    # Imported here, as below: a study needs no model, a validation no figures.
     from .study import run_study
 
     run_study(processes=arguments.processes, figures=arguments.figures)
@@ -61,7 +61,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     from .validate import print_case, print_summary, validate
 
     torch.set_num_threads(arguments.threads)
-    # A single thread's own time leaves out what other programs take from this one.
+    # The time of a single thread excludes what other programs take from it.
     clock = time.thread_time if arguments.threads == 1 else time.perf_counter
     model, _ = load_model(arguments.model, dtype=arguments.dtype)
     print(

@@ -1,13 +1,13 @@
-"""A bound on what any schedule of one device can reach, and where prefill beside decode can pay.
+"""A bound for any schedule on one device, and where prefill next to decoding can pay.
 
-A schedule is a number of forwards of each kind, c prompt tokens beside d decoding rows. Whatever
-the order, prompts and answers have to be computed:
+A schedule is a number of forwards of each kind: c prompt tokens together with d decoding rows. In
+any order, prompts and answers have to be computed:
 
 `least = min sum x(c, d) seconds(c, d)`, where `sum x c = prompt tokens, sum x d = output tokens`
 
-Which query is in which forward, and that a slot belongs to one query at a time, is left out, so no
-policy is faster (up to the grid of c and d: all numbers to 64, then eight to the double). With
-forwards of one sort only (c = 0 or d = 0) it is the bound of prefill apart on the same device; the
+The bound ignores which query is in which forward, and that a slot belongs to one query at a time,
+so no policy is faster (up to the grid of c and d: all numbers to 64, then eight per doubling). With
+separate forwards only (c = 0 or d = 0) it is the bound of separate prefill on the same device; the
 ratio of the two is the most that computing them together can gain.
 """
 
@@ -28,17 +28,17 @@ CHUNKS = (*range(65), *(round(2 ** (i / 8)) for i in range(49, 89)))
 def least_seconds(
     cost: CostModel, prompt_per_output: float, slots: int, columns: int, *, apart: bool = False
 ) -> float:
-    """Seconds per output token that no schedule goes below.
+    """A lower bound on the seconds per output token of any schedule.
 
-    By the dual: a prompt token is worth `price` seconds and an output token what is left over, at
-    most what every forward takes.
+    Computed by the dual problem: a prompt token is worth `price` seconds, an output token the rest,
+    and together they are worth at most the time of every forward.
 
     Args:
-        cost: of the device.
+        cost: the device's.
         prompt_per_output: prompt tokens per output token.
         slots: the most rows that decode in a forward.
-        columns: cached tokens of a row, in the mean.
-        apart: whether a forward has prompt tokens or decoding rows, never both.
+        columns: mean number of cached tokens of a row.
+        apart: whether a forward has either prompt tokens or decoding rows, never both.
     """
     rows = [d for d in CHUNKS if d < slots] + [slots]
     kinds = [(c, d) for c in CHUNKS for d in rows if (c or d) and not (apart and c and d)]
@@ -66,13 +66,14 @@ def _work(chunk: int, rows: int, columns: int) -> Work:
         decode_rows=rows,
         decode_columns=rows * columns,
         prefill_columns=chunk,
-        # Of whole prompts that are as long as a row.
+        # Of whole prompts with the length of a row.
         pairs=chunk * columns // 2,
     )
 
 
 def bound_by_compute(cost: CostModel, columns: int = 0) -> int:
-    """The rows from which a decode step takes at least 1.5 times as long as one of a single row."""
+    """The number of rows from which a decode step takes at least 1.5 times as long as with one
+    row."""
     alone = cost.forward(_work(0, 1, columns)).seconds
     rows = 1
     while cost.forward(_work(0, rows, columns)).seconds < 1.5 * alone and rows < 4096:
@@ -81,7 +82,8 @@ def bound_by_compute(cost: CostModel, columns: int = 0) -> int:
 
 
 def report(name: str, cost: CostModel, columns: int) -> str:
-    """By slots and prompt tokens per output token: the most that joining can gain over apart."""
+    """By slots and prompt tokens per output token: the most that joint forwards gain over
+    separate."""
     head = "".join(f"{ratio:>9g}" for ratio in RATIOS)
     lines = [
         f"{name}: a decode step takes 1.5 times that of one row from {bound_by_compute(cost)} rows "

@@ -1,4 +1,4 @@
-"""Cases of the study: a system and a workload by name, so that they can be run in any process."""
+"""Cases of the study: a system and a workload, given by name, so that any process can run them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Case:
         machine: more options of `Roofline`, as pairs.
         workload: "orca", "conv" or "code"; at full length.
         rate: requests per second, Poisson; None for all at once.
-        prompt_scale: of the prompts' lengths.
+        prompt_scale: factor of the prompts' lengths.
         prefill, decoders, prefillers, shape, overlap: of `System`.
         bounded: whether keys and values have to fit the device's memory.
     """
@@ -55,7 +55,7 @@ class Case:
         return roofline(self.device, self.model, **dict(self.machine))
 
     def requests(self) -> list[Request]:
-        """The workload; lengths depend on its name and scale only."""
+        """The workload; its lengths depend only on its name and scale."""
         requests = (
             orca(REQUESTS) if self.workload == "orca" else at_once(azure(self.workload, REQUESTS))
         )
@@ -69,8 +69,8 @@ class Case:
     def system(self) -> System:
         """The machines and what runs on them."""
         cost = self.cost()
-        # Enough that one is ready when a row is free, and few that a query waits with its first
-        # token out.
+        # Enough that one is ready when a row becomes free, but few, because a prefilled query waits
+        # after its first token.
         lookahead = max(2, self.slots // 4)
         return System(
             cost,
@@ -89,7 +89,7 @@ class Case:
 
 
 def run_case(case: Case) -> Result:
-    """Simulate it."""
+    """Simulates a case."""
     return simulate(case.system(), case.requests())
 
 
@@ -98,8 +98,8 @@ class Goodput:
     """The most requests per second and device that a system serves within bounds.
 
     Attributes:
-        case: whose rate is sought.
-        ttft: bound of the p99 of the time to the first token, seconds.
+        case: the system and workload; its rate is sought.
+        ttft: bound of the p99 of the time to first token, seconds.
         gap: bound of the p99 of the time per token, seconds.
     """
 
@@ -114,7 +114,7 @@ class Goodput:
 
 
 def run_goodput(sought: Goodput) -> float:
-    """By bisection to 2 %; 0 where the bounds hold at no rate."""
+    """Finds the rate by bisection to 2 %; 0 if the bounds hold at no rate."""
     low, high = 0.0, 0.125
     while sought.holds(high) and high < 1000:
         low, high = high, 2 * high
@@ -125,11 +125,11 @@ def run_goodput(sought: Goodput) -> float:
 
 
 def run_all(jobs: Iterable[Case | Goodput], processes: int) -> dict[Case | Goodput, object]:
-    """Every different job once, in several processes; results do not depend on their number."""
+    """Runs every distinct job once, in several processes; results do not depend on their number."""
     distinct = list(dict.fromkeys(jobs))
     if processes == 1:
         return dict(zip(distinct, map(_run, distinct), strict=True))
-    # What is forked shares the modules and has nothing else of this process to get wrong.
+    # A forked process shares the loaded modules, so nothing has to be passed to it.
     with get_context("fork").Pool(processes) as pool:
         return dict(zip(distinct, pool.map(_run, distinct, chunksize=1), strict=True))
 

@@ -1,8 +1,7 @@
-"""How long a forward takes: what it computes, and two models of the seconds for that.
+"""The duration of a forward: what it computes, and two models of the seconds for that.
 
-`Roofline` has nothing but published numbers and efficiency factors that are guesses, so a result of
-it is a consequence of assumptions and no measurement. `Measured` is fitted to forwards that this
-machine has run.
+`Roofline` uses published numbers and guessed efficiency factors, so its results are consequences of
+assumptions, not measurements. `Measured` is fitted to forwards that this machine has run.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from baton_engines.policies import Work
 
 
 class Cost(NamedTuple):
-    """Seconds of a forward that has the device for itself, and its share of the device.
+    """The duration of a forward that has the device to itself, and its share of the device.
 
     Attributes:
         seconds: when it runs by itself.
-        compute, memory: shares of the arithmetic rate and of the bandwidth that it takes up then.
+        compute, memory: its shares of the arithmetic rate and of the bandwidth then.
     """
 
     seconds: float
@@ -28,21 +27,21 @@ class Cost(NamedTuple):
 
 
 class CostModel(Protocol):
-    """What the simulation asks of a machine with a model on it."""
+    """The interface between the simulation and a machine with a model on it."""
 
     # Of one token's keys and values.
     bytes_per_token: float
 
     def forward(self, work: Work) -> Cost:
-        """One forward."""
+        """The cost of one forward."""
 
     def copy(self, num_bytes: float) -> float:
-        """Seconds to copy cached bytes from one place of the device's memory to another."""
+        """Seconds for copying cached bytes within the device's memory."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A Llama in fp16, all numbers from its published configuration."""
+    """A Llama in fp16; all numbers are from its published configuration."""
 
     name: str
     layers: int
@@ -66,7 +65,7 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """Of layers, embedding and output projection."""
+        """Bytes of layers, embedding and output projection."""
         return 2 * (self.layer_parameters + 2 * self.head_parameters)
 
     @property
@@ -77,14 +76,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, all numbers from its maker's data sheet, dense fp16.
+    """A GPU; all numbers are from its maker's data sheet, for dense fp16.
 
     Attributes:
         flops: tensor core operations per second.
         bandwidth: of its memory, bytes per second.
         memory: bytes.
         link: bytes per second in one direction to the next device.
-        link_name: what the link is.
+        link_name: the kind of link.
     """
 
     name: str
@@ -117,18 +116,19 @@ DEVICES = {
 class Roofline:
     """Seconds from published peaks: per group of kernels, the slower of arithmetic and memory.
 
-    A forward is three groups, one after the other: the linear layers, which read the weights once,
-    the attention of the rows that decode, which read their keys and values, and that of the rows
-    that prefill. `seconds = sum of max(flops / rate, bytes / bandwidth) + overhead`.
+    A forward consists of three groups, one after the other: the linear layers, which read the
+    weights once; the attention of decoding rows, which reads their keys and values; and the
+    attention of rows that prefill. `seconds = sum of max(flops / rate, bytes / bandwidth) +
+    overhead`.
 
     Args:
         device: one of `DEVICES`.
         model: one of `MODELS`.
         parallel: devices that share every layer (tensor parallel); each layer then costs two
             all-reduces in a ring over the link.
-        compute_share, memory_share: of the peaks that kernels reach.
-        kernels_per_layer, launch_seconds: the overhead of a forward, which nothing hides.
-        kernels_per_row: kernels per layer that are launched once more for every row: 0 for one
+        compute_share, memory_share: shares of the peaks that kernels reach.
+        kernels_per_layer, launch_seconds: the overhead of a forward, which is never hidden.
+        kernels_per_row: kernels per layer that are launched again for every row: 0 for one
             attention kernel over all rows, more for an engine that calls attention per request.
     """
 
@@ -141,22 +141,22 @@ class Roofline:
     launch_seconds: float = 4e-6
     kernels_per_row: int = 0
 
-    # Of one hop of an all-reduce, on top of its bytes.
+    # Time of one hop of an all-reduce, in addition to its bytes.
     HOP_SECONDS = 5e-6
 
     @property
     def bytes_per_token(self) -> float:
-        """Keys and values of one token, on all devices together."""
+        """Bytes of one token's keys and values, on all devices together."""
         return self.model.bytes_per_token
 
     @property
     def kv_bytes(self) -> float:
-        """What nine tenths of the memory leave for keys and values next to the weights."""
+        """What nine tenths of the memory leave for keys and values after the weights."""
         return 0.9 * self.device.memory * self.parallel - self.model.weight_bytes
 
     @cached_property
     def _constants(self) -> tuple[float, ...]:
-        # A simulation needs the costs of millions of forwards.
+        # Cached, because a simulation needs the costs of millions of forwards.
         model, device = self.model, self.device
         return (
             device.flops * self.compute_share * self.parallel,
@@ -168,15 +168,16 @@ class Roofline:
         )
 
     def forward(self, work: Work) -> Cost:
-        """One forward."""
+        """The cost of one forward."""
         rate, bandwidth, layers, head, pair, column = self._constants
-        # Linear layers; attention of the rows that decode; attention of those that prefill.
+        # Linear layers; attention of decoding rows; attention of prefilling rows.
         flops = (
             layers * work.tokens + head * work.rows,
             pair * work.decode_columns,
             pair * work.pairs,
         )
-        # Two bytes per weight and two operations: the weights' bytes are the operations per token.
+        # Two bytes and two operations per weight, so the weights' bytes equal the operations per
+        # token.
         moved = (
             layers + (head if work.rows else 0.0) + column * work.tokens,
             column * work.decode_columns,
@@ -192,11 +193,12 @@ class Roofline:
         return Cost(seconds, sum(flops) / rate / seconds, sum(moved) / bandwidth / seconds)
 
     def copy(self, num_bytes: float) -> float:
-        """Read and write."""
+        """Seconds to read and write."""
         return 2 * num_bytes / (self.device.bandwidth * self.memory_share * self.parallel)
 
     def transfer(self, num_bytes: float) -> float:
-        """To another group of devices; every device of a group has its own link."""
+        """Seconds of a transfer to another group of devices; every device of a group has its own
+        link."""
         return self.HOP_SECONDS + num_bytes / (self.device.link * self.memory_share * self.parallel)
 
     def _all_reduce(self, tokens: int) -> float:
@@ -209,9 +211,9 @@ class Roofline:
 
 
 def roofline(device: str, model: str, **options) -> Roofline:
-    """A machine by name, with the fewest devices (a power of two) that the model fits.
+    """A machine by name, with the fewest devices (a power of two) that hold the model.
 
-    It fits when the weights leave a quarter of the memory for keys and values.
+    They hold it if the weights leave a quarter of the memory for keys and values.
 
     Args:
         device: one of `DEVICES`.

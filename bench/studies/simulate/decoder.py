@@ -1,4 +1,4 @@
-"""A decode device under a policy: the relay's iteration with the forward replaced by its cost."""
+"""A decode device under a policy: the relay's iteration, with the forward replaced by its cost."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from baton_engines.query import Query, wait_in_order
 from .costs import Cost, CostModel
 from .events import Events, SharedDevice
 
-# How the rows of a cache lie: anywhere; all ending in one column, of which attention reads every
-# row's padding too; and the same with the whole cache copied whenever a row enters or leaves.
+# How the rows of a cache lie: anywhere; all ending in one column, so that attention also reads
+# every row's padding; or the same, with the whole cache copied whenever a row enters or leaves.
 SHAPES = ("ragged", "dense", "concatenated")
 
 _MAX_FRUITLESS = 100
@@ -20,7 +20,7 @@ _MAX_FRUITLESS = 100
 
 @dataclass
 class Counts:
-    """What the decode devices have done; the names mean what they mean in the relay's counters."""
+    """Counters of the decode devices, with the meanings of the relay's counters."""
 
     steps: int = 0
     slot_steps: int = 0
@@ -45,11 +45,11 @@ class Decoder:
         events: the clock.
         device: where forwards run; it may have other jobs.
         cost: of forwards.
-        policy: plans every iteration; no other decoder uses it.
+        policy: plans every iteration; it is not shared with other decoders.
         num_slots, capacity: of the cache.
         shape: one of `SHAPES`.
         kv_budget: the most bytes of keys and values in the rows; None without a bound.
-        more_to_come: whether queries will be received yet.
+        more_to_come: whether further queries will arrive.
         on_admit: called with every query that gets a row.
         on_end: called with every query that has all its tokens.
     """
@@ -89,14 +89,14 @@ class Decoder:
         # Plans since the last one that led to a forward.
         self._fruitless = 0
         self._forwards: list[Forward] = []
-        # Tokens of all running queries with keys and values.
+        # Tokens of all running queries whose keys and values are cached.
         self._cached = 0
-        # Queries of which a chunk was computed apart since the last step.
+        # Queries of which a chunk was computed separately since the last step.
         self._chunked: set[int] = set()
         self._last_step = 0.0
-        # When queries got their last token that have not been in the last decode step.
+        # When queries that were not in the last decode step got their last token.
         self._last_token: dict[int, float] = {}
-        # Seconds of copies that the next forward waits for.
+        # Duration of the copies that the next forward waits for.
         self._copying = 0.0
 
     @property
@@ -105,14 +105,14 @@ class Decoder:
         return len(self.waiting) + len(self.running)
 
     def receive(self, query: Query) -> None:
-        """A query waits from now on; one that was prefilled elsewhere has its first token."""
+        """Adds a waiting query; one that was prefilled elsewhere already has its first token."""
         if query.tokens:
             self._last_token[query.id] = query.first_token
         wait_in_order(self.waiting, query)
         self.wake()
 
     def wake(self) -> None:
-        """Plan an iteration if none is under way."""
+        """Plans an iteration, unless one is running."""
         if not self._awake:
             self._awake = True
             self._events.at(self._events.now, self._plan, late=True)
@@ -153,7 +153,7 @@ class Decoder:
         self._next_forward()
 
     def _fits(self, tokens: int) -> bool:
-        """Whether the rows may hold that many tokens more."""
+        """Whether the rows may hold that many additional tokens."""
         if self._kv_budget is None:
             return True
         return (self._cached + tokens) * self._cost.bytes_per_token <= self._kv_budget
@@ -174,7 +174,7 @@ class Decoder:
         del self.waiting[query.id]
         length, incoming = self._aligned_length(), max(query.cached, len(query.prompt))
         if self._shape == "concatenated":
-            # A new cache, with room for the longest and the newcomer in it.
+            # A new cache with room for the longest row, including the newcomer.
             self._copy(max(length, incoming) * (len(self.running) + 1))
         else:
             if self._shape == "dense" and incoming > length:
@@ -235,7 +235,7 @@ class Decoder:
             counts.slot_steps += self._num_slots
             counts.active_slot_steps += work.rows
             if self._chunked:
-                # A query of which a chunk was computed apart has not been idle either.
+                # A query of which a chunk was computed separately has not been idle either.
                 taking_part = {query.id for query in (*decode, *(query for query, _ in prefill))}
                 chunked = (self._chunked - taking_part) & self.running.keys()
                 counts.active_slot_steps += len(chunked)
@@ -260,7 +260,7 @@ class Decoder:
         self._device.start(cost, done)
 
     def _work(self, prefill: list[tuple[Query, int]], decode: list[Query], padded: bool) -> Work:
-        """What the forward computes, and counts it."""
+        """Returns what the forward computes, and counts it."""
         counts = self.counts
         prompt = sum(count for _, count in prefill)
         tokens, rows = prompt + len(decode), len(prefill) + len(decode)
@@ -269,7 +269,8 @@ class Decoder:
         valid = decode_columns + prefill_columns
         padding_tokens = 0
         if padded:
-            # A rectangle: every row computes, and attends, as if it had the longest one's tokens.
+            # A rectangle: every row computes and attends as if it had the longest row's number of
+            # tokens.
             longest = max((count for _, count in prefill), default=1)
             padding_tokens = longest * rows - tokens
             prefill = [(query, longest) for query in (*(q for q, _ in prefill), *decode)]
@@ -331,5 +332,5 @@ class Decoder:
 
 
 def pairs(prefill: list[tuple[Query, int]]) -> int:
-    """Query-key pairs of the causal attention of prompt tokens."""
+    """Query-key pairs in the causal attention of prompt tokens."""
     return sum(count * query.cached + count * (count + 1) // 2 for query, count in prefill)

@@ -1,7 +1,7 @@
-"""Time that passes by events, and devices whose jobs share them.
+"""Simulated time that advances by events, and devices that jobs share.
 
-A heap and forty lines are all that this needs of a simulation library; ties are settled by order of
-entry, so that a run repeats itself bit for bit.
+This needs only a heap and forty lines instead of a simulation library. Ties are resolved in the
+order of entry, so that a run can be repeated bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .costs import Cost
 
 
 class Events:
-    """What happens next.
+    """The queue of future events.
 
     Attributes:
         now: simulated seconds.
@@ -26,22 +26,22 @@ class Events:
         self._order = count()
 
     def at(self, time: float, action: Callable[[], object], *, late: bool = False) -> None:
-        """Call `action` at that time; `late`: after everything else that happens then."""
+        """Calls `action` at that time; `late`: after everything else that happens then."""
         heapq.heappush(self._heap, (time, late, next(self._order), action))
 
     def run(self) -> None:
-        """Until nothing is left to happen."""
+        """Runs until no event is left."""
         while self._heap:
             self.now, _, _, action = heapq.heappop(self._heap)
             action()
 
 
 class SharedDevice:
-    """A device with any number of jobs at a time, all slowed down alike.
+    """A device with any number of concurrent jobs, all slowed down equally.
 
-    Ideally, jobs that together need more than all of the arithmetic rate or of the bandwidth go
-    on at the rate at which the scarcer of the two is just used up: sharing hides one job's waiting
-    for memory behind another's arithmetic, and makes more of neither. At worst they take turns.
+    Ideally, jobs that together need more than the whole arithmetic rate or bandwidth run at the
+    rate at which the scarcer of the two is fully used: sharing hides one job's memory accesses
+    behind another's arithmetic, but creates no more of either. In the worst case they take turns.
 
     `slowdown = jobs - overlap x (jobs - max(1, sum of compute shares, sum of memory shares))`
 
@@ -50,7 +50,7 @@ class SharedDevice:
         overlap: 1 for the ideal, 0 for turns.
 
     Attributes:
-        busy_seconds: in which at least one job ran.
+        busy_seconds: time in which at least one job ran.
     """
 
     def __init__(self, events: Events, overlap: float):
@@ -64,7 +64,7 @@ class SharedDevice:
         self._version = 0
 
     def start(self, cost: Cost, done: Callable[[], object]) -> None:
-        """Run a job of that cost, then call `done`."""
+        """Runs a job of that cost, then calls `done`."""
         self._advance()
         self._jobs.append(_Job(cost, done))
         self._schedule()
@@ -88,11 +88,11 @@ class SharedDevice:
         self._since = now
 
     def _schedule(self) -> None:
-        # What was scheduled for another set of jobs finds its version outdated.
+        # An event that was scheduled for a former set of jobs has an outdated version.
         self._version += 1
         version = self._version
         first = min(self._jobs, key=lambda job: job.seconds_left)
-        # Rounding may leave a job that is due less than nothing to do.
+        # By rounding, a job that is due may have less than nothing left to do.
         wait = max(0.0, first.seconds_left) / self._rate()
         self._events.at(self._events.now + wait, lambda: self._finish(first, version))
 

@@ -17,11 +17,11 @@ _COLORS = dict(zip(SYSTEMS, (*plt.get_cmap("tab10").colors, "black"), strict=Tru
 
 
 def draw(results: dict, folder: Path) -> list[Path]:
-    """Write the pictures; the same results give the same files.
+    """Writes the pictures; the same results give the same files.
 
     Args:
-        results: of `study.run_study`.
-        folder: made if it is not there.
+        results: from `study.run_study`.
+        folder: created if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {
@@ -33,7 +33,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
     for name, picture in pictures.items():
         figure = picture(results)
         paths.append(folder / name)
-        # Without the version of matplotlib, which would be the only thing to change.
+        # Without matplotlib's version, which would be the only change between two releases.
         figure.savefig(paths[-1], dpi=80, metadata={"Software": None})
         plt.close(figure)
     return paths
@@ -44,7 +44,7 @@ def _assumptions(results: dict):
     ratios = [claim.ratio(results) for claim in made]
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     colors = ["tab:orange" if ratio >= CLAIM else "tab:blue" for ratio in ratios]
-    # From 1 on: a bar of a ratio has no other foot.
+    # Bars start at 1, because they show ratios.
     axes.barh(range(len(made)), [ratio - 1 for ratio in ratios], left=1, color=colors)
     for place, ratio in enumerate(ratios):
         axes.text(1.03 * max(ratio, 1), place, f"{ratio:.2f}", va="center", fontsize=8)

@@ -18,13 +18,13 @@ from baton_engines.policies.costs import nonnegative_least_squares
 
 from .costs import Cost
 
-# Token slots between which the seconds of the linear layers are a straight line. A matrix product
-# has its own speed for every few rows, and reads the same weights for one row as for many.
+# Numbers of tokens between which the time of the linear layers is linear. Every few rows, a matrix
+# product has another speed; it reads the same weights for one row as for many.
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Row(NamedTuple):
-    """One query of a forward: `count` tokens are computed behind `cached` ones."""
+    """One query of a forward: `count` tokens are computed after `cached` ones."""
 
     cached: int
     count: int
@@ -32,14 +32,14 @@ class Row(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A forward and the seconds that it took."""
+    """A forward and its measured seconds."""
 
     work: Work
     seconds: float
 
 
 def work_of(rows: Sequence[Row]) -> Work:
-    """What a forward of these rows computes, without any padding."""
+    """The work of a forward of these rows without padding."""
     decode = [row for row in rows if row.decodes]
     prefill = [row for row in rows if not row.decodes]
     return Work(
@@ -54,14 +54,14 @@ def work_of(rows: Sequence[Row]) -> Work:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds as a straight line in what a forward computes.
+    """Seconds as a linear function of what a forward computes.
 
     `seconds = line(tokens) + a rows + b decode_columns + c pairs`, where `line` is piecewise linear
-    between knots and goes on with its last slope. A forward is taken to use the whole machine, so
-    two at a time take as long as one after the other.
+    between knots and continues with its last slope. A forward is assumed to use the whole machine,
+    so two at a time take as long as one after the other.
 
     Attributes:
-        tokens: the knots, those of `KNOTS` that a sample reaches.
+        tokens: the knots: those of `KNOTS` that a sample reaches.
         knots: seconds at each of them.
         per_row, per_column, per_pair: seconds.
         copy_bandwidth: bytes per second of a copy.
@@ -79,7 +79,7 @@ class Measured:
     error: float = 0.0
 
     def forward(self, work: Work) -> Cost:
-        """One forward."""
+        """The cost of one forward."""
         weights = _weights(work.tokens, self.tokens)
         line = sum(weight * at for weight, at in zip(weights, self.knots, strict=True))
         rest = (
@@ -90,11 +90,11 @@ class Measured:
         return Cost(line + rest)
 
     def copy(self, num_bytes: float) -> float:
-        """Read and write."""
+        """Seconds to read and write."""
         return num_bytes / self.copy_bandwidth
 
     def slower(self, factor: float) -> Measured:
-        """The same machine when everything takes that many times as long."""
+        """The same machine when everything takes `factor` times as long."""
         return replace(
             self,
             knots=tuple(factor * seconds for seconds in self.knots),
@@ -106,7 +106,7 @@ class Measured:
 
 
 def _weights(tokens: int, knots: Sequence[int]) -> list[float]:
-    """How much each knot counts for that many tokens; they add up to 1."""
+    """The weight of each knot for that number of tokens; they add up to 1."""
     weights = [0.0] * len(knots)
     index = 0
     while index < len(knots) - 2 and tokens > knots[index + 1]:
@@ -117,7 +117,7 @@ def _weights(tokens: int, knots: Sequence[int]) -> list[float]:
 
 
 def fit(samples: Sequence[Sample], *, copy_bandwidth: float, bytes_per_token: float) -> Measured:
-    """Least squares of the relative error, no coefficient below 0."""
+    """Least squares of the relative error, with no coefficient below 0."""
     largest = max(sample.work.tokens for sample in samples)
     tokens = tuple(knot for knot in KNOTS if knot <= largest)
     features = np.array(
@@ -145,7 +145,7 @@ def fit(samples: Sequence[Sample], *, copy_bandwidth: float, bytes_per_token: fl
 
 
 def calibration_rows(max_rows: int, max_length: int) -> list[list[Row]]:
-    """Forwards whose seconds tell the coefficients apart: decoding, prefilling, and both."""
+    """Forwards whose times distinguish the coefficients: decoding, prefilling, and both."""
     forwards = []
     count = 1
     while count <= max_rows:
@@ -178,17 +178,17 @@ def calibrate(
     clock: Callable[[], float] = time.perf_counter,
     repeats: int = 3,
 ) -> tuple[Measured, list[Sample]]:
-    """Time forwards of a patched model and fit them.
+    """Times forwards of a patched model and fits them.
 
     Args:
         patched: a `PatchedLlama`.
         max_rows: the most rows that a forward will have.
         max_length: the longest query.
         clock: seconds.
-        repeats: of every forward, in rounds; the median counts.
+        repeats: measurements of every forward, in rounds; the median counts.
 
     Returns:
-        The model of costs, and the samples it was fitted to.
+        The cost model, and the samples that it was fitted to.
     """
     forwards = calibration_rows(max_rows, max_length)
     times: list[list[float]] = [[] for _ in forwards]
@@ -197,7 +197,7 @@ def calibrate(
     cache = patched.new_cache(max(map(len, forwards)), max_length + 1)
     try:
         for repeat in range(repeats + 1):
-            # In another order each time, so that no forward always follows the same one.
+            # A different order each time, so that no forward always follows the same one.
             shuffle(order)
             for index in order:
                 seconds = _time_forward(patched, cache, forwards[index], clock)
@@ -224,7 +224,8 @@ def drift(
     max_length: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """How much slower the machine is now than when it was calibrated: a few forwards, again."""
+    """How much slower the machine is than at calibration, from a few forwards that are timed
+    again."""
     probes = [
         [Row(max_length // 2, 1, True)] * max_rows,
         [Row(max_length // 2, 1, True)] * max(1, max_rows // 2),
@@ -249,7 +250,7 @@ def _time_forward(patched: Any, cache: Any, rows: Sequence[Row], clock) -> float
         begin = clock()
         batch = PackedBatch.from_shape(cache.shape, slots, [row.count for row in rows], device)
         tokens = torch.arange(batch.total_tokens, device=device) % patched.vocab_size
-        # Waits for the device: the choices are wanted here.
+        # Waits for the device, because the choices are needed here.
         patched.forward(tokens, batch, cache, logits="last").argmax(dim=-1).tolist()
         return clock() - begin
     finally:
@@ -258,7 +259,7 @@ def _time_forward(patched: Any, cache: Any, rows: Sequence[Row], clock) -> float
 
 
 def _copy_bandwidth(clock: Callable[[], float], device: torch.device) -> float:
-    # Larger than the caches of the device.
+    # Larger than the device's caches.
     source = torch.ones(
         1 << (28 if device.type == "cuda" else 24), dtype=torch.uint8, device=device
     )

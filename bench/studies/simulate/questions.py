@@ -1,4 +1,4 @@
-"""What the study asks: which systems and cases are compared, and what each ratio assumes."""
+"""The questions of the study: which systems and cases are compared, and what each ratio assumes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .cases import Case, Goodput
 
 SLOTS = (8, 16, 32, 64)
 WORKLOADS = ("orca", "conv", "code")
-# The paper's way with prompts, and the same with a bound.
+# How the paper handles prompts, and the same with a bound.
 NEVER = (("join", "never"),)
 STALL = (*NEVER, ("max_stall_tokens", 256))
 APART = {"prefill": "apart", "prefillers": 1}
@@ -17,7 +17,7 @@ RATES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 PROMPT_SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 CLAIM = 1.75
 
-# What is compared, all on the same devices; "apart" has one prefill device per decode device.
+# The compared systems, all on the same devices; "apart" has one prefill device per decode device.
 SYSTEMS: dict[str, Callable[..., Case]] = {
     "run to completion": lambda slots, **kw: Case("run_to_completion", slots, **kw),
     "multi-bin, 4 bins": lambda slots, **kw: Case("multi_bin", slots, **kw),
@@ -36,12 +36,12 @@ SERVING = tuple(SYSTEMS)[3:]
 
 @dataclass(frozen=True)
 class Claim:
-    """A ratio of output tokens per second, and what it assumes.
+    """A ratio of output tokens per second, and its assumption.
 
     Attributes:
         text: the assumption.
-        ours, theirs: what is divided by what.
-        charged: whether every device counts, prefill devices too.
+        ours, theirs: numerator and denominator.
+        charged: whether every device counts, including prefill devices.
     """
 
     text: str
@@ -50,7 +50,7 @@ class Claim:
     charged: bool = True
 
     def ratio(self, results: dict) -> float:
-        """From results that have both cases."""
+        """The ratio, from results that contain both cases."""
         ours, theirs = results[self.ours], results[self.theirs]
         if self.charged:
             return ours.tokens_per_device / theirs.tokens_per_device
@@ -58,7 +58,7 @@ class Claim:
 
 
 def claims(slots: int) -> list[Claim]:
-    """Assumptions under which BATON is compared with Orca, the plainest first."""
+    """Assumptions under which BATON is compared with Orca, the simplest first."""
     orca, serial = Case("orca", slots), Case("baton", slots, NEVER)
     overlapped = [
         Case("baton", slots, NEVER, prefill="overlapped", overlap=share)
@@ -105,7 +105,7 @@ def claims(slots: int) -> list[Claim]:
 
 
 def prompt_claims(slots: int, scale: float) -> dict[str, Claim]:
-    """How the ratios move with the share of prefill in the work."""
+    """How the ratios change with prefill's share of the work."""
     orca = Case("orca", slots, prompt_scale=scale)
     padded = Case("padded_orca", slots, prompt_scale=scale)
     serial = Case("baton", slots, NEVER, prompt_scale=scale)
@@ -128,7 +128,7 @@ MACHINES = [
     for device in ("T4", "A100-80G", "H100")
     for model in ("llama-7b", "llama-13b", "llama-70b")
 ]
-# Prefill and decode devices.
+# Numbers of prefill and decode devices.
 SPLITS = ((1, 1), (1, 2), (2, 1), (1, 3))
 
 
@@ -160,7 +160,7 @@ def goodputs() -> dict[tuple[str, float, str], Goodput]:
 
 
 def jobs() -> Iterator[Case | Goodput]:
-    """All that the study needs, the longest first."""
+    """All jobs of the study, the longest first."""
     yield from goodputs().values()
     for rate in RATES:
         yield from (SYSTEMS[name](32, workload="conv", rate=rate) for name in SERVING)

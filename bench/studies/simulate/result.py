@@ -1,4 +1,4 @@
-"""What a simulated run amounts to, in the words of the relay's own counters."""
+"""The result of a simulated run, in the terms of the relay's own counters."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ class Result:
     Attributes:
         seconds: from the first arrival to the last token.
         queries, output_tokens: served.
-        num_devices: that it took, prefill devices included.
+        num_devices: devices used, including prefill devices.
         ttft: seconds to the first token, one per query, in order of arrival.
         gaps, gap_counts: seconds between two tokens of a query, and how often.
         slot_idle, prefill_stall, joint_padding, cache_padding_read: as in the relay's counters.
         busy: share of the time in which a decode device computed.
-        steps, preemptions, copied_bytes, most_bytes: totals; the last one is the most on a device.
+        steps, preemptions, copied_bytes, most_bytes: totals; the last one is the maximum on a
+            device.
     """
 
     seconds: float
@@ -54,7 +55,7 @@ class Result:
         num_devices: int,
         busy_seconds: float,
     ) -> Result:
-        """From queries that have ended and what each decode device counted."""
+        """From ended queries and the counters of each decode device."""
         begin = min(query.submitted for query in queries)
         seconds = max(query.finished for query in queries) - begin
 
@@ -88,7 +89,7 @@ class Result:
 
     @property
     def tokens_per_device(self) -> float:
-        """Output tokens per second and device, prefill devices charged."""
+        """Output tokens per second and device, counting prefill devices."""
         return self.tokens_per_second / self.num_devices
 
     def ttft_percentile(self, percent: float) -> float:

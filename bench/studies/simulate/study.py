@@ -27,7 +27,7 @@ from .result import Result
 
 
 def run_study(*, processes: int, figures: Path | None = None) -> dict:
-    """Simulate everything and print it; draw it too where a folder is given."""
+    """Simulates and prints everything; draws it too if a folder is given."""
     begin = time.perf_counter()
     results = run_all(jobs(), processes)
     print(

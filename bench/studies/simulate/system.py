@@ -1,8 +1,8 @@
-"""Devices and requests put together: prefill in the loop, beside it on one device, or apart.
+"""Devices and requests combined: prefill in the loop, next to it on one device, or on others.
 
-A policy needs to know nothing of where prefill runs. What is prefilled elsewhere comes to it like a
-query that was parked after its first token: keys and values there, to be copied in when the policy
-gives it a row.
+A policy need not know where prefill runs. To the policy, a query that was prefilled elsewhere is
+like one that was parked after its first token: its keys and values exist and are copied in when the
+policy gives it a row.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ class System:
 
     Args:
         cost: of a decode device; a group of devices that share every layer counts as one here.
-        policy: makes a policy, one for each decode device.
+        policy: creates a policy, one for each decode device.
         num_slots: of each decode device.
         prefill: "serial": in the decode devices' own loop, as the policy plans it. "overlapped":
             at the same time on the same device (see `SharedDevice`). "apart": on devices that do
             nothing else.
-        decoders: decode devices; a query goes to the one with the fewest.
-        prefillers: prefill devices, for "apart".
+        decoders: number of decode devices; a query goes to the one with the fewest queries.
+        prefillers: number of prefill devices, for "apart".
         prefill_cost: of a prefill device; default: `cost`.
         transfer: seconds for that many bytes from a prefill device to a decode device; the link of
             a prefill device carries one query at a time.
-        max_prefill_tokens: that share a forward outside of the loop, or one whole prompt.
-        lookahead: queries per decode device that may be prefilled, or are being so, before they
-            have a row; default: num_slots.
+        max_prefill_tokens: the most tokens of prompts in one forward outside of the loop; a single
+            prompt may be longer.
+        lookahead: queries per decode device that may be prefilled, or in progress, before they have
+            a row; default: num_slots.
         shape: of the cache, one of `decoder.SHAPES`.
         kv_budget: the most bytes of keys and values in the rows of a decode device.
         overlap: share of the ideal gain that two jobs on one device have (see `SharedDevice`).
-        devices_each: that one decode or prefill device stands for, when it is a group.
+        devices_each: devices per decode or prefill device, if it is a group.
     """
 
     cost: CostModel
@@ -76,20 +77,20 @@ class System:
 
     @property
     def num_devices(self) -> int:
-        """All of them, prefill devices included."""
+        """All devices, including prefill devices."""
         return (self.decoders + self.prefillers) * self.devices_each
 
 
 def simulate(system: System, requests: Sequence[Request]) -> Result:
-    """Serve all requests to their end.
+    """Serves all requests until they end.
 
     Args:
         system: what serves them.
         requests: in order of arrival.
 
     Raises:
-        ValueError: a plan cannot be carried out or leaves queries waiting for ever, or a query
-            is too long for the budget.
+        ValueError: a plan cannot be executed or leaves queries waiting forever, or a query is too
+            long for the budget.
     """
     longest_query = max(request.prompt_tokens + request.output_tokens - 1 for request in requests)
     needed = longest_query * system.cost.bytes_per_token
@@ -152,7 +153,7 @@ def simulate(system: System, requests: Sequence[Request]) -> Result:
 
 def _query(index: int, request: Request) -> Query:
     query = Query(index, request.arrival_seconds)
-    # Policies only look at its length.
+    # Policies only use its length.
     query.prompt = range(request.prompt_tokens)
     query.max_new_tokens = request.output_tokens
     return query
@@ -171,7 +172,7 @@ class _Feed:
         lookahead = system.num_slots if system.lookahead is None else system.lookahead
         self._room = lookahead * len(decoders)
         self._awake = False
-        # An overlapped query stays on its device: `home` is the decoder that it goes to.
+        # An overlapped query stays on its device: `home` is the decoder that receives it.
         if system.prefill == "overlapped":
             self._lanes = [_Lane(*pair) for pair in zip(devices, decoders, strict=True)]
         else:

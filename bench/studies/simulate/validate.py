@@ -1,4 +1,4 @@
-"""The simulation against the relay itself, on this machine: predicted and measured."""
+"""The simulation compared with the relay on this machine: predicted and measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .system import System, simulate
 
 
 class SkippingClock:
-    """A clock that waiting does not cost: it is set forward to the next arrival.
+    """A clock on which waiting takes no time: it is set forward to the next arrival.
 
     Args:
         clock: seconds.
@@ -33,17 +33,17 @@ class SkippingClock:
         self._offset = -clock()
 
     def __call__(self) -> float:
-        """Seconds since it was made, with all that was skipped."""
+        """Seconds since its creation, including all that was skipped."""
         return self._clock() + self._offset
 
     def skip_to(self, seconds: float) -> None:
-        """Be at least that late."""
+        """Advances to that time, unless it is already later."""
         self._offset += max(0.0, seconds - self())
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the relay did; the names mean what they mean in `Result`."""
+    """What the relay did; the names have the meanings of `Result`."""
 
     tokens_per_second: float
     gaps: np.ndarray
@@ -68,12 +68,12 @@ def measure(
     num_slots: int,
     clock: SkippingClock,
 ) -> Measurement:
-    """Serve the requests with the relay.
+    """Serves the requests with the relay.
 
     Args:
-        model: a `PatchedLlama`, or what stands in for one.
+        model: a `PatchedLlama`, or a stand-in for one.
         policy: plans.
-        requests: in order of arrival; their tokens are arbitrary, their numbers exact.
+        requests: in order of arrival; their tokens are arbitrary, their lengths exact.
         num_slots: of the relay.
         clock: of the relay.
 
@@ -93,7 +93,7 @@ def measure(
                 _, request = pending.pop(0)
                 ids = torch.randint(model.vocab_size, (request.prompt_tokens,), generator=generator)
                 query = relay.submit(ids, max_new_tokens=request.output_tokens, eos=None)
-                # It has waited since it arrived, and not since the step that was under way then.
+                # It has waited since its arrival, not only since the step that was running then.
                 query.submitted = request.arrival_seconds
                 queries.append(query)
             relay.more_to_come = bool(pending)
@@ -118,8 +118,8 @@ class Case:
     """One policy on one workload, predicted and measured.
 
     Attributes:
-        drift: what the prediction's costs were multiplied by: how much slower the machine was
-            around the measurement than when it was calibrated.
+        drift: factor of the prediction's costs: how much slower the machine was around the
+            measurement than at calibration.
     """
 
     policy: str
@@ -139,7 +139,7 @@ class Case:
 
 
 def small_workloads(cost: CostModel, count: int, num_slots: int) -> dict[str, list[Request]]:
-    """Orca's lengths divided by 4: all at once, and arriving at four fifths of what is served."""
+    """Orca's lengths divided by 4: all at once, and arriving at four fifths of the rate served."""
     at_once = orca(count, divisor=4)
     served = simulate(System(cost, lambda: policies.get("baton"), num_slots), at_once)
     rate = 0.8 * served.queries / served.seconds
@@ -155,10 +155,10 @@ def validate(
     clock: Callable[[], float] = time.perf_counter,
     report: Callable[[Case], object] = lambda case: None,
 ) -> list[Case]:
-    """Predict and measure every policy on small workloads.
+    """Predicts and measures every policy on small workloads.
 
     Machines get slower and faster while others use them. So a few forwards are timed right before
-    and after each measurement, and the prediction is for the machine as it was then.
+    and after each measurement, and the prediction is for the machine in that state.
 
     Args:
         model: a `PatchedLlama`.
