@@ -1,14 +1,14 @@
-"""Builds the documentation site into build/docs, and fails on what is wrong with it.
+"""Builds the documentation site into build/docs, and fails on any error in it.
 
     python scripts/docs.py            # all of it
     python scripts/docs.py --sources  # only step 1
 
 1. The links of every Markdown file in the repository are checked: files, and anchors in them.
-2. docs/ is put together with pages that are files from elsewhere (CONTRIBUTING.md, the programs in
-   examples/): these stand where readers of the sources look for them. A link to a file that is not
-   a page becomes its text, since the site does not know where the repository is published.
+2. docs/ is assembled with pages that are files from other folders (CONTRIBUTING.md, the programs in
+   examples/), where readers of the sources look for them. A link to a file that is not a page
+   becomes plain text, because the site does not know where the repository is published.
 3. The site is built; a docstring or a reference that does not resolve is an error.
-4. In the result, every link leads somewhere, and no page loads anything from a network.
+4. In the result, every link must have a target, and no page may load anything from a network.
 """
 
 import os
@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES, SITE = ROOT / "build" / "pages", ROOT / "build" / "docs"
-# Page -> the file that it is made of.
+# Page -> the file that it is made from.
 BORROWED = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
@@ -49,7 +49,7 @@ def main() -> None:
     print(done.stdout, end="")
     if done.returncode != 0:
         sys.exit(done.returncode)
-    # What griffe cannot make sense of in a docstring is a warning that --strict does not see.
+    # A docstring that griffe cannot parse gives a warning that --strict ignores.
     stop_at([line for line in done.stdout.splitlines() if line.startswith("griffe:")])
     stop_at(faults_of_site(SITE))
     print(f"{SITE.relative_to(ROOT)}/index.html: no broken link, nothing from a network")
@@ -79,7 +79,8 @@ def anchors(file: Path) -> set[str]:
 
 
 def broken_links(file: Path) -> list[str]:
-    """Links of a Markdown file that lead to no file of the repository, or to no heading in one."""
+    """Links of a Markdown file whose target is not a file of the repository, or not a heading in
+    it."""
     faults = []
     for link in LINK.finditer(without_code(file.read_text())):
         url = urlsplit(link["target"])
@@ -117,7 +118,7 @@ def as_section(program: Path) -> str:
 
 
 def as_page(link: re.Match, page: str, source: Path) -> str:
-    """The link of a repository's file as one of the site."""
+    """Converts a link to a repository file into a link of the site."""
     url = urlsplit(link["target"])
     if url.scheme or not url.path:
         return link[0]
@@ -138,7 +139,7 @@ def as_page(link: re.Match, page: str, source: Path) -> str:
 
 
 class Page(HTMLParser):
-    """The ids of a page, the links in it, and what it loads."""
+    """The ids of a page, its links, and what it loads."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -159,8 +160,8 @@ class Page(HTMLParser):
 
 
 def faults_of_site(site: Path) -> list[str]:
-    """Links and files that are not there, and everything that a page loads from a network."""
-    # 404.html stands for every path, so its links begin at the root of a server.
+    """Links and files that do not exist, and everything that a page loads from a network."""
+    # 404.html is served for any path, so its links begin at the root of a server.
     pages = {
         path: Page(path.read_text()) for path in site.rglob("*.html") if path.name != "404.html"
     }

@@ -1,7 +1,7 @@
 """The docstrings of this repository as Markdown, for mkdocstrings.
 
-They are Google's style with three habits of the house: `::` before an indented formula, and the
-closing paragraphs "Undefined: ..." and "Source: ...".
+They use Google's style with three conventions: `::` before an indented formula, and the closing
+paragraphs "Undefined: ..." and "Source: ...".
 """
 
 import re

@@ -1,9 +1,9 @@
-"""A folder in the form of Hugging Face's kernel hub, for transformers' continuous batching.
+"""A folder in the format of Hugging Face's kernel hub, for transformers' continuous batching.
 
     python scripts/hub_kernel.py FOLDER
 
-FOLDER then holds `build.toml` (edition 5) and the variant `build/torch-cpu`: flash-attn's functions
-of `baton_kernels.flash`, from the installed package, and so for local use:
+FOLDER then contains `build.toml` (edition 5) and the variant `build/torch-cpu`: flash-attn's
+functions of `baton_kernels.flash` from the installed package, so it is for local use:
 
     LOCAL_KERNELS=baton/flash=FOLDER transformers serve MODEL --attn-implementation baton/flash \\
         --continuous-batching --device cpu
@@ -45,10 +45,10 @@ __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache
 
 
 def write_hub_kernel(folder: Path) -> None:
-    """Write the folder; what else is in it stays.
+    """Writes the folder; other files in it are kept.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
     """
     variant = folder / "build" / "torch-cpu"
     variant.mkdir(parents=True, exist_ok=True)

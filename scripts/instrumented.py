@@ -14,17 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build_package(folder: Path, options: str, *, without: Sequence[str] = ()) -> None:
-    """Build the library into `folder`, and put a copy of the package around it.
+    """Builds the library into `folder`, and puts a copy of the package around it.
 
     Args:
-        options: of the compiler and the linker, in place of -O3.
-        without: compiler flags, such as mavx512f, that count as unknown: the kernels of their
-            instruction sets are left out.
+        options: for the compiler and the linker, instead of -O3.
+        without: compiler flags, such as mavx512f, that are treated as unknown, so that the kernels
+            of their instruction sets are left out.
     """
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     torch = Path(spec.origin).parent
-    # CMake and ninja are those next to this Python, if it has them.
+    # CMake and ninja are taken from this Python's folder, if it has them.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     cmake = shutil.which("cmake", path=path) or "cmake"
     environment = {**os.environ, "PATH": path}
@@ -48,7 +48,7 @@ def build_package(folder: Path, options: str, *, without: Sequence[str] = ()) ->
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """In which `import baton_kernels` finds the copy in this folder."""
+    """The environment in which `import baton_kernels` finds the copy in this folder."""
     paths = [str(folder / "package"), str(ROOT / "python"), str(ROOT)]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

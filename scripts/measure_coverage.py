@@ -1,12 +1,12 @@
-"""Line and branch coverage of the CPU library's checks and of the ops, of tests that are named.
+"""Line and branch coverage of the CPU library's checks and of the ops, for given tests.
 
-    make coverage                                        # of DEFAULT_TESTS
+    make coverage                                        # with DEFAULT_TESTS
     python scripts/measure_coverage.py tests/ops/test_move_kv.py
-    python scripts/measure_coverage.py --print           # of the last run once more
+    python scripts/measure_coverage.py --print           # prints the last run again
 
-It builds the library with gcov's counters into build/coverage, runs pytest against it, and prints
-for csrc/common, csrc/bindings and baton_kernels/ops what was executed, with every line and branch
-that was not. Branches to an exception's landing pad are not counted: every call has one.
+It builds the library with gcov's counters into build/coverage, runs pytest with it, and prints for
+csrc/common, csrc/bindings and baton_kernels/ops what was executed, and every line and branch that
+was not. Branches to an exception's landing pad are not counted, because every call has one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from instrumented import ROOT, build_package, environment
 
 BUILD = ROOT / "build" / "coverage"
 FOLDERS = ("csrc/common", "csrc/bindings", "baton_kernels/ops")
-# Without emulated kernels, which are other code.
+# Without emulated kernels, which are different code.
 DEFAULT_TESTS = ["tests/ops", "tests/cache", "tests/cpu/test_ops_in_threads.py", "--quick"]
 
 
@@ -36,8 +36,9 @@ def main() -> None:
 
 
 def measure(tests: list[str], data: Path) -> int:
-    """Builds, runs pytest, and leaves counts in the build folder; pytest's exit status."""
-    # One instruction set: those that follow are compiled from the same sources.
+    """Builds, runs pytest, and leaves the counts in the build folder; returns pytest's exit
+    status."""
+    # A single instruction set: the higher ones are compiled from the same sources.
     build_package(BUILD, "-O0 --coverage -fprofile-update=atomic", without=["mavx2"])
     for counts in BUILD.rglob("*.gcda"):
         counts.unlink()
@@ -58,7 +59,7 @@ Row = tuple[str, int, int, int, int, list[str]]
 
 
 def cpp_rows() -> list[Row]:
-    """Per file: lines, lines executed, branches, branches taken, and what was not."""
+    """For each file: lines, executed lines, branches, taken branches, and what was missed."""
     lines: dict[tuple[str, int], int] = collections.Counter()
     branches: dict[tuple[str, int, int], int] = collections.Counter()
     for counts in BUILD.rglob("*.gcda"):
@@ -97,7 +98,7 @@ def cpp_rows() -> list[Row]:
 
 
 def python_rows(data: Path) -> list[Row]:
-    """The same of baton_kernels/ops."""
+    """The same for baton_kernels/ops."""
     rows: list[Row] = []
     for path, file in sorted(json.loads(data.read_text())["files"].items()):
         summary = file["summary"]

@@ -1,13 +1,13 @@
-"""The ops' tests with a CPU library that was compiled with ASan and UBSan, loaded into Python.
+"""The ops' tests with a CPU library compiled with ASan and UBSan and loaded into Python.
 
     make sanitize
     python scripts/sanitize.py tests/ops/test_move_kv.py -k matches
     python scripts/sanitize.py --isa avx512                   # every set up to this one
 
-Python and torch are not instrumented, but their allocations are the sanitizer's: a tensor has
-guards around it, and what the library does beyond one is reported. First, a planted error of every
-kind has to be found in the same way. The exit status is 1 where a test failed, where there was a
-report, or where a planted error was not found.
+Python and torch are not instrumented, but the sanitizer serves their allocations: a tensor has
+guards around it, and an access of the library beyond them is reported. First, a planted error of
+every kind has to be found in the same way. The exit status is 1 if a test failed, if there was a
+report, or if a planted error was not found.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from pathlib import Path
 from instrumented import ROOT, build_package, environment
 
 BUILD = ROOT / "build" / "sanitize" / "address"
-# -O1: the kernels' templates take many times longer to compile with -O3, and compute the same.
+# -O1: the kernels' templates take many times as long to compile with -O3, and compute the same.
 OPTIONS = "-O1 -fsanitize=address,undefined -fno-sanitize=vptr -g1 -fno-omit-frame-pointer"
 TESTS = ["tests/ops", "-m", "not slow"]
-# Which flags of the compiler the instruction sets need, the least first.
+# The compiler flag that each instruction set needs, lowest set first.
 ISAS = {"baseline": "", "avx2": "mavx2", "avx512": "mavx512f", "avx512_bf16": "mavx512bf16"}
-# Kind of error -> code that makes it with a tensor x of n = 40 floats, and what the report says.
+# Kind of error -> code that causes it with a tensor x of n = 40 floats, and the text of its report.
 PLANTED = {
     "beyond": ("return x[n];", "heap-buffer-overflow"),
     "freed": ("float* y = new float[4]; delete[] y; return y[n & 3];", "heap-use-after-free"),
     "overflow": ("return 2147483647 + static_cast<int>(n);", "signed integer overflow"),
     "shift": ("return 1 << n;", "shift exponent"),
 }
-# Each in a process of its own, which ends with its report; and which library the tests will have.
+# Each error occurs in a separate process, which its report ends. Checks which library is loaded,
+# too.
 CALL = """
     import ctypes, os, sys, torch, baton_kernels
     assert baton_kernels.__file__.startswith(sys.argv[2]), baton_kernels.__file__
@@ -61,7 +62,7 @@ def main() -> None:
     missed = missed_errors()
     wrong = len(missed)
     for isa in list(ISAS)[: best + 1]:
-        # What the runtime prints must not be kept by pytest, hence --capture.
+        # --capture: pytest must not swallow what the sanitizers' runtime prints.
         command = [
             sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
             "--capture=sys", "--backend", f"cpu-{isa}", *(tests or TESTS),
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def missed_errors() -> list[str]:
-    """The planted errors that were not reported as what they are."""
+    """The planted errors that were not reported correctly."""
     source, library = BUILD / "planted.cpp", BUILD / "libplanted.so"
     source.write_text("".join(
         f'extern "C" float {name}(float* x, long n) {{ (void)x; {code} }}\n'
@@ -99,7 +100,7 @@ def under(command: list[str]) -> tuple[int, str]:
     logs.mkdir(exist_ok=True)
     for log in logs.iterdir():
         log.unlink()
-    # The C++ library too, else the runtime does not see who throws.
+    # The C++ library too; otherwise the runtime does not intercept exceptions.
     preloaded = [file_of(f"lib{name}.so") for name in ("asan", "ubsan", "stdc++")]
     options = f"log_path={logs}/log:print_stacktrace=1"
     done = subprocess.run(
@@ -107,13 +108,13 @@ def under(command: list[str]) -> tuple[int, str]:
         env={
             **environment(BUILD),
             "LD_PRELOAD": " ".join(preloaded),
-            # Python keeps memory until it ends, and that is none of our leaks; the tests ask for
-            # more memory than there is.
+            # Python keeps memory until it ends, which is not our leak; the tests allocate more
+            # memory than there is.
             "ASAN_OPTIONS": f"{options}:detect_leaks=0:allocator_may_return_null=1",
             "UBSAN_OPTIONS": options,
         },
     )  # fmt: skip
-    # With ASan in the same process UBSan ignores log_path and prints to standard error.
+    # With ASan in the same process, UBSan ignores log_path and prints to standard error.
     undefined = [line + "\n" for line in done.stderr.splitlines() if "runtime error:" in line]
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
@@ -121,7 +122,7 @@ def under(command: list[str]) -> tuple[int, str]:
 
 
 def file_of(library: str) -> str:
-    """Where the compiler has this library."""
+    """The compiler's path of this library."""
     done = subprocess.run(
         [compiler(), f"-print-file-name={library}"], capture_output=True, text=True, check=True
     )

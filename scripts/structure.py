@@ -2,8 +2,8 @@
 
     python scripts/structure.py [--root FOLDER] [--edges]
 
-Reads the source only: every import statement counts, those inside functions and under
-TYPE_CHECKING included, so that a cycle cannot hide. `tests/` holds what this prints at no cycle.
+Reads only the sources. Every import statement counts, including those inside functions and under
+TYPE_CHECKING, so that a cycle cannot hide. The tests require that this prints no cycle.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Graph = dict[str, set[str]]
 
 
 def find_packages(root: Path) -> dict[str, Path]:
-    """The packages of a checkout: name to folder."""
+    """The packages of a checkout, by name."""
     folders = sorted([*root.glob("*/__init__.py"), *root.glob("python/*/__init__.py")])
     return {init.parent.name: init.parent for init in folders}
 
 
 def find_modules(packages: Mapping[str, Path]) -> dict[str, Path]:
-    """The modules of packages: dotted name to file; a package's name stands for its `__init__`."""
+    """The modules of packages, by dotted name; a package's name is its `__init__`."""
     modules = {}
     for name, folder in packages.items():
         for path in sorted(folder.rglob("*.py")):
@@ -35,7 +35,7 @@ def find_modules(packages: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def imported_names(path: Path, module: str) -> Iterator[tuple[str, str | None]]:
-    """What a file imports: (module, name), name None for `import module`."""
+    """The imports of a file: (module, name); name is None for `import module`."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -62,8 +62,8 @@ def bound_names(path: Path) -> set[str]:
 def import_graph(modules: Mapping[str, Path]) -> Graph:
     """Which of the modules each one imports.
 
-    The packages that a dotted name leads through are imported too, but only for their names; they
-    do not count, or every module would depend on the facade above it.
+    Packages on the path of a dotted name are imported too, but only for their names; they do not
+    count, because otherwise every module would depend on the facade above it.
     """
     graph: Graph = {}
     for module, path in modules.items():
@@ -94,7 +94,7 @@ def contract(graph: Graph) -> Graph:
 
 
 def find_cycles(graph: Graph) -> list[list[str]]:
-    """Sets of modules that import each other, directly or through others (Tarjan's algorithm)."""
+    """Sets of modules that import each other, directly or indirectly (Tarjan's algorithm)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []

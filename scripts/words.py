@@ -1,12 +1,12 @@
-"""Counts words that read badly here, per folder, and the words of the README and of each page.
+"""Counts words that are hard to read, per folder, and the words of the README and of each page.
 
     python scripts/words.py             # the tables
     python scripts/words.py --list ask  # every place where a pattern's name has "ask" in it
     python scripts/words.py --in FOLDER # of another checkout, to compare with
 
 It reads Markdown outside of code, and comments, docstrings and messages of Python and C++. Each
-pattern has a plainer word that mostly fits. Some places are right as they are, so the counts have
-no limit. The README's length has one: tests/examples/test_pages.py.
+pattern has a plainer word that usually fits. Some places are right as they are, so there is no
+limit for the counts. The README's length has one: tests/examples/test_pages.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Name -> what is looked for, and the word that is mostly meant.
+# Name -> the pattern, and what to write instead in most places.
 PATTERNS = {
     "alone": (r"\balone\b", "only; by itself"),
     "as many": (r"\b(?:as|so) many\b(?! as)", "the same number; that many"),
@@ -45,7 +45,7 @@ def main() -> None:
     found: dict[str, Counter[str]] = {}
     for name in listed(arguments.root):
         prose = prose_of(arguments.root / name)
-        # Folders of the root, and Markdown by itself: a page is read by more people.
+        # Folders of the root, and Markdown separately, because more people read a page.
         folder = name.split("/")[0] if "/" in name else "(root)"
         kind = f"{folder}, pages" if name.endswith(".md") else folder
         for pattern, (expression, _) in PATTERNS.items():
@@ -70,7 +70,7 @@ def listed(root: Path) -> list[str]:
 
 
 def prose_of(path: Path) -> str:
-    """What is written for people, in its lines; everything else is blank."""
+    """The text of a file that is written for people, in its lines; the other lines are blank."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return blank_code(text)
@@ -83,7 +83,7 @@ def prose_of(path: Path) -> str:
 
 
 def blank_code(markdown: str) -> str:
-    """Without code blocks, but with the same number of lines."""
+    """Markdown without code blocks, but with the same number of lines."""
     return re.sub(
         r"^( *)(```|~~~).*?^\1\2",
         lambda block: "\n" * block[0].count("\n"),
@@ -93,7 +93,7 @@ def blank_code(markdown: str) -> str:
 
 
 def python_pieces(text: str) -> Iterator[tuple[int, str]]:
-    """Comments and strings that have a space in them, each with its line from 0."""
+    """Comments and strings that contain a space, each with its line, counted from 0."""
     kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1)}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in kinds and " " in token.string.strip():
@@ -101,7 +101,7 @@ def python_pieces(text: str) -> Iterator[tuple[int, str]]:
 
 
 def cpp_pieces(text: str) -> Iterator[tuple[int, str]]:
-    """Comments and strings that have a space in them, each with its line from 0."""
+    """Comments and strings that contain a space, each with its line, counted from 0."""
     for piece in re.finditer(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', text, re.DOTALL):
         if " " in piece[0].strip():
             yield text.count("\n", 0, piece.start()), piece[0]
@@ -128,7 +128,7 @@ def print_pages(root: Path) -> None:
 
 
 def count_words(text: str) -> int:
-    """A bar of a table or a dash does not count."""
+    """The number of words; a table's bar or a dash does not count."""
     return sum(any(map(str.isalnum, word)) for word in text.split())
 
 

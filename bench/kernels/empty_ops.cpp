@@ -1,6 +1,6 @@
-// Ops that do nothing behind the schemas of baton_kernels, through the same stable ABI: what is
-// left of a call when checks and kernels cost nothing. They take their tensors, allocate their
-// results with no elements, and return.
+// Ops with the schemas of baton_kernels that do nothing, through the same stable ABI: what remains
+// of a call without checks and kernels. They take their tensors, allocate empty results, and
+// return.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -18,7 +18,7 @@ AtenTensorHandle new_result() {
   return result;
 }
 
-// The first kTensors arguments are tensors, the options behind them are at their defaults.
+// The first kTensors arguments are tensors; the options after them have their defaults.
 template <int kTensors, int kResults>
 void empty_op(StableIValue* stack, uint64_t, uint64_t) {
   AtenTensorHandle arguments[kTensors];

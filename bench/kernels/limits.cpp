@@ -1,7 +1,7 @@
-// What this machine's memory gives at most: the ceilings that kernels are measured against.
+// The limits of this machine's memory: the ceilings that kernels are compared with.
 //
-// C interface for ctypes, compiled on first use. Threads are OpenMP's, which is torch's own pool
-// when torch is loaded first: waking them costs what it costs an op.
+// C interface for ctypes, compiled on first use. Threads are OpenMP's. If torch is loaded first,
+// they are torch's pool, so that waking them takes as long as for an op.
 #include <cstdint>
 #include <cstring>
 
@@ -11,12 +11,12 @@
 
 namespace {
 
-// Small enough that no thread is left waiting long for another one's last chunk.
+// Small enough that no thread waits long for another one's last chunk.
 constexpr int64_t kChunk = 256 * 1024;
 constexpr int64_t kLine = 64;
 using Line = uint64_t __attribute__((vector_size(kLine)));
 
-// Reads one chunk as kStreams runs side by side: some machines fetch several runs faster than one.
+// Reads one chunk as kStreams runs in parallel: some machines fetch several runs faster than one.
 template <int kStreams>
 Line read_chunk(const char* begin, int64_t bytes, int64_t prefetch) {
   Line sum[kStreams] = {};
@@ -24,7 +24,7 @@ Line read_chunk(const char* begin, int64_t bytes, int64_t prefetch) {
   for (int64_t i = 0; i < run; i += kLine) {
     for (int s = 0; s < kStreams; ++s) {
       const char* line = begin + s * run + i;
-      // Into the second-level cache: faster here than into the first one.
+      // Into the second-level cache, which is faster here than the first-level one.
       if (prefetch > 0) __builtin_prefetch(line + prefetch, 0, 2);
       sum[s] ^= *reinterpret_cast<const Line*>(line);
     }
@@ -52,7 +52,7 @@ void stream_chunk(char* target, const char* source, int64_t bytes) {
 extern "C" {
 
 // Reads `bytes` (a multiple of 64) from `source` (aligned to 64) once; returns their xor, so that
-// no load can be left out.
+// the compiler cannot remove a load.
 uint64_t limits_read(const char* source, int64_t bytes, int threads, int streams,
                      int64_t prefetch) {
   uint64_t result = 0;

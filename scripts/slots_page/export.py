@@ -1,9 +1,9 @@
-"""Writes docs/slots.html, a page on which a reader adds and cancels queries and sees slots change.
+"""Writes docs/slots.html, a page where a reader adds and cancels queries and sees slots change.
 
     python scripts/slots_page/export.py
 
-The page computes no shape: every state that its buttons can reach, and every move, is recorded here
-from `BatchShape`, by trying each event in each state. page.html shows what is recorded.
+The page computes no shapes: every state that its buttons can reach, and every move, is recorded
+here from `BatchShape`, by trying each event in each state. page.html shows the records.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EVENTS = [
 
 
 def apply(shape: BatchShape, event: str) -> Moves:
-    """One event on a shape; ValueError when it is refused."""
+    """Applies one event to a shape; ValueError if it is refused."""
     if event.startswith("add"):
         return shape.allocate(int(event.removeprefix("add")))[1]
     if event.startswith("cancel"):
@@ -40,7 +40,7 @@ def apply(shape: BatchShape, event: str) -> Moves:
 
 
 def rows(shape: BatchShape) -> list[list[int] | None]:
-    """Start and length of each slot, None where it is free."""
+    """Start and length of each slot; None for a free one."""
     return [
         [shape.start(slot), shape.length(slot)] if slot in shape.used else None
         for slot in range(SLOTS)
@@ -48,16 +48,16 @@ def rows(shape: BatchShape) -> list[list[int] | None]:
 
 
 def record(aligned: bool) -> dict:
-    """All states that the events reach, from an empty batch, and what each event does there.
+    """All states that events reach from an empty batch, and the effect of each event there.
 
     Returns:
-        "states": of each the width and its rows; "events": of each state, for every event, the next
+        "states": for each, the width and its rows; "events": for each state and event, the next
         state, the slots that move and by how many columns, or the text of the error.
     """
     empty = BatchShape(SLOTS, CAPACITY, aligned=aligned)
     shapes, numbers = [empty], {repr(empty): 0}
     events = []
-    for shape in shapes:  # grows meanwhile
+    for shape in shapes:  # grows in the loop
         events.append([])
         for event in EVENTS:
             after = shape.copy()
@@ -74,7 +74,8 @@ def record(aligned: bool) -> dict:
 
 
 def columns_moved(moves: Moves) -> int:
-    """By how many columns all rows of the moves go to the right; each stays in its slot."""
+    """The number of columns by which all rows of the moves go to the right; each stays in its
+    slot."""
     assert moves.source_slots == moves.target_slots
     shifts = {
         target - source
@@ -100,7 +101,7 @@ def packed(data: dict) -> str:
 
 
 def unpacked(page: str) -> dict:
-    """What `packed` put into a page."""
+    """The data that `packed` put into a page."""
     _, begin, rest = page.partition(f'{MARK} "')
     assert begin
     return json.loads(zlib.decompress(base64.b64decode(rest[: rest.index('"')])))

@@ -93,7 +93,7 @@ def test_orca_by_hand():
     assert result.seconds == pytest.approx(1.5 + 1.2 + 1.5 + 1.1 + 1.1)
     assert result.ttft == pytest.approx([1.5, 1.5, 4.2])
     assert result.prefill_stall == 0
-    # The same, but a's one token takes as many token slots as c's prompt.
+    # The same, but a's single token takes the same number of token slots as c's prompt.
     padded = run("padded_orca", requests, cost=Linear(1.0, 0.1))
     assert padded.seconds == pytest.approx(1.6 + 1.2 + 1.8 + 1.1 + 1.1)
     assert padded.joint_padding == pytest.approx((1 + 3) / (6 + 8))

@@ -1,7 +1,7 @@
-// Preloaded: lets the k-th allocation fail that one thread makes for one library.
+// Preloaded: makes the k-th allocation fail that one thread makes for one library.
 //
-// Counted are the library's own calls of operator new, told by their return address, and every
-// posix_memalign of the thread: torch takes the memory of new tensors there.
+// The library's own calls of operator new count, identified by their return address, and every
+// posix_memalign of the thread, because torch allocates new tensors with it.
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdint.h>
@@ -12,11 +12,11 @@
 
 namespace {
 
-thread_local int64_t to_go = -1;  // allocations until the one that fails; below 0: not armed
+thread_local int64_t to_go = -1;  // allocations until the one that fails; below 0: none fails
 thread_local int64_t seen = 0;
 thread_local bool is_armed = false;
 uintptr_t library_begin = 0, library_end = 0;
-std::atomic<int64_t> held{0};  // allocations of the library that it has not given back
+std::atomic<int64_t> held{0};  // allocations that the library has not freed
 
 bool fails() {
   ++seen;
@@ -75,14 +75,14 @@ void failing_memory_of(uintptr_t begin, uintptr_t end) {
   library_end = end;
 }
 
-// Allocation number `failing` of this thread fails, from 0; none below 0.
+// Makes allocation number `failing` of this thread fail, counted from 0; none if it is negative.
 void failing_memory_arm(int64_t failing) {
   to_go = failing;
   seen = 0;
   is_armed = true;
 }
 
-// Returns how many there were.
+// Returns the number of allocations.
 int64_t failing_memory_disarm() {
   is_armed = false;
   return seen;

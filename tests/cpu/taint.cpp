@@ -1,16 +1,18 @@
-// Runs the CPU kernels under valgrind's memcheck, with everything undefined that a result may not
-// depend on, and asks of which results memcheck knows every bit.
+// Runs the CPU kernels under valgrind's memcheck, with all inputs undefined that a result must not
+// depend on, and checks which results memcheck considers fully defined.
 //
 //   valgrind taint ISA [planted]
 //
-// A float that was computed from an undefined one is undefined, also where it was multiplied by 0.
-// What a branch on an undefined value chose is not, so such branches count as wrong.
-//   padding: in the caches only keys and values of the rows are defined. No branch may depend on
-//     others: then results are computed from defined values alone, with any values of those others.
-//   hidden: for each query token in turn, only the keys and values that it sees are defined, and no
-//     query vector but its own. A kernel may multiply finite hidden values by 0, which changes
-//     nothing, and does the block once more where that gave NaN: the undefined values are NaN, so
-//     this is the way that is taken. Branches are not judged: most are the other tokens'.
+// A float that was computed from an undefined one is undefined, even if it was multiplied by 0.
+// Memcheck does not track what a branch on an undefined value chose, so such branches count as
+// wrong.
+//   padding: in the caches, only keys and values of the rows are defined. No branch may depend on
+//     other values: then results are computed only from defined values, for all values of the
+//     others.
+//   hidden: for each query token in turn, only the keys and values that it sees and its own query
+//     vector are defined. A kernel may multiply finite hidden values by 0, which changes nothing,
+//     and computes the block again if that gave NaN: the undefined values are NaN, so it does so
+//     here. Branches are not counted, because most belong to the other tokens.
 #include <valgrind/memcheck.h>
 
 #include <cmath>
@@ -55,7 +57,7 @@ void fill(void* memory, int64_t count, Dtype dtype) {
   }
 }
 
-// Memory that nothing is known of.
+// Memory with undefined content.
 class Buffer {
  public:
   Buffer(int64_t count, Dtype dtype) : dtype_(dtype), count_(count) {
@@ -66,7 +68,7 @@ class Buffer {
   ~Buffer() { std::free(bytes_); }
 
   void* at(int64_t element) { return bytes_ + element * size_of(dtype_); }
-  // All of it undefined, and NaN in each of the types.
+  // Makes all of it undefined, and NaN in each of the types.
   void forget() {
     std::memset(bytes_, 0xff, count_ * size_of(dtype_));
     VALGRIND_MAKE_MEM_UNDEFINED(bytes_, count_ * size_of(dtype_));
@@ -75,7 +77,7 @@ class Buffer {
 
   void expect_defined(int64_t element, int64_t count, const char* what) {
     ++counts->results;
-    // 0, or the address of the first byte that is not.
+    // The check returns 0, or the address of the first undefined byte.
     if (!VALGRIND_CHECK_MEM_IS_DEFINED(at(element), count * size_of(dtype_))) return;
     if (++counts->tainted <= 2000) std::fprintf(stderr, "tainted: %s\n", what);
   }
@@ -86,8 +88,8 @@ class Buffer {
   char* bytes_;
 };
 
-// Calls, and counts the branches that the call took on undefined values. Those of hidden values are
-// the other tokens' and would be reported by the hundred thousand.
+// Calls a kernel and counts its branches on undefined values. Branches on hidden values belong to
+// the other tokens, and would be reported by the hundred thousand.
 template <typename Call>
 void counted(Call&& call) {
   ++counts->calls;
@@ -110,7 +112,7 @@ struct Case {
   float softcap = 0;
   bool causal = true, has_alibi = false, has_sinks = false;
   int64_t page = 0;              // columns; 0: no pages
-  bool rows_share_slot = false;  // all rows are row 0's slot
+  bool rows_share_slot = false;  // all rows are in the slot of row 0
 };
 
 class Attention {
@@ -156,7 +158,7 @@ class Attention {
       slots_.push_back(c.rows_share_slot ? 0 : row);
       starts_.push_back(r.start);
       lengths_.push_back(r.length);
-      // Pages in descending order; entries before and behind the row's name nothing.
+      // Pages in descending order; entries before and after the row's are invalid.
       for (int64_t page = 0; c.page && page < pages_per_row(); ++page) {
         const bool is_used =
             r.length > 0 && page >= r.start / c.page && page <= (r.start + r.length - 1) / c.page;
@@ -191,7 +193,7 @@ class Attention {
     counts = &hidden;
     for (int32_t row = 0; row < p_.num_rows; ++row) {
       const int32_t length = c_.rows[row].query_length;
-      // Of many tokens the first, some, and the last.
+      // Of many tokens, only the first, some, and the last.
       const int32_t step = length > 20 ? 13 : 1;
       for (int32_t token = 0; token < length; token += step) check(row, token);
       if (length > 0) check(row, length - 1);
@@ -216,7 +218,7 @@ class Attention {
     return columns * c_.kv_heads * c_.head_dim;
   }
 
-  // Where a head's vector of a row's column is.
+  // The place of a head's vector in a row's column.
   int64_t place(int32_t row, int64_t column, int64_t head) const {
     const CacheStrides& s = p_.key_cache_strides;
     if (!c_.page) {
@@ -242,7 +244,7 @@ class Attention {
     }
   }
 
-  // `first`: the token whose result a planted defect spoils.
+  // `first`: the token whose result a planted defect changes.
   void run(int32_t row, int64_t first) {
     const AttentionWork work{plan_.items.data(), static_cast<int64_t>(plan_.items.size()),
                              plan_.partial_offsets.data(), partials_.data(), plan_.sharers.data()};
@@ -280,7 +282,7 @@ class Attention {
     return "row " + std::to_string(row) + ", token " + std::to_string(token);
   }
 
-  // What a kernel does that masks by multiplying with zero.
+  // Imitates a kernel that masks by multiplying with zero.
   void multiply_padding(int32_t row, int64_t first) {
     const Row& r = c_.rows[row];
     const float* padding = static_cast<const float*>(value_.at(place(row, r.start + r.length, 0)));
@@ -326,7 +328,7 @@ const std::vector<Case>& cases() {
   return all;
 }
 
-// Of a row in a slot: what leaves the cache is what was in its columns, for every byte.
+// For a row in a slot: every byte that leaves the cache is what was in the row's columns.
 void check_copies(Dtype dtype) {
   const int64_t heads = 2, capacity = 40, dim = 24, slots = 3, column = dim,
                 slot = heads * capacity * dim;
@@ -357,7 +359,7 @@ void check_copies(Dtype dtype) {
   key.expect_defined(0, 20 * token, "extract_kv: key");
   value.expect_defined(0, 20 * token, "extract_kv: value");
 
-  // Two tokens, rotated by angles of their own, of which one is known.
+  // Two tokens, rotated by different angles; only one of them is defined.
   Buffer query(2 * token, dtype), rotated(2 * token, dtype), angles(2 * dim, Dtype::kFloat32);
   const int32_t both[] = {0, 1}, columns[] = {11, 30};
   keys.forget();
@@ -398,7 +400,7 @@ void check_copies(Dtype dtype) {
   }
 }
 
-// Weights of all columns are known where the scores of those are that a query sees.
+// The weights of all columns are defined if the scores that a query sees are.
 void check_softmax(Dtype dtype) {
   const int64_t queries = 5, columns = 77;
   Buffer scores(queries * columns, dtype), weights(queries * columns, dtype);

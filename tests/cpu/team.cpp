@@ -1,6 +1,6 @@
-// Calls of run_on_team for a sanitizer to watch, and checks of what it promises: the work of every
-// region is done once, by callers at the same time, with any number of helpers, in a forked
-// process, in the caller's float mode. Prints nothing and ends with 0, or says what is wrong.
+// Calls of run_on_team for a sanitizer to watch, and checks of its guarantees: each item of every
+// region is done once, with concurrent callers, with any number of helpers, in a forked process,
+// and in the caller's float mode. Prints nothing and returns 0, or prints what is wrong.
 #include "cpu/host/team.h"
 
 #include <sys/resource.h>
@@ -29,7 +29,7 @@ void check(bool holds, const char* what) {
   std::exit(1);
 }
 
-// A region of counted items; plain integers, so that a sanitizer sees two threads at one.
+// A region of counted items; plain integers, so that a sanitizer reports two threads at one item.
 struct Region {
   std::vector<int> done;
   std::atomic<size_t> next{0};
@@ -58,7 +58,7 @@ void many_regions(int rounds, int seed) {
     const int helpers[] = {1, 3, 0, 7, 2};
     region.run(helpers[(round + seed) % 5], round % 3 != 0);
     for (const int count : region.done) check(count == round, "an item was not done once");
-    // Helpers fall asleep between some regions, and are just about to between others.
+    // Helpers fall asleep between some regions, and are about to between others.
     if (round % 7 == 0) std::this_thread::sleep_for(std::chrono::microseconds(10 * (round % 11)));
   }
 }
@@ -70,7 +70,7 @@ void several_callers() {
   for (std::thread& caller : callers) caller.join();
 }
 
-// Items so long that the caller goes to sleep before the last helper has left.
+// Items that take so long that the caller sleeps before the last helper has left.
 void slow_items() {
   Region region(4);
   region.item = std::chrono::milliseconds(2);
@@ -89,7 +89,7 @@ int num_threads() {
   return 0;
 }
 
-// Threads that come and go use the same helpers.
+// Short-lived threads use the same helpers.
 void short_lived_callers() {
   std::thread([] { many_regions(5, 3); }).join();
   const int before = num_threads();

@@ -2,7 +2,7 @@
 
 transformers 5.23 and 5.24 require kernels >= 0.18.2, but the newest on PyPI in November 2026 is
 0.17.2, whose interface is the same as far as they use it. So the program below, in a separate
-process, tells them the version that they ask for.
+process, tells them the version that they require.
 """
 
 import importlib.util

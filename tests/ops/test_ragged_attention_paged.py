@@ -155,7 +155,7 @@ def test_rows_without_columns(ops, pages):
 
 
 def test_arguments_left_out(ops):
-    """One token per row, rows from column 0; slots are ignored whatever they contain."""
+    """One token per row, rows from column 0; slots are ignored, including wrong ones."""
     dense = random_attention_problem([1, 1], [40, 77], starts=[0, 0])
     pages = paged_problem(dense, 16)
     expected = ops.ragged_attention(*dense.args)

@@ -122,7 +122,7 @@ def test_tokens_that_join():
     under_way = make_query(9, 5, cached=2)
     plan = policy.plan(view([first], [*decoders, under_way], num_slots=8))
     assert plan.forwards[0].prefill == ((under_way, 3), (first, min(30, frugal - 2 - 3)))
-    # A parked query that comes back decodes at once, whatever comes before it.
+    # A parked query that comes back decodes at once, regardless of the queries before it.
     back = make_decoder(3)
     plan = policy.plan(view([second, back], decoders, num_slots=8))
     assert plan == Plan((), (second, back), (Forward(((second, frugal - 3),), decode=True),))

@@ -5,7 +5,7 @@
 namespace baton::bindings {
 
 CudaCall::CudaCall(const Checker& check, const Tensor& tensor) : op_(check.op()) {
-  // Asked once: without a driver or a GPU torch's own error is long and names no op.
+  // Checked once: without a driver or a GPU, torch's own error is long and does not name the op.
   static const cudaError_t found = [] {
     int count = 0;
     return cudaGetDeviceCount(&count);
@@ -13,7 +13,7 @@ CudaCall::CudaCall(const Checker& check, const Tensor& tensor) : op_(check.op())
   finish(found);
   const int32_t device = tensor.get_device_index();
   guard_.emplace(device);
-  // The guard speaks to torch's CUDA runtime; this library has its own, with its own current
+  // The guard uses torch's CUDA runtime; this library has a separate one, with its own current
   // device.
   finish(cudaSetDevice(device));
   void* stream = nullptr;
@@ -23,7 +23,7 @@ CudaCall::CudaCall(const Checker& check, const Tensor& tensor) : op_(check.op())
 
 void CudaCall::finish(cudaError_t error) const {
   if (error == cudaSuccess) return;
-  // Launch errors are not sticky, but stay behind for the next call that asks.
+  // Launch errors are not sticky, but the next call that checks would see them.
   cudaGetLastError();
   throw std::runtime_error(format(op_, ": CUDA error ", static_cast<int>(error), " (",
                                   cudaGetErrorName(error), "): ", cudaGetErrorString(error)));

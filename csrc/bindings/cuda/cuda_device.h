@@ -10,7 +10,7 @@
 
 namespace baton::bindings {
 
-// A call of an op: while it lives, the device of its tensors is the current one.
+// A call of an op: as long as it exists, the device of its tensors is the current one.
 class CudaCall {
  public:
   CudaCall(const Checker& check, const Tensor& tensor);
@@ -19,7 +19,7 @@ class CudaCall {
 
  protected:
   cudaStream_t stream() const { return stream_; }
-  // Raises RuntimeError unless the launch went well.
+  // Raises RuntimeError if the launch failed.
   void finish(cudaError_t error) const;
 
  private:
@@ -28,13 +28,13 @@ class CudaCall {
   cudaStream_t stream_ = nullptr;
 };
 
-// A CUDA device, as the bindings of an op see it.
+// A CUDA device, as the bindings of an op use it.
 template <auto kKernel>
 struct CudaDevice : CudaCall {
   using CudaCall::CudaCall;
   static constexpr DeviceType kType = DeviceType::CUDA;
 
-  // Index values lie on the device; the kernels skip what is out of range.
+  // Index values are on the device; the kernels skip those that are out of range.
   template <typename Params>
   static void check_values(const Checker&, const Params&) {}
 

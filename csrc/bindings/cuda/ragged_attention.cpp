@@ -12,8 +12,8 @@ struct Cuda : CudaDevice<cuda::ragged_attention> {
   using CudaDevice::CudaDevice;
 
   void run(RaggedAttentionParams& p, const Tensor& query) const {
-    // Of torch's allocator, which serves a CUDA graph's capture too and gives the memory to nobody
-    // on another stream before these kernels are done with it.
+    // From torch's allocator, which also works while a CUDA graph is captured, and does not reuse
+    // the memory on another stream before these kernels have finished.
     Tensor workspace = allocate(query, {cuda::ragged_attention_workspace(p)}, kCodes.float32);
     p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
     CudaDevice::run(p, query);

@@ -14,7 +14,7 @@ struct DirectProducts {
   static void weigh(int count, const BlockRows& values, Softmax& softmax,
                     AttentionScratch& scratch) {
     const auto whole = [&]<int kDim>() {
-      // With as many query vectors as have registers for their sums, one pass streams the block.
+      // If registers hold the sums of all query vectors, the block is read once.
       constexpr int kHeld = 256 / kDim;
       if (count > kHeld) return weigh_groups<kDim>(count, values, softmax, scratch);
       const auto stream = [&]<int kQueries>() {

@@ -6,9 +6,9 @@
 // rows, so values are interleaved into pairs of rows; probabilities are loaded from the scores.
 // Rows behind the last key are not read: they are padding or belong to another row.
 //
-// Up to 16 query vectors use tiles of that size. With more, the last tile is whole: rows of scratch
-// behind the last vector are multiplied too, whatever they contain. No row of a product depends on
-// another, and those results are not used.
+// Up to 16 query vectors use tiles of that size. With more, the last tile is whole: the content of
+// scratch after the last vector is multiplied too. Rows of a product are independent, and those
+// results are not used.
 #pragma once
 
 #include "cpu/ragged_attention/tile_bf16.h"

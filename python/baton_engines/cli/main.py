@@ -82,7 +82,7 @@ def _open_relay(
             generation_config=generation_config,
             **batching.relay_options(),
         )
-    # The model is no supported Llama; a process cannot start; a package for the mode is missing.
+    # The model is not a supported Llama, a process cannot start, or a package is missing.
     except (ImportError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
 

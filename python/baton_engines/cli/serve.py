@@ -59,6 +59,6 @@ def serve(listening: Listening, batching: options.Batching) -> None:
             policy=policy,
             **batching.relay_options(),
         )
-    # The model is no supported Llama; a process cannot start; a package for the mode is missing.
+    # The model is not a supported Llama, a process cannot start, or a package is missing.
     except (ImportError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error

@@ -31,12 +31,12 @@ def accelerate(model: PreTrainedModel) -> Accelerated:
 
     `with accelerate(model): model.generate(...)` undoes at the end of the block. Each plain
     `nn.Linear` in a supported dtype computes by `baton_kernels.linear`, whose rows do not depend on
-    each other; adapters, quantized layers and experts with parameters of their own stay as they
-    are. In Granite, Llama, Mistral, Qwen2, Qwen3 and SmolLM3 RMSNorm and the gated feed-forward
-    part are one and three ops. Results differ from the model's own by rounding.
+    each other; adapters, quantized layers and experts with separate parameters are not changed. In
+    Granite, Llama, Mistral, Qwen2, Qwen3 and SmolLM3, RMSNorm is one op and the gated feed-forward
+    part three. Results differ from the model's own by rounding.
 
-    The packed weights replace the parameters, which hold no memory meanwhile. Whoever reads a
-    parameter (`state_dict`, `save_pretrained`, a copy, a pickle) gets its exact values; writing is
+    The packed weights replace the parameters, which hold no memory meanwhile. Reading a
+    parameter (`state_dict`, `save_pretrained`, a copy, a pickle) gives its exact values; writing is
     refused. A tied embedding looks its rows up in the packed weight.
 
     Args:

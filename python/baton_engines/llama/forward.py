@@ -61,8 +61,8 @@ def patch_llama(
 
     On the CPU the projections read packed weights (`baton_kernels.pack_linear`), which the patch
     owns: the model's own parameters of these weights hold no memory until `undo` restores them, bit
-    by bit. Until then an unpatched call is refused, and whoever reads a parameter (`state_dict`,
-    `save_pretrained`, a copy, a pickle) gets its exact values, unpacked for that one read. A tied
+    by bit. Until then an unpatched call is refused, and reading a parameter (`state_dict`,
+    `save_pretrained`, a copy, a pickle) gives its exact values, unpacked for that one read. A tied
     embedding looks its rows up in the packed weight.
 
     Args:

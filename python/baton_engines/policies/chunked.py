@@ -1,7 +1,7 @@
 """Chunked prefill: decoders and chunks of prompts share a forward of a bounded number of tokens.
 
 The decoders come first, then prompts that have been started, then newcomers, until the token budget
-is used up: a forward takes about the same time whatever arrives.
+is used up: a forward takes about the same time regardless of arrivals.
 Source: Sarathi-Serve (OSDI'24), stall-free batching; vLLM's scheduler.
 """
 

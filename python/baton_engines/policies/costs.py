@@ -111,7 +111,7 @@ class FittedCosts:
 
     @property
     def settled(self) -> bool:
-        """Whether so many forwards have been seen that the next ones change little."""
+        """Whether enough forwards have been seen that further ones change little."""
         return self._count >= SETTLED
 
     def seconds(self, work: Work) -> float:

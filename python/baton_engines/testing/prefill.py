@@ -36,7 +36,7 @@ class ManualPrefiller(Prefiller):
         self._model = model
 
     def submit(self, job: Job) -> None:
-        """Remember the job; as many jobs as there are workers count as started."""
+        """Remembers the job. The first jobs, one per worker, count as started."""
         self.jobs.append(job)
         self._start()
 
