@@ -27,7 +27,7 @@ MODELS = {
     "Llama 8B": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)),
 }
 PACKED, INT8 = "linear, packed", "linear, packed to int8"
-READ, PRODUCTS = "reading the weights, best pages", "as many products, warm"
+READ, PRODUCTS = "reading the weights, best pages", "same number of products, warm"
 Projection = Callable[[torch.Tensor, object], torch.Tensor]
 
 

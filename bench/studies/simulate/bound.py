@@ -88,7 +88,7 @@ def report(name: str, cost: CostModel, columns: int) -> str:
     lines = [
         f"{name}: a decode step takes 1.5 times that of one row from {bound_by_compute(cost)} rows "
         f"on; rows of {columns} columns",
-        "the most that prompts beside decoders gain over prompts apart, by prompt tokens per "
+        "the most that prefill next to decoding gains over separate prefill, by prompt tokens per "
         "output token",
         f"{'slots':<8}{head}   output tokens/s at most",
     ]

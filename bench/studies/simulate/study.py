@@ -142,7 +142,7 @@ def _report_goodputs(results: dict) -> None:
 
 
 def _report_splits(results: dict) -> None:
-    _title("7. Prefill : decode devices, output tokens/s and device / as many of Orca's; 32 slots")
+    _title("7. Prefill : decode devices, output tokens/s and device / Orca's on these; 32 slots")
     _row("", [f"{p}:{d}" for p, d in SPLITS])
     for workload in WORKLOADS:
         for name in ("BATON", "chunked"):
