@@ -91,20 +91,24 @@ test-transformers-%: .venv-transformers-%/.ready
 	  transformers==$*.* kernels==0.17.2 kernel-abi-check==0.14.1
 	touch $@
 
-# The random tests at length: a million hostile calls of the ops, and a million operations of caches
-# and relays with ten thousand faults. Many minutes each. Everything follows from the seed;
-# SOAK_SECONDS ends each early, and it says how far it came.
+# The random tests at length: a million hostile calls of the ops, rows in twenty thousand other
+# calls, and a million operations of caches and relays with ten thousand faults. Many minutes each.
+# Everything follows from the seed; SOAK_SECONDS ends each early, and it says how far it came.
 SEED ?= 19
 SOAK_SECONDS ?= 0
 soak: setup
 	$(BIN)/python scripts/soak.py hostile --calls 1000000 --seed $(SEED) --seconds $(SOAK_SECONDS)
+	$(BIN)/python scripts/soak.py equality --cases 20000 --seed $(SEED) --seconds $(SOAK_SECONDS)
 	$(BIN)/python scripts/soak.py operations --operations 1000000 --faults 10000 --jobs 2 \
 	  --seed $(SEED) --seconds $(SOAK_SECONDS)
 
-# The tests of the ops with a CPU library that was compiled with ASan and UBSan; many minutes, most of
-# them the compiler's.
+# The tests of the ops with a CPU library that was compiled with ASan and UBSan, for each instruction
+# set in turn or those in ISA; then ops in several threads with one that was compiled with TSan. Many
+# minutes, most of them the compiler's.
+ISA ?=
 sanitize: setup
-	$(BIN)/python scripts/sanitize.py
+	$(BIN)/python scripts/sanitize.py $(if $(ISA),--isa $(ISA))
+	$(BIN)/python scripts/sanitize.py --races
 
 # Lines and branches of csrc/common, csrc/bindings and baton_kernels/ops that tests execute, and those
 # that they do not. TESTS chooses others than scripts/measure_coverage.py's.

@@ -13,13 +13,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def build_package(folder: Path, options: str, *, without: Sequence[str] = ()) -> None:
+def build_package(folder: Path, options: str, isas: Sequence[str]) -> None:
     """Builds the library into `folder`, and puts a copy of the package around it.
 
     Args:
         options: for the compiler and the linker, instead of -O3.
-        without: compiler flags, such as mavx512f, that are treated as unknown, so that the kernels
-            of their instruction sets are left out.
+        isas: the instruction sets whose kernels are built, besides the baseline.
     """
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
@@ -33,7 +32,7 @@ def build_package(folder: Path, options: str, *, without: Sequence[str] = ()) ->
             cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder / "cmake"),
             "-DCMAKE_BUILD_TYPE=Release", f"-DBATON_TORCH_DIR={torch}",
             f"-DCMAKE_CXX_FLAGS_RELEASE={options}",
-            *(f"-DBATON_COMPILER_HAS_{flag}=OFF" for flag in without),
+            f"-DBATON_ISAS={';'.join(['baseline', *isas])}",
         ],
         check=True, stdout=subprocess.DEVNULL, env=environment,
     )  # fmt: skip

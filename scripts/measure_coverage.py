@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,10 +40,11 @@ def measure(tests: list[str], data: Path) -> int:
     """Builds, runs pytest, and leaves the counts in the build folder; returns pytest's exit
     status."""
     # A single instruction set: the higher ones are compiled from the same sources.
-    build_package(BUILD, "-O0 --coverage -fprofile-update=atomic", without=["mavx2"])
+    build_package(BUILD, "-O0 --coverage -fprofile-update=atomic", isas=[])
     for counts in BUILD.rglob("*.gcda"):
         counts.unlink()
     variables = environment(BUILD) | {"COVERAGE_FILE": str(BUILD / ".coverage")}
+    run_common()
     command = [
         sys.executable, "-m", "coverage", "run", "--branch", "--include=*/baton_kernels/ops/*",
         "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *tests,
@@ -53,6 +55,20 @@ def measure(tests: list[str], data: Path) -> int:
         cwd=ROOT, env=variables, check=True,
     )  # fmt: skip
     return status
+
+
+def run_common() -> None:
+    """Runs the program that has csrc/common by itself; its counts are added to the library's."""
+    program = BUILD / "common" / "common"
+    program.parent.mkdir(exist_ok=True)
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    sources = [ROOT / "tests" / "cpu" / "common.cpp", ROOT / "csrc" / "common" / "dispatch.cpp"]
+    subprocess.run(
+        [compiler, "-std=c++20", "-O0", "--coverage", "-DBATON_COVERAGE", "-I", ROOT / "csrc",
+         *sources, "-o", program],
+        cwd=program.parent, check=True,
+    )  # fmt: skip
+    subprocess.run([program], check=True)
 
 
 Row = tuple[str, int, int, int, int, list[str]]

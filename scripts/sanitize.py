@@ -1,13 +1,14 @@
-"""The ops' tests with a CPU library compiled with ASan and UBSan and loaded into Python.
+"""The ops' tests with a CPU library compiled with sanitizers and loaded into Python.
 
-    make sanitize
-    python scripts/sanitize.py tests/ops/test_move_kv.py -k matches
-    python scripts/sanitize.py --isa avx512                   # every set up to this one
+    make sanitize                                             # with each instruction set in turn
+    python scripts/sanitize.py --isa avx2 baseline -- tests/ops/test_move_kv.py -k matches
+    python scripts/sanitize.py --races                        # ThreadSanitizer, ops in threads
 
 Python and torch are not instrumented, but the sanitizer serves their allocations: a tensor has
-guards around it, and an access of the library beyond them is reported. First, a planted error of
-every kind has to be found in the same way. The exit status is 1 if a test failed, if there was a
-report, or if a planted error was not found.
+guards around it, and an access of the library beyond them is reported. Races are reported between
+accesses of the library only; locks of Python and torch order them. First, a planted error of every
+kind has to be found in the same way. The exit status is 1 if a test failed, if there was a report,
+or if a planted error was not found.
 """
 
 from __future__ import annotations
@@ -18,100 +19,161 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 from instrumented import ROOT, build_package, environment
 
-BUILD = ROOT / "build" / "sanitize" / "address"
-# -O1: the kernels' templates take many times as long to compile with -O3, and compute the same.
-OPTIONS = "-O1 -fsanitize=address,undefined -fno-sanitize=vptr -g1 -fno-omit-frame-pointer"
-TESTS = ["tests/ops", "-m", "not slow"]
-# The compiler flag that each instruction set needs, lowest set first.
-ISAS = {"baseline": "", "avx2": "mavx2", "avx512": "mavx512f", "avx512_bf16": "mavx512bf16"}
-# Kind of error -> code that causes it with a tensor x of n = 40 floats, and the text of its report.
-PLANTED = {
-    "beyond": ("return x[n];", "heap-buffer-overflow"),
-    "freed": ("float* y = new float[4]; delete[] y; return y[n & 3];", "heap-use-after-free"),
-    "overflow": ("return 2147483647 + static_cast<int>(n);", "signed integer overflow"),
-    "shift": ("return 1 << n;", "shift exponent"),
-}
-# Each error occurs in a separate process, which its report ends. Checks which library is loaded,
-# too.
+from baton_kernels.testing import available_cpu_isas
+
+
+class Planted(NamedTuple):
+    """An error: code that causes it with a tensor x of n = 40 floats, and the text of its report."""
+
+    code: str
+    report: str
+
+
+class Sanitizers(NamedTuple):
+    """How the library is compiled, what is loaded with it, what runs, and what must be found.
+
+    Attributes:
+        flags: for the compiler. -O1: the kernels' templates take many times as long to compile with
+            -O3, and compute the same.
+        libraries: the runtimes. The C++ library too; otherwise they do not intercept exceptions.
+        settings: of the runtimes, by variable.
+        tests: arguments of pytest.
+        planted: by name.
+    """
+
+    name: str
+    flags: str
+    libraries: tuple[str, ...]
+    settings: dict[str, str]
+    tests: tuple[str, ...]
+    planted: dict[str, Planted]
+
+    @property
+    def folder(self) -> Path:
+        """The build folder."""
+        return ROOT / "build" / "sanitize" / self.name
+
+
+ERRORS = Sanitizers(
+    "address",
+    "-O1 -fsanitize=address,undefined -fno-sanitize=vptr -g1 -fno-omit-frame-pointer",
+    ("asan", "ubsan", "stdc++"),
+    # Python keeps memory until it ends, which is not our leak; the tests allocate more memory than
+    # there is.
+    {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": ""},
+    ("tests/ops", "-m", "not slow"),
+    {
+        "beyond": Planted("return x[n];", "heap-buffer-overflow"),
+        "freed": Planted(
+            "float* y = new float[4]; delete[] y; return y[n & 3];", "heap-use-after-free"
+        ),
+        "overflow": Planted(
+            "return 2147483647 + static_cast<int>(n);", "signed integer overflow"
+        ),
+        "shift": Planted("return 1 << n;", "shift exponent"),
+    },
+)  # fmt: skip
+RACES = Sanitizers(
+    "thread",
+    "-O1 -fsanitize=thread -g1",
+    ("tsan", "stdc++"),
+    # Reports are read from the log, so the exit status need not tell.
+    {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:die_after_fork=0:exitcode=0"},
+    ("tests/cpu/test_ops_in_threads.py", "tests/cpu/test_team.py", "-k", "threads"),
+    {"race": Planted("for (long i = 0; i < 1000 * n; ++i) x[0] += 1; return x[0];", "data race")},
+)
+# Several errors occur in separate processes, which their reports end; TSan reports nothing in a
+# fork. Two threads call, for the sake of a race: ctypes releases Python's lock. Checks which
+# library is loaded, too.
 CALL = """
-    import ctypes, os, sys, torch, baton_kernels
+    import ctypes, os, sys, threading, torch, baton_kernels
     assert baton_kernels.__file__.startswith(sys.argv[2]), baton_kernels.__file__
     library = ctypes.CDLL(sys.argv[1])
     x = torch.ones(40)
-    for name in sys.argv[3:]:
-        child = os.fork()
-        if child == 0:
+    start = threading.Barrier(2)
+    def call(name):
+        start.wait()
+        for _ in range(100):
             getattr(library, name)(ctypes.c_void_p(x.data_ptr()), ctypes.c_long(x.numel()))
+    for name in sys.argv[3:]:
+        child = os.fork() if len(sys.argv) > 4 else 0
+        if child == 0:
+            threads = [threading.Thread(target=call, args=(name,)) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
             os._exit(0)
         os.waitpid(child, 0)
 """
 
 
 def main() -> None:
+    found = list(available_cpu_isas())
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--isa", choices=ISAS, default="avx2", help="the best that is built")
-    arguments, tests = parser.parse_known_args()
-    best = list(ISAS).index(arguments.isa)
-    left_out = [flag for i, flag in enumerate(ISAS.values()) if i > best]
-    build_package(BUILD, OPTIONS, without=[*left_out, "mamx_tile"])
-    missed = missed_errors()
+    parser.add_argument(
+        "--isa", choices=found, nargs="+", help="instruction sets (default: all; of races the best)"
+    )
+    parser.add_argument("--races", action="store_true", help="ThreadSanitizer instead")
+    parser.add_argument("tests", nargs="*", help="arguments of pytest, behind --")
+    arguments = parser.parse_args()
+    kind = RACES if arguments.races else ERRORS
+    isas = arguments.isa or (found[-1:] if arguments.races else found)
+    build_package(kind.folder, kind.flags, isas)
+    missed = missed_errors(kind)
     wrong = len(missed)
-    for isa in list(ISAS)[: best + 1]:
+    for isa in isas:
         # --capture: pytest must not swallow what the sanitizers' runtime prints.
         command = [
             sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
-            "--capture=sys", "--backend", f"cpu-{isa}", *(tests or TESTS),
+            "--capture=sys", "--backend", f"cpu-{isa}", *(arguments.tests or kind.tests),
         ]  # fmt: skip
-        status, report = under(command)
+        status, report = under(kind, command)
         print(f"{isa}: exit status {status}, {'a' if report else 'no'} report")
-        print(report[:20_000], end="")
+        print(report[:20_000], end="", flush=True)
         wrong += status != 0 or report != ""
-    found = len(PLANTED) - len(missed)
-    print(f"{found} of {len(PLANTED)} planted errors found; missed: {missed}")
+    print(f"{len(kind.planted) - len(missed)} of {len(kind.planted)} planted errors found"
+          + (f"; missed: {missed}" if missed else ""))  # fmt: skip
     sys.exit(wrong > 0)
 
 
-def missed_errors() -> list[str]:
+def missed_errors(kind: Sanitizers) -> list[str]:
     """The planted errors that were not reported correctly."""
-    source, library = BUILD / "planted.cpp", BUILD / "libplanted.so"
+    source, library = kind.folder / "planted.cpp", kind.folder / "libplanted.so"
     source.write_text("".join(
-        f'extern "C" float {name}(float* x, long n) {{ (void)x; {code} }}\n'
-        for name, (code, _) in PLANTED.items()
+        f'extern "C" float {name}(float* x, long n) {{ (void)x; {planted.code} }}\n'
+        for name, planted in kind.planted.items()
     ))  # fmt: skip
     subprocess.run(
-        [compiler(), *OPTIONS.split(), "-shared", "-fPIC", str(source), "-o", str(library)],
+        [compiler(), *kind.flags.split(), "-shared", "-fPIC", str(source), "-o", str(library)],
         check=True,
     )
-    call = [sys.executable, "-c", textwrap.dedent(CALL), str(library), str(BUILD), *PLANTED]
-    status, report = under(call)
+    call = [sys.executable, "-c", textwrap.dedent(CALL), str(library), str(kind.folder)]
+    status, report = under(kind, [*call, *kind.planted])
     if status:
         raise SystemExit("sanitize: the sanitized library could not be loaded")
-    return [name for name, (_, said) in PLANTED.items() if said not in report]
+    return [name for name, planted in kind.planted.items() if planted.report not in report]
 
 
-def under(command: list[str]) -> tuple[int, str]:
+def under(kind: Sanitizers, command: list[str]) -> tuple[int, str]:
     """Exit status of a command whose Python has the sanitizers' runtimes, and all their reports."""
-    logs = BUILD / "logs"
+    logs = kind.folder / "logs"
     logs.mkdir(exist_ok=True)
     for log in logs.iterdir():
         log.unlink()
-    # The C++ library too; otherwise the runtime does not intercept exceptions.
-    preloaded = [file_of(f"lib{name}.so") for name in ("asan", "ubsan", "stdc++")]
     options = f"log_path={logs}/log:print_stacktrace=1"
     done = subprocess.run(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
         env={
-            **environment(BUILD),
-            "LD_PRELOAD": " ".join(preloaded),
-            # Python keeps memory until it ends, which is not our leak; the tests allocate more
-            # memory than there is.
-            "ASAN_OPTIONS": f"{options}:detect_leaks=0:allocator_may_return_null=1",
-            "UBSAN_OPTIONS": options,
+            **environment(kind.folder),
+            "LD_PRELOAD": " ".join(file_of(f"lib{name}.so") for name in kind.libraries),
+            **{name: f"{options}:{setting}" for name, setting in kind.settings.items()},
         },
     )  # fmt: skip
     # With ASan in the same process, UBSan ignores log_path and prints to standard error.

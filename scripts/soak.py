@@ -1,8 +1,10 @@
-"""The long versions of the random tests: hostile calls of the ops, operations of caches and relays.
+"""The long versions of the random tests: hostile calls of the ops, rows in any call, operations of
+caches and relays.
 
     python scripts/soak.py hostile --calls 1000000 --seed 19
     python scripts/soak.py hostile --seed 19 --only 3624   # one call again
     python scripts/soak.py corpus                          # save a call of each kind anew
+    python scripts/soak.py equality --cases 20000 --seed 19
     python scripts/soak.py operations --operations 1000000 --seed 19
 
 Everything that is drawn depends on the seed, which is printed with what was done; the exit status
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tests" / folder) for folder in ("support", "cache", "relay")]
+sys.path.append(str(ROOT / "tests" / "support"))
 SEED = 19
 
 
@@ -36,20 +38,25 @@ def main() -> None:
     hostile.add_argument("--plant", action="store_true", help="with each planted defect in turn")
     corpus = commands.add_parser("corpus", help="save the first call of each kind of outcome")
     corpus.add_argument("--calls", type=int, default=20_000)
+    equality = commands.add_parser("equality", help="the bits of rows in other calls, on the CPU")
+    equality.add_argument("--cases", type=int, default=20_000)
+    equality.add_argument("--begin", type=int, default=0, help="number of the first case")
+    equality.add_argument("--only", type=int, nargs="+", help="these cases")
     operations = commands.add_parser("operations", help="state machines of caches and relays")
     operations.add_argument("--operations", type=int, default=1_000_000)
     operations.add_argument("--faults", type=int, default=0, help="go on until then")
     operations.add_argument("--begin", type=int, default=0, help="number of the first shard")
     operations.add_argument("--machine", action="append", help="this one (default: all)")
-    operations.add_argument("--examples", type=int, default=10, help="of a machine in a shard")
+    operations.add_argument("--examples", type=int, default=40, help="of a machine in a shard")
     operations.add_argument("--jobs", type=int, default=1, help="processes")
-    for command in (hostile, corpus, operations):
+    for command in (hostile, corpus, equality, operations):
         command.add_argument("--seed", type=int, default=SEED)
         command.add_argument("--seconds", type=float, default=0.0)
     arguments = parser.parse_args()
     started = time.monotonic()
     is_right = {
-        "hostile": hostile_calls, "corpus": save_corpus, "operations": run_machines,
+        "hostile": hostile_calls, "corpus": save_corpus, "equality": compare_rows,
+        "operations": run_machines,
     }[arguments.command](arguments)  # fmt: skip
     print(f"{time.monotonic() - started:.0f} s")
     sys.exit(not is_right)
@@ -108,6 +115,25 @@ def save_corpus(arguments: argparse.Namespace) -> bool:
     return not report.wrong
 
 
+def compare_rows(arguments: argparse.Namespace) -> bool:
+    """Compares rows in other calls and prints how many."""
+    import equality_run
+
+    def say(report: equality_run.Report) -> None:
+        print(f"  {report.cases:,} cases, {len(report.wrong)} wrong", file=sys.stderr, flush=True)
+
+    cases = range(arguments.begin, arguments.begin + arguments.cases)
+    report = equality_run.run(arguments.seed, arguments.only or cases, arguments.seconds, say)
+    print(
+        f"equality, seed {arguments.seed}: {report.cases:,} cases, {report.rows.total():,} rows, "
+        f"{len(report.wrong)} wrong"
+    )
+    print("  rows: " + ", ".join(f"{name} {n:,}" for name, n in report.rows.most_common()))
+    for number, what in report.wrong[:50]:
+        print(f"  case {number}: {what}")
+    return not report.wrong
+
+
 def run_machines(arguments: argparse.Namespace) -> bool:
     """Runs shards of the state machines and prints what came of them."""
     import machine_run
@@ -131,7 +157,11 @@ def run_machines(arguments: argparse.Namespace) -> bool:
     )
     for name, number in report.operations.items():
         print(f"  {name}: {number:,} operations")
-    print("  faults: " + ", ".join(f"{kind} {n:,}" for kind, n in report.faults.most_common()))
+    for what, counts in (
+        ("operations", report.rules), ("what came of them", report.events),
+        ("faults", report.faults),
+    ):  # fmt: skip
+        print(f"  {what}: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.most_common()))
     for what in report.wrong:
         print(f"  {what}")
     return not report.wrong

@@ -13,43 +13,53 @@ import multiprocessing
 import time
 from collections.abc import Callable
 
+import cache_machines
 import hypothesis
+import paged_machine
 import torch
+from counted import EVENTS, OPERATIONS
 from faulty_llama import INJECTED
-from hypothesis.stateful import RuleBasedStateMachine, invariant, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from prefill_machine import HAS_RAY, ActorMachine, PrefillMachine, ProcessMachine
+from relay_machine import RelayMachine
 
-PROCESSES = "relay, prefill in processes"
-# A killed worker takes seconds to start again, so few shards run this machine.
-EVERY_SHARDS = 25
-EXAMPLES, STEPS = 10, 50  # of a machine in a shard
+PROCESSES, ACTORS = "relay, prefill in processes", "relay, prefill by actors of Ray"
+# Of a machine in a shard. Hypothesis begins with the simplest one, which is always the same.
+EXAMPLES, STEPS = 40, 50
+# A killed worker takes seconds to start again, so these machines have one example besides the
+# simplest, in shard 0 and then in every second or fifth one.
+EVERY_SHARDS = {PROCESSES: 2, ACTORS: 5}
 
 
 def machines() -> dict[str, type[RuleBasedStateMachine]]:
     """Every state machine, by name. Those of emulated kernels run in `make test` only."""
-    from relay_machine import RelayMachine
-    from test_kv_cache_machine import MACHINES
-    from test_prefill_machine import PrefillMachine, ProcessMachine
-
-    return {
-        **MACHINES,
+    found = {
+        **cache_machines.MACHINES,
+        **paged_machine.MACHINES,
         "relay": RelayMachine,
         "relay, prefill elsewhere": PrefillMachine,
         PROCESSES: ProcessMachine,
     }
+    return {**found, ACTORS: ActorMachine} if HAS_RAY else found
 
 
 @dataclasses.dataclass
 class Report:
-    """The results of shards: operations by machine, faults by kind, and what was wrong."""
+    """The results of shards: operations by machine and by rule, events that they led to, faults by
+    kind, and what was wrong."""
 
     shards: int = 0
     operations: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    rules: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    events: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     wrong: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: Report) -> None:
         self.shards += other.shards
         self.operations += other.operations
+        self.rules += other.rules
+        self.events += other.events
         self.faults += other.faults
         self.wrong += other.wrong
 
@@ -60,46 +70,33 @@ def run_shard(
     """One search by each of these machines; an error is reported in its shortest form."""
     torch.set_num_threads(1)
     report = Report(shards=1)
-    before = INJECTED.copy()
+    counts = OPERATIONS, EVENTS, INJECTED
+    before = [count.copy() for count in counts]
     for name in names:
+        earlier = OPERATIONS.total()
         settings = hypothesis.settings(
-            max_examples=1 if name == PROCESSES else examples,
+            max_examples=2 if name in EVERY_SHARDS else examples,
             stateful_step_count=STEPS,
             deadline=None,
             database=None,
             suppress_health_check=list(hypothesis.HealthCheck),
             phases=[
                 hypothesis.Phase.generate,
-                *[hypothesis.Phase.shrink] * (shrinks and name != PROCESSES),
+                *[hypothesis.Phase.shrink] * (shrinks and name not in EVERY_SHARDS),
             ],
         )
         try:
-            run_state_machine_as_test(
-                hypothesis.seed(seed)(counted(machines()[name], name, report.operations)),
-                settings=settings,
-            )
+            # A class of its own, which keeps the seed.
+            machine = type(machines()[name].__name__, (machines()[name],), {})
+            run_state_machine_as_test(hypothesis.seed(seed)(machine), settings=settings)
         except Exception as error:
             steps = "\n".join(getattr(error, "__notes__", []))
             report.wrong.append(f"{name}, seed {seed}: {error!r}\n{steps}")
-    report.faults = INJECTED - before
+        report.operations[name] = OPERATIONS.total() - earlier
+    report.rules, report.events, report.faults = (
+        count - then for count, then in zip(counts, before, strict=True)
+    )
     return report
-
-
-def counted(machine, name: str, operations: collections.Counter[str]):
-    """The machine, counting the rules that it runs."""
-
-    class Counted(machine):
-        def __init__(self):
-            # Checks before the first rule do not count as an operation.
-            operations[name] -= 1
-            super().__init__()
-
-        @invariant()
-        def count(self):
-            operations[name] += 1
-
-    Counted.__name__ = machine.__name__
-    return Counted
 
 
 def run(
@@ -139,7 +136,7 @@ def run(
             while len(pending) < jobs and not is_over():
                 mine = [
                     name for name in names
-                    if name != PROCESSES or len(names) == 1 or shard % EVERY_SHARDS == 0
+                    if len(names) == 1 or shard % EVERY_SHARDS.get(name, 1) == 0
                 ]  # fmt: skip
                 pending.add(pool.submit(run_shard, seed + shard, mine, examples))
                 shard += 1

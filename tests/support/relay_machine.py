@@ -7,16 +7,19 @@ end nothing is left.
 import itertools
 
 import policy_settings
+from counted import EVENTS, rule
 from faulty_llama import BAD, INJECTED, POISON, FaultyLlama
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
 
 from baton_engines import policies
 from baton_engines.relay import Query, Relay
 from baton_engines.slots.prefix_cache import PrefixCache
 from baton_engines.testing import FakeLlama
 
-CAPACITY, BYTES_PER_TOKEN = 32, 256
+CAPACITY = 32
+# Of a FakeLlama; of eight bits an element has one byte, and each head a scale.
+BYTES_PER_TOKEN, EIGHT_BIT_BYTES = 256, 80
 INDEX = st.integers(0, 1000)
 # Prompts with a common beginning, and a prefix cache of a few small blocks.
 ALIKE = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
@@ -32,12 +35,22 @@ class CallbackError(Exception):
     pass
 
 
+def any_settings(bytes_per_token: int = BYTES_PER_TOKEN):
+    """Arguments of a relay with any policy."""
+    return st.sampled_from(policies.NAMES).flatmap(
+        lambda name: policy_settings.settings(name, CAPACITY, bytes_per_token)
+    )
+
+
 class RelayMachine(RuleBasedStateMachine):
     """Queries of a FaultyLlama: a prompt's first token decides what its forwards do."""
 
     @initialize(
-        settings=st.sampled_from(policies.NAMES).flatmap(
-            lambda name: policy_settings.settings(name, CAPACITY, BYTES_PER_TOKEN)
+        settings=any_settings()
+        | st.builds(
+            lambda settings, dtype: {**settings, "kv_dtype": dtype},
+            any_settings(EIGHT_BIT_BYTES),
+            st.sampled_from(["int8", "float8_e4m3fn"]),
         ),
         blocks=st.none() | st.integers(1, 8),
     )
@@ -48,7 +61,7 @@ class RelayMachine(RuleBasedStateMachine):
         policy_settings.watch_budget(self.relay, settings["kv_budget"])
         self.prefix_bytes = 0
         if blocks is not None and not settings["aligned"]:
-            self.prefix_bytes = blocks * BLOCK_TOKENS * BYTES_PER_TOKEN
+            self.prefix_bytes = blocks * BLOCK_TOKENS * self.relay.cache.bytes_per_token
             prefixes = PrefixCache(self.prefix_bytes, BLOCK_TOKENS)
             self.relay._batch.slots.prefixes = prefixes
         self.queries: list[Query] = []
@@ -58,7 +71,7 @@ class RelayMachine(RuleBasedStateMachine):
 
     def add(self, prompt, on_token=None, **options) -> Query:
         def callback(query, token):
-            self.heard.setdefault(query.id, []).append(token)
+            self.hear(query, token)
             if on_token is not None:
                 on_token(query)
 
@@ -66,6 +79,9 @@ class RelayMachine(RuleBasedStateMachine):
         self.queries.append(query)
         self.options[query.id] = options
         return query
+
+    def hear(self, query, token):
+        self.heard.setdefault(query.id, []).append(token)
 
     @rule(prompt=PROMPTS, count=st.integers(1, 20), priority=st.integers(0, 3))
     def submit(self, prompt, count, priority):
@@ -117,6 +133,15 @@ class RelayMachine(RuleBasedStateMachine):
     @rule(prompt=PROMPTS, count=st.integers(1, 10), seed=st.integers(0, 3))
     def submit_sampled(self, prompt, count, seed):
         self.add(prompt, max_new_tokens=count, temperature=0.8, top_k=20, top_p=0.9, seed=seed)
+
+    @rule(prompt=PROMPTS, count=st.integers(1, 10), n=st.integers(2, 4), seed=st.integers(0, 3))
+    def submit_copies(self, prompt, count, n, seed):
+        """Answers to one prompt, which is computed once; the others' rows are copies."""
+        options = {"max_new_tokens": count, "temperature": 0.8}
+        queries = self.relay.submit_n(prompt, n, seed=seed, on_token=self.hear, **options)
+        self.queries += queries
+        for number, query in enumerate(queries):
+            self.options[query.id] = {**options, "seed": seed + number}
 
     @rule(steps=st.integers(1, 4), flaky=st.lists(st.booleans(), max_size=4))
     def step(self, steps, flaky):
@@ -181,7 +206,10 @@ class RelayMachine(RuleBasedStateMachine):
         assert relay.cache.bytes_in_use <= (self.settings["kv_budget"] or relay.cache.bytes_in_use)
         parked = [query for query in self.queries if query.parked_kv is not None]
         assert all(query.slot is None and not query.ended for query in parked)
-        assert relay.parked_bytes == sum(q.cached for q in parked) * relay.cache.bytes_per_token
+        shared = {query.shared_prompt for query in self.queries} - {None}
+        kept = [len(prompt.leader.prompt) for prompt in shared if prompt.parked is not None]
+        tokens = sum(query.cached for query in parked) + sum(kept)
+        assert relay.parked_bytes == tokens * relay.cache.bytes_per_token
         assert relay.prefix_bytes <= self.prefix_bytes
         for query in self.queries:
             assert self.heard.get(query.id, []) == query.tokens
@@ -202,8 +230,19 @@ class RelayMachine(RuleBasedStateMachine):
         assert self.relay.waiting == self.relay.running == self.relay.parked == ()
         counters = self.relay.counters
         assert counters.finished + counters.cancelled + counters.failed == len(self.queries)
+        self.count_events(counters)
         for query in self.queries:
             self.check(query)
+
+    def count_events(self, counters):
+        EVENTS["queries"] += len(self.queries)
+        if "kv_dtype" in self.settings:
+            EVENTS["queries with keys and values of eight bits"] += len(self.queries)
+        EVENTS["rows parked"] += counters.preemptions
+        EVENTS["parked rows that came back"] += counters.insertions
+        EVENTS["changes of the number of slots"] += counters.resizes
+        EVENTS["queries that copied a kept beginning"] += counters.reusing_queries
+        EVENTS["prompts computed elsewhere"] += counters.prefills_elsewhere
 
     def check(self, query):
         assert query.ended
@@ -211,6 +250,9 @@ class RelayMachine(RuleBasedStateMachine):
             assert query.id not in self.doomed and len(query.tokens) == query.max_new_tokens
         elif query.status == "failed":
             assert isinstance(query.error, self.doomed[query.id])
+        if "temperature" not in self.options[query.id]:
+            assert query.tokens == FakeLlama().decode_alone(query.prompt, len(query.tokens))
+            return
         relay = Relay(FakeLlama(), 1, 32)
         alone = relay.submit(query.prompt, **self.options[query.id])
         relay.run()

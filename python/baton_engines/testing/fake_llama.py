@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
-from baton_kernels import KVCache
+from baton_kernels import KVCache, append_kv
 
 from ..llama.handle import ModelHandle
 from ..llama.packed_batch import PackedBatch
@@ -39,6 +39,7 @@ class FakeLlama(ModelHandle):
     num_kv_heads = 1
     head_dim = 16
     dtype = torch.float32
+    takes_eight_bits = True
     device = torch.device("cpu")
 
     def __init__(self, vocab_size: int = 50, eos: int | None = None, max_positions: int = 256):
@@ -65,11 +66,13 @@ class FakeLlama(ModelHandle):
         """As `PatchedLlama.forward` with `logits="last"`."""
         self.forwards.append(batch.query_lengths)
         self.padding.append(sum(batch.padding))
-        slots, columns = batch.token_slots.long(), batch.token_columns.long()
-        tokens = token_ids.float()[None, :, None]
-        positions = batch.positions.float()[None, :, None]
-        cache.keys[:, slots, 0, columns] = tokens.expand(self.num_layers, -1, self.head_dim)
-        cache.values[:, slots, 0, columns] = positions.expand(self.num_layers, -1, self.head_dim)
+        key, value = (
+            x.float()[:, None, None].repeat(1, 1, self.head_dim)
+            for x in (token_ids, batch.positions)
+        )
+        places = batch.token_slots, batch.token_columns
+        for layer in range(self.num_layers):
+            append_kv(key, value, *cache.layer(layer), *places, **cache.scales(layer))
         rows = [
             self._read(cache, slot, start, length)
             for slot, start, length in zip(
@@ -96,8 +99,12 @@ class FakeLlama(ModelHandle):
 
     @staticmethod
     def _read(cache: KVCache, slot: int, start: int, length: int) -> list[int]:
-        keys = cache.keys[:, slot, 0, start : start + length]
-        values = cache.values[:, slot, 0, start : start + length]
+        row = slice(None), slot, 0, slice(start, start + length)
+        keys, values = cache.keys[row].float(), cache.values[row].float()
+        if cache.key_scales is not None and cache.value_scales is not None:
+            # An integer times 127 / 127, or 448 / 448, is the integer up to the last bits.
+            keys = (keys * cache.key_scales[row][..., None]).round()
+            values = (values * cache.value_scales[row][..., None]).round()
         expected = torch.arange(length, dtype=values.dtype)[None, :, None]
         if not (
             torch.equal(keys, keys[:1, :, :1].expand_as(keys)) and torch.all(values == expected)
