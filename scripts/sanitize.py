@@ -27,7 +27,7 @@ from baton_kernels.testing import available_cpu_isas
 
 
 class Planted(NamedTuple):
-    """An error: code that causes it with a tensor x of n = 40 floats, and the text of its report."""
+    """Code that causes an error with a tensor x of n = 40 floats, and the text of its report."""
 
     code: str
     report: str
