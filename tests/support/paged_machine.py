@@ -25,7 +25,8 @@ MAX_PAGES = 5  # of a row
 ABSURD = -(2**31)  # what a table holds where its row has no page
 
 
-@dataclasses.dataclass
+# Rows that share all of their pages have equal fields, and are two.
+@dataclasses.dataclass(eq=False)
 class Row:
     """Tokens in the columns from `start` on: c is column c % PAGE of page `pages[c // PAGE]`."""
 
