@@ -33,6 +33,15 @@ def hash_of(paths: Iterable[Path]) -> bytes:
     return digest.digest()
 
 
+def kept_path(target: Path, made_from: Iterable[bytes | str]) -> Path:
+    """Where `kept` has the file or folder, if it was made."""
+    digest = hashlib.sha256()
+    for part in made_from:
+        digest.update(part if isinstance(part, bytes) else part.encode())
+        digest.update(b"\0")
+    return target.with_name(f"{target.stem}-{digest.hexdigest()[:16]}{target.suffix}")
+
+
 def kept(target: Path, made_from: Iterable[bytes | str], make: Callable[[Path], object]) -> Path:
     """The file or folder that ``make(path)`` writes, made once per content.
 
@@ -41,11 +50,7 @@ def kept(target: Path, made_from: Iterable[bytes | str], make: Callable[[Path], 
         made_from: everything that its contents depend on: compiler, flags, sources, headers.
         make: writes it; when it raises, nothing is kept.
     """
-    digest = hashlib.sha256()
-    for part in made_from:
-        digest.update(part if isinstance(part, bytes) else part.encode())
-        digest.update(b"\0")
-    path = target.with_name(f"{target.stem}-{digest.hexdigest()[:16]}{target.suffix}")
+    path = kept_path(target, made_from)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / f".{target.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -112,6 +112,9 @@ def _shift(x: Instruction, value: np.ndarray, amount: np.ndarray) -> np.ndarray:
 
 
 def _multiply(machine: Lanes, x: Instruction, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    if a.itemsize == 8:
+        high = np.broadcast_to(a.astype(object) * b.astype(object) >> 64, machine.count)
+        return np.array([int(x) & (1 << 64) - 1 for x in high], np.uint64).view(a.dtype)
     wide = np.dtype(f"{a.dtype.kind}{2 * a.itemsize}")
     product = a.astype(wide) * b.astype(wide)
     if x.modifiers[0] == "hi":
@@ -151,6 +154,14 @@ def _insert(a, b, position, length) -> np.ndarray:
     return (moved & field | b.astype(np.uint64) & ~field).astype(np.uint32)
 
 
+def _extract(a, position, length) -> np.ndarray:
+    """bfe: a field, with its sign where numbers have one."""
+    shift = (64 - length.astype(np.int64) - position.astype(np.int64)).astype(np.uint64)
+    kind = np.int64 if a.dtype.kind == "i" else np.uint64
+    field = (a.astype(np.uint64) << shift).astype(kind)
+    return (field >> (64 - length.astype(np.int64)).astype(kind)).astype(a.dtype)
+
+
 def _reverse(x: np.ndarray) -> np.ndarray:
     result = np.zeros_like(x)
     for i in range(32):
@@ -168,4 +179,10 @@ def _count_ones(x: np.ndarray) -> np.ndarray:
     return np.unpackbits(x.view(np.uint8).reshape(*x.shape, 4), axis=-1).sum(-1, dtype=np.uint32)
 
 
-_BITS = {"bfi": _insert, "brev": _reverse, "bfind": _leading_zeros, "popc": _count_ones}
+_BITS = {
+    "bfi": _insert,
+    "bfe": _extract,
+    "brev": _reverse,
+    "bfind": _leading_zeros,
+    "popc": _count_ones,
+}

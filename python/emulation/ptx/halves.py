@@ -33,8 +33,10 @@ _MAPS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "not": lambda table, _: table ^ ONES,
     "add": np.add,
     "shr": np.right_shift,
+    "shl": np.left_shift,
     "mul": np.multiply,
     "is not 0": lambda table, _: table != 0,
+    "is": np.equal,
     "is negative": lambda table, _: table > 0x7FFF,
     "not finite": _not_finite,
     "finite or 0": lambda table, ones: np.where(_not_finite(table, ones), 0, table),
@@ -43,7 +45,8 @@ _MAPS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 _OPERATIONS = {
     "and.b32": "and", "or.b32": "or", "not.b32": "not", "add.s32": "add", "mul.lo.s32": "mul",
-    "shr.u32": "shr", "setp.ne.s32": "is not 0", "setp.lt.s32": "is negative",
+    "shr.u32": "shr", "setp.lt.s32": "is negative",
+    **{f"setp.{relation}.{kind}32": relation for relation in ("eq", "ne") for kind in "sub"},
 }  # fmt: skip
 
 
@@ -65,6 +68,9 @@ class Halves:
     def __init__(self, terms: TermTable) -> None:
         self.terms = terms
         self.tables: list[np.ndarray] = []
+        # Of each table: its largest result, and whether it is constant.
+        self.largest: list[int] = []
+        self.is_constant: list[bool] = []
         self._numbers: dict[bytes, int] = {}
         self._mapped: dict[tuple, int] = {}
         self._number(NUMBERS)
@@ -74,6 +80,8 @@ class Halves:
         number = self._numbers.setdefault(table.tobytes(), len(self.tables))
         if number == len(self.tables):
             self.tables.append(table)
+            self.largest.append(int(table.max()))
+            self.is_constant.append(bool((table == table[0]).all()))
         return number
 
     def take(self, x: int) -> tuple[int, int]:
@@ -87,7 +95,7 @@ class Halves:
         table = self.tables[number]
         if value := self.terms.value(base):
             return self.terms.constant(int(table[value[0]]), width)
-        if (table == table[0]).all():
+        if self.is_constant[number]:
             return self.terms.constant(int(table[0]), width)
         if kind == "of" and number == IDENTITY:
             return base
@@ -159,11 +167,13 @@ class Halves:
             if other is None:
                 return None
             return self._pair([rule(x, y) for x, y in zip(halves, other, strict=True)])
-        if operation == "setp.ne.s32":
-            members = [x for half in halves for x in self.members(half)]
-            return (
-                self.terms.any(self._test(x, "is not 0") for x in members) if not number else None
-            )
+        if _OPERATIONS[operation] in ("eq", "ne"):
+            equal = None if number is None else self._equality(halves, number)
+            if equal is None or operation.startswith("setp.eq"):
+                return equal
+            return self.terms.one("not.pred", equal)
+        if operation == "shr.u32" and number is not None and number < 16:
+            return self._shift(halves, number)
         if any(self.terms.nodes[half][0] == "or16" for half in halves):
             return None
         if operation == "setp.lt.s32":
@@ -173,21 +183,43 @@ class Halves:
         return self._arithmetic(_OPERATIONS[operation], halves, number)
 
     def _arithmetic(self, name: str, halves: Sequence[int], number: int | None) -> int | None:
-        """add, mul or shr by a number, if nothing crosses from a half to the other."""
-        if number is None or number > ONES and name != "add" or number > 15 and name == "shr":
+        """add or mul by a number, if nothing crosses from a half to the other."""
+        if number is None or number > ONES and name != "add":
             return None
-        low, high = (self.tables[self.take(half)[1]] for half in halves)
-        crosses = {
-            "add": int(low.max()) + (number & ONES) > ONES,
-            "mul": int(low.max()) * number > ONES,
-            "shr": bool((high & ((1 << number % 16) - 1)).any()),
-        }
-        if crosses[name]:
+        largest = self.largest[self.take(halves[0])[1]]
+        if (largest + (number & ONES) if name == "add" else largest * number) > ONES:
             return None
         parts = (number & ONES, number >> 16) if name == "add" else (number, number)
         return self._pair(
             [self._map(half, name, part) for half, part in zip(halves, parts, strict=True)]
         )
+
+    def _shift(self, halves: Sequence[int], number: int) -> int | None:
+        """To the right; bits of the high half cross to the low one."""
+        low, high = (self.members(half) for half in halves)
+        crossing = {self._map(x, "shl", 16 - number) for x in high}
+        return self._pair(
+            [
+                self._union({self._map(x, "shr", number) for x in low} | crossing),
+                self._union({self._map(x, "shr", number) for x in high}),
+            ]
+        )
+
+    def _equality(self, halves: Sequence[int], number: int) -> int | None:
+        """The predicate that a register is a number, where one half decides."""
+        if number == 0:
+            members = [x for half in halves for x in self.members(half)]
+            differs = self.terms.any(self._test(x, "is not 0") for x in members)
+            return self.terms.one("not.pred", differs)
+        if any(self.terms.nodes[half][0] == "or16" for half in halves):
+            return None
+        parts = number & ONES, number >> 16
+        tests = [self._test(half, "is", part) for half, part in zip(halves, parts, strict=True)]
+        never, always = self.terms.constant(0, 1), self.terms.constant(1, 1)
+        if never in tests:
+            return never
+        left = [test for test in tests if test != always] or [always]
+        return left[0] if len(left) == 1 else None
 
     def _pair(self, halves: Sequence[int | None]) -> int | None:
         known = [half for half in halves if half is not None]
@@ -209,5 +241,5 @@ class Halves:
         if (value := self.terms.value(y)) and value[0]:
             if value[0] == ONES:
                 return y
-            return None if self.terms.nodes[x][0] == "or16" else self._map(x, "or", value[0])
+            return self._union({self._map(member, "or", value[0]) for member in self.members(x)})
         return self._union({*self.members(x), *self.members(y)})

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,11 @@ from emulation.tools import with_includes
 BUILD = ROOT / "build" / "ptx"
 
 
-def compile_ptx(source: Path, architecture: int, include: Path = ROOT / "csrc") -> str:
+def compile_ptx(
+    source: Path, architecture: int, include: Path = ROOT / "csrc", flags: Sequence[str] = ()
+) -> str:
     """PTX of a kernel source, which may include files of a copy of csrc; kept on disk."""
-    flags = ["-std=c++20", "-O3", f"-arch=sm_{architecture}", "-ptx"]
+    flags = ["-std=c++20", "-O3", f"-arch=sm_{architecture}", "-ptx", *flags]
     made_from = [nvcc_version(), *flags, hash_of(with_includes(source, (include,)))]
     path = kept(
         BUILD / f"{source.stem}.ptx",
@@ -49,7 +52,7 @@ class Machine:
         # Inline assembly may end with a brace at the beginning of a line too; behind that of a
         # kernel comes a directive or nothing.
         found = re.search(
-            rf"\.entry (\w*{kernel}\w*)\((.*?)\)[^{{;]*\{{(.*?)^\}}(?=\s*(\.|\Z))",
+            rf"\.entry (\w*{kernel}\w*)\((.*?)\)[^{{;]*\{{(.*?)^\}}(?=\s*(\.(?!loc)|\Z))",
             ptx,
             re.DOTALL | re.MULTILINE,
         )
@@ -65,8 +68,15 @@ class Machine:
         self.symbols = re.findall(r"\.extern \.shared[^;]* (\w+)\[\]", ptx)
         self.labels: dict[str, int] = {}
         self.code: list[Instruction] = []
+        # Where instructions come from, as path:line, if nvcc was told -lineinfo.
+        self.lines: dict[int, str] = {}
+        files, place = dict(re.findall(r'\.file\s+(\d+) "([^"]+)"', ptx)), ""
         for line in found[3].splitlines():
-            self._add(re.sub(r";\s*\}*$", "", line.strip()))
+            if found_line := re.match(r"\s*\.loc\s+(\d+) (\d+)", line):
+                place = f"{files[found_line[1]]}:{found_line[2]}"
+            else:
+                self._add(re.sub(r";\s*\}*$", "", line.strip()))
+                self.lines.setdefault(len(self.code) - 1, place)
         self.counts: collections.Counter[str] = collections.Counter()
         self.sectors = 0  # of 32 bytes, that the lanes of a warp touch in one load or store
         self.wavefronts = 0  # passes over the banks of shared memory
@@ -85,6 +95,7 @@ class Machine:
         opcode, _, rest = statement.replace("\t", " ").partition(" ")
         name, *modifiers = opcode.replace("::", "_").split(".")
         operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
+        operands = [operand.replace(" ", "") for operand in operands]
         self.code.append(
             Instruction(
                 guard[1] if guard else None, opcode, name, tuple(modifiers), tuple(operands)

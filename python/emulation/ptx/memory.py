@@ -149,7 +149,7 @@ class Memory:
             self._arrive(active, int(x.operands[0]))
             return
         target, source, width, valid = x.operands
-        if width != "16":
+        if int(width, 0) != 16:
             raise NotImplementedError(x.opcode)
         to = np.zeros(self.machine.count, np.int64)
         to[active] = self._shared(target, active, 16)

@@ -31,18 +31,22 @@ def kernel_names(module: str) -> dict[int, str]:
     return names
 
 
-@functools.cache
-def ptx_of(op: str, kernel: str, architecture: int, source: Path) -> str:
-    """PTX of the file that has a kernel."""
+def source_of(op: str, kernel: str, sources: Path = ROOT / "csrc" / "cuda") -> Path:
+    """The file that has a kernel."""
     # The tensor core kernels of a dtype have files to themselves.
     files = {"13__nv_bfloat16": "bfloat16", "6__half": "half"}
     of_dtype = re.search(r"(paged_)?(decode|prefill)_kernelI(13__nv_bfloat16|6__half)", kernel)
     name = files[of_dtype[3]] + ("_paged" if of_dtype[1] else "") if of_dtype else op
-    folder = source / op if (source / op).is_dir() else source
-    path = folder / f"{name}.cu"
+    return (sources / op if (sources / op).is_dir() else sources) / f"{name}.cu"
+
+
+@functools.cache
+def ptx_of(op: str, kernel: str, architecture: int, sources: Path) -> str:
+    """PTX of the file that has a kernel."""
+    path = source_of(op, kernel, sources)
     if path in SOURCES and architecture in PTX_ARCHITECTURES:
         return compiled(path, first_architectures(path)).ptx[architecture]
-    return compile_ptx(path, architecture, source.parent)
+    return compile_ptx(path, architecture, sources.parent)
 
 
 class PtxOps(EmulatedOps):

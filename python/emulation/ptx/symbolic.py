@@ -148,9 +148,9 @@ class SymbolicMachine(WarpRules, Machine):
             condition = self.table.apply("not", condition)
         ways = []
         for start in (self.labels[x.operands[0]], at + 1):
-            frame = Frame()
-            if start == at + 1:
-                frame.false = self._false_in_warps(lanes, condition)
+            # What does not hold on the way: the condition, or where it holds its contrary.
+            fails = condition if start == at + 1 else self.table.apply("not", condition)
+            frame = Frame(false=self._false_in_warps(lanes, fails))
             self.frames.append(frame)
             self._run(np.where(mask, start, end), meeting)
             self.frames.pop()
@@ -215,7 +215,7 @@ class SymbolicMachine(WarpRules, Machine):
             super()._execute(x, mask)
             return
         rule = getattr(self, f"rule_{x.name}", None)
-        if x.name in ("mma", "movmatrix", "shfl", "vote"):
+        if x.name in ("mma", "movmatrix", "shfl", "vote", "redux"):
             rule(x, mask)
             return
         lanes = np.flatnonzero(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +19,19 @@ class SymbolicOps(PtxOps):
     """One set of kernels; terms of all calls have one table, so that equal ones are one number."""
 
     def __init__(
-        self, terms: Terms, architecture: int = 80, sources: Path = ROOT / "csrc" / "cuda"
-    ) -> None:
+        self, terms: Terms, architecture: int = 80, sources: Path = ROOT / "csrc" / "cuda",
+        text_of: Callable[[str, str, int, Path], str] = ptx_of,
+    ) -> None:  # fmt: skip
+        """``text_of(op, kernel, architecture, sources)`` is the PTX that has a kernel."""
         super().__init__(architecture, sources)
+        self.text_of = text_of
         self.table = terms
         self.shadow = Shadow(terms)
         self.kernels: dict[str, SymbolicMachine] = {}
 
     def machine(self, op: str, kernel: str) -> SymbolicMachine:
         if kernel not in self.kernels:
-            text = ptx_of(op, kernel, self.architecture, self.sources)
+            text = self.text_of(op, kernel, self.architecture, self.sources)
             self.kernels[kernel] = SymbolicMachine(text, kernel, self.table)
         machine = self.kernels[kernel]
         machine.shadow = self.shadow

@@ -42,6 +42,9 @@ class WarpRules:
                 terms = self.table.apply("not", terms)
             self.set_terms(target, lanes, np.full(len(lanes), self.table.any(terms.tolist())))
 
+    def rule_redux(self, x: Instruction, mask) -> None:
+        raise SymbolicError(f"{x.opcode} of data")
+
     def _warps(self, mask) -> np.ndarray:
         """Warps that execute an instruction of all lanes, and their lanes."""
         active = np.ones(self.count, bool) if mask is None else mask
@@ -75,20 +78,30 @@ class WarpRules:
         rows = np.array(
             [[self.table.group("vector", v) for v in m] for m in left.tolist()], np.int32
         )
-        kind = x.modifiers[-2]
+        columns = self._columns(left, right, x.modifiers[-2])
         before = [self.term(name, lanes, 32) for name in registers(x.operands[3])]
         super()._execute(x, mask)  # the shape, and whether all lanes take part
         for j, name in enumerate(registers(x.operands[0])):
             row, column = (GROUP if j < 2 else GROUP + 8), IN_GROUP * 2 + j % 2
-            a = rows[:, row].reshape(-1)
-            pairs = zip(
-                left[:, row].reshape(-1, depth), right[:, column].reshape(-1, depth), strict=True
-            )
-            b = np.array(
-                [self.table.without_hidden(p.tolist(), v.tolist(), kind) for p, v in pairs],
-                np.int32,
-            )
+            a, b = rows[:, row].reshape(-1), columns[:, row, column].reshape(-1)
             self.set_terms(name, lanes, self.table.apply(x.opcode, a, b, before[j]))
+
+    def _columns(self, left: np.ndarray, right: np.ndarray, kind: str) -> np.ndarray:
+        """Terms of B's columns beside each row of A, [warp, 16, 8]: see `without_hidden`."""
+        table = self.table
+        plain = [[table.group("vector", v) for v in m] for m in right.tolist()]
+        columns = np.repeat(np.array(plain, np.int32)[:, None], 16, axis=1)
+        elements, inverse = np.unique(right, return_inverse=True)
+        finite = np.array([table.is_finite(x, kind) for x in elements.tolist()])
+        zero = table.constant(0, 16)
+        finite = finite[inverse].reshape(right.shape) & (right != zero)
+        if finite.any():
+            hidden = left == zero
+            for w, i, j in np.argwhere((hidden[:, :, None] & finite[:, None]).any(-1)).tolist():
+                columns[w, i, j] = table.without_hidden(
+                    left[w, i].tolist(), right[w, j].tolist(), kind
+                )
+        return columns
 
     def set_matrix(self, register: str, warps: np.ndarray, matrix: np.ndarray) -> None:
         """Terms of 8x8 matrices to the lanes that have them."""

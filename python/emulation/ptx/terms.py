@@ -22,7 +22,8 @@ holds for every value of the leaves, to the bit (NaN, infinities and signs of ze
 - bitwise functions of 16 bits are tables (halves.py).
 
 And one that holds up to the sign of a zero, in sums that are never divided by and end in an
-addition of +0: +0 times an element that is finite adds nothing (`without_hidden`).
+addition of +0: +0 times an element that is finite adds nothing (`without_hidden` of a product of
+tensor cores, `_adds_nothing` where bfloat16 is multiplied by fused multiply-adds).
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class Terms:
         self._number: dict[tuple, int] = {}
         self._made: dict[str, dict[tuple[int, ...], int]] = {}
         self._hidden: dict[tuple, int] = {}
+        self._finite: dict[tuple[str, int], bool] = {}
+        # Whether the rule that holds up to the sign of a zero was ever used.
+        self.drops_zeros = False
         self._unit: set[int] = set()  # from 0 to 1, and no NaN
         self._above: set[int] = set()  # neither NaN nor -inf
         self._plus: set[int] = set()  # results of float arithmetic that are never -0
@@ -139,6 +143,9 @@ class Terms:
             return self.constant(0, 16)
         if operation == "not.pred":
             return self._not(*arguments)
+        if operation == "fma.rn.f32" and self._adds_nothing(*arguments[:2]):
+            self.drops_zeros = True
+            return arguments[2]
         if operation == "mul.f32":
             for x, y in (arguments, arguments[::-1]):
                 if self.value(x) == (PLUS_ZERO, 32) and y in self._unit:
@@ -167,6 +174,23 @@ class Terms:
                 if (v := self.value(x)))  # fmt: skip
         return bool(np.isfinite(number)) and any(number <= top < np.inf for top in tops)
 
+    def _adds_nothing(self, x: int, y: int) -> bool:
+        """Whether one of two floats is +0 and the other one a finite bfloat16, widened."""
+        if self.value(x) != (PLUS_ZERO, 32):
+            x, y = y, x
+        node = self.nodes[y]
+        if self.value(x) != (PLUS_ZERO, 32) or node[0] != "pair":
+            return False
+        return self.value(node[1]) == (0, 16) and self.is_finite(node[2], "bf16")
+
+    def is_finite(self, x: int, kind: str) -> bool:
+        """Whether a 16-bit element is neither NaN nor infinite, whatever its leaves are."""
+        found = self._finite.get((kind, x))
+        if found is None:
+            found = self.value(self.halves.not_finite(x, kind)) == (0, 1)
+            self._finite[kind, x] = found
+        return found
+
     def without_hidden(self, weights: Sequence[int], elements: Sequence[int], kind: str) -> int:
         """Elements of a product, with 0 for those that are finite and have the weight 0."""
         key = (kind, *(self.value(x) == (0, 16) for x in weights), *elements)
@@ -174,12 +198,10 @@ class Terms:
         if found is None:
             zero = self.constant(0, 16)
             kept = [
-                zero
-                if self.value(w) == (0, 16)
-                and self.value(self.halves.not_finite(x, kind)) == (0, 1)
-                else x
+                zero if self.value(w) == (0, 16) and self.is_finite(x, kind) else x
                 for w, x in zip(weights, elements, strict=True)
             ]
+            self.drops_zeros |= kept != [*elements]
             found = self._hidden[key] = self.group("vector", kept)
         return found
 

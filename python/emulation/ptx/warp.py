@@ -34,7 +34,7 @@ def _absent(machine: Lanes, mask: np.ndarray, members: str | None) -> np.ndarray
 
 def incomplete(machine: Lanes, x: Instruction, mask: np.ndarray) -> np.ndarray:
     """Lanes of a mask that an instruction keeps waiting for others of their warp."""
-    members = x.operands[-1] if x.name in ("shfl", "vote", "bar") else None
+    members = x.operands[-1] if x.name in ("shfl", "vote", "bar", "redux") else None
     return mask & np.repeat(_absent(machine, mask, members), 32)
 
 
@@ -78,6 +78,17 @@ def _vote(machine: Lanes, x: Instruction, mask) -> None:
     else:
         raise NotImplementedError(x.opcode)
     machine.set(target, np.repeat(result, 32), mask)
+
+
+def _reduce(machine: Lanes, x: Instruction, mask) -> None:
+    """redux.sync of all lanes of a warp."""
+    target, source, members = x.operands
+    _together(machine, x, mask, members)
+    value = np.broadcast_to(machine.get(source, x.kind), machine.count).reshape(-1, 32)
+    if mask is not None and not mask.reshape(-1, 32)[mask.reshape(-1, 32).any(1)].all():
+        raise NotImplementedError(f"{x.opcode} of some lanes")
+    result = {"min": np.minimum, "max": np.maximum, "add": np.add}[x.modifiers[1]].reduce(value, 1)
+    machine.set(target, np.repeat(result.astype(value.dtype), 32), mask)
 
 
 def _warp_barrier(machine: Lanes, x: Instruction, mask) -> None:
@@ -155,5 +166,5 @@ def _load_matrix(machine: Lanes, x: Instruction, mask) -> None:
 
 INSTRUCTIONS = {
     "shfl": _shuffle, "vote": _vote, "bar": _warp_barrier, "mma": _mma, "movmatrix": _transpose,
-    "ldmatrix": _load_matrix,
+    "ldmatrix": _load_matrix, "redux": _reduce,
 }  # fmt: skip
