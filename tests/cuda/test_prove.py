@@ -1,5 +1,7 @@
 """Statements about all values of the data, proved on nvcc's PTX with values as terms."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from emulation.prove.attention import leaves
 from emulation.prove.claims import Prover
 from emulation.prove.defects import DEFECTS, examine
-from emulation.prove.everything import is_expected, prove_all
+from emulation.prove.everything import is_expected, prove_quick, prove_triton, triton_grids
 from emulation.ptx.machine import compile_ptx
 from emulation.ptx.symbolic import SymbolicMachine
 from emulation.ptx.symbolic_memory import SymbolicError
@@ -17,7 +19,7 @@ from emulation.ptx.terms import Terms
 @pytest.mark.parametrize("architecture", [80, 75])
 def test_quick_proofs(architecture):
     """The output of `python -m emulation.prove --quick`: only what must be refuted is refuted."""
-    prover = prove_all(Prover(architecture), quick=True)
+    prover = prove_quick(Prover(architecture))
     unexpected = [claim for claim in prover.claims if not is_expected(claim)]
     assert not unexpected, unexpected
 
@@ -28,6 +30,19 @@ def test_defects_are_refuted(defect):
     refuted = {statement for statement, claim in claims.items() if claim.evidence}
     assert refuted >= set(DEFECTS[defect])
     assert bool(refuted) == bool(DEFECTS[defect])
+
+
+def test_triton_decode():
+    """What Triton compiles for a row of one token, in slots and in pages: the same statements."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter compiles nothing")
+    prover = Prover(80)
+    for grid in triton_grids():
+        if "float16" in grid.kernel.split(", "):
+            prove_triton(prover, dataclasses.replace(grid, lengths=(18,), options=({},)))
+    assert len(prover.claims) == 6
+    assert all(claim.checks and not claim.evidence for claim in prover.claims), prover.claims
 
 
 # The machine, on kernels of a few lines.
@@ -135,6 +150,16 @@ def test_what_is_asked_of_halves():
     assert terms.one("setp.lt.s32", found, number(0)) == tests[1]
     assert terms.value(terms.halves.not_finite(halves[0], "bf16")) == (0, 1)
     assert terms.halves.not_finite(halves[0], "f16") != terms.constant(0, 1)
+    # The same question with bits that cross from one half to the other, and are then left out.
+    sums = terms.one(
+        "add.s32", terms.one("and.b32", register, number(0x7FFF7FFF)), number(0x800080)
+    )
+    sign = terms.one("and.b32", terms.one("shr.u32", sums, number(15)), number(1))
+    assert terms.one("setp.eq.b32", sign, number(1)) == tests[0]
+    assert terms.one("setp.eq.b32", sign, number(0)) == terms.one("not.pred", tests[0])
+    assert terms.one("setp.ne.u32", found, number(0)) == terms.any(tests)
+    joined = terms.one("or.b32", terms.one("or.b32", found, register), number(0x80))
+    assert terms.one("and.b32", joined, number(0x80)) == number(0x80)
     crossing = terms.one("add.s32", register, number(1))
     assert terms.nodes[crossing][0] == "add.s32"
     # Only finite elements vanish next to a weight of 0.

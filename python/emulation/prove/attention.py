@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 
 import numpy as np
 import torch
@@ -16,13 +17,22 @@ from emulation.ptx.terms import CONCRETE, PLUS_ZERO, Terms
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A query whose last ``queries`` of ``length`` tokens are in this call; leaves bear its tag."""
+    """A query whose last ``queries`` of ``length`` tokens are in this call; leaves bear its tag.
+
+    With a block table it has no slot. One whose start is negative has no place: nobody reads it,
+    and its results are not written.
+    """
 
     tag: str
     length: int
     queries: int
     slot: int = 0
     start: int = 0
+
+
+# No page: what entries of a block table hold that nobody may look at. The kernels take a page that
+# does not exist for the last one, which is nobody's here.
+ABSURD = (-(2**31), 2**31 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +42,8 @@ class Call:
     rows: tuple[Row, ...]
     num_slots: int = 1
     capacity: int = 0  # 0: what the rows need
+    page: int = 0  # columns of a page of a cache with a block table; 0: a cache of slots
+    order: int = 0  # which of many orders the rows' pages have in memory
     transposed: bool = False  # the cache is a view of [slots, capacity, heads, dim]
     padded: bool = False  # rows of the tensors have elements of nobody behind them
     heads: tuple[int, int] = (2, 1)
@@ -45,8 +57,12 @@ class Call:
     return_lse: bool = True
     finite: bool = False  # values of the cache are neither NaN nor infinite
     exact_bounds: bool = True  # the host is told the longest row, not the capacity
+    idle_tokens: int = 0  # query tokens of no row, behind all others
 
     def sees(self, row: Row, position: int) -> range:
+        """Keys that a token sees; one before the row's first token sees none."""
+        if position < 0:
+            return range(0)
         end = position + 1 if self.causal else row.length
         return range(0 if self.window is None else max(0, position + 1 - self.window), end)
 
@@ -74,9 +90,9 @@ class Forbidden:
 
 @dataclasses.dataclass
 class Outcome:
-    """``results[tag, position, head]``: terms of a query vector's output, then of its lse."""
+    """``results[tag, position, head]``: terms of a query vector's output, and of its lse if any."""
 
-    results: dict[tuple[str, int, int], tuple[int, ...]]
+    results: dict[tuple[str, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
     influences: list[Forbidden]
     reads: list[Forbidden]
 
@@ -96,37 +112,82 @@ def leaves(ops: SymbolicOps, x: torch.Tensor, tensor: str, name_of) -> None:
         for half in range(size):
             part = () if size == 1 else (f"half {half}",)
             halves[first + half] = ops.table.leaf((*name, *part), of_class)
+    outside(ops, halves, tensor)
+
+
+def vector_leaves(ops: SymbolicOps, x: torch.Tensor, tensor: str, name_of) -> None:
+    """The same, where ``name_of`` has not the last index: padding has one leaf for all dims."""
+    halves = ops.shadow.of(x)
+    size, count = x.element_size() // 2, x.shape[-1]
+    halves[:] = CONCRETE
+    leaf = ops.table.leaf
+    parts = [()] if size == 1 else [(f"half {half}",) for half in range(size)]
+    for index in itertools.product(*map(range, x.shape[:-1])):
+        first = x.storage_offset() + sum(i * s for i, s in zip(index, x.stride()[:-1], strict=True))
+        name, of_class = name_of(*index)
+        if of_class == "padding":
+            terms = leaf(name, of_class)
+        else:
+            terms = [leaf((*name, dim, *part), of_class) for dim in range(count) for part in parts]
+        halves[first * size : (first + count) * size] = terms
+    outside(ops, halves, tensor)
+
+
+def outside(ops: SymbolicOps, halves: np.ndarray, tensor: str) -> None:
+    """Leaves of nobody for what no element has."""
     for i in np.flatnonzero(halves == CONCRETE):
         halves[i] = ops.table.leaf((f"{tensor}'s storage, byte {2 * i}",), "outside")
 
 
-def tensors(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def block_table(call: Call) -> tuple[list[list[int]], int]:
+    """The pages of each row, then at least one entry without columns, and the number of pages.
+
+    The last page is nobody's.
+    """
+    counts = [-(-(row.start + row.length) // call.page) for row in call.rows]
+    order = list(range(sum(counts)))
+    random.Random(call.order).shuffle(order)
+    table = []
+    for number, count in enumerate(counts):
+        absurd = [ABSURD[(number + i) % 2] for i in range(max(counts) + 1 - count)]
+        table.append([order.pop() for _ in range(count)] + absurd)
+    return table, sum(counts) + 1
+
+
+def tensors(call: Call, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values; zeros, since nobody looks at the numbers."""
     num_heads, num_kv_heads = call.heads
-    capacity = call.capacity or max(row.start + row.length for row in call.rows)
+    capacity = call.page or call.capacity or max(row.start + row.length for row in call.rows)
     # Sixteen bytes of nobody keep the rows aligned.
     width = call.head_dim + (16 if call.padded else 0)
-    shape = (call.num_slots, num_kv_heads, capacity, width)
+    shape = (num_slots, num_kv_heads, capacity, width)
     if call.transposed:
         shape = (shape[0], shape[2], shape[1], shape[3])
     caches = [torch.zeros(shape, dtype=call.dtype)[..., : call.head_dim] for _ in range(2)]
     if call.transposed:
         caches = [cache.transpose(1, 2) for cache in caches]
-    total = sum(row.queries for row in call.rows)
+    total = sum(row.queries for row in call.rows) + call.idle_tokens
     query = torch.zeros(total, num_heads, width, dtype=call.dtype)[..., : call.head_dim]
     return query, *caches
 
 
 def ends_with_zero(table: Terms, term: int) -> bool:
-    """Whether an element's last operation but rounding adds +0: no sign of a zero survives that."""
-    kind, *arguments = table.nodes[term]
-    if kind == "ite":
-        return all(ends_with_zero(table, x) for x in arguments[1:])
-    if kind in ("lo", "hi") or kind.startswith("cvt.rn."):
-        return ends_with_zero(table, arguments[0])
-    return kind == "constant" or (
-        kind == "fma.rn.f32" and table.value(arguments[2]) == (PLUS_ZERO, 32)
-    )
+    """Whether an element's last operation but rounding adds +0: no sign of a zero survives that.
+
+    Rounding may be one instruction or many that look at bits.
+    """
+    seen, waiting = {term}, [term]
+    while waiting:
+        kind, *arguments = table.nodes[waiting.pop()]
+        if kind == "fma.rn.f32":
+            if table.value(arguments[2]) != (PLUS_ZERO, 32):
+                return False
+        elif kind == "leaf" or ".f32" in kind and not kind.startswith(("cvt.", "setp.")):
+            return False
+        elif kind not in ("constant", "concrete"):
+            waiting += set(arguments) - seen
+            seen.update(arguments)
+    return True
 
 
 def run(ops: SymbolicOps, call: Call) -> Outcome:
@@ -135,32 +196,43 @@ def run(ops: SymbolicOps, call: Call) -> Outcome:
     group = num_heads // num_kv_heads
     table = ops.table
     ops.forget()
-    query, key, value = tensors(call)
+    table_of_rows, num_slots = block_table(call) if call.page else ([], call.num_slots)
+    query, key, value = tensors(call, num_slots)
     tokens = [
         (row, row.length - row.queries + token) for row in call.rows for token in range(row.queries)
     ]
+
+    def place(number: int, row: Row, position: int) -> tuple[int, int]:
+        """Slot or page, and column there."""
+        column = row.start + position
+        if not call.page:
+            return row.slot, column
+        return table_of_rows[number][column // call.page], column % call.page
+
     owner = {
-        (row.slot, row.start + position): (row, position)
-        for row in call.rows
-        for position in range(row.length)
+        place(number, row, position): (row, position)
+        for number, row in enumerate(call.rows)
+        for position in range(row.length if row.start >= 0 else 0)
     }
 
-    def name_query(token: int, head: int, dim: int):
+    def name_query(token: int, head: int):
+        if token >= len(tokens) or tokens[token][0].start < 0:
+            return ("query of no row",), "padding"
         row, position = tokens[token]
-        return ("query", row.tag, position, head, dim), ("query", row.tag, position, head // group)
+        return ("query", row.tag, position, head), ("query", row.tag, position, head // group)
 
     def name_cache(tensor: str):
-        def name(slot: int, head: int, column: int, dim: int):
+        def name(slot: int, head: int, column: int):
             if (slot, column) not in owner:
-                return (f"{tensor}'s padding", slot, head, column, dim), "padding"
+                return (f"{tensor}'s padding", slot, head, column), "padding"
             row, position = owner[slot, column]
-            return (tensor, row.tag, position, head, dim), (tensor, row.tag, position, head)
+            return (tensor, row.tag, position, head), (tensor, row.tag, position, head)
 
         return name
 
-    leaves(ops, query, "query", name_query)
-    leaves(ops, key, "key", name_cache("key"))
-    leaves(ops, value, "value", name_cache("value"))
+    vector_leaves(ops, query, "query", name_query)
+    vector_leaves(ops, key, "key", name_cache("key"))
+    vector_leaves(ops, value, "value", name_cache("value"))
     if call.finite:
         kind = {torch.float16: "f16", torch.bfloat16: "bf16"}[call.dtype]
         halves = ops.shadow.of(value)
@@ -172,36 +244,47 @@ def run(ops: SymbolicOps, call: Call) -> Outcome:
             leaves(ops, options[name], name, lambda head, name=name: ((name, head), (name, head)))
     rows = call.rows
     with ops.entered():
-        out, lse = ops.ragged_attention(
+        result = ops.ragged_attention(
             query, key, value, cumulative([row.queries for row in rows]),
-            int32([row.slot for row in rows]), int32([row.start for row in rows]),
-            int32([row.length for row in rows]), causal=call.causal, window=call.window,
-            softcap=call.softcap, return_lse=True,
+            None if call.page else int32([row.slot for row in rows]),
+            int32([row.start for row in rows]), int32([row.length for row in rows]),
+            causal=call.causal, window=call.window, softcap=call.softcap,
+            return_lse=call.return_lse,
             max_query_length=max(row.queries for row in rows) if call.exact_bounds else None,
-            max_length=max(row.length for row in rows) if call.exact_bounds else None, **options,
+            max_length=max(row.length for row in rows) if call.exact_bounds else None,
+            block_table=torch.tensor(table_of_rows, dtype=torch.int32) if call.page else None,
+            **options,
         )  # fmt: skip
-    out_terms, lse_terms = ops.terms_of(out), ops.terms_of(lse)
+    out, lse = result if call.return_lse else (result, None)
+    out_terms = ops.terms_of(out)
+    lse_terms = None if lse is None else ops.terms_of(lse)
     outcome = Outcome({}, [], [])
     everything = (1 << len(table.classes)) - 1
     for (token, (row, position)), head in itertools.product(enumerate(tokens), range(num_heads)):
+        if row.start < 0:
+            continue
         kv_head = head // group
         seen = call.sees(row, position)
-        allowed = [("query", row.tag, position, kv_head)]
-        allowed += [(name, row.tag, j, kv_head) for name in ("key", "value") for j in seen]
-        allowed += [(name, h) for name in options for h in range(num_heads)]
-        forbidden = everything & ~table.class_bits(allowed)
-        terms = (*out_terms[token, head].reshape(-1), *lse_terms[token, head])
-        outcome.results[row.tag, position, head] = tuple(int(term) for term in terms)
+        # Classes that may be in the result, and those that have to be.
+        needed = [("query", row.tag, position, kv_head)]
+        needed += [(name, row.tag, j, kv_head) for name in ("key", "value") for j in seen]
+        allowed = [*needed, *((name, h) for name in options for h in range(num_heads))]
+        terms = tuple(out_terms[token, head].reshape(-1).tolist())
+        if table.drops_zeros and not all(ends_with_zero(table, term) for term in terms):
+            text = table.text(next(term for term in terms if not ends_with_zero(table, term)))
+            raise AssertionError(
+                f"the sign of a zero in a sum of values may reach {row.tag}'s {position}: {text}"
+            )
+        log = () if lse_terms is None else tuple(lse_terms[token, head].tolist())
         # A machine that loses terms would prove anything: what a token sees has to be there.
-        needed = [table.class_bits([of_class]) for of_class in allowed]
-        if not all(ends_with_zero(table, int(term)) for term in terms[: -lse_terms.shape[-1]]):
-            raise AssertionError("the sign of a zero in a sum of values may reach the result")
-        for name, result in (("out", terms[0]), ("lse", terms[-1])):
-            for of_class, bit in zip(allowed, needed, strict=True):
-                used = name == "out" or of_class[0] in ("query", "key")
-                if used and len(of_class) == 4 and not table.reach[result] & bit:
-                    raise AssertionError(f"{name} of {row.tag}'s {position} without {of_class}")
-        for term in outcome.results[row.tag, position, head]:
+        for of_class in needed if seen else ():
+            bit = table.class_bits([of_class])
+            for result in (terms[0], *(log[-1:] if of_class[0] != "value" else ())):
+                if not table.reach[result] & bit:
+                    raise AssertionError(f"{row.tag}'s {position} without {of_class}")
+        outcome.results[row.tag, position, head] = terms, log
+        forbidden = everything & ~table.class_bits(allowed)
+        for term in terms + log:
             if table.reach[term] & forbidden:
                 leaf = table.leaves(term, forbidden)[0]
                 where = f"the result of {row.tag}'s token {position}, head {head}"
@@ -210,6 +293,7 @@ def run(ops: SymbolicOps, call: Call) -> Outcome:
     seen_by_row = {
         (name, row.tag, j, head)
         for row, position in tokens
+        if row.start >= 0
         for name, j, head in itertools.product(
             ("key", "value"), call.sees(row, position), range(num_kv_heads)
         )

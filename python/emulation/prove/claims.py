@@ -13,6 +13,7 @@ from emulation.ptx.terms import Terms
 HIDDEN = "a: no influence"
 OUTSIDE = "a: no reading"
 BATCH = "b: batch"
+PAGES = "b: pages"
 COPY = "a, b: a copy"
 NOBODY = "padding", "outside", "unwritten"  # classes of leaves that belong to no token
 CUT = "b: cut"
@@ -23,6 +24,8 @@ STATEMENTS = {
     "keeps its own",
     BATCH: "a row's terms are the same alone and beside other rows, in another slot, at another "
     "start, with another capacity, other strides and other bounds",
+    PAGES: "with a block table a row's terms are those of the kernel without, whatever the size of "
+    "its pages, wherever they lie and whoever else has some",
     CUT: "a token's terms are the same however its prompt was cut into calls",
 }
 
@@ -55,29 +58,40 @@ class Coverage:
     """Outcomes of a kernel's conditional branches: each may be taken and not taken."""
 
     reached: dict[int, list[int]] = dataclasses.field(default_factory=dict)
-    texts: dict[int, str] = dataclasses.field(default_factory=dict)
+    texts: dict[int, str] = dataclasses.field(default_factory=dict)  # the instructions
+    lines: dict[int, str] = dataclasses.field(default_factory=dict)  # of the source, as path:line
 
     def add(self, machine: SymbolicMachine) -> None:
         names = {at: label for label, at in machine.labels.items()}
         for at, times in machine.branches.items():
-            known = self.reached.setdefault(at, [0, 0])
-            self.reached[at] = [a + b for a, b in zip(known, times, strict=True)]
+            self._count(at, times)
             x = machine.code[at]
             before = max((i for i in names if i <= at), default=None)
             place = "the start" if before is None else names[before]
             self.texts[at] = f"@{x.guard} bra {x.operands[0]}, after {place}"
+            self.lines[at] = machine.lines.get(at, "")
             machine.branches[at] = [0, 0]
+
+    def _count(self, at: int, times: list[int]) -> None:
+        known = self.reached.setdefault(at, [0, 0])
+        self.reached[at] = [a + b for a, b in zip(known, times, strict=True)]
+
+    def join(self, other: Coverage) -> None:
+        for at, times in other.reached.items():
+            self._count(at, times)
+        self.texts |= other.texts
+        self.lines |= other.lines
 
     @property
     def counts(self) -> tuple[int, int]:
         return sum(n > 0 for x in self.reached.values() for n in x), 2 * len(self.reached)
 
-    def unreached(self) -> list[str]:
-        names = ("never taken", "always taken")
+    def unreached(self) -> list[tuple[str, str, str]]:
+        """Source line, instruction, and what never happens there: "taken" or "not taken"."""
         return [
-            f"{self.texts[at]}: {name}"
+            (self.lines[at], self.texts[at], name)
             for at, times in sorted(self.reached.items())
-            for name, n in zip(names, times, strict=True)
+            for name, n in zip(("taken", "not taken"), times, strict=True)
             if n == 0
         ]
 
@@ -124,10 +138,13 @@ def look_at_reads(prover: Prover, claim: Claim) -> None:
 def readable(kernel: str) -> str:
     """`decode_kernelI6__halfLi64ELi1EE` as `decode<half, 64, 1>`."""
     name, _, rest = kernel.partition("_kernelI")
-    dtype = re.match(r"13__nv_bfloat16|6__half|f", rest)
     types = {"13__nv_bfloat16": "bfloat16", "6__half": "half", "f": "float"}
-    parts = [types[dtype[0]]] if dtype else []
-    parts += re.findall(r"L[ib](\d+)E", rest)
+    parts: list[str] = []
+    # A type, one that was named before, a number, or a name of an enumeration.
+    one = r"(13__nv_bfloat16|6__half|f)|S\w?_|L(?:[ib]|N\w+?E)(\d+)E"
+    while found := re.match(one, rest):
+        parts.append(types[found[1]] if found[1] else found[2] or parts[-1])
+        rest = rest[found.end() :]
     return f"{name.removeprefix('ragged_attention_')}<{', '.join(parts)}>"
 
 

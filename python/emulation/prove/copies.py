@@ -7,8 +7,10 @@ term.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -35,9 +37,14 @@ class Tensors:
         self.leading = (layers,) if layers else ()
         self.ops.forget()
 
-    def leaf(self, name: str, shape: Sequence[int], used: Callable = lambda *_: True):
-        """A tensor, and the terms of its elements; those that are not used are padding."""
-        width = self.head_dim + self.behind
+    def leaf(
+        self, name: str, shape: Sequence[int], used: Callable = lambda *_: True, more: int = 0
+    ):
+        """A tensor, and the terms of its elements; those that are not used are padding.
+
+        ``more`` elements of nobody stand behind a head, besides those of all tensors.
+        """
+        width = self.head_dim + self.behind + more
         x = torch.zeros(*self.leading, *shape, width, dtype=self.dtype)[..., : self.head_dim]
 
         def named(*index: int):
@@ -57,67 +64,96 @@ class Tensors:
         claim.check(not evidence, evidence)
 
 
-def prove_insert(
-    prover: Prover, lengths: Sequence[int], starts: Sequence[int], widths: Widths = WIDTHS
-) -> None:
-    rows, capacity = len(lengths), max(map(sum, zip(lengths, starts, strict=True))) + 2
-    slots = list(reversed(range(rows)))
-    grid = f"lengths {list(lengths)}, 0 and 2 layers, {len(widths)} kinds of chunks"
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """What insert_kv and extract_kv are given; one whose slot is -1 has no place."""
+
+    lengths: Sequence[int]
+    starts: Sequence[int]
+    slots: Sequence[int]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], starts: Sequence[int], lost: Sequence[int] = ()) -> Queries:
+        """Slots are given from the last one down."""
+        rows = range(len(lengths))
+        return cls(lengths, starts, [-1 if i in lost else rows[-1 - i] for i in rows])
+
+    @property
+    def capacity(self) -> int:
+        return max(map(sum, zip(self.lengths, self.starts, strict=True))) + 2
+
+    def places(self) -> Iterator[tuple[int, int, int, int]]:
+        """First token, length, slot and start of those that have a place."""
+        first = 0
+        for length, slot, start in zip(self.lengths, self.slots, self.starts, strict=True):
+            if slot >= 0:
+                yield first, length, slot, start
+            first += length
+
+    def __str__(self) -> str:
+        counts = collections.Counter(self.lengths)
+        text = ", ".join(
+            f"{n} x {length}" if n > 1 else str(length) for length, n in counts.items()
+        )
+        return f"lengths {text}; {self.slots.count(-1)} without a place"
+
+
+def prove_insert(prover: Prover, queries: Queries, widths: Widths = WIDTHS) -> None:
+    rows = len(queries.lengths)
+    grid = f"{queries}; 0 and 2 layers, {len(widths)} kinds of chunks"
     copy, outside = (prover.claim("insert_kv", s, grid) for s in (COPY, OUTSIDE))
     for width, layers, zero in itertools.product(widths, (0, 2), (False, True)):
         t = Tensors(prover, width, layers)
-        packed = [t.leaf(name, (sum(lengths), HEADS)) for name in ("key", "value")]
+        packed = [t.leaf(name, (sum(queries.lengths), HEADS)) for name in ("key", "value")]
+        # Strides of values are those of keys, or are not.
         caches = [
-            t.leaf(name, (rows, HEADS, capacity), lambda *_: False)
-            for name in ("key_cache", "value_cache")
+            t.leaf(name, (rows, HEADS, queries.capacity), lambda *_: False, more)
+            for name, more in (("key_cache", 0), ("value_cache", 16 * zero))
         ]
         with t.ops.entered():
             t.ops.insert_kv(
-                packed[0][0], packed[1][0], caches[0][0], caches[1][0], cumulative(lengths),
-                int32(slots), int32(starts), zero_padding=zero,
+                packed[0][0], packed[1][0], caches[0][0], caches[1][0],
+                cumulative(queries.lengths), int32(queries.slots), int32(queries.starts),
+                zero_padding=zero,
             )  # fmt: skip
         for (_, tokens), (cache, expected) in zip(packed, caches, strict=True):
-            done = 0
-            for length, slot, start in zip(lengths, slots, starts, strict=True):
-                part = np.moveaxis(tokens[..., done : done + length, :, :, :], -4, -3)
+            for first, length, slot, start in queries.places():
+                part = np.moveaxis(tokens[..., first : first + length, :, :, :], -4, -3)
                 expected[..., slot, :, start : start + length, :, :] = part
                 if zero:
                     expected[..., slot, :, :start, :, :] = 0
-                done += length
             t.compare(copy, cache, expected, "cache")
         look_at_reads(prover, outside)
     prover.keep_coverage()
 
 
-def prove_extract(
-    prover: Prover, lengths: Sequence[int], starts: Sequence[int], widths: Widths = WIDTHS
-) -> None:
-    rows, capacity = len(lengths), max(map(sum, zip(lengths, starts, strict=True))) + 2
-    slots = list(reversed(range(rows)))
-    grid = f"lengths {list(lengths)}, 0 and 2 layers, {len(widths)} kinds of chunks"
+def prove_extract(prover: Prover, queries: Queries, widths: Widths = WIDTHS) -> None:
+    rows, total = len(queries.lengths), sum(queries.lengths)
+    grid = f"{queries}; 0 and 2 layers, {len(widths)} kinds of chunks"
     copy, outside = (prover.claim("extract_kv", s, grid) for s in (COPY, OUTSIDE))
-    of_slot = dict(zip(slots, zip(lengths, starts, strict=True), strict=True))
+    of_slot = {slot: range(start, start + n) for _, n, slot, start in queries.places()}
 
     def used(slot: int, head: int, column: int) -> bool:
-        length, start = of_slot[slot]
-        return start <= column < start + length
+        return column in of_slot.get(slot, ())
 
-    for width, layers in itertools.product(widths, (0, 2)):
+    for width, layers, more in itertools.product(widths, (0, 2), (0, 16)):
         t = Tensors(prover, width, layers)
         caches = [
-            t.leaf(name, (rows, HEADS, capacity), used) for name in ("key_cache", "value_cache")
+            t.leaf("key_cache", (rows, HEADS, queries.capacity), used),
+            t.leaf("value_cache", (rows, HEADS, queries.capacity), used, more),
         ]
+        out = [t.leaf(name, (total, HEADS)) for name in ("key", "value")]
         with t.ops.entered():
-            out = t.ops.extract_kv(
-                caches[0][0], caches[1][0], cumulative(lengths), int32(slots), int32(starts),
-                total_tokens=sum(lengths),
+            t.ops.extract_kv(
+                caches[0][0], caches[1][0], cumulative(queries.lengths), int32(queries.slots),
+                int32(queries.starts), total_tokens=total, out=(out[0][0], out[1][0]),
             )  # fmt: skip
-        for x, (_, terms) in zip(out, caches, strict=True):
-            parts = [
-                np.moveaxis(terms[..., slot, :, start : start + length, :, :], -4, -3)
-                for slot, (length, start) in of_slot.items()
-            ]
-            t.compare(copy, x, np.concatenate(parts, -4), "token")
+        for (x, expected), (_, terms) in zip(out, caches, strict=True):
+            # Tokens without a place keep what they were.
+            for first, length, slot, start in queries.places():
+                part = np.moveaxis(terms[..., slot, :, start : start + length, :, :], -4, -3)
+                expected[..., first : first + length, :, :, :] = part
+            t.compare(copy, x, expected, "token")
         look_at_reads(prover, outside)
     prover.keep_coverage()
 
@@ -125,14 +161,15 @@ def prove_extract(
 def prove_move(
     prover: Prover, moves: Sequence[tuple[int, int, int, int, int]], widths: Widths = WIDTHS
 ) -> None:
-    """Moves: source slot and start, target slot and start, length."""
+    """Moves: source slot and start, target slot and start, length; negative ones do nothing."""
     grid = f"{len(moves)} moves, 0 and 2 layers, {len(widths)} kinds of chunks"
     copy, outside = (prover.claim("move_kv", s, grid) for s in (COPY, OUTSIDE))
     num_slots = 1 + max(slot for move in moves for slot in (move[0], move[2]))
+    done = [move for move in moves if min(move) >= 0 and move[4] > 0]
     capacity = max(max(move[1], move[3]) + move[4] for move in moves) + 1
 
     def used(slot: int, head: int, column: int) -> bool:
-        return any(slot == m[0] and m[1] <= column < m[1] + m[4] for m in moves)
+        return any(slot == m[0] and m[1] <= column < m[1] + m[4] for m in done)
 
     for width, layers in itertools.product(widths, (0, 2)):
         t = Tensors(prover, width, layers)
@@ -146,7 +183,7 @@ def prove_move(
             )
         for cache, terms in caches:
             expected = terms.copy()
-            for source, first, target, to, length in moves:
+            for source, first, target, to, length in done:
                 expected[..., target, :, to : to + length, :, :] = terms[
                     ..., source, :, first : first + length, :, :
                 ]

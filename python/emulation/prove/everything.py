@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
+from emulation.artifacts import ROOT, hash_of
 from emulation.prove.attention import Call
 from emulation.prove.claims import CUT, Claim, Prover
 from emulation.prove.copies import (
     WIDTHS,
+    Queries,
     prove_append,
     prove_extract,
     prove_insert,
     prove_merge,
     prove_move,
 )
-from emulation.prove.grids import Grid, prove
+from emulation.prove.grids import (
+    ALL_PAGES,
+    FEW_PAGES,
+    FEW_SLOTS,
+    Grid,
+    alone,
+    between_others,
+    in_crowd,
+    in_pages_in_crowd,
+    prove,
+    with_idle_tokens,
+)
+from emulation.prove.runs import Unit
+from emulation.static.kernels import PTX_ARCHITECTURES
 
 # What has to be refuted: a lone token is the decode kernel's, whose products have other shapes; and
 # a value that is not finite is weighed apart in tiles at the border of what is visible alone.
@@ -25,6 +45,16 @@ OPTIONS = (
     {}, {"window": 3}, {"softcap": 5.0, "alibi": True, "sinks": True},
     {"causal": False, "window": 20},
 )  # fmt: skip
+ALL_OPTIONS = (*OPTIONS, {"alibi": True, "return_lse": False}, {"sinks": True, "window": 1})
+# Heads and head dims with a decode kernel each; 12 heads of a KV head take two column tiles.
+DECODE_SHAPES = (
+    ((2, 1), 64), ((12, 1), 64), ((2, 1), 80), ((12, 1), 80), ((2, 1), 96), ((12, 1), 96),
+    ((2, 1), 128), ((12, 1), 128), ((2, 1), 256),
+)  # fmt: skip
+# (length, query tokens) whose positions are the same tokens'.
+CUTS = ((20, 20), (20, 5), (15, 15), (17, 9))
+# Tokens 65 to 69 share a tile of 16 vectors with earlier ones, or not.
+WHOLE = ((70, 8), (70, 5))
 
 
 def is_expected(claim: Claim) -> bool:
@@ -33,69 +63,215 @@ def is_expected(claim: Claim) -> bool:
     return bool(claim.checks) and bool(claim.evidence) == known
 
 
-def attention_grids(dtype: torch.dtype, quick: bool) -> list[Grid]:
-    """float32 has the generic kernel, the others those of the tensor cores."""
-    name = str(dtype).removeprefix("torch.")
-    base = Call((), dtype=dtype)
-    options = OPTIONS[:3:2] if quick else OPTIONS
-    cut = ((9, 9), (9, 4), (7, 7)) if quick else ((20, 20), (20, 5), (15, 15), (17, 9))
-    alone = () if quick else ((17, 1),)
-    # Tokens 65 to 69 share a tile of 16 vectors with earlier ones, or not.
-    whole = ((70, 8), (70, 5))
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def quick_grids(dtype: torch.dtype) -> list[Grid]:
+    """What the test proves: a few lengths."""
+    name, base = name_of(dtype), Call((), dtype=dtype)
+    cut = ((9, 9), (9, 4), (7, 7))
     if dtype is torch.float32:
-        lengths, queries = ((5,), (1, 2)) if quick else ((1, 2, 5, 17, 33), (1, 2, 5))
-        some = options[1:] if quick else options
-        grids = [Grid("generic", base, lengths, queries, some, cut + alone)]
-        if not quick:
-            grids.append(Grid("generic, split", base, (514,), (1,)))
-            grids.append(Grid("generic, 80 dims", Call((), dtype=dtype, head_dim=80), (9,), (1, 3)))
-        return grids
-    if quick:
-        return [
-            Grid(f"decode, {name}", base, (5,), (1,), options),
-            Grid(f"decode of 2 tokens, {name}", base, (5,), (2,)),
-            # Of one dtype: the others' kernels are the same, of other instructions.
-            *([Grid(f"prefill, {name}", base, (9,), (9,), ({},), cut)] * (dtype is torch.bfloat16)),
-            Grid(f"prefill and decode, {name}", base, (), (), ({},), ((5, 2), (5, 1))),
-        ]
+        return [Grid("generic", base, (5,), (1, 2), OPTIONS[1:3], cut)]
     return [
-        Grid(f"decode, {name}", base, (*range(1, 19), 33, 70), (1,), options),
-        *(
-            Grid(
-                f"decode, {name}, {head_dim} dims",
-                Call((), dtype=dtype, head_dim=head_dim, heads=heads),
-                (17,), (1,), options,
-            )
-            for head_dim, heads in ((64, (12, 1)), (80, (2, 1)), (96, (2, 1)), (128, (2, 1)),
-                                    (256, (2, 1)))
-        ),
-        Grid(f"decode of 2 tokens, {name}", base, (2, 5, 18), (2,), options, ((5, 2), (6, 2))),
-        Grid(f"prefill, {name}", base, (9, 18, 70), (9,), options, cut),
-        Grid(f"prefill and decode, {name}", base, (), (), ({},), (*cut, *alone)),
-        Grid(f"prefill of whole tiles, {name}", base, (), (), ({},), whole),
-        Grid(f"prefill of whole tiles with finite values, {name}",
-             dataclasses.replace(base, finite=True), (), (), ({},), whole),
-        Grid(f"split and merge, {name}", base, (514,), (1,)),
-    ]  # fmt: skip
+        Grid(f"decode, {name}", base, (5,), (1,), OPTIONS[:3:2]),
+        Grid(f"decode in pages, {name}", base, (19,), places=FEW_PAGES),
+        Grid(f"decode of 2 tokens, {name}", base, (5,), (2,)),
+        # Of one dtype: the others' kernels are the same, of other instructions.
+        *([Grid(f"prefill, {name}", base, (9,), (9,), ({},), cut)] * (dtype is torch.bfloat16)),
+        Grid(f"prefill and decode, {name}", base, (), (), ({},), ((5, 2), (5, 1))),
+    ]
 
 
-def prove_all(prover: Prover, quick: bool) -> Prover:
-    """Every kernel on every grid; `quick` takes one dtype per architecture and few lengths."""
+def prove_quick(prover: Prover) -> Prover:
+    """Every kernel on a few calls: one dtype per architecture, and few lengths."""
     new = prover.architecture >= 80
-    lengths, starts = ([3, 0, 2], [2, 1, 0]) if quick else ([3, 1, 0, 20], [2, 0, 1, 4])
-    companies = ("A", "BA") if quick else ("A", "BA", "CABD", "BCDEFGHA")
-    widths = WIDTHS[1:2] if quick else WIDTHS
-    moves = [(0, 2, 0, 5, 7), (1, 0, 2, 3, 4)]
+    queries, companies, widths = Queries.of([3, 0, 2], [2, 1, 0]), ("A", "BA"), WIDTHS[1:2]
     # The copies have the same PTX on both architectures, where nothing is converted.
-    if new or not quick:
-        prove_insert(prover, lengths, starts, widths)
-        prove_extract(prover, lengths, starts, widths)
-        prove_move(prover, moves, widths)
+    if new:
+        prove_insert(prover, queries, widths)
+        prove_extract(prover, queries, widths)
+        prove_move(prover, MOVES, widths)
         prove_append(prover, companies, widths)
         prove_merge(prover, companies, widths)
-    # bfloat16 before sm_80 is multiplied by shuffles and single operations: no rule says that a
-    # weight of 0 adds nothing there, and this machine takes long.
-    dtypes = [torch.float16, torch.float32] + ([torch.bfloat16] if new else [])
-    for dtype in ([torch.bfloat16, torch.float32] if new else [torch.float16]) if quick else dtypes:
-        prove(prover, attention_grids(dtype, quick))
+    for dtype in [torch.bfloat16, torch.float32] if new else [torch.float16]:
+        prove(prover, quick_grids(dtype))
     return prover
+
+
+# Onto itself backwards and forwards, elsewhere, and from no slot.
+MOVES = [(0, 2, 0, 5, 7), (1, 0, 2, 3, 4)]
+ALL_MOVES = [*MOVES, (3, 9, 3, 1, 12), (4, 1, 4, 1, 3), (-1, 0, 1, 4, 2), (5, 0, 5, 70, 75)]
+COMPANIES = ("A", "BA", "CABD", "BCDEFGHA")
+# Rows enough for blocks that have all heads of one.
+CROWD = ("A", "".join(chr(ord("B") + i) for i in range(65)) + "A")
+ALL_WIDTHS = (*WIDTHS, (torch.float16, 64, 0))
+QUERIES = {
+    "some": Queries.of([3, 1, 0, 20], [2, 0, 1, 4], lost=[1]),
+    "many": Queries.of([2, 1, 0] * 13, [1, 0, 2] * 13, lost=[20]),
+    "long": Queries.of([150], [1]),
+}
+
+
+def copy_units() -> Iterator[Unit]:
+    """The copies, append_kv and merge_attention."""
+    calls: list[tuple[str, str, Callable[..., None], dict]] = []
+    for name, queries in QUERIES.items():
+        few = {} if name == "some" else {"widths": WIDTHS[1:2]}
+        calls.append(("insert_kv", name, prove_insert, {"queries": queries, **few}))
+        calls.append(("extract_kv", name, prove_extract, {"queries": queries, **few}))
+    calls += [
+        ("move_kv", "", prove_move, {"moves": MOVES}),
+        ("move_kv", "all kinds", prove_move, {"moves": ALL_MOVES, "widths": WIDTHS[1:2]}),
+        ("move_kv", "in slices", prove_move,
+         {"moves": [(0, 1, 1, 2, 40), (2, 0, 2, 20, 45)], "widths": [(torch.bfloat16, 256, 2)]}),
+        ("append_kv", "", prove_append, {"companies": COMPANIES, "widths": ALL_WIDTHS}),
+        ("append_kv", "crowd", prove_append,
+         {"companies": CROWD, "widths": [(torch.bfloat16, 128, 0), (torch.float16, 128, 0)]}),
+        ("merge_attention", "", prove_merge, {"companies": COMPANIES, "widths": ALL_WIDTHS}),
+    ]  # fmt: skip
+    for op, name, function, given in calls:
+        yield Unit(f"{op} {name}".strip(), (op,), functools.partial(function, **given), repr(given))
+
+
+def decode_grids(dtype: torch.dtype, whole: bool) -> Iterator[Grid]:
+    """Rows of one token, in slots and in pages."""
+    of, base = name_of(dtype), Call((), dtype=dtype)
+    name, paged = f"decode, {of}", f"decode in pages, {of}"
+    yield Grid(name, base, (1, 16, 33, 70) if whole else (17,))
+    yield Grid(paged, base, (17, 150) if whole else (70,), places=ALL_PAGES)
+    yield Grid(f"split and merge, {name}", base, (300,), options=({}, {"window": 20}),
+               places=FEW_SLOTS)  # fmt: skip
+    yield Grid(f"split and merge, {paged}", base, (300,), places=FEW_PAGES)
+    for heads, head_dim in DECODE_SHAPES[1:]:
+        shaped = dataclasses.replace(base, heads=heads, head_dim=head_dim)
+        yield Grid(f"{name}, {head_dim} dims", shaped, (18,), (1,), OPTIONS[:3:2], (), FEW_SLOTS)
+        yield Grid(f"{paged}, {head_dim} dims", shaped, (18,), places=FEW_PAGES)
+    if whole:
+        lengths = (2, 3, 8, 15, 17, 18, 64, 65)
+        yield Grid(name, base, lengths, places=FEW_SLOTS)
+        yield Grid(name, base, (5, 18, 70), options=ALL_OPTIONS[1:], places=FEW_SLOTS)
+        yield Grid(name, base, (5,), places=(alone, in_crowd))
+        yield Grid(paged, base, (18, 70), options=ALL_OPTIONS[1:], places=FEW_PAGES)
+        yield Grid(paged, base, (5,), places=(alone, in_pages_in_crowd))
+        yield Grid(f"split and merge, {name}", base, (514,), places=FEW_SLOTS)
+
+
+def prefill_grids(dtype: torch.dtype, whole: bool) -> Iterator[Grid]:
+    """Rows of several tokens, in slots and in pages."""
+    of, base = name_of(dtype), Call((), dtype=dtype)
+    name, paged = f"prefill, {of}", f"prefill in pages, {of}"
+    few = f"prefill of 2 tokens, {of}"
+    yield Grid(few, base, (18,), (2,), ALL_OPTIONS if whole else OPTIONS[:1], ((5, 2), (6, 2)),
+               FEW_SLOTS)  # fmt: skip
+    yield Grid(paged, base, (18,), (2,), places=ALL_PAGES)
+    yield Grid(name, base, (), (), ({},), CUTS if whole else CUTS[:2])
+    yield Grid(f"prefill and decode, {of}", base, (), (), ({},), ((9, 4), (9, 1)))
+    for head_dim in (80, 96, 128, 256):
+        shaped = dataclasses.replace(base, head_dim=head_dim)
+        options = (OPTIONS[0], OPTIONS[2]) if whole else OPTIONS[:1]
+        yield Grid(f"{name}, {head_dim} dims", shaped, (18,), (2,), options, (), FEW_SLOTS)
+        yield Grid(f"{paged}, {head_dim} dims", shaped, (18,), (2,), places=FEW_PAGES)
+    if whole:
+        yield Grid(few, base, (5,), (2,), places=(alone, in_crowd))
+        yield Grid(name, base, (18, 70), (9,), places=FEW_SLOTS)
+        yield Grid(name, base, (), (), OPTIONS[1:], CUTS[1:3])
+        yield Grid(f"prefill of whole tiles, {of}", base, (), (), ({},), WHOLE)
+        yield Grid(f"prefill of whole tiles with finite values, {of}",
+                   dataclasses.replace(base, finite=True), (), (), ({},), WHOLE)  # fmt: skip
+        yield Grid(f"prefill in segments, {of}", base, (514,), (2,), ({}, {"window": 20}),
+                   places=(alone, with_idle_tokens, between_others))  # fmt: skip
+        yield Grid(f"prefill in segments, {of}", base, (1030,), (2,), ({"window": 600},),
+                   places=(alone, with_idle_tokens))  # fmt: skip
+        yield Grid(paged, base, (70,), (2,), OPTIONS[2:3], places=FEW_PAGES)
+        yield Grid(paged, base, (5,), (2,), places=(alone, in_pages_in_crowd))
+
+
+def generic_grids(dtype: torch.dtype, whole: bool) -> Iterator[Grid]:
+    """The kernel of what has no other: float32, other head dims, rows that are not aligned."""
+    of = name_of(dtype)
+    base = Call((), dtype=dtype, head_dim=64 if dtype is torch.float32 else 24)
+    odd, name = dataclasses.replace(base, head_dim=10), f"generic, {of}"
+    yield Grid(name, base, (5, 17), (1, 2), OPTIONS[:3:2], (*CUTS[:2], (20, 1)), FEW_SLOTS)
+    yield Grid(f"{name}, in pages", base, (33,), (1, 2), places=ALL_PAGES)
+    yield Grid(f"{name}, 10 dims", odd, (9,), (1, 3), OPTIONS[:3:2], (), FEW_SLOTS)
+    yield Grid(f"{name}, 10 dims, in pages", odd, (9,), (1, 3), places=FEW_PAGES)
+    yield Grid(name, dataclasses.replace(base, heads=(1, 1)), (5, 18), (1,), places=FEW_SLOTS)
+    yield Grid(f"{name}, split", base, (300,), (1,), ({}, {"window": 20}), places=FEW_SLOTS)
+    if whole:
+        yield Grid(name, base, (1, 2, 5, 33), (1, 2, 5), ALL_OPTIONS, CUTS)
+        yield Grid(name, base, (5,), (1, 2), places=(alone, in_crowd))
+        yield Grid(f"{name}, in segments", base, (514,), (2,), ({}, {"window": 20}),
+                   places=(alone, with_idle_tokens, between_others))  # fmt: skip
+        yield Grid(f"{name}, in pages", base, (5,), (1,), OPTIONS[1:], places=FEW_PAGES)
+        yield Grid(f"{name}, in pages", base, (5,), (1,), places=(alone, in_pages_in_crowd))
+    if dtype is torch.float32:
+        yield Grid(f"{name}, 80 dims", dataclasses.replace(base, head_dim=80), (9,), (1, 3))
+
+
+STEMS = {torch.float16: "half", torch.bfloat16: "bfloat16"}
+
+
+def units(architecture: int) -> Iterator[Unit]:
+    """All there is to prove; each grid is a unit, so that they share processors."""
+    yield from copy_units()
+    if architecture == 80 and importlib.util.find_spec("triton"):
+        yield from triton_units()
+    # The kernels of the two dtypes are instances of the same templates, and what nvcc makes of them
+    # for the newer architectures is the same code in other words: one of each has all grids.
+    main = torch.bfloat16 if architecture >= 80 else torch.float16
+    for dtype in (main, *(STEMS.keys() - {main}), torch.float32):
+        whole = (
+            architecture == 80
+            and dtype is torch.float32
+            or (architecture in PTX_ARCHITECTURES and dtype is main)
+        )
+        grids = [*generic_grids(dtype, whole)]
+        if dtype in STEMS:
+            grids = [*prefill_grids(dtype, whole), *decode_grids(dtype, whole), *grids]
+        for number, grid in enumerate(grids):
+            sources = ["ragged_attention"]
+            if "generic" not in grid.kernel:
+                # The first call of a grid of pages is the dense kernel's.
+                sources += [STEMS[dtype]] + [f"{STEMS[dtype]}_paged"] * grid.paged
+            yield Unit(
+                f"{number} {grid.kernel}",
+                tuple(sources),
+                functools.partial(prove_grid, grid=grid),
+                grid.text,
+            )
+
+
+def prove_grid(prover: Prover, grid: Grid) -> None:
+    prove(prover, [grid])
+
+
+def triton_grids() -> Iterator[Grid]:
+    """Rows of one token, in slots and in pages, by Triton's kernels."""
+    for dtype in STEMS:
+        of, base = name_of(dtype), Call((), dtype=dtype)
+        yield Grid(f"Triton's decode, {of}", base, (5, 18, 70), (1,), OPTIONS[:3], (), FEW_SLOTS)
+        yield Grid(f"Triton's decode in pages, {of}", base, (18, 70), places=FEW_PAGES)
+
+
+def prove_triton(prover: Prover, grid: Grid) -> None:
+    """The same of what Triton compiles."""
+    # Triton need not be installed for all the rest.
+    from emulation.prove.triton_ptx import TritonOps
+
+    prover.ops = TritonOps(prover.terms, prover.architecture)
+    prove(prover, [grid])
+
+
+def triton_units() -> Iterator[Unit]:
+    """Of sm_80, which is what the named source stands for: its PTX is no other architecture's."""
+    sources = [
+        Path(__file__).with_name("triton_ptx.py"),
+        *(ROOT / "baton_kernels" / "triton").rglob("*.py"),
+    ]
+    what = f"triton {importlib.metadata.version('triton')} {hash_of(sources).hex()}"
+    for number, grid in enumerate(triton_grids()):
+        yield Unit(
+            f"{number} {grid.kernel}", ("bfloat16",),
+            functools.partial(prove_triton, grid=grid), f"{grid.text} {what}",
+        )  # fmt: skip

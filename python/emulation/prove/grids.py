@@ -4,32 +4,120 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from emulation.prove.attention import Call, Outcome, Row, run
-from emulation.prove.claims import BATCH, CUT, HIDDEN, OUTSIDE, Claim, Prover
+from emulation.prove.claims import BATCH, CUT, HIDDEN, OUTSIDE, PAGES, Claim, Prover
 from emulation.ptx.symbolic_memory import SymbolicError
 
 TAG = "A"  # of the row whose results are compared
 
 
-def placements(length: int, queries: int) -> Iterator[dict]:
-    """A row by itself, then elsewhere and in company."""
-    yield {"rows": (Row(TAG, length, queries),)}
-    yield {
+def alone(length: int, queries: int) -> dict:
+    return {"rows": (Row(TAG, length, queries),)}
+
+
+def in_company(length: int, queries: int) -> dict:
+    """Beside a row of one token, in a cache with other strides; the host knows no lengths."""
+    return {
+        "rows": (Row("B", 3, 1, 0, 1), Row(TAG, length, queries, 1, 5)),
+        "num_slots": 2, "capacity": length + 9, "transposed": True, "padded": True,
+        "exact_bounds": False,
+    }  # fmt: skip
+
+
+def in_mixed_company(length: int, queries: int) -> dict:
+    """The same beside a row of several tokens too, whose kernel is another one."""
+    return {
         "rows": (Row("B", 3, 1, 0, 1), Row(TAG, length, queries, 2, 5), Row("C", 20, 2, 1, 0)),
         "num_slots": 4, "capacity": length + 24, "transposed": True, "padded": True,
         "exact_bounds": False,
     }  # fmt: skip
-    yield {
+
+
+def moved(length: int, queries: int) -> dict:
+    """In front of a longer row."""
+    return {
         "rows": (Row(TAG, length, queries, 1, 2), Row("B", length + 1, 1, 0, 0)),
         "num_slots": 2, "capacity": length + 3,
     }  # fmt: skip
 
 
+def in_crowd(length: int, queries: int) -> dict:
+    """Behind so many rows that blocks take several items; one of them has no tokens here, one no
+    keys, one more tokens than keys, and one no place."""
+    rows = [Row(f"R{i}", 1 + i % 3, 1, i, i % 2) for i in range(33)]
+    rows[4] = Row("E", 3, 0, 4, 0)
+    rows[5] = Row("N", 0, 1, 5, 3)
+    rows[6] = Row("T", 1, 2, 6, 0)
+    rows[7] = Row("L", 2, 1, 7, -1)
+    return {
+        "rows": (*rows, Row(TAG, length, queries, 33, 1)), "num_slots": 34,
+        "capacity": length + 4,
+    }  # fmt: skip
+
+
+def between_others(length: int, queries: int) -> dict:
+    """Between rows of several tokens, one of none and one without a place."""
+    return {
+        "rows": (
+            Row("B", 3, 2, 0, 1), Row("E", 3, 0, 1, 0), Row("L", 3, 2, 1, -1),
+            Row(TAG, length, queries, 2, 5), Row("C", 9, 3, 1, 2),
+        ),
+        "num_slots": 3, "capacity": length + 9,
+    }  # fmt: skip
+
+
+def with_idle_tokens(length: int, queries: int) -> dict:
+    """With query tokens of no row, so many that no row is split at its segments."""
+    return {**alone(length, queries), "idle_tokens": 8200}
+
+
+def in_pages(length: int, queries: int) -> dict:
+    """Alone in pages of 16 columns, any of which may hold any sixteen of the row's."""
+    return {**alone(length, queries), "page": 16}
+
+
+def in_shifted_pages(length: int, queries: int) -> dict:
+    """Its columns begin within a page, in company; columns come before heads in a page."""
+    return {
+        "rows": (Row("B", 3, 1, start=1), Row(TAG, length, queries, start=3)), "page": 16,
+        "order": 1, "transposed": True, "padded": True, "exact_bounds": False,
+    }  # fmt: skip
+
+
+def in_small_pages(length: int, queries: int) -> dict:
+    """In pages of five columns, between other rows."""
+    return {
+        "rows": (Row("B", 3, 1), Row(TAG, length, queries, start=2), Row("C", 7, 1, start=4)),
+        "page": 5, "order": 2,
+    }  # fmt: skip
+
+
+def in_single_pages(length: int, queries: int) -> dict:
+    """A column is a page."""
+    return {**alone(length, queries), "page": 1, "order": 3}
+
+
+def in_large_pages(length: int, queries: int) -> dict:
+    """In pages of 64 columns, from the second sixteen of one."""
+    return {"rows": (Row(TAG, length, queries, start=16), Row("B", 5, 1)), "page": 64, "order": 4}
+
+
+def in_pages_in_crowd(length: int, queries: int) -> dict:
+    return {**in_crowd(length, queries), "page": 4, "order": 5}
+
+
+SLOTS = alone, in_mixed_company, moved
+FEW_SLOTS = alone, in_company
+# The first one is the dense kernel's, whose terms those with pages have to be.
+ALL_PAGES = alone, in_pages, in_shifted_pages, in_small_pages, in_single_pages, in_large_pages
+FEW_PAGES = alone, in_pages, in_small_pages
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Lengths times cuts times options; `cuts(length)` has numbers of query tokens."""
+    """Lengths times query tokens times options, each in several places."""
 
     kernel: str
     base: Call
@@ -38,22 +126,34 @@ class Grid:
     options: Sequence[dict] = ({},)
     # Pairs of length and queries of calls that share positions, compared by CUT.
     cut: Sequence[tuple[int, int]] = ()
+    places: Sequence = SLOTS
+
+    @property
+    def paged(self) -> bool:
+        return any(place(16, 1).get("page") for place in self.places)
+
+    @property
+    def text(self) -> str:
+        """All that the grid is."""
+        names = [place.__name__ for place in self.places]
+        return repr(dataclasses.replace(self, places=names))
 
     def __str__(self) -> str:
         lengths = ", ".join(map(str, self.lengths))
         queries = ", ".join(map(str, self.queries))
         heads = "/".join(map(str, self.base.heads))
         text = f"lengths {lengths}; query tokens {queries}; {heads} heads x {self.base.head_dim}"
-        return f"{text}; {len(self.options)} sets of options"
+        places = ", ".join(place.__name__.replace("_", " ") for place in self.places)
+        return f"{text}; {len(self.options)} sets of options; {places}"
 
 
 def attempt(prover: Prover, claims: Iterable[Claim], call: Call) -> Outcome | None:
     """A call's outcome; what the machine cannot follow counts against the claims."""
     try:
         return run(prover.ops, call)
-    except SymbolicError as finding:
+    except (SymbolicError, AssertionError, NotImplementedError, RuntimeError) as finding:
         for claim in claims:
-            claim.check(False, f"{finding} ({call})")
+            claim.check(False, f"{type(finding).__name__}: {finding} ({call})")
         return None
 
 
@@ -73,34 +173,37 @@ def same(prover: Prover, claim: Claim, a: Outcome, b: Outcome, what: str) -> Non
     for key in a.results.keys() & b.results.keys():
         if key[0] != TAG:
             continue
-        left, right = a.results[key], b.results[key]
         evidence = ""
-        if left != right:
-            pair = next((x, y) for x, y in zip(left, right, strict=True) if x != y)
-            evidence = f"token {key[1]}, head {key[2]}: {prover.difference(*pair)} ({what})"
-        claim.check(left == right, evidence)
+        for left, right in zip(a.results[key], b.results[key], strict=True):
+            # A call may return no lse.
+            pair = next((pair for pair in zip(left, right, strict=False) if len({*pair}) > 1), None)
+            if pair and not evidence:
+                difference = prover.difference(*pair)
+                evidence = f"token {key[1]}, head {key[2]}: {difference} ({what})"
+        claim.check(not evidence, evidence)
 
 
 def prove(prover: Prover, grids: Iterable[Grid]) -> None:
     """Runs a kernel's grids; a claim per statement."""
     for grid in grids:
+        of_places = PAGES if grid.paged else BATCH
         claims = {
             statement: prover.claim(grid.kernel, statement, str(grid))
-            for statement in ((HIDDEN, OUTSIDE, BATCH) if grid.lengths else ())
+            for statement in ((HIDDEN, OUTSIDE, of_places) if grid.lengths else ())
         }
         for length, queries, options in itertools.product(grid.lengths, grid.queries, grid.options):
             if queries > length:
                 continue
-            alone = None
-            for place in placements(length, queries):
-                call = dataclasses.replace(grid.base, **place, **options)
+            first = None
+            for place in grid.places:
+                call = dataclasses.replace(grid.base, **place(length, queries), **options)
                 outcome = attempt(prover, claims.values(), call)
                 if outcome is None:
                     continue
                 look(claims, call, outcome)
-                if alone:
-                    same(prover, claims[BATCH], alone, outcome, f"alone and in {call}")
-                alone = alone or outcome
+                if first:
+                    same(prover, claims[of_places], first, outcome, f"alone and in {call}")
+                first = first or outcome
         if grid.cut:
             claim = prover.claim(grid.kernel, CUT, f"(length, query tokens) {list(grid.cut)}")
             for options in grid.options:

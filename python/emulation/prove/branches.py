@@ -1,0 +1,126 @@
+"""Which outcomes of conditional branches the calls reach, and why the others are left out."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+
+from emulation.artifacts import ROOT
+from emulation.prove.claims import Coverage
+
+Kernels = Mapping[tuple[str, int], Coverage]  # by kernel and architecture
+
+# Part of the file's path, part of the source line, and why one of its outcomes is not reached.
+# None of these lines looks at data: what they choose are the calls' numbers.
+NAMED: tuple[tuple[str, str, str], ...] = ()
+ELSEWHERE = "reached both ways in other instances of the template"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreached:
+    """An outcome that no call of a kernel has."""
+
+    kernel: str
+    architecture: int
+    line: str  # path:line in csrc
+    source: str  # that line
+    instruction: str
+    never: str  # "taken" or "not taken"
+
+
+@functools.cache
+def lines_of(path: str) -> list[str]:
+    try:
+        return (ROOT / "csrc" / path).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def shown(line: str) -> tuple[str, str]:
+    """Path in csrc with the line's number, and the line."""
+    path, _, number = line.rpartition(":")
+    path = path.rpartition("csrc/")[2] if "csrc/" in path else path.rpartition("/")[2]
+    lines = lines_of(path)
+    found = lines[int(number) - 1].strip() if 0 < int(number or 0) <= len(lines) else ""
+    return f"{path}:{number}", found
+
+
+def unreached(kernels: Kernels) -> Iterator[Unreached]:
+    for (kernel, architecture), coverage in sorted(kernels.items()):
+        for line, instruction, never in coverage.unreached():
+            place, source = shown(line)
+            yield Unreached(kernel, architecture, place, source, instruction, never)
+
+
+def lines_reached(kernels: Kernels) -> set[str]:
+    """Source lines of which a branch is taken and not taken."""
+    return {
+        shown(coverage.lines[at])[0]
+        for coverage in kernels.values()
+        for at, times in coverage.reached.items()
+        if all(times)
+    }
+
+
+def reason(outcome: Unreached, both_ways: set[str]) -> str:
+    """Why an outcome is left out; empty if nobody knows."""
+    for path, part, text in NAMED:
+        if path in outcome.line and part in outcome.source:
+            return text
+    return ELSEWHERE if outcome.line in both_ways else ""
+
+
+def summary(kernels: Kernels, every: bool = False) -> tuple[list[str], int]:
+    """Lines for print, and the number of outcomes without a reason; every one with `every`."""
+    lines = []
+    for (kernel, architecture), coverage in sorted(kernels.items()):
+        reached, count = coverage.counts
+        lines.append(f"{kernel:44} {architecture:>3} {reached:>4} of {count}")
+    both_ways = lines_reached(kernels)
+    reasons: dict[str, list[Unreached]] = collections.defaultdict(list)
+    for outcome in unreached(kernels):
+        reasons[reason(outcome, both_ways)].append(outcome)
+    lines.append("")
+    for text, outcomes in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        lines.append(f"{len(outcomes):>4} not reached: {text or 'NO REASON'}")
+        if every or not text:
+            lines += grouped(outcomes)
+    return lines, len(reasons.get("", ()))
+
+
+def grouped(outcomes: Iterable[Unreached]) -> Iterator[str]:
+    """By source line."""
+    by_line: dict[tuple[str, str], list[Unreached]] = collections.defaultdict(list)
+    for outcome in outcomes:
+        by_line[outcome.line, outcome.source].append(outcome)
+    for (line, source), found in sorted(by_line.items()):
+        first = found[0]
+        kernels = len({(x.kernel, x.architecture) for x in found})
+        yield f"        {line}  {source}"
+        yield (
+            f"            never {first.never} in {first.kernel}, sm_{first.architecture}"
+            f" ({kernels} kernels): {first.instruction}"
+        )
+
+
+def markdown(kernels: Kernels) -> list[str]:
+    """A table of kernels without their parameters, and one of the reasons."""
+    by_kind: dict[tuple[str, int], list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+    for (kernel, architecture), coverage in kernels.items():
+        counts = by_kind[kernel.partition("<")[0], architecture]
+        for i, n in enumerate((1, *coverage.counts)):
+            counts[i] += n
+    lines = [
+        "| kernel | PTX of | instances | outcomes reached |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for (kind, architecture), (instances, reached, count) in sorted(by_kind.items()):
+        lines.append(f"| {kind} | sm_{architecture} | {instances} | {reached} of {count} |")
+    both_ways = lines_reached(kernels)
+    reasons: collections.Counter[str] = collections.Counter(
+        reason(outcome, both_ways) or "**no reason known**" for outcome in unreached(kernels)
+    )
+    lines += ["", "| outcomes not reached | why |", "| ---: | --- |"]
+    return lines + [f"| {count} | {text} |" for text, count in reasons.most_common()]
