@@ -53,8 +53,23 @@ def decode() -> None:
             f"{c.all_wavefronts} shared wavefronts, {c.all_wavefronts / c.ideal_wavefronts:.3f} of "
             f"ideal; merge {c.merge:,.0f} instructions per KV head"
         )
+    merges()
     machine_code()
     flight()
+
+
+def merges() -> None:
+    """The launch that sums the splits up."""
+    print(
+        "merge, launched behind the decode kernel: instructions of a warp until that one has ended"
+    )
+    print("and from then on, PTX for sm_90")
+    for length in (2048, 32768):
+        for kv_heads in (1, 8):
+            c = cuda_counts.count_merge(length, kv_heads)
+            print(
+                f"  {length} keys, {c.warps} warps for 4 vectors: {c.before:.0f} and {c.after:.0f}"
+            )
 
 
 def decode_kernels() -> list[cuda_static.Kernel]:

@@ -4,8 +4,11 @@
 | --- | --- |
 | a row's segments have the same bits in separate blocks and one after another | streamed |
 | rows of many vectors are split, and a single row into enough pieces | pieces |
+| a value that is not finite has the same bits, whatever its probability and the cut | vanishing |
 | no grid grows with the capacity or with rows that do not exist | grids |
 """
+
+import math
 
 import pytest
 import torch
@@ -92,6 +95,31 @@ def test_streamed_segments_have_the_bits_of_split_ones(name):
     assert_accurate(split, "ragged_attention", *problem.args, **options)
     for got, want in zip(streamed, split, strict=True):
         assert_same_bits(got[: len(want)], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_infinite_value_of_a_vanishing_probability_does_not_depend_on_the_cut(dtype, value):
+    """Key 3 has 2^-30 of the largest probability: 0 in float16, and 0 times infinity is NaN.
+
+    Token 64 sees all of the first tile, which is at the border for tokens before it.
+    """
+    (row,) = random_rows([65], [65], num_heads=2, num_kv_heads=1, dtype=dtype)
+    row.query[64], row.key[:64] = 0.0, 0.0
+    row.query[64, :, 0], row.key[3, 0, 0] = 1.0, -30 * math.log(2.0)
+    row.value[3, 0, 5] = value
+    results = []
+    for tokens in (2, 3, 9, 65):
+        cut = attention_problem([Row(row.query[65 - tokens :], row.key, row.value)])
+        for ops in EMULATED.values():
+            with ops.entered():
+                out, lse = ops.ragged_attention(*cut.args, scale=1.0, return_lse=True)
+            results.append((out[-1], lse[-1]))
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            assert_same_bits(got, want)
+    kept = math.isinf(value) and dtype == torch.bfloat16
+    assert (results[0][0][:, 5] == value).all() if kept else results[0][0][:, 5].isnan().all()
 
 
 # Query tokens, length, (num_heads, num_kv_heads), head_dim, pieces of each vector's keys.

@@ -22,6 +22,8 @@ JUDGED = {
     "missing_barrier": "race: read of 4 bytes",
     "missing_warp_sync": "race: read of 4 bytes",
     "missing_wait": "missing wait for cp.async: read of 4 bytes",
+    "missing_grid_wait": "missing wait for the grid before: read of 4 bytes at x",
+    "ends_before_grid": r"missing wait for the grid before: .* ends without",
     "missing_sync_before_ldmatrix": "race: read of 16 bytes",
     "missing_trailing_barrier": "race: write of 4 bytes",
     "divergent_barrier": "divergent barrier",
@@ -39,6 +41,7 @@ ADDRESS = {
     "missing_wait": "wrong result",
     "divergent_barrier": "divergent barrier",
     "divergent_shuffle": "divergent barrier",
+    "ends_before_grid": "missing wait for the grid before",
     "misaligned_vector": "misaligned load of 16 bytes",
     "misaligned_dereference": "misaligned address",
 }
@@ -119,6 +122,8 @@ MUTANTS = {
     # Also order for ptxas: every thread reads totals that it wrote itself.
     "prefill_tile.h: __syncwarp #2": None,
     "prefill_tile.h: __syncwarp #3": None,
+    # Behind the prefill, which has no partial results here and started when decode had ended.
+    "merge.h: wait_for_grid_before #1": r"missing wait for the grid before: .* ends without",
     # Copies have landed by the barrier that ThreadSanitizer relies on, whichever thread waited.
     "prefill.h: copy_async_wait<1> #1": WAIT,
     "prefill.h: copy_async_wait<0> #1": WAIT,

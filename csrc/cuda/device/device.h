@@ -15,6 +15,7 @@
 #include "emulation/cuda/cuda_emulation.h"
 #endif
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -50,12 +51,13 @@ inline int multiprocessors() {
 #endif
 }
 
+#if defined(__CUDACC__)
 // Every launch goes through here. Returns the launch's own error and leaves errors of earlier work
 // to whoever looks for them.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
-                   cudaStream_t stream, const Args&... args) {
-#if defined(__CUDACC__)
+cudaError_t launch_with(cudaLaunchAttribute* attributes, unsigned num_attributes,
+                        void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                        cudaStream_t stream, const Args&... args) {
   if (shared_bytes > kDefaultSharedBytes) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -66,9 +68,55 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = num_attributes;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+// Whether the current device's code of a kernel was made for compute capability 9 or later, and so
+// has the wait in wait_for_grid_before(). Known after the first call for a device.
+template <auto kKernel>
+bool has_grid_wait() {
+  constexpr int kDevices = 64;
+  enum : int8_t { kUnknown, kLacks, kHas };
+  static std::atomic<int8_t> known[kDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  int8_t has = known[device].load(std::memory_order_relaxed);
+  if (has == kUnknown) {
+    cudaFuncAttributes attributes{};
+    if (cudaFuncGetAttributes(&attributes, kKernel) != cudaSuccess) return false;
+    has = attributes.ptxVersion >= 90 ? kHas : kLacks;
+    known[device].store(has, std::memory_order_relaxed);
+  }
+  return has == kHas;
+}
+#endif
+
+// Starts when the stream's work before has ended.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                   cudaStream_t stream, const Args&... args) {
+#if defined(__CUDACC__)
+  return launch_with(nullptr, 0, kernel, grid, block, shared_bytes, stream, args...);
 #else
   return emulation::launch(kernel, grid, block, shared_bytes, stream, args...);
+#endif
+}
+
+// Starts earlier where the device can: the kernel, of which every thread waits for the grid before,
+// is launched behind one of ours, and on the device when that one ends.
+template <auto kKernel, typename... Args>
+cudaError_t launch_behind(dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
+                          const Args&... args) {
+#if defined(__CUDACC__)
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return launch_with(&attribute, has_grid_wait<kKernel>() ? 1 : 0, kKernel, grid, block,
+                     shared_bytes, stream, args...);
+#else
+  return emulation::launch_behind(kKernel, grid, block, shared_bytes, stream, args...);
 #endif
 }
 

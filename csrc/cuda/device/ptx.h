@@ -95,6 +95,24 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
+// Programmatic dependent launch (launch_behind of device.h): a kernel may start before the one that
+// it was launched behind has ended. Below sm_90 it does not, and neither of these does anything.
+
+// Once all blocks have come here, or ended, those of the kernel behind may start.
+__device__ __forceinline__ void let_next_grid_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the kernel before has ended and all that it wrote can be read. Every thread of a
+// kernel that is launched behind another comes here before it ends: a grid's end then stands for
+// those of all grids before it.
+__device__ __forceinline__ void wait_for_grid_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ldmatrix: lane 8 k + r gives the address of row r of the k-th 8x8 matrix of 16-bit elements; lane
 // 4 r + c receives elements 2 c and 2 c + 1 of row r (of column r when transposed).
 

@@ -155,6 +155,7 @@ template <typename T, int kHeadDim, int kTiles>
 __global__ void __launch_bounds__(kAttentionThreads, decode_blocks(kHeadDim, kTiles))
     ragged_attention_decode_kernel(const __grid_constant__ AttentionArgs a) {
   BATON_DYNAMIC_SHARED(memory);
+  let_next_grid_start();
   decode_items<T, kHeadDim, kTiles, false>(a, memory);
 }
 
@@ -163,6 +164,7 @@ template <typename T, int kHeadDim, int kTiles>
 __global__ void __launch_bounds__(kAttentionThreads, decode_blocks(kHeadDim, kTiles))
     ragged_attention_paged_decode_kernel(const __grid_constant__ AttentionArgs a) {
   BATON_DYNAMIC_SHARED(memory);
+  let_next_grid_start();
   decode_items<T, kHeadDim, kTiles, true>(a, memory);
 }
 

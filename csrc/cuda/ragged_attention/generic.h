@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kGenericBlocks)
     ragged_attention_generic_kernel(const __grid_constant__ AttentionArgs a) {
   static_assert(kQueries <= kAttentionWarps, "a warp has the totals of one vector");
   BATON_DYNAMIC_SHARED(shared);
+  let_next_grid_start();
   const RaggedAttentionParams& p = a.p;
   AttentionItem item;
   for (int32_t round = 0; find_item(a, item_of(round), kQueries, true, item); ++round) {

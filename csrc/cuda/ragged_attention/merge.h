@@ -1,8 +1,13 @@
 // Merges the partial results of ragged_attention's split rows, in the order of their keys.
 //
-// A warp has one vector of a KV head. Of a row that decodes one token, lane i knows the weights of
-// splits i and i + 32, and sums 4 dims at a time over all splits. Segments of a row of several
-// tokens join one after another, as they do in a block that has all of them.
+// A warp has one vector of a KV head, 4 dims in a lane; where that would be few warps, a vector has
+// several, whose lanes have one dim each. It asks for the partial results of many splits at once,
+// and sums them one after another. Of a row that decodes one token, lane i knows the weights of
+// splits i and i + 32. Segments of a row of several tokens join one after another, as they do in a
+// block that has all of them.
+//
+// The kernel is launched behind those that write the partial results: it has found its rows when
+// they end.
 #pragma once
 
 #include "cuda/device/find_query.h"
@@ -10,18 +15,54 @@
 
 namespace baton::cuda {
 
-// A vector's sums, of four dims.
-struct MergedDims {
-  float top = -INFINITY, sum = 0.0f, values[4] = {};
+// Dims of a lane: one where no more warps than these would have work on a multiprocessor.
+constexpr int kMergeDims = 4, kMergeWarps = 16;
+
+// Warps of a vector.
+__host__ __device__ constexpr int32_t merge_warps(int64_t head_dim, int dims) {
+  return dims == 1 ? static_cast<int32_t>((head_dim + 31) / 32) : 1;
+}
+
+// Partial results that a lane asks for together: as many as it has registers for.
+template <int kDims>
+struct PartialDims {
+  static constexpr int kCount = 32 / kDims;
+  float values[kCount][kDims];
+
+  // Of `count` splits, from this lane's dims of the first one on.
+  __device__ __forceinline__ void load(const float* sums, int32_t head_dim, int32_t count) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i >= count) break;
+      if constexpr (kDims == 4) {
+        const float4 part = as_floats(load_16(sums));
+        values[i][0] = part.x;
+        values[i][1] = part.y;
+        values[i][2] = part.z;
+        values[i][3] = part.w;
+      } else {
+        values[i][0] = __uint_as_float(load_4(sums));
+      }
+      sums += head_dim;
+    }
+  }
 };
 
-// Of splits [begin, end), whose stats and sums (this lane's dims, if it has any) begin there.
-__device__ __forceinline__ MergedDims merge_at_once(const float* stats, const float* sums,
-                                                    int32_t head_dim, bool has_dims, int32_t begin,
-                                                    int32_t end) {
+// A vector's sums, of this lane's dims.
+template <int kDims>
+struct MergedDims {
+  float top = -INFINITY, sum = 0.0f, values[kDims] = {};
+};
+
+// Of splits [begin, end), whose stats and sums (this lane's dims) begin there.
+template <int kDims>
+__device__ __forceinline__ MergedDims<kDims> merge_at_once(const float* stats, const float* sums,
+                                                           int32_t head_dim, int32_t begin,
+                                                           int32_t end) {
   static_assert(kMaxSplits == 64, "a lane has two splits");
+  using Parts = PartialDims<kDims>;
   const int32_t lane = threadIdx.x % 32;
-  MergedDims x;
+  MergedDims<kDims> x;
   float maximum[2], sum[2], weight[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -33,8 +74,11 @@ __device__ __forceinline__ MergedDims merge_at_once(const float* stats, const fl
       maximum[i] = __uint_as_float(bits.x);
       sum[i] = __uint_as_float(bits.y);
     }
-    x.top = fmaxf(x.top, maximum[i]);
   }
+  // Asked for before the weights are waited for.
+  Parts parts;
+  parts.load(sums + static_cast<int64_t>(begin) * head_dim, head_dim, end - begin);
+  x.top = fmaxf(fmaxf(x.top, maximum[0]), maximum[1]);
 #pragma unroll
   for (int32_t offset = 16; offset > 0; offset /= 2) {
     x.top = fmaxf(x.top, __shfl_xor_sync(~0u, x.top, offset));
@@ -44,92 +88,146 @@ __device__ __forceinline__ MergedDims merge_at_once(const float* stats, const fl
     weight[i] = weight_of(maximum[i], x.top);
     sum[i] *= weight[i];
   }
-  sums += static_cast<int64_t>(begin) * head_dim;
-  // Several loads are on their way at once.
-#pragma unroll 4
-  for (int32_t split = begin; split < end; ++split, sums += head_dim) {
-    x.sum += __shfl_sync(~0u, split < 32 ? sum[0] : sum[1], split % 32);
-    const float share = __shfl_sync(~0u, split < 32 ? weight[0] : weight[1], split % 32);
-    if (!has_dims) continue;
-    const float4 part = as_floats(load_16(sums));
-    x.values[0] = fmaf(part.x, share, x.values[0]);
-    x.values[1] = fmaf(part.y, share, x.values[1]);
-    x.values[2] = fmaf(part.z, share, x.values[2]);
-    x.values[3] = fmaf(part.w, share, x.values[3]);
+  for (int32_t first = begin; first < end;) {
+#pragma unroll
+    for (int i = 0; i < Parts::kCount; ++i) {
+      const int32_t split = first + i;
+      if (split >= end) break;
+      // The lane is taken modulo 32.
+      x.sum += __shfl_sync(~0u, split < 32 ? sum[0] : sum[1], split);
+      const float share = __shfl_sync(~0u, split < 32 ? weight[0] : weight[1], split);
+#pragma unroll
+      for (int d = 0; d < kDims; ++d) x.values[d] = fmaf(parts.values[i][d], share, x.values[d]);
+    }
+    first += Parts::kCount;
+    if (first < end) {
+      parts.load(sums + static_cast<int64_t>(first) * head_dim, head_dim, end - first);
+    }
   }
   return x;
 }
 
-__device__ __forceinline__ MergedDims merge_in_turn(const float* stats, const float* sums,
-                                                    int32_t head_dim, bool has_dims, int32_t begin,
-                                                    int32_t end) {
-  MergedDims x;
-  for (int32_t split = begin; split < end; ++split) {
-    const uint2 bits = load_8(stats + 2 * split);
-    const Joint joint(x.top, __uint_as_float(bits.x));
-    x.top = joint.top;
-    x.sum = joint.sum(x.sum, __uint_as_float(bits.y));
-    if (!has_dims) continue;
-    const float4 part = as_floats(load_16(sums + static_cast<int64_t>(split) * head_dim));
-    x.values[0] = joint.sum(x.values[0], part.x);
-    x.values[1] = joint.sum(x.values[1], part.y);
-    x.values[2] = joint.sum(x.values[2], part.z);
-    x.values[3] = joint.sum(x.values[3], part.w);
+template <int kDims>
+__device__ __forceinline__ MergedDims<kDims> merge_in_turn(const float* stats, const float* sums,
+                                                           int32_t head_dim, int32_t begin,
+                                                           int32_t end) {
+  using Parts = PartialDims<kDims>;
+  const int32_t lane = threadIdx.x % 32;
+  MergedDims<kDims> x;
+  for (int32_t first = begin; first < end; first += Parts::kCount) {
+    // Lane i has the stats of split first + i.
+    uint2 bits{};
+    if (lane < min(Parts::kCount, end - first)) bits = load_8(stats + 2 * (first + lane));
+    Parts parts;
+    parts.load(sums + static_cast<int64_t>(first) * head_dim, head_dim, end - first);
+#pragma unroll
+    for (int i = 0; i < Parts::kCount; ++i) {
+      if (first + i >= end) break;
+      const Joint joint(x.top, __shfl_sync(~0u, __uint_as_float(bits.x), i));
+      x.top = joint.top;
+      x.sum = joint.sum(x.sum, __shfl_sync(~0u, __uint_as_float(bits.y), i));
+#pragma unroll
+      for (int d = 0; d < kDims; ++d) x.values[d] = joint.sum(x.values[d], parts.values[i][d]);
+    }
   }
   return x;
+}
+
+// A vector whose row is split, and the splits that hold keys which it sees.
+struct SplitVector {
+  AttentionRow row;
+  int32_t vector, token, begin, end;
+
+  // Of a place for partial results; false if nobody has it.
+  __device__ __forceinline__ bool find(const AttentionArgs& a, int32_t place) {
+    if (place >= a.partial_vectors) return false;
+    // Of the token that has the place, or the row.
+    const bool of_tokens = a.max_split_vectors > 0;
+    const auto num_rows = static_cast<int32_t>(a.p.num_rows);
+    int32_t index = place / a.group;
+    if (of_tokens) {
+      const int32_t packed = index;
+      index = find_query<false>(a.p.cu_seqlens, num_rows, packed);
+      while (index < num_rows &&
+             static_cast<int32_t>(load_4(a.p.cu_seqlens + index + 1)) <= packed) {
+        ++index;
+      }
+    }
+    if (index >= num_rows || !row.load(a, index)) return false;
+    vector = place - (of_tokens ? row.first_token : row.index) * a.group;
+    const int32_t splits = row.splits(a);
+    if (splits == 1 || unsigned(vector) >= unsigned(row.vectors)) return false;
+    token = vector / a.group;
+    const KeyRange keys = row.visible(a, token);
+    begin = end = 0;
+    if (keys.begin < keys.end) {
+      const int32_t length = decode_split_keys(row.length, splits);
+      const bool decodes = row.query_length == 1;
+      begin = decodes ? keys.begin / length : num_segments(keys.begin + 1) - 1;
+      end = decodes ? (keys.end - 1) / length + 1 : num_segments(keys.end);
+    }
+    return true;
+  }
+};
+
+template <typename T, int kDims>
+// Four blocks per SM leave 128 registers, of which 32 are partial results on their way; with the 80
+// that six leave ptxas spills.
+__global__ void __launch_bounds__(kAttentionThreads, 4)
+    ragged_attention_merge_kernel(const __grid_constant__ AttentionArgs a) {
+  const auto head_dim = static_cast<int32_t>(a.p.sizes.head_dim);
+  const int32_t kv_head = blockIdx.y, lane = threadIdx.x % 32;
+  const int32_t warp = blockIdx.x * kAttentionWarps + threadIdx.x / 32;
+  const int32_t warps = merge_warps(head_dim, kDims), place = warp / warps;
+  SplitVector x;
+  const bool found = x.find(a, place);
+  wait_for_grid_before();
+  if (!found) return;
+
+  const int32_t head = kv_head * a.group + x.vector - x.token * a.group;
+  const int64_t partial = partial_index(a, x.row, x.vector, kv_head, 0);
+  const float* stats = a.partial_stats + 2 * partial;
+  const int64_t result = result_index(a, x.row, x.token, head);
+  constexpr int32_t kWarpDims = 32 * kDims;
+  for (int32_t first = (warp - place * warps) * kWarpDims; first < head_dim;
+       first += warps * kWarpDims) {
+    const int32_t dim = first + kDims * lane;
+    const bool has_dims = dim < head_dim;
+    // Lanes without dims repeat the first ones.
+    const float* sums = a.partial_sums + partial * head_dim + (has_dims ? dim : 0);
+    const MergedDims<kDims> merged =
+        x.row.query_length == 1 ? merge_at_once<kDims>(stats, sums, head_dim, x.begin, x.end)
+                                : merge_in_turn<kDims>(stats, sums, head_dim, x.begin, x.end);
+    const Finished f = finish_vector(a, head, x.begin < x.end, merged.top, merged.sum);
+    if (lane == 0 && first == 0 && a.p.lse) a.p.lse[result] = finish_lse(a, head, merged.sum, f);
+    if (!has_dims) continue;
+    T* out = static_cast<T*>(a.p.out) + result * head_dim + dim;
+    float values[kDims];
+#pragma unroll
+    for (int d = 0; d < kDims; ++d) values[d] = finish_element(merged.values[d], f.factor);
+    if constexpr (kDims == 4) {
+      store_4(out, values[0], values[1], values[2], values[3]);
+    } else {
+      *out = from_float<T>(values[0]);
+    }
+  }
 }
 
 template <typename T>
-// Six blocks per SM leave 80 registers: with 64 ptxas spills for compute capability 10 and 12, and
-// asked for nothing it chooses fewer.
-__global__ void __launch_bounds__(kAttentionThreads, 6)
-    ragged_attention_merge_kernel(const __grid_constant__ AttentionArgs a) {
-  const int32_t kv_head = blockIdx.y, lane = threadIdx.x % 32;
-  const int32_t place = blockIdx.x * kAttentionWarps + threadIdx.x / 32;
-  if (place >= a.partial_vectors) return;
-  // Of the token that has the place, or the row.
-  const bool of_tokens = a.max_split_vectors > 0;
-  const auto num_rows = static_cast<int32_t>(a.p.num_rows);
-  int32_t index = place / a.group;
-  if (of_tokens) {
-    const int32_t token = index;
-    index = find_query<false>(a.p.cu_seqlens, num_rows, token);
-    while (index < num_rows && static_cast<int32_t>(load_4(a.p.cu_seqlens + index + 1)) <= token) {
-      ++index;
-    }
-  }
-  AttentionRow row;
-  if (index >= num_rows || !row.load(a, index)) return;
-  const int32_t vector = place - (of_tokens ? row.first_token : row.index) * a.group;
-  const int32_t splits = row.splits(a);
-  if (splits == 1 || unsigned(vector) >= unsigned(row.vectors)) return;
-
-  const int32_t token = vector / a.group, head = kv_head * a.group + vector - token * a.group;
-  const KeyRange keys = row.visible(a, token);
-  const bool decodes = row.query_length == 1;
-  int32_t begin = 0, end = 0;
-  if (keys.begin < keys.end) {
-    const int32_t length = decode_split_keys(row.length, splits);
-    begin = decodes ? keys.begin / length : num_segments(keys.begin + 1) - 1;
-    end = decodes ? (keys.end - 1) / length + 1 : num_segments(keys.end);
-  }
-  const auto head_dim = static_cast<int32_t>(a.p.sizes.head_dim);
-  const int64_t partial = partial_index(a, row, vector, kv_head, 0);
-  const float* stats = a.partial_stats + 2 * partial;
-  const int64_t result = result_index(a, row, token, head);
-  for (int32_t first = 0; first < head_dim; first += 128) {
-    const int32_t dim = first + 4 * lane;
-    const bool has_dims = dim < head_dim;
-    const float* sums = a.partial_sums + partial * head_dim + dim;
-    const MergedDims x = decodes ? merge_at_once(stats, sums, head_dim, has_dims, begin, end)
-                                 : merge_in_turn(stats, sums, head_dim, has_dims, begin, end);
-    const Finished f = finish_vector(a, head, keys.begin < keys.end, x.top, x.sum);
-    if (lane == 0 && first == 0 && a.p.lse) a.p.lse[result] = finish_lse(a, head, x.sum, f);
-    if (!has_dims) continue;
-    T* out = static_cast<T*>(a.p.out) + result * head_dim + dim;
-    store_4(out, finish_element(x.values[0], f.factor), finish_element(x.values[1], f.factor),
-            finish_element(x.values[2], f.factor), finish_element(x.values[3], f.factor));
-  }
+cudaError_t launch_merge(const AttentionArgs& args, cudaStream_t stream) {
+  const int64_t head_dim = args.p.sizes.head_dim, kv_heads = args.p.sizes.num_kv_heads;
+  const auto warps = [&](int dims) {
+    return int64_t{args.partial_vectors} * merge_warps(head_dim, dims);
+  };
+  cudaError_t error = cudaErrorInvalidValue;
+  const bool many = warps(1) * kv_heads > int64_t{multiprocessors()} * kMergeWarps;
+  dispatch_int<1, kMergeDims>(many ? kMergeDims : 1, [&]<int kDims>() {
+    const dim3 grid(static_cast<unsigned>(divide_up(warps(kDims), kAttentionWarps)),
+                    static_cast<unsigned>(kv_heads));
+    error = launch_behind<ragged_attention_merge_kernel<T, kDims>>(grid, dim3(kAttentionThreads), 0,
+                                                                   stream, args);
+  });
+  return error;
 }
 
 }  // namespace baton::cuda

@@ -48,6 +48,10 @@ __device__ __forceinline__ uint32_t non_finite(uint32_t pair) {
   return ((pair & 0x7fff7fff) + kLowest) & 0x80008000;
 }
 
+// The largest probability that is 0 in 16 bits: half of the smallest number above 0.
+template <typename T>
+constexpr float kVanishing = std::is_same_v<T, __half> ? 0x1p-25f : 0x1p-134f;
+
 // Running maximum of a vector that has seen nothing: finite, since -inf - -inf is NaN, and so far
 // down that what is relative to it vanishes beside any score.
 constexpr float kNoScore = -3.0e38f;

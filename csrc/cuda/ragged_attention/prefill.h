@@ -94,6 +94,7 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads, prefill_blocks(kHeadDim))
     ragged_attention_prefill_kernel(const __grid_constant__ AttentionArgs a) {
   BATON_DYNAMIC_SHARED(memory);
+  let_next_grid_start();
   prefill_items<T, kHeadDim, false>(a, memory);
 }
 
@@ -102,6 +103,7 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads, prefill_blocks(kHeadDim))
     ragged_attention_paged_prefill_kernel(const __grid_constant__ AttentionArgs a) {
   BATON_DYNAMIC_SHARED(memory);
+  let_next_grid_start();
   prefill_items<T, kHeadDim, true>(a, memory);
 }
 

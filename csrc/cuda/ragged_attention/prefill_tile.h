@@ -371,7 +371,7 @@ class PrefillBlock {
   // for those vectors alone that see it.
   __device__ __forceinline__ void weigh_apart(int32_t first, const float (&scores)[kKeyTiles][4],
                                               const T* values) {
-    // Bit 2 n + c: whether the probability of key 8 n + 2 t + c is more than 0.
+    // Bit 2 n + c: whether the probability of key 8 n + 2 t + c is more than 0 in the products.
     uint32_t weighs[2] = {};
     KeyRange range[2];
 #pragma unroll
@@ -381,7 +381,7 @@ class PrefillBlock {
       for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          weighs[i] |= scores[n][2 * i + c] > 0.0f ? 1u << (2 * n + c) : 0u;
+          weighs[i] |= scores[n][2 * i + c] > kVanishing<T> ? 1u << (2 * n + c) : 0u;
         }
       }
     }

@@ -200,12 +200,7 @@ cudaError_t ragged_attention(const RaggedAttentionParams& p, cudaStream_t stream
     } else {
       error = launch_generic<T>(args, plan, stream);
     }
-    if (error == cudaSuccess && plan.partial_vectors > 0) {
-      const dim3 grid(static_cast<unsigned>(divide_up(plan.partial_vectors, kAttentionWarps)),
-                      static_cast<unsigned>(plan.kv_heads));
-      error =
-          launch(ragged_attention_merge_kernel<T>, grid, dim3(kAttentionThreads), 0, stream, args);
-    }
+    if (error == cudaSuccess && plan.partial_vectors > 0) error = launch_merge<T>(args, stream);
   });
   return error;
 }

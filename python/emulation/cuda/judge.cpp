@@ -1,6 +1,7 @@
 // The judge's memory of who touched what. Two accesses of one place, one of them a write, must be
-// ordered: by the program order of a thread, by __syncthreads, by __syncwarp within a warp, or
-// between blocks by atomics with fences. Kept per two bytes: the last write and the latest reads.
+// ordered: by the program order of a thread, by __syncthreads, by __syncwarp within a warp, between
+// blocks by atomics with fences, or between a grid and the one that it was launched behind by the
+// wait of a thread for that one. Kept per two bytes: the last write and the latest reads.
 #include "emulation/cuda/judge.h"
 
 #include <link.h>
@@ -52,7 +53,9 @@ uintptr_t last_page_key = ~uintptr_t{0};
 Page* last_page = nullptr;
 
 uintptr_t shared_begin = 0, shared_end = 0;
-uint32_t block = 0, epoch = 0;
+// Blocks are numbered through launches behind one another; those of this launch from first_block.
+uint32_t block = 0, first_block = 0, next_block = 0, epoch = 0;
+std::array<bool, kMaxThreads> waited;                             // for the grid before
 std::array<std::array<uint32_t, kWarpSize>, kMaxThreads> clocks;  // [thread][lane of its warp]
 
 // Order between blocks: up to which epoch of another block everything is known to have happened.
@@ -88,6 +91,7 @@ Stamp now() {
 
 bool ordered(const Stamp& stamp) {
   if (!stamp.valid) return true;
+  if (stamp.block < first_block) return waited[place.linear];
   if (stamp.block != block) {
     const auto found = known.find(stamp.block);
     return found != known.end() && stamp.epoch < found->second;
@@ -156,13 +160,19 @@ void remember_read(Cell& c, const Stamp& stamp) {
   c.reads[stamp.thread % kReads] = stamp;
 }
 
+const char* unordered(const Stamp& stamp) {
+  return stamp.block < first_block ? "missing wait for the grid before" : "race";
+}
+
 void touch(uintptr_t address, unsigned bytes, bool write, const void* site, bool shared,
            bool marks) {
   const Stamp stamp = now();
   for (uintptr_t a = address & ~(kCellBytes - 1); a < address + bytes; a += kCellBytes) {
     Cell& c = cell(a);
     if (c.in_flight) complain("missing wait for cp.async", site, address, bytes, write, &c.write);
-    if (!ordered(c.write)) complain("race", site, address, bytes, write, &c.write);
+    if (!ordered(c.write)) {
+      complain(unordered(c.write), site, address, bytes, write, &c.write);
+    }
     if (!write) {
       if (shared && !c.write.valid && !c.in_flight) {
         complain("read of unwritten shared memory", site, address, bytes, false, nullptr);
@@ -171,7 +181,7 @@ void touch(uintptr_t address, unsigned bytes, bool write, const void* site, bool
       continue;
     }
     for (const Stamp& read : c.reads) {
-      if (!ordered(read)) complain("race", site, address, bytes, true, &read);
+      if (!ordered(read)) complain(unordered(read), site, address, bytes, true, &read);
     }
     if (marks) {
       c.write = stamp;
@@ -216,11 +226,15 @@ void add_region(const std::string& name, const void* address, std::size_t bytes,
 }
 void clear_regions() { regions.clear(); }
 
-void begin_launch() {
+void begin_launch(bool behind) {
   find_image();
   launch_frame = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
-  pages.clear();
-  last_page_key = ~uintptr_t{0};
+  first_block = behind ? next_block : 0;
+  next_block = first_block + place.grid_size.x * place.grid_size.y * place.grid_size.z;
+  if (!behind) {
+    pages.clear();
+    last_page_key = ~uintptr_t{0};
+  }
   known.clear();
   released.clear();
   reported.clear();
@@ -230,7 +244,8 @@ void end_launch() {}
 
 void begin_block(unsigned char* shared, std::size_t shared_bytes) {
   const dim3 grid = place.grid_size;
-  block = place.block.x + grid.x * (place.block.y + grid.y * place.block.z);
+  block = first_block + place.block.x + grid.x * (place.block.y + grid.y * place.block.z);
+  waited.fill(false);
   epoch = 0;
   known.clear();
   fenced = false;
@@ -292,6 +307,8 @@ void fence() {
   fenced = true;
   fence_epoch = epoch;
 }
+
+void wait_for_grid_before() { waited[place.linear] = true; }
 
 void copy_begins(void* target, const void* source, unsigned bytes, unsigned source_bytes,
                  const void* site) {

@@ -17,7 +17,8 @@ namespace emulation::judge {
 
 #if defined(EMULATION_JUDGE)
 constexpr bool kEnabled = true;
-void begin_launch();
+// Behind: what the launch before has touched is not over until a thread has waited for it.
+void begin_launch(bool behind);
 void end_launch();
 void begin_block(unsigned char* shared, std::size_t shared_bytes);
 void end_block();
@@ -31,12 +32,13 @@ void copy_begins(void* target, const void* source, unsigned bytes, unsigned sour
                  const void* site);
 void copy_landed(void* target, unsigned bytes);
 void fence();
+void wait_for_grid_before();
 // Memory that a kernel may touch; with no region added, the judge does not ask.
 void add_region(const std::string& name, const void* address, std::size_t bytes, bool writable);
 void clear_regions();
 #else
 constexpr bool kEnabled = false;
-inline void begin_launch() {}
+inline void begin_launch(bool) {}
 inline void end_launch() {}
 inline void begin_block(unsigned char*, std::size_t) {}
 inline void end_block() {}
@@ -47,6 +49,7 @@ inline void sync_block() {}
 inline void copy_begins(void*, const void*, unsigned, unsigned, const void*) {}
 inline void copy_landed(void*, unsigned) {}
 inline void fence() {}
+inline void wait_for_grid_before() {}
 inline void add_region(const std::string&, const void*, std::size_t, bool) {}
 inline void clear_regions() {}
 #endif

@@ -180,7 +180,7 @@ static void bind(py::module_& m) {
       const auto offset =
           reinterpret_cast<uintptr_t>(launch.kernel) - reinterpret_cast<uintptr_t>(info.dli_fbase);
       result.append(py::make_tuple(offset, sizes(launch.grid), sizes(launch.block),
-                                   launch.shared_bytes, arguments));
+                                   launch.shared_bytes, arguments, launch.behind));
     }
     return result;
   });

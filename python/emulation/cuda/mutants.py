@@ -15,7 +15,7 @@ from emulation import build
 from emulation.artifacts import ROOT, kept
 
 ATTENTION = Path("cuda", "ragged_attention")
-BARRIER = re.compile(r"\b(?:__sync(?:threads|warp)|copy_async_wait<\d+>)\(\);")
+BARRIER = re.compile(r"\b(?:__sync(?:threads|warp)|copy_async_wait<\d+>|wait_for_grid_before)\(\);")
 # File, what stands there, the same with a mistake where WRONG holds, and what that makes of it.
 SPOILT = [
     (

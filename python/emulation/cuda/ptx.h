@@ -70,6 +70,12 @@ void copy_async_wait() {
   emulation::copy_async_wait(kGroupsLeft);
 }
 
+// Programmatic dependent launch: a grid behind another starts at once, and what the one before
+// wrote may be looked at behind the wait only.
+
+inline void let_next_grid_start() {}
+inline void wait_for_grid_before() { emulation::wait_for_grid_before(); }
+
 // ldmatrix: lane 8 k + r gives the address of row r of the k-th 8x8 matrix of 16-bit elements; lane
 // 4 r + c receives elements 2 c and 2 c + 1 of row r (of column r when transposed).
 

@@ -46,6 +46,7 @@ struct Thread {
   unsigned groups = 0;
   unsigned num_barriers = 0;
   unsigned num_warp_syncs = 0;
+  bool waited = false;  // for the grid before
 };
 
 std::vector<Thread> threads(kMaxThreads);
@@ -56,6 +57,8 @@ unsigned first_waiting = 0;                 // a thread at the barrier, when num
 unsigned in_warp[kMaxThreads / kWarpSize];  // lanes that wait in a warp-wide operation
 Fiber caller;
 const Kernel* kernel = nullptr;
+bool is_behind = false;  // launched behind another grid: every thread has to wait for it
+const Thread* ended_early = nullptr;  // did not
 bool failed = false;
 std::vector<void*> used_shared;  // of finished blocks
 // The judge takes what lies this near to shared memory for an access past its end: nothing else
@@ -162,6 +165,7 @@ void thread_main() {
   Thread& thread = current();
   // The hardware finishes what is in flight before the block's memory is given back.
   land(thread, ~0u);
+  if (is_behind && !thread.waited) ended_early = &thread;
   tsan::release(&launch_word);
   thread.state = State::kDone;
   ++num_done;
@@ -216,6 +220,7 @@ void run_block(std::size_t shared_bytes, std::mt19937_64& random) {
     thread.name = "no barrier";
     thread.copies.clear();
     thread.groups = thread.num_barriers = thread.num_warp_syncs = 0;
+    thread.waited = false;
     thread.linear = i;
     thread.index = {i % place.block_size.x, i / place.block_size.x % place.block_size.y,
                     i / place.block_size.x / place.block_size.y};
@@ -229,6 +234,11 @@ void run_block(std::size_t shared_bytes, std::mt19937_64& random) {
   judge::end_block();
   used_shared.push_back(dynamic_shared - kSharedMargin);
   dynamic_shared = nullptr;
+  if (ended_early) {
+    report("missing wait for the grid before: " + describe(*ended_early) + " ends without");
+    ended_early = nullptr;
+    is_behind = false;  // one report is enough
+  }
   if (!tsan::kEnabled) free_block_memory();
 }
 
@@ -377,7 +387,13 @@ void fence() {
   sync_words.back().fenced = true;
 }
 
-cudaError_t run(const Kernel& started, dim3 grid, dim3 block, std::size_t shared_bytes) {
+void wait_for_grid_before() {
+  current().waited = true;
+  judge::wait_for_grid_before();
+}
+
+cudaError_t run(const Kernel& started, dim3 grid, dim3 block, std::size_t shared_bytes,
+                bool behind) {
   const uint64_t count = uint64_t{block.x} * block.y * block.z;
   if (count == 0 || count > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 ||
       grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
@@ -388,9 +404,10 @@ cudaError_t run(const Kernel& started, dim3 grid, dim3 block, std::size_t shared
   place.block_size = block;
   place.grid_size = grid;
   kernel = &started;
+  is_behind = behind;
   failed = false;
   std::mt19937_64 random(options().seed);
-  judge::begin_launch();
+  judge::begin_launch(behind);
   begin_fibers();
   const uint64_t num_blocks = uint64_t{grid.x} * grid.y * grid.z;
   const bool shuffled = options().blocks == Order::kShuffled && num_blocks < (1u << 20);

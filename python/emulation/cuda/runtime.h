@@ -81,6 +81,9 @@ void copy_async_wait(unsigned groups_left);
 void announce_atomic(void* address, unsigned bytes, const void* site);
 void fence();
 
+// The running thread waits for the grid that its own was launched behind.
+void wait_for_grid_before();
+
 // Dynamic shared memory of the running block: exactly the bytes asked for.
 extern unsigned char* dynamic_shared;
 
@@ -93,6 +96,7 @@ struct Recording {
   const void* kernel;
   dim3 grid, block;
   std::size_t shared_bytes;
+  bool behind;  // programmatic dependent launch
   std::vector<std::string> arguments;
   std::function<cudaError_t()> again;  // the same launch once more
 };
@@ -106,12 +110,12 @@ struct Kernel {
   const void* function;
   const void* arguments;
 };
-cudaError_t run(const Kernel& kernel, dim3 grid, dim3 block, std::size_t shared_bytes);
+cudaError_t run(const Kernel& kernel, dim3 grid, dim3 block, std::size_t shared_bytes, bool behind);
 
 template <typename... Params, typename... Args>
-EMULATION_UNTRACKED cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block,
-                                       std::size_t shared_bytes, cudaStream_t,
-                                       const Args&... args) {
+EMULATION_UNTRACKED cudaError_t launch_as(bool behind, void (*kernel)(Params...), dim3 grid,
+                                          dim3 block, std::size_t shared_bytes,
+                                          const Args&... args) {
   const auto invoke = [](const void* function, const void* values) EMULATION_UNTRACKED {
     std::apply(reinterpret_cast<void (*)(Params...)>(const_cast<void*>(function)),
                *static_cast<const std::tuple<Params...>*>(values));
@@ -121,11 +125,11 @@ EMULATION_UNTRACKED cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim
     // The judge knows the arguments by their place on the launching thread's stack.
     const std::tuple<Params...> arguments = given;
     return run({invoke, reinterpret_cast<const void*>(kernel), &arguments}, grid, block,
-               shared_bytes);
+               shared_bytes, behind);
   };
   if (recordings) {
     Recording recording{
-        reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, {}, launch_once};
+        reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, behind, {}, launch_once};
     std::apply(
         [&](const auto&... value) {
           (recording.arguments.emplace_back(reinterpret_cast<const char*>(&value), sizeof(value)),
@@ -135,6 +139,20 @@ EMULATION_UNTRACKED cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim
     recordings->push_back(std::move(recording));
   }
   return capturing ? cudaSuccess : launch_once();
+}
+
+template <typename... Params, typename... Args>
+EMULATION_UNTRACKED cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block,
+                                       std::size_t shared_bytes, cudaStream_t,
+                                       const Args&... args) {
+  return launch_as(false, kernel, grid, block, shared_bytes, args...);
+}
+// Blocks do not run before the grid before has ended, but are held to having waited for it.
+template <typename... Params, typename... Args>
+EMULATION_UNTRACKED cudaError_t launch_behind(void (*kernel)(Params...), dim3 grid, dim3 block,
+                                              std::size_t shared_bytes, cudaStream_t,
+                                              const Args&... args) {
+  return launch_as(true, kernel, grid, block, shared_bytes, args...);
 }
 
 }  // namespace emulation

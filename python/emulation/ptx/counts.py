@@ -119,13 +119,13 @@ def count(case: Case) -> Counts:
     )
 
 
-def decode_case(length: int, page: int | None = None) -> Case:
+def decode_case(length: int, page: int | None = None, kv_heads: int = NUM_KV_HEADS) -> Case:
     """One decode step of one row, in a slot or in pages of `page` columns; the payload is what its
     keys and values take."""
     num_pages = 1 if page is None else -(-length // page)
-    cache = (num_pages, NUM_KV_HEADS, length if page is None else page, HEAD_DIM)
+    cache = (num_pages, kv_heads, length if page is None else page, HEAD_DIM)
     arguments = {
-        "query": numbers(1, NUM_HEADS, HEAD_DIM),
+        "query": numbers(1, NUM_HEADS // NUM_KV_HEADS * kv_heads, HEAD_DIM),
         "key_cache": numbers(*cache), "value_cache": -numbers(*cache),
         "cu_seqlens_q": cumulative([1]), "slots": int32([0]), "starts": int32([0]),
         "lengths": int32([length]), "max_query_length": 1, "max_length": length,
@@ -133,7 +133,7 @@ def decode_case(length: int, page: int | None = None) -> Case:
     if page is not None:
         # Any order: that of the pages in memory is not looked at.
         arguments |= {"slots": None, "block_table": int32(range(num_pages)).flip(0)[None]}
-    payload = 2 * 2 * NUM_KV_HEADS * length * HEAD_DIM
+    payload = 2 * 2 * kv_heads * length * HEAD_DIM
     return Case("ragged_attention", f"decode, {length} keys", arguments, payload)
 
 
@@ -175,6 +175,43 @@ def count_decode(length: int = 512, page: int | None = None) -> DecodeCounts:
         sum(machine.wavefronts for machine in machines),
         sum(machine.ideal_wavefronts for machine in machines),
     )
+
+
+class NotExecuted:
+    """In the place of a machine whose results nobody looks at."""
+
+    def launch(self, *arguments) -> None:
+        pass
+
+
+class MergeOps(PtxOps):
+    """Executes the merge alone, for sm_90, where it is launched behind the kernel before."""
+
+    def __init__(self) -> None:
+        super().__init__(90)
+
+    def machine(self, op: str, kernel: str) -> Machine | NotExecuted:
+        return super().machine(op, kernel) if "merge" in kernel else NotExecuted()
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeCounts:
+    """Instructions of one warp of the launch behind a decode step, and its warps per KV head."""
+
+    before: float  # until it waits for the decode kernel: executed while that one runs
+    after: float
+    warps: int
+
+
+def count_merge(length: int, kv_heads: int = NUM_KV_HEADS) -> MergeCounts:
+    """Of one KV head a lane has one dim, of eight 4, as on a device of two multiprocessors."""
+    ops = MergeOps()
+    with ops.entered():
+        ops.ragged_attention(**decode_case(length, kv_heads=kv_heads).arguments)
+    _, merge = ops.machines[-1]
+    warps = merge.count // 32
+    before = merge.waits_from / warps
+    return MergeCounts(before, merge.instructions() / warps - before, warps // kv_heads)
 
 
 def benchmark_cases() -> list[Case]:

@@ -31,6 +31,7 @@ class Lanes(Protocol):
     values: dict[str, np.ndarray]
     parameters: list[str]
     memory: Any
+    waited: np.ndarray
     sectors: int
     wavefronts: int
     ideal_wavefronts: int

@@ -24,7 +24,7 @@ from emulation.artifacts import ROOT, hash_of, kept, nvcc_version, run_nvcc
 from emulation.ptx import arithmetic
 from emulation.ptx import warp as ptx_warp
 from emulation.ptx.instruction import Instruction
-from emulation.ptx.memory import Memory
+from emulation.ptx.memory import HeldBack, Memory
 from emulation.tools import with_includes
 
 BUILD = ROOT / "build" / "ptx"
@@ -103,8 +103,13 @@ class Machine:
         )
 
     def launch(self, grid, block, arguments: list[bytes], tensors: list[torch.Tensor],
-               shared_bytes: int = 0) -> None:  # fmt: skip
-        """Runs a launch on the memory of the tensors, which the arguments point into."""
+               shared_bytes: int = 0, before: HeldBack | None = None) -> None:  # fmt: skip
+        """Runs a launch on the memory of the tensors, which the arguments point into.
+
+        Args:
+            before: of a programmatic dependent launch: tensors, and what they held before the
+                launches that it is behind. Until a thread has waited for those it sees that.
+        """
         size = block[0] * block[1] * block[2]
         per_block = (size + 31) // 32 * 32
         blocks = grid[0] * grid[1] * grid[2]
@@ -114,6 +119,10 @@ class Machine:
         self.lane = (thread % np.uint32(32)).astype(np.int64)
         self.values = {"%laneid": thread % np.uint32(32)}
         self.memory = self._memory(arguments, tensors, blocks, shared_bytes)
+        self.waits_from = 0 if before is None else None  # instructions
+        self.waited = np.full(self.count, before is None)
+        if before is not None:
+            self.memory.hold_back(before)
         for of, index, sizes in (("tid", thread, block), ("ctaid", self.block, grid)):
             x, y, z = (np.uint32(n) for n in sizes)
             self.values[f"%{of}.x"] = index % x
@@ -127,6 +136,8 @@ class Machine:
         end = len(self.code)
         with np.errstate(all="ignore"):
             self._run(np.where(thread < size, 0, end), end)
+        if not self.waited[thread < size].all():
+            raise RuntimeError("a thread ends without griddepcontrol.wait")
 
     def _memory(self, arguments, tensors, blocks: int, shared_bytes: int) -> Memory:
         return Memory(self, arguments, tensors, blocks, shared_bytes)
@@ -239,6 +250,8 @@ class Machine:
             self.memory.execute(x, mask)
         elif x.name in ptx_warp.INSTRUCTIONS:
             ptx_warp.INSTRUCTIONS[x.name](self, x, mask)
+        elif x.name == "griddepcontrol":
+            self._depend(x, mask)
         elif x.name == "mov" and "{" in x.operands[-1] + target:
             packed, parts = x.operands if "{" in x.operands[1] else x.operands[::-1]
             parts = re.findall(r"[%\w]+", parts)
@@ -256,6 +269,14 @@ class Machine:
             self.set(target, self.bits(x.operands[1]), mask)
         else:
             self.set(target, arithmetic.compute(self, x), mask)
+
+    def _depend(self, x: Instruction, mask: np.ndarray | None) -> None:
+        """What a grid writes is there for the next one when that has waited, and no earlier."""
+        if "wait" not in x.modifiers:
+            return
+        self.waited[slice(None) if mask is None else mask] = True
+        if self.waits_from is None:
+            self.waits_from = self.instructions()
 
     def instructions(self, name: str = "") -> int:
         """Warp instructions executed so far, of one name or all."""

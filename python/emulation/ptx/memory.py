@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ import torch
 from emulation.ptx.arithmetic import TYPES
 from emulation.ptx.instruction import Instruction, Lanes
 from emulation.ptx.warp import registers
+
+# Tensors, and what they held at an earlier time.
+HeldBack = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 def count_sectors(address: np.ndarray, mask: np.ndarray) -> int:
@@ -67,6 +71,21 @@ class Memory:
         # cp.async: copies that have not arrived, and the groups that each thread has committed.
         self.copies: list[tuple[np.ndarray, ...]] = []
         self.groups = np.zeros(machine.count, np.int64)
+        # Where a thread that has not waited for the grid before sees what was there before it.
+        self.before: list[tuple[int, np.ndarray]] = []
+
+    def hold_back(self, before: HeldBack) -> None:
+        """Keeps what these tensors hold from threads that have not waited for the grid before."""
+        for x, held in before:
+            self.before.append((x.data_ptr() - self.base, held.view(-1).view(torch.uint8).numpy()))
+
+    def _not_yet(self, value: np.ndarray, index: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Loaded elements, by their place in bytes, as these threads see them."""
+        early = ~self.machine.waited[active]
+        for start, held in self.before:
+            old = early & (index >= start) & (index < start + len(held))
+            value[old] = held.view(value.dtype)[(index[old] - start) // value.itemsize]
+        return value
 
     def _address(self, operand: str) -> np.ndarray:
         name, _, offset = operand.strip("[]").partition("+")
@@ -125,8 +144,13 @@ class Memory:
             if x.name == "ld":
                 value = np.zeros(self.machine.count, dtype)
                 value[active] = view[index + i]
+                if space == "global" and self.before:
+                    first = (index + i) * dtype.itemsize
+                    value[active] = self._not_yet(value[active], first, active)
                 self.machine.set(register, value, mask)
             else:
+                if space == "global" and not self.machine.waited[active].all():
+                    raise RuntimeError(f"{x.opcode} before griddepcontrol.wait")
                 value = np.broadcast_to(self.machine.get(register, x.kind), self.machine.count)
                 view[index + i] = value[active]
 

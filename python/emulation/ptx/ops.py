@@ -73,8 +73,14 @@ class PtxOps(EmulatedOps):
         for name, x in written.items():
             x.copy_(before[name])
         tensors = [x for x in (inputs | outputs).values() if x is not None and x.numel()]
-        for offset, grid, block, shared_bytes, arguments in launches:
+        for offset, grid, block, shared_bytes, arguments, behind in launches:
             kernel = kernel_names(self.module.__file__)[offset]
             machine = self.machine(op, kernel)
-            machine.launch(grid, block, arguments, tensors, shared_bytes)
+            # Below sm_90 every launch waits for the one before.
+            if behind and self.architecture >= 90:
+                held_back = [(x, before[name]) for name, x in written.items()]
+                machine.launch(grid, block, arguments, tensors, shared_bytes, held_back)
+            else:
+                before = {name: x.clone() for name, x in written.items()}
+                machine.launch(grid, block, arguments, tensors, shared_bytes)
             self.machines.append((kernel, machine))
