@@ -20,6 +20,7 @@ from baton_kernels.ops.packed_weight import PackedWeight, PanelMemory, pack_line
 from baton_kernels.ops.ragged_attention import ragged_attention
 from baton_kernels.ops.rms_norm import rms_norm
 from baton_kernels.ops.silu_and_mul import silu_and_mul
+from baton_kernels.threads import use_torch_threads
 
 __all__ = [
     "BatchShape",
@@ -44,4 +45,5 @@ __all__ = [
     "rms_norm",
     "silu_and_mul",
     "triton",
+    "use_torch_threads",
 ]

@@ -107,6 +107,7 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
   library.def(
       "unpack_linear(Tensor panels, SymInt out_features, SymInt in_features, "
       "Tensor? outputs=None) -> Tensor");
+  library.def("use_torch_threads(bool use) -> ()");
 
   // For tests and build_info: not part of the public interface.
   library.def("set_cpu_isa(str name, bool force=False) -> ()");

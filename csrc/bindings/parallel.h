@@ -1,5 +1,5 @@
 // The CPU as a device of the bindings: a kernel's work items run on as many threads as torch's own
-// operators use, but not on torch's threads (cpu/host/team.h).
+// operators use, but not on torch's threads (cpu/host/team.h), unless `use_torch_threads` says so.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +12,7 @@
 #include "common/cache.h"
 #include "common/dtype.h"
 #include "common/indices.h"
+#include "cpu/host/float_mode.h"
 #include "cpu/host/team.h"
 
 namespace baton::bindings {
@@ -20,6 +21,12 @@ namespace baton::bindings {
 // awake, and work below the second number less than waking one.
 constexpr int64_t kSerialBytes = 32 * 1024;
 constexpr int64_t kAwakeBytes = 512 * 1024;
+// The same for torch's threads, of which nobody knows whether they are awake: what its elementwise
+// operators share out.
+constexpr int64_t kTorchBytes = 128 * 1024;
+
+// Whether torch's threads take part, in the place of the ops' own: `use_torch_threads`.
+inline std::atomic<bool> takes_torch_threads{false};
 
 struct CpuDevice {
   static constexpr DeviceType kType = DeviceType::CPU;
@@ -47,8 +54,9 @@ constexpr int64_t kNeighbors = 16;
 template <typename Fn>
 void for_each_item(int64_t num_items, int64_t total_bytes, const Fn& run, int64_t chunk = 1) {
   if (num_items == 0) return;
+  const bool on_torch = takes_torch_threads.load(std::memory_order_relaxed);
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), num_items);
-  if (threads == 1 || total_bytes < kSerialBytes) {
+  if (threads == 1 || total_bytes < (on_torch ? kTorchBytes : kSerialBytes)) {
     run(0, num_items);
     return;
   }
@@ -62,6 +70,15 @@ void for_each_item(int64_t num_items, int64_t total_bytes, const Fn& run, int64_
       begin = next.load(std::memory_order_relaxed);
     }
   };
+  if (on_torch) {
+    // One call for each thread, which ends when no item is left.
+    const auto take_on_torch = [&, mode = cpu::float_mode()](int64_t, int64_t) {
+      const cpu::FloatModeScope scope(mode);
+      take_items();
+    };
+    torch::stable::parallel_for(0, threads, 1, take_on_torch);
+    return;
+  }
   const auto call = [](const void* take) { (*static_cast<const decltype(take_items)*>(take))(); };
   cpu::run_on_team(static_cast<int>(threads - 1), total_bytes >= kAwakeBytes, call, &take_items);
 }

@@ -1,4 +1,5 @@
-"""The CPU kernels' threads (csrc/cpu/host/team.h): under sanitizers, and as seen from Python."""
+"""The CPU kernels' threads (csrc/cpu/host/team.h): under sanitizers, and as seen from Python. Also
+torch's threads in their place."""
 
 import os
 import signal
@@ -78,6 +79,43 @@ def test_results_are_the_same_from_several_calling_threads():
     assert not wrong
 
 
+@pytest.fixture
+def on_torch_threads():
+    baton_kernels.use_torch_threads()
+    yield
+    baton_kernels.use_torch_threads(False)
+
+
+@pytest.mark.usefixtures("on_torch_threads")
+def test_bits_are_the_same_on_torch_threads():
+    x, weight = problem()
+    baton_kernels.use_torch_threads(False)
+    expected = baton_kernels.linear(x, weight)
+    baton_kernels.use_torch_threads()
+    for count in (1, 2, 3, 8):
+        with cpu_threads(count):
+            for _ in range(20):
+                # An operator of torch, whose threads spin for a while after it.
+                torch.mm(x, weight.T)
+                assert_same_bits(baton_kernels.linear(x, weight), expected, f"{count} threads")
+
+
+@pytest.mark.usefixtures("on_torch_threads")
+def test_torch_threads_compute_in_the_mode_of_the_caller():
+    """torch's threads have modes of their own, which its operators leave as they are."""
+    x, weight = (0.5 * torch.finfo(torch.float32).tiny * torch.ones(6, 48), torch.ones(1500, 48))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("the CPU flushes no subnormal numbers")
+    try:
+        with cpu_threads(3):
+            flushed = [baton_kernels.linear(x, weight) for _ in range(20)]
+    finally:
+        torch.set_flush_denormal(False)
+    with cpu_threads(3):
+        kept = [baton_kernels.linear(x, weight) for _ in range(20)]
+    assert not any(y.any() for y in flushed) and all((y > 0).all() for y in kept)
+
+
 CALL = """
     import os, threading, time, torch, baton_kernels
 
@@ -116,6 +154,21 @@ def test_there_are_as_many_threads_as_torch_takes():
     """
     # Needing fewer helpers does not end the existing ones: they sleep.
     assert run(CALL + counts).split() == ["0", "2", "2", "4"]
+
+
+@LINUX
+def test_there_are_no_threads_of_our_own_beside_torchs():
+    counts = """
+    torch.set_num_threads(3)
+    baton_kernels.use_torch_threads()
+    call()
+    before = wait_for_helpers(0)
+    threads = len(os.listdir("/proc/self/task"))
+    baton_kernels.use_torch_threads(False)
+    call()
+    print(before, wait_for_helpers(2), len(os.listdir("/proc/self/task")) - threads)
+    """
+    assert run(CALL + counts).split() == ["0", "2", "2"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")

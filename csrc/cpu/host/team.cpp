@@ -13,6 +13,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/host/float_mode.h"
+
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/prctl.h>
@@ -63,27 +65,6 @@ void pause() {
   _mm_pause();
 #elif defined(__aarch64__)
   asm volatile("isb");
-#endif
-}
-
-// How a thread rounds and whether it flushes subnormal numbers, without its exception flags.
-uint64_t float_mode() {
-#if defined(__x86_64__)
-  return _mm_getcsr() & ~0x3fu;
-#elif defined(__aarch64__)
-  uint64_t mode;
-  asm volatile("mrs %0, fpcr" : "=r"(mode));
-  return mode;
-#else
-  return 0;
-#endif
-}
-
-void set_float_mode([[maybe_unused]] uint64_t mode) {
-#if defined(__x86_64__)
-  _mm_setcsr(static_cast<uint32_t>(mode));
-#elif defined(__aarch64__)
-  asm volatile("msr fpcr, %0" : : "r"(mode));
 #endif
 }
 
