@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -36,6 +37,7 @@ class Metadata(AttentionMetadata):
         pages: page that each token's key and value go to.
         columns: column of that page.
         cu_seqlens_q: where each request's tokens begin.
+        starts: the column that each request begins in: zeros.
         lengths: tokens of each request, those of this step included.
         block_table: pages of each request.
         max_query_length: bound of the requests' tokens in this step.
@@ -46,6 +48,7 @@ class Metadata(AttentionMetadata):
     pages: torch.Tensor
     columns: torch.Tensor
     cu_seqlens_q: torch.Tensor
+    starts: torch.Tensor
     lengths: torch.Tensor
     block_table: torch.Tensor
     max_query_length: int
@@ -80,6 +83,8 @@ class Builder(AttentionMetadataBuilder[Metadata]):
             pages=places.div(self._page, rounding_mode="floor").to(torch.int32),
             columns=places.remainder(self._page).to(torch.int32),
             cu_seqlens_q=step.query_start_loc[: rows + 1].to(torch.int32),
+            # The ops would make them for each layer.
+            starts=torch.zeros(rows, dtype=torch.int32, device=places.device),
             lengths=step.seq_lens[:rows].to(torch.int32),
             block_table=step.block_table_tensor[:rows].to(torch.int32),
             max_query_length=step.max_query_len,
@@ -118,6 +123,12 @@ class Impl(AttentionImpl[Metadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes).float()
         self.sinks = sinks
+        self._kv_cache: torch.Tensor | None = None
+        self._pages: tuple[torch.Tensor, torch.Tensor] | None = None
+        if current_platform.is_cpu():
+            # vLLM's other operators run on torch's threads, which spin between two of them and may
+            # be bound to one core each.
+            baton_kernels.use_torch_threads()
 
     def forward(
         self,
@@ -152,8 +163,7 @@ class Impl(AttentionImpl[Metadata]):
             return output
         step = attn_metadata
         tokens = step.num_actual_tokens
-        pages, kv_heads, page, _ = kv_cache.shape
-        keys, values = kv_cache.view(pages, kv_heads, 2 * page, self.head_size).chunk(2, dim=2)
+        keys, values = self._pages_of(kv_cache)
         # Another layer's cache is read here as that layer has written it.
         if self.kv_sharing_target_layer_name is None:
             baton_kernels.append_kv(
@@ -165,7 +175,7 @@ class Impl(AttentionImpl[Metadata]):
             values,
             step.cu_seqlens_q,
             None,
-            None,
+            step.starts,
             step.lengths,
             scale=self.scale,
             window=self.sliding_window,
@@ -178,6 +188,16 @@ class Impl(AttentionImpl[Metadata]):
             block_table=step.block_table,
         )
         return output
+
+    def _pages_of(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each `[pages, num_kv_heads, page, head_size]`."""
+        # It is the same tensor at every step, and views take as long as a small op.
+        if kv_cache is not self._kv_cache or self._pages is None:
+            pages, kv_heads, page, _ = kv_cache.shape
+            both = kv_cache.view(pages, kv_heads, 2 * page, self.head_size)
+            keys, values = both.chunk(2, dim=2)
+            self._kv_cache, self._pages = kv_cache, (keys, values)
+        return self._pages
 
     def _on(self, device: torch.device, numbers: torch.Tensor | None) -> torch.Tensor | None:
         # Sinks are a parameter, which is loaded after this object is made, in the model's dtype.

@@ -16,6 +16,7 @@ from vllm.model_executor.layers import activation, layernorm, linear, vocab_para
 from vllm.platforms import current_platform
 
 import baton_kernels
+from baton_kernels import PackedWeight
 
 from .switch import overrides
 
@@ -52,31 +53,36 @@ def chosen() -> bool:
     return overrides() if backend is None else backend.name == "CUSTOM"
 
 
-def _project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _project(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     y = baton_kernels.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], weight.out_features)
 
 
 class LinearMethod(linear.UnquantizedLinearMethod):
-    """A projection by `linear`, which takes weights as they are."""
+    """A projection by `linear`, whose weight is packed."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Nothing is packed."""
+        """Packed weights take the place of the layer's, as vLLM's own do."""
+        layer.packed = baton_kernels.pack_linear(layer.weight)
+        layer.weight = torch.nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x @ weight.T + bias`."""
-        return _project(x, layer.weight, bias)
+        return _project(x, layer.packed, bias)
 
 
 class EmbeddingMethod(vocab_parallel_embedding.UnquantizedEmbeddingMethod):
-    """As `LinearMethod`, for the projection to the vocabulary."""
+    """As `LinearMethod`, for the projection to the vocabulary; rows are looked up in the weight."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Nothing is packed."""
+        """Nothing is packed before it is used: most embeddings only look rows up."""
+        layer.packed = None
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x @ weight.T + bias`."""
-        return _project(x, layer.weight, bias)
+        if layer.packed is None:
+            layer.packed = baton_kernels.pack_linear(layer.weight)
+        return _project(x, layer.packed, bias)
 
 
 def _with_method(base: Any, method: Any) -> Any:
