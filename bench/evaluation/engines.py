@@ -148,6 +148,7 @@ class EngineProcess:
         figures = {
             **rates(requests, answer["seconds"]),
             **latencies(requests, answer["times"]),
+            **answer["figures"],
         }
         return Run(answer["tokens"], figures)
 

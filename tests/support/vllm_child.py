@@ -43,12 +43,19 @@ def start_counting(worker: Any) -> None:
 
 
 def counted(worker: Any) -> dict[str, Any]:
-    """Calls in a worker's process, and the kinds of its layers."""
+    """Calls in a worker's process, the kinds of its layers, and threads that the ops started."""
     from baton_engines.vllm.backend import Impl
+
+    tasks = Path("/proc/self/task").iterdir()
+    threads = [(task / "comm").read_text().strip() for task in tasks]
 
     modules = worker.model_runner.get_model().modules()
     kinds = {type(module).__module__ for module in modules}
-    return {"calls": Impl.calls, "layers": "baton_engines.vllm.layers" in kinds}
+    return {
+        "calls": Impl.calls,
+        "layers": "baton_engines.vllm.layers" in kinds,
+        "helpers": threads.count("baton-helper"),
+    }
 
 
 def attempt(work: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +82,7 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
         temperature=0.0,
         max_tokens=work["max_tokens"],
         logprobs=0,
+        prompt_logprobs=0 if work.get("prompt_logprobs") else None,
         ignore_eos=True,
         detokenize=False,
     )
@@ -92,6 +100,15 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
                         entry[token].logprob
                         for token, entry in zip(
                             output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True
+                        )
+                    ],
+                    # The first token has none.
+                    "prompt_logprobs": [
+                        entry[token].logprob
+                        for token, entry in zip(
+                            output.prompt_token_ids[1:],
+                            (output.prompt_logprobs or [None])[1:],
+                            strict=output.prompt_logprobs is not None,
                         )
                     ],
                 }

@@ -3,8 +3,8 @@
 The process is started with a JSON file: model folder, dtype, slots, threads, and the jobs, each a
 list of token ids and a number of output tokens. It loads, warms up, and prints a line of JSON about
 itself as soon as it is ready. For each line `[begin, end]` on its standard input it serves those
-jobs once (all from `begin` on if `end` is null) and prints a line: the tokens of every job, and
-when each token was available, in seconds.
+jobs once (all from `begin` on if `end` is null) and prints a line: the tokens of every job, when
+each token was available, in seconds, and the engine's own figures.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Clocked:
         self.begin = time.perf_counter()
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.times: list[list[float]] = [[] for _ in range(count)]
+        self.figures: dict[str, float] = {}
 
     def add(self, index: int, tokens: list[int]) -> None:
         """Adds new tokens of a job, with the current time."""
@@ -53,5 +54,10 @@ def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[list
         begin, end = json.loads(line)
         result = run(work["jobs"][begin:end])
         seconds = time.perf_counter() - result.begin
-        answer = {"tokens": result.tokens, "times": result.times, "seconds": seconds}
+        answer = {
+            "tokens": result.tokens,
+            "times": result.times,
+            "seconds": seconds,
+            "figures": result.figures,
+        }
         print(json.dumps(answer), file=_OUT)
