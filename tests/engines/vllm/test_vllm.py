@@ -121,7 +121,7 @@ def test_tokens_are_those_of_vllms_own_attention(serve, model):
     assert hits == [32, 32, 32]
 
 
-@pytest.mark.parametrize("model", ["llama", "gemma3", "smollm2"])
+@pytest.mark.parametrize("model", ["llama"])
 def test_bfloat16(serve, model):
     """Log-probabilities of prompts in chunks, and of the tokens decoded after them, are at most
     twice as far from those of float32 as with vLLM's own attention. Which token is greedy is no
