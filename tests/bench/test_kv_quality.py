@@ -33,6 +33,9 @@ def test_a_text_and_answers(quality):
     token_ids = torch.randint(0, 97, (50,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole = model(token_ids[None, :20]).logits[0, :-1].float()
+        plain = quality.plain_reading(model, token_ids, 20)
+        prompts = [token_ids[:5].tolist(), token_ids[5:9].tolist()]
+        plain_tokens = quality.plain_answers(model, prompts, 8)
     losses = -whole.log_softmax(1).gather(1, token_ids[1:20, None])[:, 0]
     with torch.inference_mode(), patch_llama(model) as llama:
         exact = quality.perplexity.read(llama, token_ids, 20, None)
@@ -41,7 +44,8 @@ def test_a_text_and_answers(quality):
         torch.testing.assert_close(exact.losses[:19].float(), losses, rtol=1e-4, atol=1e-4)
         rounded = quality.perplexity.read(llama, token_ids, 20, torch.int8)
         assert 0 < quality.logit_error(rounded.logits, exact.logits) < 0.1
-        prompts = [token_ids[:5].tolist(), token_ids[5:9].tolist()]
+        assert quality.logit_error(plain.logits, exact.logits) < 1e-4
+        assert plain_tokens == quality.answers(llama, prompts, 8, None)
         tokens = quality.answers(llama, prompts, 8, torch.int8)
         assert [len(one) for one in tokens] == [8, 8]
         assert tokens == quality.answers(llama, prompts, 8, torch.int8)

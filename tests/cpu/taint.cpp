@@ -4,11 +4,9 @@
 //   valgrind taint ISA [planted]
 //
 // A float that was computed from an undefined one is undefined, even if it was multiplied by 0.
-// Memcheck does not track what a branch on an undefined value chose, so such branches count as
-// wrong.
+// Memcheck does not track what a branch on an undefined value chose: such branches are errors.
 //   padding: in the caches, only keys and values of the rows are defined. No branch may depend on
-//     other values: then results are computed only from defined values, for all values of the
-//     others.
+//     others: then results are computed only from defined values, for all values of the others.
 //   hidden: for each query token in turn, only the keys and values that it sees and its own query
 //     vector are defined. A kernel may multiply finite hidden values by 0, which changes nothing,
 //     and computes the block again if that gave NaN: the undefined values are NaN, so it does so
