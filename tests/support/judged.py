@@ -3,10 +3,8 @@
 The machine's own instruction set runs every case in every dtype. Each of the others runs every case
 in one dtype, in turns, except AMX's tiles, which take bfloat16.
 
-float16 and bfloat16 share a CUDA kernel that differs only in the type of numbers: every access is
-at the same place, and every sum in the same order. So the judge of memory accesses runs each case
-with one of them, in turns, and the emulator, with another schedule, with the other; float32 runs on
-both.
+Of each case of CUDA's kernels, the judge of memory accesses runs one dtype, in turns, and the
+emulator, with another schedule, the others.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import pytest
 import torch
 from quick import parameters
 
-HALVES = (torch.float16, torch.bfloat16)
 JUDGED, EMULATED = "cuda-judged", "cuda-emulated"
 
 
@@ -43,18 +40,14 @@ def without_repetitions(items: list[pytest.Item], own: str) -> list[pytest.Item]
         for number, backends in enumerate(cases.values()):
             for place, (backend, same) in enumerate(backends.items()):
                 if backend in (JUDGED, EMULATED):
-                    # A test without other cases runs both types, and so does one that is not
-                    # judged.
+                    # A test without other cases runs all dtypes on both, and so does one that is
+                    # not judged.
                     if len(cases) > 1 and JUDGED in backends:
-                        left_out |= _other_half(same, number + (backend == JUDGED))
+                        others = set(same) - {same[number % len(same)]}
+                        left_out |= others if backend == JUDGED else set(same) - others
                 elif not backend.startswith("cuda"):
                     left_out |= _all_but_one(same, number + place, backend)
     return [item for item in items if item not in left_out]
-
-
-def _other_half(same: list[pytest.Item], turn: int) -> set[pytest.Item]:
-    halves = [item for item in same if any(dtype in HALVES for dtype in _dtypes(item))]
-    return {halves[turn % 2]} if len(halves) == 2 else set()
 
 
 def _all_but_one(same: list[pytest.Item], turn: int, backend: str) -> set[pytest.Item]:

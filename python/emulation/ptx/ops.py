@@ -44,8 +44,9 @@ def source_of(op: str, kernel: str, sources: Path = ROOT / "csrc" / "cuda") -> P
 def ptx_of(op: str, kernel: str, architecture: int, sources: Path) -> str:
     """PTX of the file that has a kernel."""
     path = source_of(op, kernel, sources)
-    if path in SOURCES and architecture in PTX_ARCHITECTURES:
-        return compiled(path, first_architectures(path)).ptx[architecture]
+    first = first_architectures(path) if path in SOURCES else ()
+    if architecture in first and architecture in PTX_ARCHITECTURES:
+        return compiled(path, first).ptx[architecture]
     return compile_ptx(path, architecture, sources.parent)
 
 
