@@ -76,6 +76,8 @@ def test_same_bits_as_dense(ops, name, dtype):
         check(ops, dense, paged_problem(dense, page), **options)
 
 
+# CUDA's kernels look every page up, wherever the next one is.
+@pytest.mark.full(where=lambda case: case["ascending"] and case["ops"].name.startswith("cuda"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ascending", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
