@@ -136,7 +136,7 @@ __device__ __forceinline__ MergedDims<kDims> merge_in_turn(const float* stats, c
 // A vector whose row is split, and the splits that hold keys which it sees.
 struct SplitVector {
   AttentionRow row;
-  int32_t vector, token, begin, end;
+  int32_t vector = 0, token = 0, begin = 0, end = 0;
 
   // Of a place for partial results; false if nobody has it.
   __device__ __forceinline__ bool find(const AttentionArgs& a, int32_t place) {
@@ -171,7 +171,7 @@ struct SplitVector {
 };
 
 template <typename T, int kDims>
-// Four blocks per SM leave 128 registers, of which 32 are partial results on their way; with the 80
+// Four blocks per SM leave 128 registers, of which 32 are partial results in flight; with the 80
 // that six leave ptxas spills.
 __global__ void __launch_bounds__(kAttentionThreads, 4)
     ragged_attention_merge_kernel(const __grid_constant__ AttentionArgs a) {

@@ -30,11 +30,14 @@ from .plan import Forward, Plan, View
 from .token_budget import frugal_tokens
 
 JOINS = ("auto", "never")
-# Tokens of a forward while too little is known of its costs: the first fits vary by a factor of 4,
-# too small a forward leaves slots empty, and all decoders wait for too large a one.
+# Tokens of a forward until something is known about costs.
 FIRST = 256
 # Prompt tokens that join decoders under a bound on their wait, until something is known.
 FIRST_BOUNDED = 8
+# How many times as large as the largest forward so far the next one may be. Costs far beyond what
+# was seen are unreliable, the first ones by a factor of 4, and all decoders wait for a forward that
+# is too large.
+GROWTH = 1.25
 # A forward may always take this many times as long as without prompts.
 FREE = 1.1
 # The lengths of this many ended queries predict those of the next ones. While fewer than KNOWN have
@@ -134,11 +137,12 @@ class Baton(Policy):
         if decoders and self.max_stall_tokens is not None:
             most = min(most, self.max_stall_tokens)
         base = Work.of((), decoders)
-        if self._fitted is None or self._fitted.settled:
+        known = self._fitted is None or self._fitted.ready
+        if known:
             wanted = self._frugal_tokens(view) - len(decoders)
             if self._fitted is not None:
-                # Extrapolation far beyond the forwards seen so far is unreliable.
-                most = max(1, min(most, 2 * self._fitted.largest - len(decoders)))
+                largest = int(GROWTH * self._fitted.largest)
+                most = max(1, min(most, largest - len(decoders)))
                 wanted = max(wanted, self._fitted.smallest // 2 - len(decoders))
             if decoders and wanted < most:
                 bound = FREE * self._seconds(base)
@@ -147,7 +151,7 @@ class Baton(Policy):
             wanted = FIRST - len(decoders)
         room = max(1, min(wanted, most))
         if decoders and self.max_token_gap is not None:
-            if self._fitted is not None and not self._fitted.ready:
+            if not known:
                 return min(room, FIRST_BOUNDED)
             bound = self.max_token_gap
             if self._fitted is not None:

@@ -18,9 +18,8 @@ KNOTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 # The weight of a forward relative to the next one of similar size: about 200 of them count.
 # Forwards of other sizes keep their weight, because nothing newer is known about those sizes.
 FORGET = 0.995
-# Forwards that have to be seen before anything is predicted, and before predictions choose the size
-# of a forward.
-FEWEST, SETTLED = 8, 32
+# The number of forwards that have to be seen before anything is predicted.
+FEWEST = 8
 # The share of the last forward's error that the scale adopts: nearly all of it within 30 forwards.
 FOLLOW = 0.1
 # A prior that counts as long as no forward contradicts it, and its share of a forward's weight:
@@ -109,11 +108,6 @@ class FittedCosts:
         self._rest = (0.0, 0.0, 0.0)
         self._ratios: deque[float] = deque(maxlen=SPREAD_OF)
 
-    @property
-    def settled(self) -> bool:
-        """Whether enough forwards have been seen that further ones change little."""
-        return self._count >= SETTLED
-
     def seconds(self, work: Work) -> float:
         """The predicted seconds of a forward; 0 before any has been fitted."""
         return self._scale * self._shape(work)
@@ -135,7 +129,7 @@ class FittedCosts:
         if self.ready:
             ratio = seconds / max(1e-12, self._shape(work))
             self._ratios.append(ratio / self._scale)
-            if self.settled:
+            if self._count >= 4 * FEWEST:
                 # One forward that was interrupted for long does not mean another machine.
                 limited = min(max(ratio, 0.5 * self._scale), 2 * self._scale)
                 self._scale += FOLLOW * (limited - self._scale)
