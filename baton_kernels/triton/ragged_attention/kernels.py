@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from baton_kernels.triton.common import narrow, operand, tanh
+from baton_kernels.triton.common import narrow, operand, tanh, widen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -54,6 +54,39 @@ def _row_of_cache(cache_ptr, slot, kv_head, start, slot_stride, head_stride, col
 
 
 @triton.jit
+def _add_apart(
+    out, weight, visible, at,  # of keys [at, at + BLOCK_N), of which [first, last) are somebody's
+    first, last, value_ptr, pages_ptr, start, num_slots, value_slot_stride, value_column_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Adds values that are not finite to sums that lack them, of the tokens that see their keys.
+
+    A product with 0 would make NaN of those that do not. A weight of 0 makes NaN of them, as it
+    does where a step is multiplied as it is.
+    """
+    weighs = tl.where(visible, tl.where(widen(weight) > 0.0, 2, 1), 0)
+    d = tl.arange(0, BLOCK_D)
+    for key in range(first, last):
+        here = (at + tl.arange(0, BLOCK_N) == key)[None, :]
+        of_key = tl.max(tl.where(here, weighs, 0), 1)
+        column = tl.full([], 0, tl.int64) + key
+        mask = d < HEAD_DIM
+        if PAGE > 0:
+            column += start
+            page = tl.load(pages_ptr + column // PAGE).to(tl.int64)
+            mask &= (page >= 0) & (page < num_slots)
+            value_at = page * value_slot_stride + column % PAGE * value_column_stride
+        else:
+            value_at = column * value_column_stride
+        value = widen(tl.load(value_ptr + value_at + d, mask=mask, other=0.0))
+        special = (value != value) | (tl.abs(value) == float("inf"))
+        takes = (of_key > 0)[:, None] & special[None, :]
+        term = tl.where(of_key == 2, 1.0, 0.0)[:, None] * value[None, :]
+        out = tl.where(takes, out + term, out)
+    return out
+
+
+@triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, alibi_ptr,  # of the cache: _row_of_cache
     pages_ptr, start, num_slots,  # the row's pages; not looked at without
@@ -75,58 +108,95 @@ def _attend(
     if alibi_ptr is not None:
         slope = tl.load(alibi_ptr + head, mask=is_vector, other=0.0) * LOG2_E
 
-    # Keys that this tile's tokens cannot see are not read. Steps begin at multiples of BLOCK_N from
-    # the row's first key: which keys meet in a step depends on the row only.
+    # Keys that none of this tile's tokens sees are not read. Steps begin at multiples of BLOCK_N
+    # from the row's first key: which keys meet in a step depends on the row only.
+    lowest = tl.min(tl.where(is_vector, position, 0x7FFFFFFF), 0)
+    highest = tl.max(position, 0)
+    oldest = 0
     if IS_CAUSAL:
-        end = tl.minimum(end, tl.max(position, 0) + 1)
+        end = tl.minimum(end, highest + 1)
     if HAS_WINDOW:
-        oldest = tl.min(tl.where(is_vector, position, 0x7FFFFFFF), 0) - window + 1
-        begin = tl.maximum(begin, tl.maximum(oldest, 0) // BLOCK_N * BLOCK_N)
+        oldest = tl.maximum(lowest - window + 1, 0)
+        begin = tl.maximum(begin, oldest // BLOCK_N * BLOCK_N)
+    # Only steps at the border of what is visible have keys that some of the tokens do not see:
+    # those that the window has left for the last one, and those later than the first one.
+    see_all, see_later = begin, end
+    if HAS_WINDOW:
+        left = tl.maximum(highest - window + 1, oldest)
+        see_all = tl.where(left > oldest, tl.cdiv(left, BLOCK_N) * BLOCK_N, begin)
+        see_all = tl.minimum(tl.maximum(see_all, begin), end)
+    if IS_CAUSAL:
+        later = tl.maximum(lowest + 1, 0) // BLOCK_N * BLOCK_N
+        see_later = tl.maximum(tl.where(end - 1 > lowest, later, end), see_all)
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for at in range(begin, end, BLOCK_N):
-        key_position = at + tl.arange(0, BLOCK_N)
-        inside = key_position < end
-        column = key_position.to(tl.int64)
-        if PAGE == 0:
-            mask = inside[:, None] & in_head
-            key_at = (column * key_column_stride)[:, None]
-            value_at = (column * value_column_stride)[:, None]
-        else:
-            column += start
-            page = tl.load(pages_ptr + column // PAGE, mask=inside, other=0).to(tl.int64)
-            # A page out of range is not read.
-            mask = (inside & (page >= 0) & (page < num_slots))[:, None] & in_head
-            column %= PAGE
-            key_at = (page * key_slot_stride + column * key_column_stride)[:, None]
-            value_at = (page * value_slot_stride + column * value_column_stride)[:, None]
-        # Padding is not loaded: the lanes beyond the end hold zeros, not what stands there.
-        key = tl.load(key_ptr + key_at + d[None, :], mask=mask, other=0.0)
-        score = tl.dot(operand(query), tl.trans(operand(key)), input_precision="ieee") * score_scale
-        if HAS_SOFTCAP:
-            score = softcap * tanh(score)
-        distance = position[:, None] - key_position[None, :]
-        if alibi_ptr is not None:
-            score -= slope[:, None] * tl.abs(distance).to(tl.float32)
-        visible = inside[None, :] & (position >= 0)[:, None]
-        if IS_CAUSAL:
-            visible &= distance >= 0
-        if HAS_WINDOW:
-            visible &= distance < window
-        score = tl.where(visible, score, float("-inf"))
+    for part in tl.static_range(3):
+        first, last = see_all, see_later
+        if part == 0:
+            first, last = begin, see_all
+        if part == 2:
+            first, last = see_later, end
+        if (part == 0 and HAS_WINDOW) or part == 1 or (part == 2 and IS_CAUSAL):
+            # Steps at the border are few: none is loaded before its turn.
+            for at in tl.range(first, last, BLOCK_N, num_stages=None if part == 1 else 1):
+                key_position = at + tl.arange(0, BLOCK_N)
+                inside = key_position < end
+                if HAS_WINDOW:
+                    inside &= key_position >= oldest
+                column = key_position.to(tl.int64)
+                if PAGE == 0:
+                    mask = inside[:, None] & in_head
+                    key_at = (column * key_column_stride)[:, None]
+                    value_at = (column * value_column_stride)[:, None]
+                else:
+                    column += start
+                    page = tl.load(pages_ptr + column // PAGE, mask=inside, other=0).to(tl.int64)
+                    # A page out of range is not read.
+                    mask = (inside & (page >= 0) & (page < num_slots))[:, None] & in_head
+                    column %= PAGE
+                    key_at = (page * key_slot_stride + column * key_column_stride)[:, None]
+                    value_at = (page * value_slot_stride + column * value_column_stride)[:, None]
+                # Padding is not loaded: the lanes beyond the end hold zeros, not what stands there.
+                key = tl.load(key_ptr + key_at + d[None, :], mask=mask, other=0.0)
+                score = tl.dot(operand(query), tl.trans(operand(key)), input_precision="ieee")
+                score *= score_scale
+                if HAS_SOFTCAP:
+                    score = softcap * tanh(score)
+                distance = position[:, None] - key_position[None, :]
+                if alibi_ptr is not None:
+                    score -= slope[:, None] * tl.abs(distance).to(tl.float32)
+                visible = inside[None, :] & (position >= 0)[:, None]
+                if IS_CAUSAL:
+                    visible &= distance >= 0
+                if HAS_WINDOW:
+                    visible &= distance < window
+                score = tl.where(visible, score, float("-inf"))
 
-        higher = tl.maximum(peak, tl.max(score, 1))
-        # Where nothing has been visible yet, subtracting 0 makes every weight 0, not NaN.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weight = tl.exp2(score - base[:, None])
-        fade = tl.exp2(peak - base)
-        total = tl.fma(total, fade, tl.sum(weight, 1))
-        peak = higher
-        value = tl.load(value_ptr + value_at + d[None, :], mask=mask, other=0.0)
-        weight = operand(narrow(weight, value_ptr.dtype.element_ty))
-        out = tl.dot(weight, operand(value), out * fade[:, None], input_precision="ieee")
+                higher = tl.maximum(peak, tl.max(score, 1))
+                # Where nothing has been visible yet, subtracting 0 makes every weight 0, not NaN.
+                base = tl.where(higher == float("-inf"), 0.0, higher)
+                weight = tl.exp2(score - base[:, None])
+                fade = tl.exp2(peak - base)
+                total = tl.fma(total, fade, tl.sum(weight, 1))
+                peak = higher
+                value = tl.load(value_ptr + value_at + d[None, :], mask=mask, other=0.0)
+                weight = narrow(weight, value_ptr.dtype.element_ty)
+                out *= fade[:, None]
+                if part != 1:
+                    finite = tl.abs(widen(value)) < float("inf")
+                    clean = tl.where(finite, value, tl.zeros_like(value))
+                    out = tl.dot(operand(weight), operand(clean), out, input_precision="ieee")
+                    if tl.min(finite.to(tl.int32)) == 0:
+                        out = _add_apart(
+                            out, weight, visible, at, tl.maximum(at, oldest),
+                            tl.minimum(at + BLOCK_N, end), value_ptr, pages_ptr, start, num_slots,
+                            value_slot_stride, value_column_stride, HEAD_DIM, BLOCK_D, BLOCK_N,
+                            PAGE,
+                        )  # fmt: skip
+                else:
+                    out = tl.dot(operand(weight), operand(value), out, input_precision="ieee")
     return peak, total, out
 
 
