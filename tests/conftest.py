@@ -105,7 +105,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         op = max(fits, key=len, default=name)
         # A file about several ops names an op that has all of their backends.
         op = getattr(metafunc.module, "BACKENDS_OF", op)
-        backends = [backend for backend in BACKENDS if backend.has(op)]
+        left_out = getattr(metafunc.module, "NOT_ON", ())
+        backends = [each for each in BACKENDS if each.has(op) and each.name not in left_out]
         metafunc.parametrize("ops", backends, ids=lambda backend: backend.name, indirect=True)
 
 

@@ -10,6 +10,7 @@ import random
 
 import pytest
 import torch
+from equality_run import chunks_of
 
 from baton_kernels.testing import (
     DTYPES,
@@ -20,6 +21,9 @@ from baton_kernels.testing import (
     random_rows,
 )
 
+# Its bits are those of cuda-emulated: tests/cuda/test_emulation.py.
+NOT_ON = ("cuda-judged",)
+
 
 @pytest.fixture(autouse=True)
 def decodes_as_it_prefills(request):
@@ -27,8 +31,6 @@ def decodes_as_it_prefills(request):
     name = request.node.callspec.params["ops"].name
     if name == "triton":
         pytest.skip("the order of Triton's sums depends on the chunk")
-    if name == "cuda-judged":
-        pytest.skip("its bits are those of cuda-emulated: tests/cuda/test_emulation.py")
     return name.startswith("cpu-")
 
 
@@ -38,16 +40,6 @@ def random_cut(tokens: int, longest: int, seed: int) -> list[int]:
     while sum(chunks) < tokens:
         chunks.append(min(generator.randint(1, longest), tokens - sum(chunks)))
     return chunks
-
-
-def chunks_of(row: Row, cut: list[int]) -> list[Row]:
-    """The row at the time when each chunk was its last: later keys do not exist yet."""
-    rows, first, before = [], 0, len(row.key) - len(row.query)
-    for count in cut:
-        end = first + count
-        rows.append(Row(row.query[first:end], row.key[: before + end], row.value[: before + end]))
-        first = end
-    return rows
 
 
 EVERYTHING = {"window": 100, "softcap": 5.0, "alibi": True, "sinks": True}
