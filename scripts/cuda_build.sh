@@ -31,6 +31,8 @@ PYTHON
 cat about
 test() { "$cuda_python" -m pytest --rootdir=. --import-mode=importlib -q "$@"; }
 test tests/cuda/test_cuda_library.py
+# The machine code of every kernel for every architecture.
+test tests/cuda/test_cuda_static.py -k library
 # The CPU's ops beside this torch, on its best instruction set.
 test --backend "cpu-$used" $(cat op_tests)
 echo "make test-cuda-build: done in $SECONDS seconds"

@@ -1,7 +1,9 @@
 """Fixtures for all tests: the backends on which an op's tests run."""
 
+import atexit
 import contextlib
 import dataclasses
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -95,6 +97,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = sorted(kept, key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded and collected by now stays: `gc.collect()` need not walk it, which takes half
+    a second each time and which tests of memory and all measurements of bench call."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # what is left then is reported as leaked
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

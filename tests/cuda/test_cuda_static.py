@@ -1,9 +1,15 @@
-"""The CUDA kernels compiled for every architecture, and nvcc's own PTX executed."""
+"""The CUDA kernels compiled for every architecture, and nvcc's own PTX executed.
+
+`make test` compiles what stands for the rest, for sm_80. `make test-cuda-build` reads every kernel
+and every architecture in the library that it has built.
+"""
 
 import re
 
 import pytest
 
+import baton_kernels
+from baton_kernels import _library
 from emulation import build
 from emulation.artifacts import ROOT, run_compiler, run_nvcc
 from emulation.cuda.ops import EmulatedOps
@@ -16,12 +22,11 @@ from emulation.static.kernels import (
     Kernel,
     compile_kernels,
     first_architectures,
+    library_kernels,
     other_architectures,
 )
 from emulation.tools import tool
 
-# Threads per block, by the beginning of the kernel's name.
-THREADS = {"append_kv": 128, "extract_kv": 128, "insert_kv": 128, "merge": 128, "move_kv": 128}
 # `fill_indices` writes a few numbers and reads none.
 OTHERS = ("attention", "fill_indices")
 COPIES = [
@@ -30,16 +35,33 @@ COPIES = [
     if source.parent.name == "cuda" and not any(part in source.stem for part in OTHERS)
 ]
 COPIES += [source for source in cuda_static.SOURCES if source.stem == "merge_attention"]
+COPIES_NAMES = r"(append|extract|insert|move)_kv|merge_attention"
 
 
-def compiled(sources):
-    """For each source the architectures that represent the others; with --full also the others."""
+def compiled(sources, name=""):
+    """For each source the architectures that represent the others; with --full also the others.
+
+    Where the library is built, also its kernels whose names match, for each architecture.
+    """
     cases = []
     for source in sources:
         first, others = first_architectures(source), other_architectures(source)
-        cases.append(pytest.param(source, first, id=source.stem))
+        if first:
+            cases.append(pytest.param(source, first, id=source.stem))
         cases.append(pytest.param(source, others, id=f"{source.stem}-rest", marks=pytest.mark.full))
+    if name and _library.cuda is not None:
+        for each in baton_kernels.build_info()["cuda"]["architectures"]:
+            number = int(each.removeprefix("sm_"))
+            cases.append(pytest.param(name, (number,), id=f"library-{each}"))
     return pytest.mark.parametrize(("source", "architectures"), cases)
+
+
+def kernels_of(source, architectures):
+    """The kernels of a file, or those of the library whose names match."""
+    if isinstance(source, str):
+        kernels = library_kernels(_library.cuda, *architectures)
+        return [kernel for kernel in kernels if re.match(source, kernel.name)]
+    return compile_kernels(source, architectures)
 
 
 def is_wide(kernel: Kernel) -> bool:
@@ -84,23 +106,23 @@ def test_architectures_of_one_front_end_have_the_same_ptx(source, tmp_path):
             assert ptx(architecture) == first[front_end], architecture
 
 
-@compiled(COPIES)
+@compiled(COPIES, COPIES_NAMES)
 def test_copies_move_16_bytes_at_a_time(source, architectures):
-    wide = [kernel for kernel in compile_kernels(source, architectures) if is_wide(kernel)]
+    wide = [kernel for kernel in kernels_of(source, architectures) if is_wide(kernel)]
     assert {kernel.architecture for kernel in wide} == set(architectures)
     for kernel in wide:
         assert kernel.count(r"LDG\..*128") >= 1 and kernel.count(r"STG\..*128") >= 1, kernel.name
 
 
-@compiled(COPIES)
+@compiled(COPIES, COPIES_NAMES)
 def test_enough_bytes_in_flight(source, architectures):
     """Little's law for each card, with all of an SM's resident threads loading."""
-    for kernel in compile_kernels(source, architectures):
+    for kernel in kernels_of(source, architectures):
         assert kernel.blocks_per_sm(128) >= 2, kernel
         for card in CARDS:
             # A merge is launched on data that a decode step has just left in the L2 cache.
             if is_wide(kernel) and card.architecture == kernel.architecture and (
-                source.stem != "merge_attention"
+                not kernel.name.startswith("merge_attention")
             ):  # fmt: skip
                 in_flight = kernel.blocks_per_sm(128) * 128 * kernel.loads_in_flight()
                 assert in_flight >= card.needed_bytes, (kernel.name, card.name, in_flight)
@@ -160,10 +182,10 @@ def test_decode_step_meets_its_targets():
 ATTENTION = [s for s in cuda_static.SOURCES if s.parent.name == "ragged_attention"]
 
 
-@compiled(cuda_static.SOURCES)
+@compiled(cuda_static.SOURCES, ".")
 def test_tensor_cores_where_they_are_meant(source, architectures):
     """sm_75 has none for bfloat16."""
-    for kernel in compile_kernels(source, architectures):
+    for kernel in kernels_of(source, architectures):
         meant = re.search(r"(decode|prefill)_kernel<(\w+)", kernel.name)
         expected = meant and (kernel.architecture > 75 or meant[2] == "__half")
         assert (kernel.count("HMMA") > 0) == bool(expected), kernel.name
@@ -171,10 +193,10 @@ def test_tensor_cores_where_they_are_meant(source, architectures):
             assert kernel.count(r"LDG\..*128|LDGSTS\..*128") >= 1, kernel.name
 
 
-@compiled(ATTENTION)
+@compiled(ATTENTION, "ragged_attention")
 def test_attention_fits_the_occupancy_it_was_cut_for(source, architectures):
     """The blocks per SM for which decode_blocks() and prefill_blocks() leave registers."""
-    for kernel in compile_kernels(source, architectures):
+    for kernel in kernels_of(source, architectures):
         found = re.search(r"(decode|prefill)_kernel<\w+, (\d+)(?:, (\d+))?>", kernel.name)
         if not found:
             continue
@@ -193,13 +215,15 @@ def test_attention_fits_the_occupancy_it_was_cut_for(source, architectures):
         assert resident >= (1 if small else 2), kernel.name
 
 
-def test_decode_has_loads_in_flight_all_the_time(every_case):
+@compiled([s for s in ATTENTION if s.stem == "bfloat16"], "ragged_attention_decode")
+def test_decode_has_loads_in_flight_all_the_time(source, architectures):
     """Data allow 36 KB at any moment and 64 KB on average. Warps that wait for keys and values
     together have none in flight just then, and 32 KB on average, which is what an A100 and an
     H100 need and more."""
-    source = next(s for s in cuda_static.SOURCES if s.stem == "bfloat16")
-    for kernel in compile_kernels(source, (80, 90, 100) if every_case else (80, 90)):
-        if re.search(r"decode_kernel<\w+, 128, 1>", kernel.name):
+    for kernel in kernels_of(source, architectures):
+        if kernel.architecture in (80, 90, 100) and re.search(
+            r"decode_kernel<__nv_bfloat16, 128, 1>", kernel.name
+        ):
             shared = cuda_static.dynamic_shared(kernel.name)
             threads = 128 * kernel.blocks_per_sm(128, shared)
             allowed, real = kernel.loop_flight(), kernel.loop_waits()

@@ -16,7 +16,8 @@ from emulation.ptx.symbolic_memory import SymbolicError
 from emulation.ptx.terms import Terms
 
 
-@pytest.mark.parametrize("architecture", [80, 75])
+# The machine of test_ptx_machine.py computes with the PTX of sm_75.
+@pytest.mark.parametrize("architecture", [80, pytest.param(75, marks=pytest.mark.full)])
 def test_quick_proofs(architecture):
     """The output of `python -m emulation.prove --quick`: only what must be refuted is refuted."""
     prover = prove_quick(Prover(architecture))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from tiny_model import save_tiny_model
 from typer.testing import CliRunner
 
@@ -216,15 +217,10 @@ FULL = Path("/dev/full")
 @pytest.mark.skipif(not FULL.exists(), reason="a system without /dev/full")
 @pytest.mark.parametrize("redirected", [False, True])
 def test_a_full_disk_is_one_line(folder, redirected):
-    command = [sys.executable, "-m", "baton_engines.cli", "generate", "--model", str(folder), "-q"]
+    command = ["-m", "baton_engines.cli", "generate", "--model", folder, "-q"]
     command += ["--prompt", "a", "--max-new-tokens", "1"]
-    with FULL.open("wb") as full:
-        done = subprocess.run(
-            command if redirected else [*command, "-o", str(FULL)],
-            stdout=full if redirected else subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    command += [] if redirected else ["-o", FULL]
+    done = warm.run(*command, **{"stdout": str(FULL)} if redirected else {})
     name = "standard output" if redirected else str(FULL)
     assert done.stderr == f"error: cannot write {name}: No space left on device\n"
     assert done.returncode == 1
@@ -232,16 +228,17 @@ def test_a_full_disk_is_one_line(folder, redirected):
 
 @pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-"])
 def test_closed_streams(folder, closed):
-    command = (
-        f"{sys.executable} -m baton_engines.cli generate --model {folder} -q --max-new-tokens 1"
-    )
-    command += "" if closed == "<&-" else " --prompt a"
-    done = subprocess.run(
-        ["bash", "-c", f"{command} {closed}"],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    command = ["-m", "baton_engines.cli", "generate", "--model", folder, "-q"]
+    command += ["--max-new-tokens", "1", *([] if closed == "<&-" else ["--prompt", "a"])]
+    if closed == ">&-":  # with a process to itself, which starts so
+        done = subprocess.run(
+            ["bash", "-c", '"$@" >&-', "", sys.executable, *map(str, command)],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+    else:
+        done = warm.run(*command, **{"stdin" if closed == "<&-" else "stderr": None})
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     if closed == ">&-":
         assert done.returncode == 1

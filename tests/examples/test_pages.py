@@ -9,20 +9,15 @@ A program is a block of Python that is followed by a block of text, its output.
 | README | it has two such programs, and stays short |
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = ["README.md", "docs/asked.md"]
 PROGRAM = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 
 
 def programs(page: str) -> list[tuple[str, str]]:
@@ -30,19 +25,14 @@ def programs(page: str) -> list[tuple[str, str]]:
     return PROGRAM.findall((ROOT / page).read_text())
 
 
-def run(source: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT
-    )
-
-
 @pytest.mark.parametrize(
     ("page", "number"),
     [(page, number) for page in PAGES for number in range(len(programs(page)))],
 )
-def test_a_program_prints_what_its_page_shows(page, number):
+def test_a_program_prints_what_its_page_shows(page, number, monkeypatch):
+    monkeypatch.chdir(ROOT)
     source, printed = programs(page)[number]
-    done = run(source)
+    done = warm.run("-c", source)
     assert done.returncode == 0, done.stderr
     assert done.stdout == printed
 
@@ -54,9 +44,7 @@ STEPS = STEP.findall(TUTORIAL)
 
 @pytest.mark.parametrize(("program", "printed"), STEPS, ids=[Path(name).stem for name, _ in STEPS])
 def test_a_step_of_the_tutorial(program, printed):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / program)], capture_output=True, text=True, env=ENVIRONMENT
-    )
+    done = warm.run(ROOT / program)
     assert done.returncode == 0, done.stderr
     assert done.stdout == printed
 

@@ -13,12 +13,11 @@ import copy
 import functools
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from mixed_batch import mixed_batch
 from patched_models import MODELS, assert_same_state, bits_of, logits_of
 from torch import nn
@@ -220,10 +219,8 @@ print(json.dumps(found))
 
 
 def measured(mode: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PEAK, mode],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = warm.run("-c", PEAK, mode)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 

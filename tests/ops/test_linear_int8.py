@@ -12,6 +12,7 @@
 
 import pytest
 import torch
+from judged import on_emulated_tiles
 from packed_linear import (
     check_any_number_of_rows,
     check_before_a_hole,
@@ -188,6 +189,7 @@ def test_nothing_is_loaded_from_behind_the_arguments(ops, sizes, dtype):
     check_before_a_hole(ops, problem(*sizes, bias=True, dtype=dtype), torch.int8)
 
 
+@pytest.mark.full(where=on_emulated_tiles(lambda case: case["sizes"] == (2100, 250)))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(576, 192), (1000, 35), (2100, 250)], ids=str)
 def test_bits_for_any_number_of_rows(ops, dtype, sizes):

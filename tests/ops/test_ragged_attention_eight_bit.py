@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from eight_bit import EIGHT_BITS, eight_bit_problem, pages_of, skip_elsewhere
+from judged import on_emulated_tiles
 
 import baton_kernels
 from baton_kernels.reference._eight_bit import dequantize
@@ -151,6 +152,7 @@ def test_a_query_vector_that_is_not_finite(ops, special, dtype, stored):
 # 2. The same bits however a row is cut.
 
 
+@pytest.mark.full(where=on_emulated_tiles(lambda case: case["dim"] in (16, 128)))
 @pytest.mark.parametrize("stored", EIGHT_BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, dim, options", [

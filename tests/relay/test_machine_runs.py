@@ -2,12 +2,11 @@
 
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import machine_run
 import pytest
+import warm
 
 from baton_engines.relay.batch import Batch
 from baton_kernels import kv_cache
@@ -19,10 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("shard", [1, pytest.param(0, marks=pytest.mark.full)])
 def test_operations_of_every_machine(shard):
     seed = random.randrange(2**32)
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "soak.py", "operations", "--operations", "1",
-         "--seed", str(seed), "--begin", str(shard), "--examples", "2"],
-        capture_output=True, text=True,
+    done = warm.run(
+        ROOT / "scripts" / "soak.py", "operations", "--operations", 1, "--seed", seed,
+        "--begin", shard, "--examples", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"operations, seed {seed}:" in done.stdout

@@ -1,11 +1,10 @@
 """The relay's peak memory: the cache, and a workspace that does not grow with the queries."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 MIB = 1 << 20
 # The memory that the allocator keeps varies between runs by a few MiB.
@@ -58,11 +57,7 @@ print(json.dumps({"finished": finished, "in_use": in_use, "committed": committed
 def serve(count: int, leak: int = 0) -> dict:
     """The memory of a relay with four slots for `count` queries; `leak` floats stay at every
     step."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SERVE, str(count), str(leak)],
-        capture_output=True,
-        text=True,
-    )
+    done = warm.run("-c", SERVE, count, leak)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -72,3 +72,11 @@ def is_left_to_full(item: pytest.Item) -> bool:
 def judged(where: Callable[[object], bool]) -> Callable[[dict[str, object]], bool]:
     """For `full(where=...)`: cases under the judge whose `name` meets the condition."""
     return lambda case: case["ops"].name == "cuda-judged" and where(case["name"])
+
+
+def on_emulated_tiles(where: Callable[[dict], bool]) -> Callable[[dict[str, object]], bool]:
+    """For `full(where=...)`: cases on emulated tiles of AMX that meet the condition.
+
+    The other cases run the same kernels on tiles, and a machine with AMX runs all of them.
+    """
+    return lambda case: case["ops"].name == "cpu-amx_bf16-emulated" and where(case)

@@ -245,14 +245,15 @@ class Compiled(NamedTuple):
 
 
 def first_architectures(source: Path) -> tuple[int, ...]:
-    """Those that stand for the others: both whose PTX the machine executes, and sm_90.
+    """Those that `make test` compiles it for: sm_80.
 
-    half.cu is bfloat16.cu with another type of number, and the kernels with a block table differ
-    from these only in where they look for keys: sm_80 stands for all. `make test-cuda-build` checks
-    the registers and the local memory of every architecture in the library that it builds.
+    None for half.cu, which is bfloat16.cu with another type of number, and for the kernels with a
+    block table, which differ from the others only in where they look for keys. `make
+    test-cuda-build` puts the same questions to the library that it builds: every kernel, for every
+    architecture.
     """
     same = source.stem.startswith("half") or source.stem.endswith("_paged")
-    return (80,) if same else (*PTX_ARCHITECTURES, 90)
+    return () if same else (80,)
 
 
 def other_architectures(source: Path) -> tuple[int, ...]:
@@ -326,10 +327,22 @@ def compile_kernels(source: Path, architectures: tuple[int, ...] = ARCHITECTURES
     return sorted(kernels, key=lambda kernel: (kernel.name, kernel.architecture))
 
 
+@functools.cache
+def library_kernels(library: Path, architecture: int) -> list[Kernel]:
+    """Every kernel of a compiled library for one architecture."""
+
+    def printed(*options: str) -> str:
+        return run_compiler(
+            [tool("cuobjdump"), *options, "-arch", f"sm_{architecture}", library]
+        ).stdout
+
+    return parse(printed("-res-usage"), "\n".join(shortened(printed("-sass"))))
+
+
 def parse(report: str, listing: str) -> list[Kernel]:
-    """Kernels of ptxas's report and cuobjdump's listing."""
+    """Kernels of a report, ptxas's or that of cuobjdump -res-usage, and cuobjdump's listing."""
     kernels: dict[tuple[str, int], Kernel] = {}
-    kernel = None
+    kernel, architecture = None, 0
     for line in report.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", line):
             key = (found[1], int(found[2]))
@@ -340,7 +353,13 @@ def parse(report: str, listing: str) -> list[Kernel]:
             kernel.registers = int(found[1])
             shared = re.search(r"(\d+) bytes smem", line)
             kernel.shared = int(shared[1]) if shared else 0
-    architecture = 0
+        elif found := re.search(r"arch = sm_(\d+)", line):
+            architecture = int(found[1])
+        elif found := re.search(r"Function (\w+):", line):
+            kernel = kernels[found[1], architecture] = Kernel(found[1], architecture)
+        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            # A spilled register is in the stack's frame.
+            kernel.registers, kernel.stack, kernel.shared, kernel.spills = map(int, found.groups())
     for line in listing.splitlines():
         if found := re.search(r"code for sm_(\d+)", line):
             architecture = int(found[1])
