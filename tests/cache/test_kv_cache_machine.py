@@ -50,9 +50,9 @@ TestRagged.settings = MANY
 TestAligned = AlignedMachine.TestCase
 TestAligned.settings = MANY
 TestEmulated = pytest.mark.slow(EmulatedMachine.TestCase)
-TestEmulated.settings = MANY
+TestEmulated.settings = settings(MANY, max_examples=40)
 TestJudged = pytest.mark.slow(JudgedMachine.TestCase)
-TestJudged.settings = settings(MANY, max_examples=40)
+TestJudged.settings = settings(MANY, max_examples=20)
 TestHalfAligned = HalfAlignedMachine.TestCase
 TestHalfAligned.settings = settings(MANY, max_examples=20)
 TestEightBit = EightBitMachine.TestCase

@@ -293,7 +293,7 @@ def test_smollm2_float32() -> None:
 @pytest.mark.slow
 def test_smollm2_bfloat16() -> None:
     model, tokenizer = load_model("smollm2", torch.bfloat16)
-    queries = smollm2_queries(tokenizer)
+    queries = smollm2_queries(tokenizer)[::2]
     wide = as_float32(model)
     truth = torch.cat([decoded_alone(wide, query) for query in queries])
     own_error = torch.cat([decoded_alone(model, query) for query in queries]) - truth

@@ -58,7 +58,7 @@ def test_prefills_that_raise(policy):
 
 
 SETTINGS = {
-    "baton": ({"max_stall_tokens": 8, "admission": "priority"}, 10_000),
+    "baton": ({"max_stall_tokens": 8, "admission": "priority"}, 4000),
     "chunked": ({"token_budget": 16, "admission": "priority"}, 1000),
     "multi_bin": ({"bins": 3}, 1000),
     "orca": ({"admission": "shortest"}, 1000),

@@ -5,6 +5,6 @@ import hypothesis
 from prefill_machine import PrefillMachine
 
 PrefillMachine.TestCase.settings = hypothesis.settings(
-    max_examples=100, stateful_step_count=30, deadline=None
+    max_examples=60, stateful_step_count=30, deadline=None
 )
 TestPrefillMachine = PrefillMachine.TestCase

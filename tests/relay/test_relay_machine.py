@@ -4,7 +4,7 @@ import hypothesis
 from relay_machine import RelayMachine
 
 RelayMachine.TestCase.settings = hypothesis.settings(
-    max_examples=100,
+    max_examples=60,
     stateful_step_count=30,
     deadline=None,
     # The time for drawing depends on the machine's other load, not on this test.

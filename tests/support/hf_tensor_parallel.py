@@ -1,4 +1,4 @@
-"""The program that each rank of test_tensor_parallel runs under torchrun.
+"""The program that each rank of test_tensor_parallel runs, with the environment of torchrun.
 
 It loads a saved model, sharded over the ranks, and runs `generate` and a relay. Rank 0 writes the
 tokens of all ranks.
