@@ -54,12 +54,17 @@ PROCESSES ?= logical
 WORKERS := -n $(PROCESSES) --maxprocesses 4 --dist worksteal
 
 # Every process of a run, and tests start many, reads the modules that the first one has compiled.
-test test-full test-quick: export PYTHONDONTWRITEBYTECODE =
+test most-tests test-full test-quick: export PYTHONDONTWRITEBYTECODE =
 
-# Those of tests/scale come last and alone: a cluster of Ray is several processes already.
-test: lint
-	$(BIN)/python -m pytest $(WORKERS) --durations=10 --ignore=tests/scale
+# The types are checked on one processor, so the tests begin meanwhile. Those of tests/scale come last
+# and alone: a cluster of Ray is several processes already, and Ray gives way to all others.
+test: setup
+	$(MAKE) --no-print-directory -j 2 lint most-tests
 	$(BIN)/python -m pytest tests/scale --durations=5
+
+.PHONY: most-tests
+most-tests: setup
+	$(BIN)/python -m pytest $(WORKERS) --durations=10 --ignore=tests/scale
 
 # Also the combinations of cases that others stand for: marked `full`, or judged.py's other half.
 test-full: lint
