@@ -25,6 +25,9 @@ from device_ops import DeviceOps
 from emulation import amx, build
 from emulation.cuda.backends import EMULATED, EmulatedOps
 
+# Until everything is collected: see pytest_collection_finish.
+gc.disable()
+
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
@@ -102,7 +105,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """What is loaded and collected by now stays: `gc.collect()` need not walk it, which takes half
     a second each time and which tests of memory and all measurements of bench call."""
-    gc.collect()
+    gc.enable()
     gc.freeze()
     atexit.register(gc.unfreeze)  # what is left then is reported as leaked
 

@@ -69,7 +69,7 @@ def test_bits_are_those_of_prompts_apart(dtype, isa):
     with cpu_isa(isa):
         expected = logits_of(model, policies.get("baton", join="never"), 3)
         assert len({tuple(x[0].tolist()) for x in expected}) == len(PROMPTS)
-        for name, options in CUTS:
+        for name, options in CUTS if isa == USED else CUTS[::2]:
             policy = policies.get(name, **options)
             for query, (got, want) in enumerate(
                 zip(logits_of(model, policy, 3), expected, strict=True)

@@ -5,6 +5,8 @@ The shapes are those of a decode step and of a newcomer's prefill (8 KV heads x 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 
@@ -17,12 +19,16 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, torch.bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of an op."""
+    """One call of an op; its arguments are made when they are needed."""
 
     op: str
     what: str
-    arguments: dict[str, object]
+    make: Callable[[], dict[str, object]]
     payload: int  # bytes of keys, values (and queries) that are moved
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, object]:
+        return self.make()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +45,15 @@ def numbers(*shape: int) -> torch.Tensor:
 
 def insert_case(tokens: int, layers: int, queries: int) -> Case:
     token, slot = (NUM_KV_HEADS, HEAD_DIM), (queries, NUM_KV_HEADS, tokens // queries + 8, HEAD_DIM)
-    arguments = {
-        "key": numbers(layers, tokens, *token), "value": numbers(layers, tokens, *token),
-        "key_cache": numbers(layers, *slot), "value_cache": numbers(layers, *slot),
-        "cu_seqlens": cumulative([tokens // queries] * queries),
-        "slots": int32(range(queries)), "starts": int32([3] * queries),
-    }  # fmt: skip
+
+    def arguments() -> dict[str, object]:
+        return {
+            "key": numbers(layers, tokens, *token), "value": numbers(layers, tokens, *token),
+            "key_cache": numbers(layers, *slot), "value_cache": numbers(layers, *slot),
+            "cu_seqlens": cumulative([tokens // queries] * queries),
+            "slots": int32(range(queries)), "starts": int32([3] * queries),
+        }  # fmt: skip
+
     payload = 2 * 2 * layers * tokens * NUM_KV_HEADS * HEAD_DIM
     what = f"{layers} layers, {queries} x {tokens // queries} tokens"
     return Case("insert_kv", what, arguments, payload)
@@ -53,18 +62,24 @@ def insert_case(tokens: int, layers: int, queries: int) -> Case:
 def extract_case(tokens: int, layers: int, queries: int) -> Case:
     inserted = insert_case(tokens, layers, queries)
     names = ("key_cache", "value_cache", "cu_seqlens", "slots", "starts")
-    arguments = {name: inserted.arguments[name] for name in names} | {"total_tokens": tokens}
+
+    def arguments() -> dict[str, object]:
+        return {name: inserted.arguments[name] for name in names} | {"total_tokens": tokens}
+
     return Case("extract_kv", inserted.what, arguments, inserted.payload)
 
 
 def move_case(layers: int, rows: int, length: int, shift: int) -> Case:
     shape = (layers, rows, NUM_KV_HEADS, length + shift, HEAD_DIM)
-    arguments = {
-        "key_cache": numbers(*shape), "value_cache": numbers(*shape),
-        "source_slots": int32(range(rows)), "source_starts": int32([0] * rows),
-        "target_slots": int32(range(rows)), "target_starts": int32([shift] * rows),
-        "lengths": int32([length] * rows),
-    }  # fmt: skip
+
+    def arguments() -> dict[str, object]:
+        return {
+            "key_cache": numbers(*shape), "value_cache": numbers(*shape),
+            "source_slots": int32(range(rows)), "source_starts": int32([0] * rows),
+            "target_slots": int32(range(rows)), "target_starts": int32([shift] * rows),
+            "lengths": int32([length] * rows),
+        }  # fmt: skip
+
     payload = 2 * 2 * layers * rows * length * NUM_KV_HEADS * HEAD_DIM
     what = f"{layers} layers, {rows} x {length} columns by {shift}"
     return Case("move_kv", what, arguments, payload)
@@ -73,17 +88,20 @@ def move_case(layers: int, rows: int, length: int, shift: int) -> Case:
 def append_case(rows: int, num_heads: int = 0, head_dim: int = HEAD_DIM) -> Case:
     slot = (rows, NUM_KV_HEADS, 4, head_dim)
     token = (rows, NUM_KV_HEADS, head_dim)
-    arguments = {
-        "key": numbers(*token), "value": numbers(*token),
-        "key_cache": numbers(*slot), "value_cache": numbers(*slot),
-        "slots": int32(range(rows)), "columns": int32([1] * rows),
-    }  # fmt: skip
-    what = f"{rows} rows"
-    if num_heads:
-        angle = numbers(rows, head_dim // 2).float()
-        arguments |= {"query": numbers(rows, num_heads, head_dim)}
-        arguments |= {"cos": angle.cos(), "sin": angle.sin()}
-        what = f"{rows} rows, rotary, query"
+
+    def arguments() -> dict[str, object]:
+        made = {
+            "key": numbers(*token), "value": numbers(*token),
+            "key_cache": numbers(*slot), "value_cache": numbers(*slot),
+            "slots": int32(range(rows)), "columns": int32([1] * rows),
+        }  # fmt: skip
+        if num_heads:
+            angle = numbers(rows, head_dim // 2).float()
+            made |= {"query": numbers(rows, num_heads, head_dim)}
+            made |= {"cos": angle.cos(), "sin": angle.sin()}
+        return made
+
+    what = f"{rows} rows" + (", rotary, query" if num_heads else "")
     if head_dim != HEAD_DIM:
         what += f", {head_dim} dims"
     payload = 2 * rows * (2 * NUM_KV_HEADS + num_heads) * head_dim
@@ -91,10 +109,14 @@ def append_case(rows: int, num_heads: int = 0, head_dim: int = HEAD_DIM) -> Case
 
 
 def merge_case(tokens: int, num_heads: int) -> Case:
-    arguments = {
-        "out_a": numbers(tokens, num_heads, HEAD_DIM), "lse_a": numbers(tokens, num_heads).float(),
-        "out_b": -numbers(tokens, num_heads, HEAD_DIM), "lse_b": numbers(tokens, num_heads).float(),
-    }  # fmt: skip
+    rows = (tokens, num_heads)
+
+    def arguments() -> dict[str, object]:
+        return {
+            "out_a": numbers(*rows, HEAD_DIM), "lse_a": numbers(*rows).float(),
+            "out_b": -numbers(*rows, HEAD_DIM), "lse_b": numbers(*rows).float(),
+        }  # fmt: skip
+
     what = f"{tokens} x {num_heads} heads"
     return Case("merge_attention", what, arguments, 2 * tokens * num_heads * HEAD_DIM)
 
@@ -124,15 +146,19 @@ def decode_case(length: int, page: int | None = None, kv_heads: int = NUM_KV_HEA
     keys and values take."""
     num_pages = 1 if page is None else -(-length // page)
     cache = (num_pages, kv_heads, length if page is None else page, HEAD_DIM)
-    arguments = {
-        "query": numbers(1, NUM_HEADS // NUM_KV_HEADS * kv_heads, HEAD_DIM),
-        "key_cache": numbers(*cache), "value_cache": -numbers(*cache),
-        "cu_seqlens_q": cumulative([1]), "slots": int32([0]), "starts": int32([0]),
-        "lengths": int32([length]), "max_query_length": 1, "max_length": length,
-    }  # fmt: skip
-    if page is not None:
-        # Any order: that of the pages in memory is not looked at.
-        arguments |= {"slots": None, "block_table": int32(range(num_pages)).flip(0)[None]}
+
+    def arguments() -> dict[str, object]:
+        made = {
+            "query": numbers(1, NUM_HEADS // NUM_KV_HEADS * kv_heads, HEAD_DIM),
+            "key_cache": numbers(*cache), "value_cache": -numbers(*cache),
+            "cu_seqlens_q": cumulative([1]), "slots": int32([0]), "starts": int32([0]),
+            "lengths": int32([length]), "max_query_length": 1, "max_length": length,
+        }  # fmt: skip
+        if page is not None:
+            # Any order: that of the pages in memory is not looked at.
+            made |= {"slots": None, "block_table": int32(range(num_pages)).flip(0)[None]}
+        return made
+
     payload = 2 * 2 * kv_heads * length * HEAD_DIM
     return Case("ragged_attention", f"decode, {length} keys", arguments, payload)
 
