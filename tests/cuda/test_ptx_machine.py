@@ -83,15 +83,26 @@ def readable(kernel: str) -> str:
     return f"{kernel.partition('I')[0]}<T, {numbers}>"
 
 
-# Every pair of a case, a dtype and an architecture; the machine takes seconds for each of them.
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+def is_executed(architecture: int, dtype: torch.dtype, number: int, name: str) -> bool:
+    """nvcc takes longer than the machine. On sm_80 float16 has the code of bfloat16 with another
+    type; on sm_75, which has products of float16 only, cases take turns."""
+    if architecture == 80:
+        return dtype == torch.bfloat16
+    return number % 2 == (dtype == torch.bfloat16) and (
+        dtype == torch.float16 or "pages" not in name
+    )
+
+
 EXECUTED = [
     pytest.param(
         architecture, dtype, name,
-        marks=[] if (number + i + j) % 2 == 0 else [pytest.mark.full],
+        marks=[] if is_executed(architecture, dtype, number, name) else [pytest.mark.full],
     )
-    for i, architecture in enumerate((80, 75))
-    for j, dtype in enumerate(DTYPES)
+    for architecture in (80, 75)
+    for dtype in DTYPES
     for number, name in enumerate(ATTENTION)
 ]  # fmt: skip
 

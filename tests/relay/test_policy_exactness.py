@@ -80,7 +80,7 @@ def check(settings: dict, arrivals: list[tuple], more_to_come: bool) -> None:
 
 @pytest.mark.parametrize("policy", policies.NAMES)
 @hypothesis.settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     # The time for drawing depends on the machine's other load, not on this test.
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
