@@ -237,14 +237,15 @@ def append(prover: Prover, tags: str, width, angles: torch.dtype | None, half: i
 
 def prove_append(prover: Prover, companies: Sequence[str], widths: Widths = WIDTHS) -> None:
     """Row A in several companies; plain, and with rotary of whole and of half a head's angles."""
-    for angles in (None, torch.float32, torch.bfloat16):
+    # Angles are in float32 or in the key's dtype.
+    for angles in dict.fromkeys((None, torch.float32, *(width[0] for width in widths))):
         what = "plain" if angles is None else f"rotary, {str(angles).removeprefix('torch.')} angles"
         grid = f"{what}; {len(companies)} companies"
         hidden, outside, batch = (
             prover.claim("append_kv", s, grid) for s in (HIDDEN, OUTSIDE, BATCH)
         )
         for width in widths:
-            if angles is torch.bfloat16 and width[0] is torch.float32:
+            if angles not in (None, torch.float32, width[0]):
                 continue
             for half in (width[1] // 2, width[1]) if angles else (0,):
                 alone = None
