@@ -46,6 +46,22 @@ def test_results_are_kept(tmp_path, monkeypatch):
     assert len(proved) == 3
 
 
+def fail(prover):
+    raise KeyError("num")
+
+
+def test_a_unit_with_an_error_does_not_end_the_others(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(runs, "BUILD", tmp_path)
+    monkeypatch.setattr(runs, "normalized", lambda path, architecture: "")
+    unit = runs.Unit("a unit", ("move_kv",), fail, "a grid")
+    results = list(runs.run([(unit, 75), (unit, 80)], 1))
+    assert [result.architecture for result in results] == [75, 80]
+    for result in results:
+        assert result.claims[0].evidence == "KeyError('num')" and not runs.is_kept(unit, 80)
+        assert not is_expected(result.claims[0])
+    assert "in fail" in capfd.readouterr().err
+
+
 def coverage(taken: int, not_taken: int, line: str) -> Coverage:
     return Coverage({3: [taken, not_taken]}, {3: "@%p1 bra $L_1"}, {3: line})
 

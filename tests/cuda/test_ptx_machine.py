@@ -221,6 +221,18 @@ def test_loop_divergence_and_barrier(tmp_path):
     assert torch.equal(x, torch.where(i % 3 == 0, -1.0, 1.0) * (i * (i + 1) / 2))
 
 
+def test_comparisons_that_ask_about_nan(tmp_path):
+    """Triton's code has `num` and `nan`, nvcc's also the unordered ones, as `gtu`."""
+    x = torch.tensor([1.0, torch.nan, torch.inf, 3.0])
+    machine = run(tmp_path, """
+        float y = x[threadIdx.x], two = blockDim.x - 2;
+        bool num = y == y, nan = y * two != y * two, gtu = !(y <= two);
+        x[threadIdx.x] = num + 10 * nan + 100 * gtu;""", x, len(x))  # fmt: skip
+    assert x.tolist() == [1, 110, 101, 101]
+    kinds = {instruction.modifiers[0] for instruction in machine.code if instruction.name == "setp"}
+    assert {"num", "nan", "gtu"} <= kinds
+
+
 def test_shuffle_from_a_lane_that_is_elsewhere_is_caught(tmp_path):
     with pytest.raises(RuntimeError, match="without all of the lanes"):
         run(tmp_path, """

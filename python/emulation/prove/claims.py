@@ -17,6 +17,7 @@ PAGES = "b: pages"
 COPY = "a, b: a copy"
 NOBODY = "padding", "outside", "unwritten"  # classes of leaves that belong to no token
 CUT = "b: cut"
+FAILED = "has not ended"
 STATEMENTS = {
     HIDDEN: "no byte that a token may not see is in the term of its result",
     OUTSIDE: "no byte of padding, of hidden keys or outside of the tensors is loaded",
@@ -27,6 +28,7 @@ STATEMENTS = {
     PAGES: "with a block table a row's terms are those of the kernel without, whatever the size of "
     "its pages, wherever they lie and whoever else has some",
     CUT: "a token's terms are the same however its prompt was cut into calls",
+    FAILED: "an error ended the unit; nothing is said of its calls",
 }
 
 

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from emulation import build
 from emulation.artifacts import ROOT, hash_of, kept, kept_path, nvcc_version
 from emulation.cuda.ops import module
-from emulation.prove.claims import Claim, Coverage, Prover
+from emulation.prove.claims import FAILED, Claim, Coverage, Prover
 from emulation.ptx.machine import compile_ptx
 from emulation.ptx.ops import source_of
 from emulation.static.kernels import ARCHITECTURES, FRONT_END, SOURCES
@@ -161,8 +162,15 @@ def result_of(unit: Unit, architecture: int) -> Result:
 
 
 def _run(job: tuple[Unit, int]) -> Result:
+    """A unit's result. Where it has an error, that is what is known of it; the others go on."""
     torch.set_num_threads(1)
-    return result_of(*job)
+    try:
+        return result_of(*job)
+    except Exception as error:
+        traceback.print_exc()
+        unit, architecture = job
+        failed = Claim(unit.name, architecture, FAILED, unit.what, 1, repr(error))
+        return Result(unit, architecture, [failed], {}, 0, 0.0)
 
 
 def run(jobs: Sequence[tuple[Unit, int]], processes: int, seconds: float = 0.0) -> Iterator[Result]:

@@ -47,8 +47,11 @@ def compute(machine: Lanes, x: Instruction) -> np.ndarray:
         compare = x.modifiers[0]
         if compare in COMPARE:
             return COMPARE[compare](a, b)
+        has_nan = np.isnan(a) | np.isnan(b)
+        if compare in ("num", "nan"):
+            return has_nan == (compare == "nan")
         # Unordered: also true when one of them is NaN.
-        return COMPARE[compare.removesuffix("u")](a, b) | np.isnan(a) | np.isnan(b)
+        return COMPARE[compare.removesuffix("u")](a, b) | has_nan
     if x.name == "selp":
         a, b = (machine.get(operand, x.kind) for operand in inputs[:2])
         return np.where(machine.bits(inputs[2]), a, b)
