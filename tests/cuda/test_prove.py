@@ -118,6 +118,8 @@ def test_rules_hold_for_all_values():
     for c, known in ((low, True), (one, False)):
         factor = terms.one("ex2.approx.ftz.f32", terms.one("sub.f32", c, top))
         assert (terms.one("mul.f32", zero, factor) == zero) == known
+        added = terms.one("fma.rn.f32", zero, factor, x), terms.one("fma.rn.f32", zero, zero, x)
+        assert (added[0] == added[1]) == known and x not in added
 
 
 def test_choices_that_others_imply():

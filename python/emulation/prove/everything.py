@@ -175,7 +175,7 @@ def prefill_grids(dtype: torch.dtype, whole: bool) -> Iterator[Grid]:
     if whole:
         yield Grid(few, base, (5,), (2,), places=(alone, in_crowd))
         yield Grid(name, base, (18, 70), (9,), places=FEW_SLOTS)
-        yield Grid(name, base, (), (), OPTIONS[1:], CUTS[1:3])
+        yield Grid(name, base, (), (), OPTIONS[1:], CUTS[1:])
         yield Grid(f"prefill of whole tiles, {of}", base, (), (), ({},), WHOLE)
         yield Grid(f"prefill of whole tiles with finite values, {of}",
                    dataclasses.replace(base, finite=True), (), (), ({},), WHOLE)  # fmt: skip

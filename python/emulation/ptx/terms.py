@@ -12,7 +12,8 @@ holds for every value of the leaves, to the bit (NaN, infinities and signs of ze
 - -inf - m = -inf where m is a maximum with a finite constant among its operands, hence neither NaN
   nor -inf;
 - -inf > y is false, and max(s, -inf) > y is max(s) > y;
-- 0 * 2^(c - m) = 0 where the maximum m has a finite constant that is c or more;
+- 0 * 2^(c - m) = 0 where the maximum m has a finite constant that is c or more, also as the product
+  of a fused multiply-add;
 - x + 0 = x where x is a sum or product of powers of two, hence never -0;
 - x * f where f is not 1, else x, is x * f for any computed x;
 - a choice between equal terms is that term, one between true and false its condition; `any` of
@@ -146,10 +147,12 @@ class Terms:
         if operation == "fma.rn.f32" and self._adds_nothing(*arguments[:2]):
             self.drops_zeros = True
             return arguments[2]
-        if operation == "mul.f32":
-            for x, y in (arguments, arguments[::-1]):
+        if operation in ("mul.f32", "fma.rn.f32"):
+            for x, y in (arguments[:2], arguments[1::-1]):
                 if self.value(x) == (PLUS_ZERO, 32) and y in self._unit:
-                    return x
+                    if operation == "mul.f32":
+                        return x
+                    arguments = (x, x, arguments[2])
         if operation.startswith(_COMMUTATIVE):
             arguments = tuple(sorted(arguments))
         elif operation.startswith("fma."):
