@@ -122,6 +122,34 @@ def test_rules_hold_for_all_values():
         assert (added[0] == added[1]) == known and x not in added
 
 
+def test_rules_of_joined_sums():
+    """A sum that is joined with nothing, once or twice, and a product with nothing."""
+    terms = Terms()
+    x, m, other = (terms.leaf((name,), name) for name in ("x", "m", "other"))
+    zero, bottom = terms.constant(0, 32), terms.constant(0xFF800000, 32)
+
+    def weight(score, top):
+        power = terms.one("ex2.approx.f32", terms.one("sub.f32", score, top))
+        return terms.one("ite", terms.one("setp.eq.f32", score, bottom), zero, power)
+
+    def joined(y, f):
+        return terms.one("fma.rn.f32", zero, zero, terms.one("mul.rn.f32", y, f))
+
+    # 2^(m - m) is 1, or NaN as all that is multiplied with it; another power is neither.
+    for f, known in ((weight(m, m), True), (weight(m, other), False)):
+        assert (joined(joined(x, f), f) == joined(x, f)) == known
+        assert (terms.one("fma.rn.f32", joined(x, f), f, zero) == joined(x, f)) == known
+        assert (terms.one("fma.rn.f32", x, f, zero) == joined(x, f)) == known
+    # x is not x f + 0 where x is -0 or f is NaN.
+    assert joined(x, weight(m, m)) != x
+    assert joined(joined(x, weight(m, m)), weight(other, other)) != joined(x, weight(m, m))
+    nothing = terms.group("vector", [terms.constant(0, 16)] * 16)
+    some = terms.group("vector", [terms.constant(0, 16)] * 15 + [x])
+    mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+    assert terms.one(mma, nothing, nothing, x) == x and terms.drops_zeros
+    assert terms.one(mma, nothing, some, x) != x != terms.one(mma, some, nothing, x)
+
+
 def test_choices_that_others_imply():
     terms = Terms()
     p, q, r, x, y, base = (terms.leaf((name,), name) for name in ("p", "q", "r", "x", "y", "base"))

@@ -191,11 +191,9 @@ def generic_grids(dtype: torch.dtype, whole: bool) -> Iterator[Grid]:
     """The kernel of what has no other: float32, other head dims, rows that are not aligned."""
     of = name_of(dtype)
     base = Call((), dtype=dtype, head_dim=64 if dtype is torch.float32 else 24)
-    odd, name = dataclasses.replace(base, head_dim=10), f"generic, {of}"
+    name = f"generic, {of}"
     yield Grid(name, base, (5, 17), (1, 2), OPTIONS[:3:2], (*CUTS[:2], (20, 1)), FEW_SLOTS)
     yield Grid(f"{name}, in pages", base, (33,), (1, 2), places=ALL_PAGES)
-    yield Grid(f"{name}, 10 dims", odd, (9,), (1, 3), OPTIONS[:3:2], (), FEW_SLOTS)
-    yield Grid(f"{name}, 10 dims, in pages", odd, (9,), (1, 3), places=FEW_PAGES)
     yield Grid(name, dataclasses.replace(base, heads=(1, 1)), (5, 18), (1,), places=FEW_SLOTS)
     yield Grid(f"{name}, split", base, (300,), (1,), ({}, {"window": 20}), places=FEW_SLOTS)
     if whole:

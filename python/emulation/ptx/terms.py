@@ -14,6 +14,7 @@ holds for every value of the leaves, to the bit (NaN, infinities and signs of ze
 - -inf > y is false, and max(s, -inf) > y is max(s) > y;
 - 0 * 2^(c - m) = 0 where the maximum m has a finite constant that is c or more, also as the product
   of a fused multiply-add;
+- (x f + 0) f + 0 = x f + 0 where f is 0, 1 or 2^(m - m), which is 1 or NaN;
 - x + 0 = x where x is a sum or product of powers of two, hence never -0;
 - x * f where f is not 1, else x, is x * f for any computed x;
 - a choice between equal terms is that term, one between true and false its condition; `any` of
@@ -24,11 +25,13 @@ holds for every value of the leaves, to the bit (NaN, infinities and signs of ze
 
 And one that holds up to the sign of a zero, in sums that are never divided by and end in an
 addition of +0: +0 times an element that is finite adds nothing (`without_hidden` of a product of
-tensor cores, `_adds_nothing` where bfloat16 is multiplied by fused multiply-adds).
+tensor cores, `_are_zeros` of a whole one, `_adds_nothing` where bfloat16 is multiplied by fused
+multiply-adds).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -144,9 +147,14 @@ class Terms:
             return self.constant(0, 16)
         if operation == "not.pred":
             return self._not(*arguments)
-        if operation == "fma.rn.f32" and self._adds_nothing(*arguments[:2]):
+        adds_nothing = operation == "fma.rn.f32" and self._adds_nothing(*arguments[:2])
+        if adds_nothing or (operation.startswith("mma.") and self._are_zeros(*arguments[:2])):
             self.drops_zeros = True
             return arguments[2]
+        if operation == "fma.rn.f32":
+            if (same := self._joined_again(*arguments)) is not None:
+                return same
+            arguments = self._as_sum(arguments)
         if operation in ("mul.f32", "fma.rn.f32"):
             for x, y in (arguments[:2], arguments[1::-1]):
                 if self.value(x) == (PLUS_ZERO, 32) and y in self._unit:
@@ -185,6 +193,47 @@ class Terms:
         if self.value(x) != (PLUS_ZERO, 32) or node[0] != "pair":
             return False
         return self.value(node[1]) == (0, 16) and self.is_finite(node[2], "bf16")
+
+    def _as_sum(self, fma: tuple[int, ...]) -> tuple[int, ...]:
+        """y f + 0 as 0 * 0 + y f, which is as much where f is 0, 1 or NaN."""
+        zero = self.constant(PLUS_ZERO, 32)
+        if fma[2] == zero and zero not in fma[:2] and any(map(self._is_idempotent, fma[:2])):
+            return zero, zero, self.one("mul.rn.f32", *fma[:2])
+        return fma
+
+    def _joined_again(self, *fma: int) -> int | None:
+        """y of y f + 0, if y is x f + 0 and f is 0, 1 or NaN."""
+        for y, f in itertools.permutations(self._scaled(fma), 2):
+            if self.nodes[y][0] == "fma.rn.f32" and f in self._scaled(self.nodes[y][1:]):
+                return y if self._is_idempotent(f) else None
+        return None
+
+    def _scaled(self, fma: tuple[int, ...]) -> tuple[int, ...]:
+        """x and f of x f + 0 and of 0 * 0 + x f."""
+        zero = self.constant(PLUS_ZERO, 32)
+        if fma[2] == zero:
+            return fma[:2]
+        node = self.nodes[fma[2]]
+        is_sum = fma[:2] == (zero, zero) and node[0] in ("mul.f32", "mul.rn.f32")
+        return node[1:] if is_sum else ()
+
+    def _is_idempotent(self, f: int) -> bool:
+        """Whether f is 0, 1 or NaN, so that a product with f is not changed by another one."""
+        node = self.nodes[f]
+        if node[0] == "ite":
+            return self._is_idempotent(node[2]) and self._is_idempotent(node[3])
+        if node[0].startswith("ex2."):
+            power = self.nodes[node[1]]
+            return power[0] == "sub.f32" and power[1] == power[2]
+        return self.value(f) in ((PLUS_ZERO, 32), (ONE, 32))
+
+    def _are_zeros(self, *vectors: int) -> bool:
+        """Whether all elements of a row of A and a column of B are +0."""
+        return all(
+            self.nodes[vector][0] == "vector"
+            and all(self.value(x) == (0, 16) for x in self.nodes[vector][1:])
+            for vector in vectors
+        )
 
     def is_finite(self, x: int, kind: str) -> bool:
         """Whether a 16-bit element is neither NaN nor infinite, whatever its leaves are."""
