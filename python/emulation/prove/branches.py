@@ -15,6 +15,7 @@ Kernels = Mapping[tuple[str, int], Coverage]  # by kernel and architecture
 # Part of the file's path, part of the source line, and why one of its outcomes is not reached.
 # None of these lines looks at data: what they choose are the calls' numbers.
 NAMED: tuple[tuple[str, str, str], ...] = ()
+FOLDERS = "csrc", "baton_kernels"
 ELSEWHERE = "reached both ways in other instances of the template"
 
 
@@ -24,7 +25,7 @@ class Unreached:
 
     kernel: str
     architecture: int
-    line: str  # path:line in csrc
+    line: str  # path:line, see `shown`
     source: str  # that line
     instruction: str
     never: str  # "taken" or "not taken"
@@ -32,16 +33,17 @@ class Unreached:
 
 @functools.cache
 def lines_of(path: str) -> list[str]:
-    try:
-        return (ROOT / "csrc" / path).read_text().splitlines()
-    except FileNotFoundError:
-        return []
+    for folder in FOLDERS:
+        if (ROOT / folder / path).is_file():
+            return (ROOT / folder / path).read_text().splitlines()
+    return []
 
 
 def shown(line: str) -> tuple[str, str]:
-    """Path in csrc with the line's number, and the line."""
+    """The file, from its folder of sources on, with the line's number; and the line."""
     path, _, number = line.rpartition(":")
-    path = path.rpartition("csrc/")[2] if "csrc/" in path else path.rpartition("/")[2]
+    inside = [path.rpartition(f"/{folder}/")[2] for folder in FOLDERS if f"/{folder}/" in path]
+    path = inside[0] if inside else path.rpartition("/")[2]
     lines = lines_of(path)
     found = lines[int(number) - 1].strip() if 0 < int(number or 0) <= len(lines) else ""
     return f"{path}:{number}", found
