@@ -14,6 +14,7 @@ holds for every value of the leaves, to the bit (NaN, infinities and signs of ze
 - -inf > y is false, and max(s, -inf) > y is max(s) > y;
 - 0 * 2^(c - m) = 0 where the maximum m has a finite constant that is c or more, also as the product
   of a fused multiply-add;
+- a product of tensor cores of zeros that is added to 0 is 0;
 - (x f + 0) f + 0 = x f + 0 where f is 0, 1 or 2^(m - m), which is 1 or NaN;
 - x + 0 = x where x is a sum or product of powers of two, hence never -0;
 - x * f where f is not 1, else x, is x * f for any computed x;
@@ -25,8 +26,7 @@ holds for every value of the leaves, to the bit (NaN, infinities and signs of ze
 
 And one that holds up to the sign of a zero, in sums that are never divided by and end in an
 addition of +0: +0 times an element that is finite adds nothing (`without_hidden` of a product of
-tensor cores, `_are_zeros` of a whole one, `_adds_nothing` where bfloat16 is multiplied by fused
-multiply-adds).
+tensor cores, `_adds_nothing` where bfloat16 is multiplied by fused multiply-adds).
 """
 
 from __future__ import annotations
@@ -147,9 +147,10 @@ class Terms:
             return self.constant(0, 16)
         if operation == "not.pred":
             return self._not(*arguments)
-        adds_nothing = operation == "fma.rn.f32" and self._adds_nothing(*arguments[:2])
-        if adds_nothing or (operation.startswith("mma.") and self._are_zeros(*arguments[:2])):
+        if operation == "fma.rn.f32" and self._adds_nothing(*arguments[:2]):
             self.drops_zeros = True
+            return arguments[2]
+        if operation.startswith("mma.") and self._is_nothing(*arguments):
             return arguments[2]
         if operation == "fma.rn.f32":
             if (same := self._joined_again(*arguments)) is not None:
@@ -227,13 +228,14 @@ class Terms:
             return power[0] == "sub.f32" and power[1] == power[2]
         return self.value(f) in ((PLUS_ZERO, 32), (ONE, 32))
 
-    def _are_zeros(self, *vectors: int) -> bool:
-        """Whether all elements of a row of A and a column of B are +0."""
-        return all(
+    def _is_nothing(self, row: int, column: int, before: int) -> bool:
+        """Whether all elements of a row of A and a column of B are +0, and that of C is."""
+        zeros = all(
             self.nodes[vector][0] == "vector"
             and all(self.value(x) == (0, 16) for x in self.nodes[vector][1:])
-            for vector in vectors
+            for vector in (row, column)
         )
+        return zeros and self.value(before) == (PLUS_ZERO, 32)
 
     def is_finite(self, x: int, kind: str) -> bool:
         """Whether a 16-bit element is neither NaN nor infinite, whatever its leaves are."""
