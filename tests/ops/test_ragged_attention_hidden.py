@@ -6,7 +6,7 @@ import pytest
 import torch
 from judged import judged
 
-from baton_kernels import reference, triton
+from baton_kernels import reference
 from baton_kernels.testing import (
     DTYPES,
     assert_accurate,
@@ -22,6 +22,7 @@ HIDDEN = {
     "prefill": (30, 30, (2, 1), 64, {}, 25),
     "first tile": (100, 100, (4, 2), 64, {}, 70),
     "chunk": (20, 600, (9, 3), 64, {}, 590),
+    "few tokens": (4, 530, (4, 2), 64, {}, 528),
     "second segment": (150, 700, (4, 2), 64, {}, 560),
     "head_dim 24": (20, 40, (2, 2), 24, {}, 30),
     "head_dim 128": (20, 140, (8, 2), 128, {}, 129),
@@ -50,8 +51,6 @@ def sees_key(tokens, length, key, *, causal=True, window=None):
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_keys_are_not_read(ops, request, every_case, name, what, dtype):
     """Tokens that see the poison get the reference's result, the others the bits without poison."""
-    if ops is triton:
-        pytest.skip("Triton's products still take hidden values, which spoil them if not finite")
     tokens, length, (num_heads, num_kv_heads), head_dim, options, key = HIDDEN[name]
     (row,) = random_rows(
         [tokens], [length], num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
@@ -73,6 +72,33 @@ def test_hidden_keys_are_not_read(ops, request, every_case, name, what, dtype):
         expected, _ = reference.ragged_attention(*problem.args, **options, return_lse=True)
         if what == "value" or math.isnan(poison):
             assert_same_kind(actual[0][sees], expected[sees])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "length", "options"),
+    [
+        (6, 40, {}),
+        (30, 50, {}),
+        (6, 540, {"window": 17}),
+        (33, 60, {"window": 5}),
+        (20, 20, {"causal": False, "window": 3}),
+    ],
+)
+def test_every_token_takes_in_what_it_sees_of_many(ops, tokens, length, options, dtype):
+    """Values that are not finite, another dim of every second key: kinds as in the reference, and
+    the bits of the others as without them."""
+    (row,) = random_rows([tokens], [length], num_heads=2, num_kv_heads=1, dtype=dtype)
+    clean = ops.ragged_attention(*attention_problem([row]).args, **options)
+    for key in range(max(length - tokens - 20, 0), length, 2):
+        row.value[key, 0, key % 64] = POISON[key // 2 % 3]
+    problem = attention_problem([row])
+    actual = ops.ragged_attention(*problem.args, **options)
+    expected = reference.ragged_attention(*problem.args, **options)
+    assert_same_kind(actual, expected)
+    is_finite = expected.isfinite()
+    assert is_finite.any() and not is_finite.all()
+    assert_same_bits(actual[is_finite], clean[is_finite])
 
 
 def assert_same_kind(actual, expected):

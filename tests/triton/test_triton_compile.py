@@ -261,6 +261,23 @@ def test_attention_with_every_option(target, tmp_path):
     check(everything, target, torch.bfloat16, 128, tmp_path)
 
 
+def decode(dtype, head_dim):
+    attend(dtype, head_dim, max_query_length=1)
+
+
+@pytest.mark.parametrize(
+    ("target", "head_dim"),
+    [
+        ("gfx1100", 128),
+        pytest.param("gfx1100", 256, marks=pytest.mark.full),
+        pytest.param("sm_80", 128, marks=pytest.mark.full),
+    ],
+)
+def test_decoding_alone(target, head_dim, tmp_path):
+    """Its kernel does not look for hidden values that are not finite."""
+    check(decode, target, torch.float16, head_dim, tmp_path)
+
+
 def instructions(kernel, folder):
     """The kinds of matrix instructions in its machine code, without the shapes of sm_90's."""
     (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])

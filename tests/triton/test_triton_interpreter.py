@@ -28,10 +28,15 @@ ATTENTION = (
     "test_batch_invariance and thirds",
     "test_no_rows or test_rows_without or test_more_query or test_large_scores or test_by_hand",
 )
+HIDDEN = (
+    "test_hidden_keys and prefill and value",
+    "test_every_token and (6-540 or 33-60 or 20-20)",
+)
 PAGED = (
     "test_by_hand or test_no_rows or test_rows_without or test_strided_table",
     "test_same_bits_as_dense and 24",
     "test_rows_share_pages",
+    "test_hidden_values",
 )
 SELECTED = {
     "append_kv": SMALL + " and not (large_batch and (14 or 32)) and not (test_batch and 24)",
@@ -44,6 +49,7 @@ SELECTED = {
     "merge_attention": SMALL,
     "move_kv": SMALL,
     "ragged_attention": " or ".join(f"({case})" for case in ATTENTION),
+    "ragged_attention_hidden": " or ".join(f"({case})" for case in HIDDEN),
     "ragged_attention_paged": " or ".join(f"({case})" for case in PAGED),
     "rms_norm": SMALL + " and not test_large_results",
     "silu_and_mul": SMALL + " and not test_large_results",
@@ -56,6 +62,7 @@ SELECTED = {
 GROUPS = {
     "attention, projections, torch": (
         "ragged_attention",
+        "ragged_attention_hidden",
         "ragged_attention_paged",
         "linear",
         "triton_torch",
@@ -107,6 +114,8 @@ def test_ops(group, tmp_path, every_case):
             continue
         if op == "ragged_attention_paged":
             sections = ("same_bits_as_dense", "by_hand")
+        if op == "ragged_attention_hidden":
+            sections = ("hidden_keys", "every_token")
         for section in sections:
             assert any(section in name for name in names), f"{section} is not among {names}"
         print(f"{op}: {len(names)} tests passed on the interpreter")

@@ -145,15 +145,17 @@ def _attend(
         slots = default_slots(slots, rows, query.device)
     starts = default_starts(starts, rows, query.device)
 
+    units = common.dot_units(query.device)
     few = max(MIN_BLOCK_M, common.power_of_2(group))
-    block_m, block_n, num_warps, num_stages = tile(
-        head_dim, query.element_size(), common.dot_units(query.device)
-    )
+    block_m, block_n, num_warps, num_stages = tile(head_dim, query.element_size(), units)
     few_block_m = min(few, block_m)
+    # Long heads fill the registers of a warp of 32 threads on AMD.
+    is_full = units == "rdna" and head_dim > 128
     # 4 warps do for a tile that is a quarter as tall.
-    few_warps = 4 if few_block_m < block_m else num_warps
+    few_warps = 4 if few_block_m < block_m and not is_full else num_warps
     few_tiles = few // few_block_m
     longest = capacity if max_length is None else min(max_length, capacity)
+    longest_query = total_queries if max_query_length is None else max_query_length
     splits = min(max(common.ceil_div(longest, SPLIT_COLUMNS), 1), MAX_SPLITS)
     if scale is None:
         scale = head_dim**-0.5
@@ -171,7 +173,11 @@ def _attend(
         "IS_CAUSAL": causal,
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap > 0,
+        # Tokens of one row may meet in a tile, and not see the same keys.
+        "HAS_HIDDEN": longest_query > 1 and (causal or window is not None),
         "BLOCK_N": block_n,
+        # Whether steps share what they have in common, the query among it, in registers.
+        "HOIST": not is_full,
         "PAGE": 0 if block_table is None else page,
         "num_stages": num_stages,
     }
@@ -201,7 +207,6 @@ def _attend(
         )  # fmt: skip
 
     # Rows with many vectors: how many tiles they have at most, given what the host knows.
-    longest_query = total_queries if max_query_length is None else max_query_length
     if longest_query * group > few:
         many_rows = min(rows, total_queries * group // (few + 1))
         tiles = total_queries * group // block_m + many_rows

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from baton_kernels.triton.common import narrow, operand, tanh
+from baton_kernels.triton.ragged_attention.pieces import next_piece, vectors_of_piece
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -63,7 +64,7 @@ def _attend(
     value_slot_stride, value_column_stride, score_scale, softcap, window,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGE: tl.constexpr,
+    HOIST: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Maximum, sum and weighted values of keys [begin, end); scores to base 2."""
     d = tl.arange(0, BLOCK_D)
@@ -75,8 +76,8 @@ def _attend(
     if alibi_ptr is not None:
         slope = tl.load(alibi_ptr + head, mask=is_vector, other=0.0) * LOG2_E
 
-    # Keys that this tile's tokens cannot see are not read. Steps begin at multiples of BLOCK_N from
-    # the row's first key: which keys meet in a step depends on the row only.
+    # Keys that none of these tokens sees are not read. Steps begin at multiples of BLOCK_N from the
+    # row's first key: which keys meet in a step depends on the row only.
     if IS_CAUSAL:
         end = tl.minimum(end, tl.max(position, 0) + 1)
     if HAS_WINDOW:
@@ -86,9 +87,11 @@ def _attend(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for at in range(begin, end, BLOCK_N):
+    for at in tl.range(begin, end, BLOCK_N, disable_licm=not HOIST):
         key_position = at + tl.arange(0, BLOCK_N)
         inside = key_position < end
+        if HAS_WINDOW:
+            inside &= key_position >= oldest
         column = key_position.to(tl.int64)
         if PAGE == 0:
             mask = inside[:, None] & in_head
@@ -183,50 +186,66 @@ def attend_few_kernel(
     BLOCK_M: tl.constexpr, SPLIT_COLUMNS: tl.constexpr, MAX_SPLITS: tl.constexpr,
     GROUP: tl.constexpr, FEW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_LSE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     """One split of a row of at most FEW query vectors per KV head."""
     TILES: tl.constexpr = FEW // BLOCK_M
-    program = tl.program_id(0)
-    split = program % splits
-    tile = program // splits % TILES
-    kv_head = (program // splits // TILES % num_kv_heads).to(tl.int64)
-    row = (program // splits // TILES // num_kv_heads).to(tl.int64)
-    first, count, slot, start, length = _load_row(
-        row, cu_seqlens_ptr, slots_ptr, starts_ptr, lengths_ptr, total_queries, num_slots, capacity
-    )
-    num_splits, columns = _split_plan(length, SPLIT_COLUMNS, MAX_SPLITS, BLOCK_N)
-    vectors = count * GROUP
-    if (vectors > FEW) | (tile * BLOCK_M >= vectors) | (split >= num_splits):
-        return
-    vector = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_vector = vector < vectors
-    token = (first + vector // GROUP).to(tl.int64)
-    head = kv_head * GROUP + vector % GROUP
-    position = tl.where(is_vector, length - count + vector // GROUP, -1)
-    begin = split * columns
-    peak, total, out = _attend(
-        query_ptr,
-        _row_of_cache(key_cache_ptr, slot, kv_head, start, key_slot_stride, key_head_stride,
-                      key_column_stride, PAGE),
-        _row_of_cache(value_cache_ptr, slot, kv_head, start, value_slot_stride, value_head_stride,
-                      value_column_stride, PAGE),
-        alibi_ptr, block_table_ptr + row * block_table_stride if PAGE > 0 else None, start,
-        num_slots, token, head, is_vector, position, begin, tl.minimum(begin + columns, length),
-        query_token_stride, query_head_stride, key_slot_stride, key_column_stride,
-        value_slot_stride, value_column_stride, score_scale, softcap, window, IS_CAUSAL, HAS_WINDOW,
-        HAS_SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PAGE,
-    )  # fmt: skip
-    if num_splits == 1:
-        _finish(out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, position,
-                num_kv_heads * GROUP, peak, total, out, HEAD_DIM, BLOCK_D, HAS_LSE)  # fmt: skip
-    else:
-        d = tl.arange(0, BLOCK_D)
-        at = ((row * num_kv_heads + kv_head) * splits + split) * FEW + vector
-        tl.store(peaks_ptr + at * 2, peak, mask=is_vector)
-        tl.store(peaks_ptr + at * 2 + 1, total, mask=is_vector)
-        tl.store(sums_ptr + at[:, None] * HEAD_DIM + d[None, :], out,
-                 mask=is_vector[:, None] & (d < HEAD_DIM)[None, :])  # fmt: skip
+    # At most this many tokens have vectors in a tile.
+    TOKENS: tl.constexpr = (BLOCK_M - 1) // GROUP + 2
+    piece, piece_end = 0, TOKENS + 1
+    # Nearly always one turn has work. What turns have in common is computed in each: registers that
+    # kept it from one to the next are needed for sums.
+    for _ in tl.range(0, TOKENS + 1 if HAS_HIDDEN else 1, disable_licm=True):
+        if piece < TOKENS:
+            program = tl.program_id(0)
+            split = program % splits
+            tile = program // splits % TILES
+            kv_head = (program // splits // TILES % num_kv_heads).to(tl.int64)
+            row = (program // splits // TILES // num_kv_heads).to(tl.int64)
+            first, count, slot, start, length = _load_row(
+                row, cu_seqlens_ptr, slots_ptr, starts_ptr, lengths_ptr, total_queries, num_slots,
+                capacity,
+            )  # fmt: skip
+            num_splits, columns = _split_plan(length, SPLIT_COLUMNS, MAX_SPLITS, BLOCK_N)
+            vectors = count * GROUP
+            if (vectors <= FEW) & (tile * BLOCK_M < vectors) & (split < num_splits):
+                begin = split * columns
+                end = tl.minimum(begin + columns, length)
+                vector, token, head, is_vector, position = vectors_of_piece(
+                    piece, piece_end, first, count, length, kv_head, tile, GROUP, BLOCK_M
+                )
+                key_ptr = _row_of_cache(key_cache_ptr, slot, kv_head, start, key_slot_stride,
+                                        key_head_stride, key_column_stride, PAGE)  # fmt: skip
+                value_ptr = _row_of_cache(value_cache_ptr, slot, kv_head, start, value_slot_stride,
+                                          value_head_stride, value_column_stride, PAGE)  # fmt: skip
+                pages_ptr = block_table_ptr + row * block_table_stride if PAGE > 0 else None
+                peak, total, out = _attend(
+                    query_ptr, key_ptr, value_ptr, alibi_ptr, pages_ptr, start, num_slots, token,
+                    head, is_vector, position, begin, end, query_token_stride,
+                    query_head_stride, key_slot_stride, key_column_stride, value_slot_stride,
+                    value_column_stride, score_scale, softcap, window, IS_CAUSAL, HAS_WINDOW,
+                    HAS_SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HOIST, PAGE,
+                )  # fmt: skip
+                if num_splits == 1:
+                    _finish(out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, position,
+                            num_kv_heads * GROUP, peak, total, out, HEAD_DIM, BLOCK_D,
+                            HAS_LSE)  # fmt: skip
+                else:
+                    d = tl.arange(0, BLOCK_D)
+                    at = ((row * num_kv_heads + kv_head) * splits + split) * FEW + vector
+                    tl.store(peaks_ptr + at * 2, peak, mask=is_vector)
+                    tl.store(peaks_ptr + at * 2 + 1, total, mask=is_vector)
+                    tl.store(sums_ptr + at[:, None] * HEAD_DIM + d[None, :], out,
+                             mask=is_vector[:, None] & (d < HEAD_DIM)[None, :])  # fmt: skip
+                if HAS_HIDDEN:
+                    piece, piece_end = next_piece(
+                        piece_end, out, count, length, tile, value_ptr, pages_ptr, start, num_slots,
+                        begin, end, value_slot_stride, value_column_stride, window, TOKENS,
+                        IS_CAUSAL, HAS_WINDOW, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PAGE,
+                    )  # fmt: skip
+            else:
+                piece = TOKENS
 
 
 @triton.jit(do_not_specialize=["splits", "total_queries", "num_slots"])
@@ -313,33 +332,48 @@ def attend_many_kernel(
     BLOCK_M: tl.constexpr, SPLIT_COLUMNS: tl.constexpr, MAX_SPLITS: tl.constexpr,
     GROUP: tl.constexpr, FEW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_LSE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     """One tile of a row of more than FEW query vectors per KV head, over all its keys."""
-    kv_head = (tl.program_id(0) // tiles).to(tl.int64)
-    found, tile = _find_tile(tl.program_id(0) % tiles, cu_seqlens_ptr, rows, GROUP, FEW, BLOCK_M)
-    if found < 0:
-        return
-    row = found.to(tl.int64)
-    first, count, slot, start, length = _load_row(
-        row, cu_seqlens_ptr, slots_ptr, starts_ptr, lengths_ptr, total_queries, num_slots, capacity
-    )
-    vector = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_vector = vector < count * GROUP
-    token = (first + vector // GROUP).to(tl.int64)
-    head = kv_head * GROUP + vector % GROUP
-    position = tl.where(is_vector, length - count + vector // GROUP, -1)
-    peak, total, out = _attend(
-        query_ptr,
-        _row_of_cache(key_cache_ptr, slot, kv_head, start, key_slot_stride, key_head_stride,
-                      key_column_stride, PAGE),
-        _row_of_cache(value_cache_ptr, slot, kv_head, start, value_slot_stride, value_head_stride,
-                      value_column_stride, PAGE),
-        alibi_ptr, block_table_ptr + row * block_table_stride if PAGE > 0 else None, start,
-        num_slots, token, head, is_vector, position, 0, length,
-        query_token_stride, query_head_stride, key_slot_stride, key_column_stride,
-        value_slot_stride, value_column_stride, score_scale, softcap, window, IS_CAUSAL, HAS_WINDOW,
-        HAS_SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PAGE,
-    )  # fmt: skip
-    _finish(out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, position,
-            num_kv_heads * GROUP, peak, total, out, HEAD_DIM, BLOCK_D, HAS_LSE)  # fmt: skip
+    TOKENS: tl.constexpr = (BLOCK_M - 1) // GROUP + 2
+    piece, piece_end = 0, TOKENS + 1
+    # As in attend_few_kernel.
+    for _ in tl.range(0, TOKENS + 1 if HAS_HIDDEN else 1, disable_licm=True):
+        if piece < TOKENS:
+            found, tile = _find_tile(
+                tl.program_id(0) % tiles, cu_seqlens_ptr, rows, GROUP, FEW, BLOCK_M
+            )
+            if found >= 0:
+                row = found.to(tl.int64)
+                kv_head = (tl.program_id(0) // tiles).to(tl.int64)
+                first, count, slot, start, length = _load_row(
+                    row, cu_seqlens_ptr, slots_ptr, starts_ptr, lengths_ptr, total_queries,
+                    num_slots, capacity,
+                )  # fmt: skip
+                vector, token, head, is_vector, position = vectors_of_piece(
+                    piece, piece_end, first, count, length, kv_head, tile, GROUP, BLOCK_M
+                )
+                key_ptr = _row_of_cache(key_cache_ptr, slot, kv_head, start, key_slot_stride,
+                                        key_head_stride, key_column_stride, PAGE)  # fmt: skip
+                value_ptr = _row_of_cache(value_cache_ptr, slot, kv_head, start, value_slot_stride,
+                                          value_head_stride, value_column_stride, PAGE)  # fmt: skip
+                pages_ptr = block_table_ptr + row * block_table_stride if PAGE > 0 else None
+                peak, total, out = _attend(
+                    query_ptr, key_ptr, value_ptr, alibi_ptr, pages_ptr, start, num_slots, token,
+                    head, is_vector, position, 0, length, query_token_stride,
+                    query_head_stride, key_slot_stride, key_column_stride, value_slot_stride,
+                    value_column_stride, score_scale, softcap, window, IS_CAUSAL, HAS_WINDOW,
+                    HAS_SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HOIST, PAGE,
+                )  # fmt: skip
+                _finish(out_ptr, lse_ptr, sinks_ptr, token, head, is_vector, position,
+                        num_kv_heads * GROUP, peak, total, out, HEAD_DIM, BLOCK_D,
+                        HAS_LSE)  # fmt: skip
+                if HAS_HIDDEN:
+                    piece, piece_end = next_piece(
+                        piece_end, out, count, length, tile, value_ptr, pages_ptr, start, num_slots,
+                        0, length, value_slot_stride, value_column_stride, window, TOKENS,
+                        IS_CAUSAL, HAS_WINDOW, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PAGE,
+                    )  # fmt: skip
+            else:
+                piece = TOKENS
