@@ -134,14 +134,15 @@ test-wheel: wheel
 	  $(if $(OTHER_PYTHON),"$(OTHER_PYTHON) 2.13.0")
 
 # The CUDA kernels compiled, linked and loaded beside a CUDA torch (several GB); needs no GPU. Then
-# what Triton compiles for every GPU, the kernels under the compiler's sanitizers, all PTX that the
-# machines of python/emulation execute, and every stage of `make gpu`: `make test` has parts of these.
+# Triton's kernels compiled for every GPU and interpreted in every dtype, the kernels under the compiler's
+# sanitizers, all PTX that the machines of python/emulation execute, and the stages of `make gpu` on a
+# CPU: `make test` has the parts of these that stand for the rest.
 test-cuda-build: setup
 	PYTHON=$(PYTHON) bash scripts/cuda_build.sh
 	$(BIN)/python -m pytest $(WORKERS) --durations=5 --full tests/triton/test_triton_compile.py \
 	  tests/cuda/test_emulation.py tests/cuda/test_prove.py tests/cuda/test_ptx_machine.py \
-	  tests/bench/test_gpu_day.py \
-	  -k "test_triton_compile or sanitizer or quick_proofs or test_ptx_machine or stage"
+	  tests/bench/test_gpu_day.py tests/triton/test_triton_interpreter.py \
+	  -k "test_triton or sanitizer or quick_proofs or test_ptx_machine or stage"
 
 # What travels to a machine with an NVIDIA GPU: the libraries and the peers; prints the call to make
 # there. Needs nvcc and no GPU.

@@ -135,24 +135,17 @@ def test_a_case_that_raises_is_a_row(tmp_path):
     ]  # fmt: skip
 
 
-# The stages themselves.
-
-
-# Left to --full, which `make test-cuda-build` runs: a CPU skips three, like the stage above,
-# one is `ops` again, and two measure in the way of `linear`.
-WITHOUT = ("sanitizer", "ncu", "amx", "triton", "copies", "prefill")
+# The stages themselves: a dozen processes. `make test-cuda-build` runs them.
 
 
 @pytest.fixture(scope="module")
-def results(request, every_case):
-    """Stages on the CPU, run by the command: stages, its status and output, its folder."""
-    left_out = () if every_case else WITHOUT
-    names = [stage.name for stage in STAGES if stage.name not in left_out]
+def results(request):
+    """Every stage on the CPU, run by the command: stages, its status and output, its folder."""
 
     def run(folder):
         done = subprocess.run(
             [sys.executable, "-m", "bench.gpu_day", "--device", "cpu", "--minutes", "60",
-             "--patience", "10", "--output", folder / "output", "--only", *names],
+             "--patience", "10", "--output", folder / "output"],
             cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
         )  # fmt: skip
         (folder / "done.json").write_text(json.dumps([done.returncode, done.stdout]))
@@ -160,17 +153,16 @@ def results(request, every_case):
     folder = made_once(request, "gpu_day", run)
     record = json.loads((folder / "output" / "results.json").read_text())
     done = json.loads((folder / "done.json").read_text())
-    entries = {entry["stage"]: entry for entry in record["stages"]}
-    assert list(entries) == names
-    return entries, done, folder / "output"
+    return {entry["stage"]: entry for entry in record["stages"]}, done, folder / "output"
 
 
-@pytest.mark.long
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_command_runs_every_stage(results):
     entries, (code, printed), folder = results
+    assert list(entries) == [stage.name for stage in STAGES]
     states = {name: entry["state"] for name, entry in entries.items()}
-    skipped = {"sanitizer", "ncu"} | ({"amx"} if states.get("amx") == "skipped" else set())
+    skipped = {"sanitizer", "ncu"} | ({"amx"} if states["amx"] == "skipped" else set())
     assert states == {name: "skipped" if name in skipped else "ok" for name in states}, (
         folder / "logs.txt"
     ).read_text()
@@ -179,7 +171,7 @@ def test_the_command_runs_every_stage(results):
     assert len(list(folder.iterdir())) <= 8
 
 
-@pytest.mark.long
+@pytest.mark.full
 @pytest.mark.slow
 def test_what_the_stages_find(results):
     entries, _, _ = results
@@ -193,7 +185,7 @@ def test_what_the_stages_find(results):
     assert len(decodes) == 17
     assert all(way.get("us") or way.get("note") for row in decodes for way in row["ways"])
     assert all(row["share"] > 0 for row in decodes)
-    for name in entries.keys() & {"copies", "linear", "prefill"}:
+    for name in ("copies", "linear", "prefill"):
         rows = entries[name]["rows"]
         assert rows and all(row["ways"][0]["us"] > 0 for row in rows)
     rows = {row["case"]: row for row in entries["relay"]["rows"]}

@@ -76,7 +76,6 @@ def quick_grids(dtype: torch.dtype) -> list[Grid]:
     return [
         Grid(f"decode, {name}", base, (5,), (1,), OPTIONS[:3:2]),
         Grid(f"decode in pages, {name}", base, (19,), places=FEW_PAGES),
-        Grid(f"decode of 2 tokens, {name}", base, (5,), (2,)),
         # Of one dtype: the others' kernels are the same, of other instructions.
         *([Grid(f"prefill, {name}", base, (9,), (9,), ({},), cut)] * (dtype is torch.bfloat16)),
         Grid(f"prefill and decode, {name}", base, (), (), ({},), ((5, 2), (5, 1))),
