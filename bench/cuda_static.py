@@ -23,7 +23,7 @@ KV append: FlashInfer            3.4 to 4.3                       1.08
 KV append: vLLM style            19                               1.06"""
 
 # Threads of a block, by the beginning of the kernel's name; copy kernels have 128.
-THREADS = {"": 128}
+THREADS = {"ragged_attention_warpgroup": 384, "": 128}
 
 
 def copies() -> None:
@@ -70,6 +70,25 @@ def merges() -> None:
             print(
                 f"  {length} keys, {c.warps} warps for 4 vectors: {c.before:.0f} and {c.after:.0f}"
             )
+
+
+def prefill() -> None:
+    """A tile of 128 query vectors and 128 keys, on the default kernel and on that of warpgroups."""
+    print(
+        "prefill, 128 query vectors x 128 keys that all of them see, 128 dims, bf16; executed PTX:"
+    )
+    print("       instructions  issue slots  wavefronts  per m16n8k16  bound, TFLOP/s of an H100")
+    for name, warpgroups in (("mma", False), ("wgmma", True)):
+        c = cuda_counts.count_prefill(warpgroups)
+        print(
+            f"{name:6} {c.instructions:>12,.0f} {c.instructions / 4:>12,.0f} "
+            f"{c.wavefronts:>11,.0f} {c.wavefronts_per_product:>13.2f} {c.tflops:>26.0f}"
+        )
+    for kernel in cuda_static.compile_kernels(cuda_static.WARPGROUP):
+        print(
+            f"  {kernel.name}: {kernel.registers} registers at first, {kernel.spills} bytes "
+            f"spilled, {kernel.shortest_turn()} instructions of machine code in a consumer's turn"
+        )
 
 
 def decode_kernels() -> list[cuda_static.Kernel]:
@@ -130,7 +149,7 @@ def compiled() -> None:
 
 def main() -> None:
     print(describe_run())
-    for part in (decode, copies, compiled):
+    for part in (decode, prefill, copies, compiled):
         print()
         part()
 

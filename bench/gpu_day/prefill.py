@@ -1,6 +1,14 @@
-"""Whole prompts as CUDA graphs, compared with FlashAttention-3 and torch's backends."""
+"""Whole prompts as CUDA graphs, compared with FlashAttention-3 and torch's backends.
+
+On compute capability 9.0 the warpgroup kernel comes last: no GPU has run it yet, and should it hang
+or fault, what was measured before is on disk.
+"""
 
 from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
 
 import torch
 
@@ -14,6 +22,24 @@ from .device import Stage, run
 from .timing import beside_peers, our_us, time_ways
 
 
+def with_warpgroups(call: Callable[[], object]) -> Callable[[], object]:
+    """The call with the kernel that BATON_PREFILL asks for."""
+
+    @functools.wraps(call)
+    def run() -> object:
+        os.environ["BATON_PREFILL"] = "wgmma"
+        try:
+            return call()
+        finally:
+            del os.environ["BATON_PREFILL"]
+
+    return run
+
+
+def has_warpgroups(stage: Stage) -> bool:
+    return stage.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+
+
 @torch.inference_mode()
 def prefill(stage: Stage) -> None:
     """The stage."""
@@ -21,8 +47,11 @@ def prefill(stage: Stage) -> None:
     sizes = Sizes(stage)
     # A matrix product reads its operands from the cache in any case, so two layers are enough.
     sizes.cache_bytes = 1
-    for rows, tokens in stage.pick(((1, 2048), (1, 8192), (1, 512), (8, 512)), ((1, 24), (2, 7))):
-        label = f"{rows} x {tokens} tokens, {LLAMA}"
+    shapes = stage.pick(((1, 2048), (1, 8192), (1, 512), (8, 512)), ((1, 24), (2, 7)))
+    cases = [(*shape, False) for shape in shapes]
+    cases += [(*shape, True) for shape in shapes if has_warpgroups(stage)]
+    for rows, tokens, warpgroups in cases:
+        label = f"{rows} x {tokens} tokens, {LLAMA}" + (", wgmma" if warpgroups else "")
         if not record.wants(label, 4.0):
             continue
         with record.attempt(label):
@@ -33,7 +62,12 @@ def prefill(stage: Stage) -> None:
                 "ragged_attention", work.calls(ragged_attention), work.check, OURS,
                 work.poison_padding,
             )  # fmt: skip
-            peers = prefill_peers(work) if stage.device == "cuda" else []
+            if warpgroups:
+                # Beside the default kernel, in turns.
+                other = Way("mma", ours.calls, ours.check, reset=ours.reset)
+                ours.calls, peers = [with_warpgroups(call) for call in ours.calls], [other]
+            else:
+                peers = prefill_peers(work) if stage.device == "cuda" else []
             found = time_ways([ours, *peers], stage.device)
             us = our_us(found)
             record.add(

@@ -44,7 +44,9 @@ struct RaggedAttentionParams {
   // Only CUDA needs these: its host does not see the rows.
   int64_t total_queries;
   int64_t max_query_length, max_length;  // bounds of all rows
-  float* workspace;                      // see cuda/kernels.h; null when it is empty
+  // Rows of several tokens go to the kernel of compute capability 9.0, where there is one for them.
+  bool warpgroup_prefill = false;
+  float* workspace;  // see cuda/kernels.h; null when it is empty
 };
 
 // Columns that a row can have.

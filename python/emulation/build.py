@@ -23,7 +23,9 @@ CUDA = ROOT / "python" / "emulation" / "cuda"
 BUILD = ROOT / "build" / "emulation"
 DISPATCH = ROOT / "csrc" / "common" / "dispatch.cpp"
 KERNELS = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
-RUNTIME = [CUDA / f"{name}.cpp" for name in ("fiber", "runtime", "accesses", "counters")]
+RUNTIME = [
+    CUDA / f"{name}.cpp" for name in ("fiber", "runtime", "accesses", "counters", "products")
+]
 JUDGE = [CUDA / "judge.cpp"]
 DEFECTS = CUDA / "defects" / "main.cu"
 COMPILER = os.environ.get("CXX", "g++").split()[0]

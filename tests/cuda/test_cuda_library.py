@@ -96,15 +96,17 @@ def test_no_kernel_spills_on_any_architecture():
     command = [cuobjdump, "-res-usage", str(_library.cuda)]
     architecture, kernels = None, {}
     for line in subprocess.check_output(command, text=True).splitlines():
-        if found := re.search(r"arch = (sm_\d+)", line):
+        if found := re.search(r"arch = (sm_\d+a?)", line):
             architecture = found[1]
         elif found := re.search(r"Function (\w+):", line):
             name = found[1]
         elif found := re.search(r"\bREG:(\d+) STACK:(\d+) .*\bLOCAL:(\d+)", line):
             kernels[architecture, name] = tuple(map(int, found.groups()))
-    names = {name for _, name in kernels}
     architectures = baton_kernels.build_info()["cuda"]["architectures"]
-    assert kernels.keys() == {(each, name) for each in architectures for name in names}
+    of_one = {key for key in kernels if key[0] == "sm_90a"}
+    assert len(of_one) == (2 if "sm_90" in architectures else 0)
+    names = {name for _, name in kernels.keys() - of_one}
+    assert kernels.keys() - of_one == {(each, name) for each in architectures for name in names}
     assert sum("attention" in name or "decode" in name for name in names) > 20
     for (architecture, name), (registers, stack, local) in kernels.items():
         known = any(architecture == sm and kernel in name for sm, kernel in IN_THE_FRAME)

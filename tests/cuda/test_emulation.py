@@ -121,8 +121,9 @@ MUTANTS = {
     # The barrier at the beginning of the first tile comes before any of the queries is read.
     "prefill_tile.h: __syncwarp #1": None,
     # Also order for ptxas: every thread reads totals that it wrote itself.
-    "prefill_tile.h: __syncwarp #2": None,
-    "prefill_tile.h: __syncwarp #3": None,
+    "prefill_vectors.h: __syncwarp #1": None,
+    "prefill_vectors.h: __syncwarp #2": None,
+    "prefill_vectors.h: __syncwarp #3": None,
     # Behind the prefill, which has no partial results here and started when decode had ended.
     "merge.h: wait_for_grid_before #1": r"missing wait for the grid before: .* ends without",
     # Copies have landed by the barrier that ThreadSanitizer relies on, whichever thread waited.
@@ -132,7 +133,10 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("mutant", mutants.all_mutants(), ids=str)
+# Those of the warpgroup kernel are in test_warpgroup.py.
+@pytest.mark.parametrize(
+    "mutant", [mutant for mutant in mutants.all_mutants() if mutant.kernels != "warpgroup"], ids=str
+)
 def test_a_mistake_in_the_attention_kernels_is_caught(mutant):
     def report(variant):
         done = run(program(variant, "mutants"), str(mutant.number), mutant.kernels)

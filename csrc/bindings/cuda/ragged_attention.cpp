@@ -1,5 +1,9 @@
-// ragged_attention: the workspace of its split rows and the CUDA call.
+// ragged_attention: the workspace of its split rows, the choice of a prefill kernel, and the CUDA
+// call.
 #include "bindings/ragged_attention.h"
+
+#include <cstdlib>
+#include <string_view>
 
 #include "bindings/box.h"
 #include "bindings/cuda/cuda_device.h"
@@ -8,10 +12,23 @@ namespace baton::bindings {
 
 namespace {
 
+// BATON_PREFILL: "wgmma" asks for the kernel that only compute capability 9.0 has. Read at every
+// call, so that one process can compare the two.
+bool asks_for_warpgroups() {
+  const char* value = std::getenv("BATON_PREFILL");
+  const std::string_view name = value ? value : "";
+  if (name != "" && name != "mma" && name != "wgmma") {
+    throw std::invalid_argument(
+        format("ragged_attention: BATON_PREFILL must be mma or wgmma, got ", std::string(name)));
+  }
+  return name == "wgmma";
+}
+
 struct Cuda : CudaDevice<cuda::ragged_attention> {
   using CudaDevice::CudaDevice;
 
   void run(RaggedAttentionParams& p, const Tensor& query) const {
+    p.warpgroup_prefill = asks_for_warpgroups();
     // From torch's allocator, which also works while a CUDA graph is captured, and does not reuse
     // the memory on another stream before these kernels have finished.
     Tensor workspace = allocate(query, {cuda::ragged_attention_workspace(p)}, kCodes.float32);

@@ -23,12 +23,15 @@
 #include "cuda/device/ptx.h"
 
 // Names the block's dynamic shared memory: `unsigned char` of as many bytes as the launch asked
-// for.
+// for, from a multiple of 128 or of `alignment` on.
 #if defined(__CUDACC__)
-#define BATON_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define BATON_ALIGNED_SHARED(name, alignment) \
+  extern __shared__ __align__(alignment)      \
+  unsigned char name[]
 #else
-#define BATON_DYNAMIC_SHARED(name) EMULATION_DYNAMIC_SHARED(name)
+#define BATON_ALIGNED_SHARED(name, alignment) EMULATION_DYNAMIC_SHARED(name)
 #endif
+#define BATON_DYNAMIC_SHARED(name) BATON_ALIGNED_SHARED(name, 128)
 
 namespace baton::cuda {
 
@@ -48,6 +51,22 @@ inline int multiprocessors() {
   return count > 0 ? count : 1;
 #else
   return emulation::kMultiprocessors;
+#endif
+}
+
+// Whether the current device has products of warpgroups, and this library kernels with them, which
+// no other compute capability than 9.0 runs.
+inline bool has_warpgroup_products() {
+#if defined(__CUDACC__) && defined(BATON_SM_90A)
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;
+#elif defined(__CUDACC__)
+  return false;
+#else
+  return emulation::kHasWarpgroupProducts;
 #endif
 }
 

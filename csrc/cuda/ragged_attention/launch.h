@@ -26,6 +26,10 @@ inline bool has_tensor_core_kernel(const RaggedAttentionParams& p) {
 // Query vectors of a tile of the prefill kernel.
 constexpr int kTileVectors = 16 * kAttentionWarps;
 
+// Of the warpgroup kernel: dims, and query vectors of a tile, of which each thread of two
+// warpgroups has a part.
+constexpr int kWarpgroupDim = 128, kWarpgroupVectors = 128, kConsumerThreads = 256;
+
 // Columns that the decode kernel has for the vectors of this group. A second tile of them doubles
 // the products, which only groups that need it pay. 0: rows of one token go to the prefill kernel.
 constexpr int32_t decode_vectors(int64_t head_dim, int64_t group) {
@@ -56,9 +60,10 @@ constexpr int prefill_blocks(int head_dim) {
 // tile from the first to the last, in an order that depends on no cut either.
 constexpr bool prefill_has_segments(int64_t head_dim) { return head_dim <= 128; }
 
-// Totals of a block of the prefill kernel, in floats: of 64 vectors, and what is kept of each.
-constexpr int64_t prefill_totals(int64_t head_dim) {
-  return kAttentionThreads * (head_dim / 2 + 4);
+// Totals of a block whose threads have 16 vectors per warp, in floats: sums, and what is kept of
+// each vector.
+constexpr int64_t prefill_totals(int64_t head_dim, int threads) {
+  return threads * (head_dim / 2 + 4);
 }
 
 // T is __half or __nv_bfloat16. Blocks along y are KV heads; those along x share the items.
@@ -66,5 +71,8 @@ template <typename T, bool kPaged>
 cudaError_t launch_decode(const AttentionArgs& args, dim3 grid, cudaStream_t stream);
 template <typename T, bool kPaged>
 cudaError_t launch_prefill(const AttentionArgs& args, dim3 grid, cudaStream_t stream);
+// In place of the latter, for kWarpgroupDim dims in slots.
+template <typename T>
+cudaError_t launch_warpgroup(const AttentionArgs& args, dim3 grid, cudaStream_t stream);
 
 }  // namespace baton::cuda

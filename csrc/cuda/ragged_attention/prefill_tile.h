@@ -1,80 +1,56 @@
 // What a block of ragged_attention's prefill kernel does with one tile of query vectors: copies
-// keys and values, scores and weighs them, and keeps the totals of segments. prefill.h tells how
-// the work is divided.
+// keys and values, scores and weighs them. prefill.h tells how the work is divided.
 #pragma once
 
-#include "cuda/ragged_attention/mma.h"
-#include "cuda/ragged_attention/pages.h"
 #include "cuda/ragged_attention/prefill_sizes.h"
-#include "cuda/ragged_attention/results.h"
+#include "cuda/ragged_attention/prefill_vectors.h"
 
 namespace baton::cuda {
 
 template <typename T, int kHeadDim, bool kPaged>
-class PrefillBlock {
+class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), kAttentionThreads> {
+  using Base = PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), kAttentionThreads>;
+
  public:
-  static constexpr int kKeys = prefill_keys(kHeadDim), kPitch = prefill_pitch(kHeadDim);
-  static constexpr int kKeyTiles = kKeys / 8, kDimTiles = kHeadDim / 8;
+  using Base::kDimTiles, Base::kKeys, Base::kKeyTiles, Base::out;
+  static constexpr int kPitch = prefill_pitch(kHeadDim);
   static constexpr bool kSegments = prefill_has_segments(kHeadDim);
   static constexpr std::size_t kParked = prefill_parked(kHeadDim);
 
  private:
-  const AttentionArgs& a_;
-  const AttentionRow& row_;
-  const int32_t thread_, lane_ = thread_ % 32, t_ = lane_ % 4, kv_head_ = blockIdx.y;
+  using Base::a_, Base::first_, Base::lane_, Base::row_, Base::t_, Base::thread_;
   const char* cache_[2];
   uint32_t stride_[2];  // bytes
   T* shared_;           // [stage][keys, values][kKeys][kPitch]
-  int32_t first_;       // vector of this lane; the other one is 8 further
   static constexpr int kRegisterProducts = prefill_register_dims(kHeadDim) / 16;
   static constexpr int kCacheElements = prefill_cache_elements(kHeadDim);
   static constexpr int kQueryPitch = prefill_query_pitch(kHeadDim);
   uint32_t query_[kRegisterProducts][4];
-  float maximum_[2];
 
  public:
-  float sum[2];  // of this lane's keys
-  float out[kDimTiles][4];
-
   __device__ __forceinline__ PrefillBlock(const AttentionArgs& a, const AttentionRow& row,
                                           int32_t thread, int32_t first_vector, T* shared)
-      : a_(a), row_(row), thread_(thread), shared_(shared), first_(first_vector + lane_ / 4) {
+      : Base(a, row, thread, first_vector), shared_(shared) {
     const auto set = [&](int i, const void* cache, const CacheStrides& s) {
-      cache_[i] = reinterpret_cast<const char*>(row_base<T>(row, kPaged, kv_head_, cache, s));
+      cache_[i] = reinterpret_cast<const char*>(row_base<T>(row, kPaged, this->kv_head_, cache, s));
     };
     set(0, a.p.key_cache, a.p.key_cache_strides);
     set(1, a.p.value_cache, a.p.value_cache_strides);
     stride_[0] = static_cast<uint32_t>(a.key_column_bytes);
     stride_[1] = static_cast<uint32_t>(a.value_column_bytes);
-    clear_sums();
   }
 
   // Of vectors past the end: zeros.
   __device__ __forceinline__ void load_queries() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool exists = first_ + 8 * i < row_.vectors;
-      const Owner owner = owner_of(first_ + 8 * i);
-      const TokenStrides& s = a_.p.query_strides;
-      const T* query = static_cast<const T*>(a_.p.query) +
-                       (int64_t{row_.first_token} + owner.token) * s.token_stride +
-                       owner.head * s.head_stride + 2 * t_;
-#pragma unroll
-      for (int r = 0; r < kHeadDim / 16; ++r) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t pair =
-              exists ? *reinterpret_cast<const uint32_t*>(query + 16 * r + 8 * half) : 0;
-          if (r < kRegisterProducts) {
-            query_[r][2 * half + i] = pair;
-          } else {
-            T* target = shared_queries() + (lane_ / 4 + 8 * i) * kQueryPitch +
-                        16 * (r - kRegisterProducts) + 8 * half + 2 * t_;
-            *reinterpret_cast<uint32_t*>(target) = pair;
-          }
-        }
+    this->load_query_pairs([&](int r, int half, int i, uint32_t pair) {
+      if (r < kRegisterProducts) {
+        query_[r][2 * half + i] = pair;
+      } else {
+        T* target = shared_queries() + (lane_ / 4 + 8 * i) * kQueryPitch +
+                    16 * (r - kRegisterProducts) + 8 * half + 2 * t_;
+        *reinterpret_cast<uint32_t*>(target) = pair;
       }
-    }
+    });
     // A warp reads its own queries alone.
     if constexpr (kQueryPitch > 0) __syncwarp();
   }
@@ -116,8 +92,10 @@ class PrefillBlock {
     float scores[kKeyTiles][4] = {};
     score(scores, tile(stage, 0));
     const bool at_border = first < keys.full_begin || first + kKeys > keys.full_end;
-    finish_scores(keys, first, at_border, scores);
-    update(scores);
+    this->finish_scores(keys, first, at_border, scores);
+    float factor[2];
+    this->weigh_scores(scores, factor);
+    this->rescale(factor);
     if (at_border && !all_finite(tile(stage, 1))) {
       weigh_apart(first, scores, tile(stage, 1));
     } else {
@@ -125,119 +103,7 @@ class PrefillBlock {
     }
   }
 
-  // Adds what the segment has given to the totals, if there are any, and begins one from nothing.
-  __device__ __forceinline__ void begin_segment(bool has_totals) {
-    add_up();
-    float4* totals = this->totals();
-    const Joint joint[2] = {join(0, has_totals), join(1, has_totals)};
-#pragma unroll
-    for (int n = 0; n < kDimTiles; ++n) {
-      totals += kAttentionThreads;
-      const float4 x = has_totals ? as_floats(load_16(totals)) : float4{};
-      store_16(totals, float4{joint[0].sum(x.x, out[n][0]), joint[0].sum(x.y, out[n][1]),
-                              joint[1].sum(x.z, out[n][2]), joint[1].sum(x.w, out[n][3])});
-      // Left alone, ptxas asks for all of them first, which registers have no room for.
-      __syncwarp();
-    }
-    store_16(this->totals(), float4{maximum_[0], sum[0], maximum_[1], sum[1]});
-    clear_sums();
-  }
-
-  // The sums of all segments.
-  __device__ __forceinline__ void end_segments(bool has_totals) {
-    add_up();
-    if (!has_totals) return;
-    const float4* totals = this->totals();
-    const Joint joint[2] = {join(0, true), join(1, true)};
-#pragma unroll
-    for (int n = 0; n < kDimTiles; ++n) {
-      totals += kAttentionThreads;
-      const float4 x = as_floats(load_16(totals));
-      out[n][0] = joint[0].sum(x.x, out[n][0]);
-      out[n][1] = joint[0].sum(x.y, out[n][1]);
-      out[n][2] = joint[1].sum(x.z, out[n][2]);
-      out[n][3] = joint[1].sum(x.w, out[n][3]);
-      __syncwarp();
-    }
-  }
-
-  __device__ __forceinline__ void write(int32_t row_index, int32_t split, int32_t splits) const {
-    // Read and worked out again, not kept from where the queries were loaded.
-    AttentionRow row;
-    row.load(a_, row_index);
-    int32_t first = first_;
-    hide(first);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t vector = first + 8 * i;
-      if (vector >= row.vectors) continue;
-      const Owner owner = owner_of(vector);
-      VectorWriter<T> writer(a_, row, vector, owner.token, owner.head, kv_head_, split, splits,
-                             maximum_[i], sum[i], t_ == 0);
-#pragma unroll
-      for (int n = 0; n < kDimTiles; ++n) {
-        writer.put_2(8 * n + 2 * t_, out[n][2 * i], out[n][2 * i + 1]);
-      }
-    }
-  }
-
  private:
-  // The sums of all lanes' keys.
-  __device__ __forceinline__ void add_up() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int offset = 1; offset < 4; offset *= 2) {
-        sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
-      }
-    }
-  }
-
-  // Maximum and sum of a vector joined by those of the totals.
-  __device__ __forceinline__ Joint join(int i, bool has_totals) {
-    const float2 stats =
-        has_totals ? reinterpret_cast<const float2*>(totals())[i] : float2{kNoScore, 0.0f};
-    const Joint joint(stats.x, maximum_[i]);
-    maximum_[i] = joint.top;
-    sum[i] = joint.sum(stats.y, sum[i]);
-    return joint;
-  }
-
-  __device__ __forceinline__ void clear_sums() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      maximum_[i] = kNoScore;
-      sum[i] = 0.0f;
-    }
-#pragma unroll
-    for (int n = 0; n < kDimTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) clear(out[n][i], out[n][i + 1]);
-    }
-  }
-
-  // This thread's part of the totals, which are scarcely ever looked at: [maxima and sums, then
-  // sums of values][thread]. Registers have no room for them, nor has shared memory on every
-  // architecture.
-  __device__ __forceinline__ float4* totals() const {
-    const int64_t block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
-    return reinterpret_cast<float4*>(a_.totals) + block * (kDimTiles + 1) * kAttentionThreads +
-           thread_;
-  }
-
-  // Token and head of a vector; worked out when needed, for registers are scarce.
-  struct Owner {
-    int32_t token, head;
-  };
-  __device__ __forceinline__ Owner owner_of(int32_t vector) const {
-    vector = min(vector, row_.vectors - 1);
-    // The reciprocal that divides by it is not kept either.
-    int32_t group = a_.group;
-    hide(group);
-    const int32_t token = vector / group;
-    return {token, kv_head_ * group + vector - token * group};
-  }
-
   __device__ __forceinline__ const unsigned char* parked() const {
     return reinterpret_cast<const unsigned char*>(shared_) + kParked + 16 * thread_;
   }
@@ -272,83 +138,6 @@ class PrefillBlock {
     }
   }
 
-  __device__ __forceinline__ void finish_scores(const TileKeys& keys, int32_t first, bool at_border,
-                                                float (&scores)[kKeyTiles][4]) const {
-    if (!a_.plain_scores) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const Owner owner = owner_of(first_ + 8 * i);
-        const float slope = slope_of(a_, owner.head);
-        const int32_t distance = row_.position(owner.token) - first - 2 * t_;
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            float& x = scores[n][2 * i + c];
-            x = finish_score<true>(a_, x, slope, distance - 8 * n - c);
-          }
-        }
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores[n][i] *= a_.score_scale;
-      }
-    }
-    if (!at_border) return;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const KeyRange range = row_.visible(a_, owner_of(first_ + 8 * i).token);
-      const int32_t begin = range.begin - first - 2 * t_;
-      const int32_t end = min(range.end, keys.end) - first - 2 * t_;
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int32_t k = 8 * n + c;
-          if (k < begin || k >= end) scores[n][2 * i + c] = -INFINITY;
-        }
-      }
-    }
-  }
-
-  // Scores to probabilities, relative to the running maximum.
-  __device__ __forceinline__ void update(float (&scores)[kKeyTiles][4]) {
-    float factor[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float next = maximum_[i];
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
-        next = fmaxf(next, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
-      }
-#pragma unroll
-      for (int offset = 1; offset < 4; offset *= 2) {
-        next = fmaxf(next, __shfl_xor_sync(~0u, next, offset));
-      }
-      factor[i] = exp2_fast(maximum_[i] - next);
-      maximum_[i] = next;
-      sum[i] *= factor[i];
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& x = scores[n][2 * i + c];
-          x = exp2_fast(x - next);
-          sum[i] += x;
-        }
-      }
-    }
-    if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-      for (int n = 0; n < kDimTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[n][i] *= factor[i / 2];
-      }
-    }
-  }
-
   // Whether a tile of values has neither NaN nor infinity.
   __device__ __forceinline__ bool all_finite(const T* values) const {
     constexpr int kGroups = kKeyTiles * (kHeadDim / 8);
@@ -376,7 +165,7 @@ class PrefillBlock {
     KeyRange range[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      range[i] = row_.visible(a_, owner_of(first_ + 8 * i).token);
+      range[i] = row_.visible(a_, this->owner_of(first_ + 8 * i).token);
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll

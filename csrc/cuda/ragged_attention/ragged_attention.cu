@@ -1,8 +1,9 @@
 // ragged_attention: softmax(scale q k^T) v of every query token over the valid columns of its row.
 //
 // One call launches up to three kernels, each of which takes the rows that are its own and leaves
-// the others: decode (rows of one token), prefill (the others, in tiles of 64 vectors), and the
-// merge of split rows. float32 and what the tensor core kernels cannot load take the generic kernel
+// the others: decode (rows of one token), prefill (the others, in tiles of 64 vectors; where the
+// caller asks for it on compute capability 9.0, the warpgroup kernel in its place), and the merge
+// of split rows. float32 and what the tensor core kernels cannot load take the generic kernel
 // in place of both. No grid has more blocks than the device holds at a time or the call has
 // vectors: blocks take one item after another, in an order that follows from their number. How
 // blocks, warps and lanes divide the work stands in the kernels' own files.
@@ -30,6 +31,9 @@ struct Plan {
   // The generic kernel's vectors of an item; the tensor core kernels' where it is 0.
   int generic_queries;
   bool has_decode;
+  // Whether the warpgroup kernel has the rows that otherwise are the prefill kernel's. Nothing that
+  // a row may differ in has a say, so that all rows of several tokens have the same arithmetic.
+  bool has_warpgroups;
 
   explicit Plan(const RaggedAttentionParams& p) {
     kv_heads = p.sizes.num_kv_heads;
@@ -41,6 +45,9 @@ struct Plan {
     // A lone vector needs no more than its own registers; the bits are the same.
     generic_queries = tensor_cores ? 0 : query_length * group == 1 ? 1 : kGenericQueries;
     has_decode = tensor_cores && decode_vectors(p.sizes.head_dim, group) > 0;
+    // Splits of rows of one token do not begin at tiles of 128 keys.
+    has_warpgroups = p.warpgroup_prefill && has_decode && p.sizes.head_dim == kWarpgroupDim &&
+                     !p.block_table && has_warpgroup_products();
 
     const auto longest = static_cast<int32_t>(smaller(length, INT32_MAX));
     splits = decode_splits(longest);
@@ -70,6 +77,7 @@ struct Plan {
     return dim3(static_cast<unsigned>(smaller(items, held)), static_cast<unsigned>(kv_heads));
   }
   dim3 prefill_grid(const RaggedAttentionParams& p) const {
+    if (has_warpgroups) return grid(items(p, kWarpgroupVectors), 1);
     return grid(items(p, kTileVectors), prefill_blocks(static_cast<int>(p.sizes.head_dim)));
   }
   // Whether rows of several tokens, or of more vectors than the decode kernel has columns for,
@@ -83,7 +91,8 @@ struct Plan {
       return 0;
     }
     const dim3 blocks = prefill_grid(p);
-    return int64_t{blocks.x} * blocks.y * prefill_totals(p.sizes.head_dim);
+    const int threads = has_warpgroups ? kConsumerThreads : kAttentionThreads;
+    return int64_t{blocks.x} * blocks.y * prefill_totals(p.sizes.head_dim, threads);
   }
 };
 
@@ -117,8 +126,12 @@ cudaError_t launch_tensor_core(AttentionArgs& args, const Plan& plan, cudaStream
     const cudaError_t error = launch_decode<T, kPaged>(args, grid, stream);
     if (error != cudaSuccess) return error;
   }
-  return plan.has_prefill() ? launch_prefill<T, kPaged>(args, plan.prefill_grid(p), stream)
-                            : cudaSuccess;
+  if (!plan.has_prefill()) return cudaSuccess;
+  const dim3 grid = plan.prefill_grid(p);
+#if !defined(__CUDACC__) || defined(BATON_SM_90A)
+  if (plan.has_warpgroups) return launch_warpgroup<T>(args, grid, stream);
+#endif
+  return launch_prefill<T, kPaged>(args, grid, stream);
 }
 
 // With a block table. The factor divides 31 bits by the page exactly: it is the reciprocal of at

@@ -55,12 +55,14 @@ struct Shape {
 };
 
 // A decode row that is split, a chunk, a prefill of two tiles, and a row with more query tokens
-// than tokens; in pages of 24 columns or in slots.
-inline void attend(const Shape& s, bool options, bool paged = false) {
+// than tokens; in pages of 24 columns or in slots;
+// where `warpgroups` says so by the kernel of that name.
+inline void attend(const Shape& s, bool options, bool paged = false, bool warpgroups = false) {
   constexpr int64_t kSlots = 3, kRows = 4, kTokens = 32, kColumns = 600, kPages = 25;
   const std::vector<int32_t> slot_of{1, 0, 2, 1};
   Bytes bounds({0, 1, 6, 26, kTokens}), slots(slot_of), starts({3, 30, 0, 8}),
-      lengths({590, 70, 40, 4});
+      // More tiles of 128 keys than the warpgroup kernel has places for.
+      lengths({590, warpgroups ? 570 : 70, warpgroups ? 600 : 40, 4});
   // Page j of a slot is in the slot's place, but for its number from the end.
   std::vector<int32_t> pages;
   for (const int32_t slot : slot_of) {
@@ -104,6 +106,7 @@ inline void attend(const Shape& s, bool options, bool paged = false) {
                           .total_queries = kTokens,
                           .max_query_length = 20,
                           .max_length = kColumns,
+                          .warpgroup_prefill = warpgroups,
                           .workspace = nullptr};
   Bytes workspace(cuda::ragged_attention_workspace(p) * 4);
   p.workspace = workspace;

@@ -109,6 +109,14 @@ void access(const std::string& region, bool shared, uint64_t address, unsigned b
   }
 }
 
+void matrix(unsigned bytes) {
+  Traffic& t = counters().loads["shared"];
+  ++t.requests;
+  t.bytes += bytes;
+  t.wavefronts += bytes / 128;
+  t.ideal += bytes / 128;
+}
+
 void end_block() {
   for (auto& warp : requests) {
     for (const auto& [key, request] : warp) finish(request);

@@ -24,6 +24,8 @@ Counters& counters();
 
 void access(const std::string& region, bool shared, uint64_t address, unsigned bytes, bool write,
             const void* site);
+// A matrix that a product reads.
+void matrix(unsigned bytes);
 void end_block();
 
 }  // namespace emulation::counting

@@ -23,6 +23,10 @@
 #define BATON_ARCH 900
 #endif
 
+namespace emulation {
+constexpr bool kHasWarpgroupProducts = BATON_ARCH == 900;
+}
+
 #undef __shared__
 // One block runs at a time, so one copy serves them all. Races between blocks are not seen in it.
 #define __shared__ static
@@ -181,6 +185,7 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
   return emulation::atomic_update(address,
                                   [=](unsigned old) { return old >= limit ? 0u : old + 1; });
 }
+inline void __trap() { emulation::fail("__trap"); }
 inline void __threadfence() { emulation::fence(); }
 inline void __threadfence_block() {}
 

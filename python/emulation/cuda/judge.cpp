@@ -1,7 +1,8 @@
 // The judge's memory of who touched what. Two accesses of one place, one of them a write, must be
-// ordered: by the program order of a thread, by __syncthreads, by __syncwarp within a warp, between
-// blocks by atomics with fences, or between a grid and the one that it was launched behind by the
-// wait of a thread for that one. Kept per two bytes: the last write and the latest reads.
+// ordered: by the program order of a thread, by __syncthreads, by __syncwarp within a warp, by
+// mbarriers, between blocks by atomics with fences, or between a grid and the one that it was
+// launched behind by the wait of a thread for that one. Kept per two bytes: the last write and the
+// latest reads.
 #include "emulation/cuda/judge.h"
 
 #include <link.h>
@@ -17,6 +18,7 @@
 
 #include "emulation/cuda/counters.h"
 #include "emulation/cuda/fiber.h"
+#include "emulation/cuda/order.h"
 #include "emulation/cuda/runtime.h"
 
 namespace emulation::judge {
@@ -55,8 +57,8 @@ Page* last_page = nullptr;
 uintptr_t shared_begin = 0, shared_end = 0;
 // Blocks are numbered through launches behind one another; those of this launch from first_block.
 uint32_t block = 0, first_block = 0, next_block = 0, epoch = 0;
-std::array<bool, kMaxThreads> waited;                             // for the grid before
-std::array<std::array<uint32_t, kWarpSize>, kMaxThreads> clocks;  // [thread][lane of its warp]
+std::array<bool, kMaxThreads> waited;  // for the grid before
+Order order;                           // between the threads of a block
 
 // Order between blocks: up to which epoch of another block everything is known to have happened.
 using Known = std::unordered_map<uint32_t, uint32_t>;
@@ -86,7 +88,7 @@ Cell& cell(uintptr_t address) {
 
 Stamp now() {
   const unsigned thread = place.linear;
-  return {block, epoch, clocks[thread][place.lane], static_cast<uint16_t>(thread), true};
+  return {block, epoch, order.clock(thread), static_cast<uint16_t>(thread), true};
 }
 
 bool ordered(const Stamp& stamp) {
@@ -97,8 +99,7 @@ bool ordered(const Stamp& stamp) {
     return found != known.end() && stamp.epoch < found->second;
   }
   if (stamp.thread == place.linear || stamp.epoch < epoch) return true;
-  return stamp.thread / kWarpSize == place.warp &&
-         stamp.clock < clocks[place.linear][stamp.thread % kWarpSize];
+  return order.knows(place.linear, stamp.thread, stamp.clock);
 }
 
 void complain(const std::string& kind, const void* site, uintptr_t address, unsigned bytes,
@@ -251,7 +252,7 @@ void begin_block(unsigned char* shared, std::size_t shared_bytes) {
   fenced = false;
   shared_begin = reinterpret_cast<uintptr_t>(shared);
   shared_end = shared_begin + shared_bytes;
-  for (auto& clock : clocks) clock.fill(0);
+  order.begin(place.block_size.x * place.block_size.y * place.block_size.z);
   // The memory may have been another block's.
   for (uintptr_t a = shared_begin; a < shared_end; a += kCellBytes) cell(a) = Cell{};
 }
@@ -289,19 +290,27 @@ void atomic(const void* memory, unsigned bytes, const void* site) {
   }
 }
 
-void sync_warp(unsigned warp, unsigned mask) {
-  std::array<uint32_t, kWarpSize> join{};
-  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    auto& clock = clocks[warp * kWarpSize + lane];
-    ++clock[lane];
-    for (unsigned i = 0; i < kWarpSize; ++i) join[i] = std::max(join[i], clock[i]);
-  }
-  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
-    if (mask >> lane & 1) clocks[warp * kWarpSize + lane] = join;
+void sync_warp(unsigned warp, unsigned mask) { order.sync_warp(warp * kWarpSize, mask); }
+void sync_block() {
+  ++epoch;
+  order.sync_block();
+}
+void release(const void* word) { order.release(place.linear, word); }
+void end_phase(const void* word) { order.end_phase(word); }
+void acquire(const void* word) { order.acquire(place.linear, word); }
+void fence_proxy() { order.fence(place.linear); }
+
+void product_reads(const void* memory, unsigned bytes, const void* site) {
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  touch(address, bytes, false, site, true, false);
+  for (uintptr_t a = address; a < address + bytes; a += kCellBytes) {
+    const Stamp& write = cell(a).write;
+    if (write.valid && !order.is_fenced(place.linear, write.thread, write.clock)) {
+      complain("missing proxy fence", site, address, bytes, false, &write);
+      return;
+    }
   }
 }
-void sync_block() { ++epoch; }
 
 void fence() {
   fenced = true;

@@ -33,6 +33,14 @@ void copy_begins(void* target, const void* source, unsigned bytes, unsigned sour
 void copy_landed(void* target, unsigned bytes);
 void fence();
 void wait_for_grid_before();
+// Order through a word, as an mbarrier is: what its releases until the end of a phase knew is known
+// to whoever acquires it after that.
+void release(const void* word);
+void end_phase(const void* word);
+void acquire(const void* word);
+// What is known to be written from here on is there for products.
+void fence_proxy();
+void product_reads(const void* address, unsigned bytes, const void* site);
 // Memory that a kernel may touch; with no region added, the judge does not ask.
 void add_region(const std::string& name, const void* address, std::size_t bytes, bool writable);
 void clear_regions();
@@ -50,6 +58,11 @@ inline void copy_begins(void*, const void*, unsigned, unsigned, const void*) {}
 inline void copy_landed(void*, unsigned) {}
 inline void fence() {}
 inline void wait_for_grid_before() {}
+inline void release(const void*) {}
+inline void end_phase(const void*) {}
+inline void acquire(const void*) {}
+inline void fence_proxy() {}
+inline void product_reads(const void*, unsigned, const void*) {}
 inline void add_region(const std::string&, const void*, std::size_t, bool) {}
 inline void clear_regions() {}
 #endif

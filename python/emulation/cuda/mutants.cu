@@ -1,4 +1,5 @@
-// Attention kernels of which one line is wrong: `mutants <number> <generic or tensor_core>`.
+// Attention kernels of which one line is wrong: `mutants <number> <generic, tensor_core or
+// warpgroup>`.
 // emulation/mutants.py writes the copy of csrc/cuda that this includes. The exit status is 1 when
 // the emulator reports anything.
 #include <cstdlib>
@@ -9,6 +10,7 @@ static int mutant = 0;
 
 #include "cuda/ragged_attention/decode.h"
 #include "cuda/ragged_attention/prefill.h"
+#include "cuda/ragged_attention/warpgroup.h"
 
 // The one head_dim whose kernels have every barrier there is; all of them take a minute to compile.
 // Specializations come before ragged_attention.cu, which uses them.
@@ -40,6 +42,8 @@ cudaError_t launch_prefill<__nv_bfloat16, true>(const AttentionArgs&, dim3, cuda
 template <>
 cudaError_t launch_decode<__nv_bfloat16, false>(const AttentionArgs& args, dim3 grid,
                                                 cudaStream_t stream) {
+  // The warpgroup kernel's call is not about it.
+  if (args.p.sizes.head_dim != 256) return cudaSuccess;
   return launch(ragged_attention_decode_kernel<__nv_bfloat16, 256, 1>, grid,
                 dim3(kAttentionThreads), sizeof(DecodeShared<256, 1>), stream, args);
 }
@@ -48,6 +52,16 @@ cudaError_t launch_prefill<__nv_bfloat16, false>(const AttentionArgs& args, dim3
                                                  cudaStream_t stream) {
   return launch(ragged_attention_prefill_kernel<__nv_bfloat16, 256>, grid, dim3(kAttentionThreads),
                 prefill_shared_bytes(256), stream, args);
+}
+template <>
+cudaError_t launch_warpgroup<__half>(const AttentionArgs&, dim3, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_warpgroup<__nv_bfloat16>(const AttentionArgs& args, dim3 grid,
+                                            cudaStream_t stream) {
+  return launch(ragged_attention_warpgroup_kernel<__nv_bfloat16>, grid, dim3(kWarpgroupThreads),
+                sizeof(RingMemory), stream, args);
 }
 }  // namespace baton::cuda
 
@@ -60,6 +74,8 @@ int main(int argc, char** argv) {
   emulation::options().late_copies = true;
   if (std::strcmp(argv[2], "generic") == 0) {
     calls::attend({baton::Dtype::kFloat32, 1, 1, 24}, false);
+  } else if (std::strcmp(argv[2], "warpgroup") == 0) {
+    calls::attend({baton::Dtype::kBFloat16, 1, 1, 128}, false, false, true);
   } else {
     calls::attend({baton::Dtype::kBFloat16, 1, 1, 256}, false);
   }

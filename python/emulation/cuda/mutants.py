@@ -15,7 +15,11 @@ from emulation import build
 from emulation.artifacts import ROOT, kept
 
 ATTENTION = Path("cuda", "ragged_attention")
-BARRIER = re.compile(r"\b(?:__sync(?:threads|warp)|copy_async_wait<\d+>|wait_for_grid_before)\(\);")
+BARRIER = re.compile(
+    r"\b(?:__sync(?:threads|warp)|copy_async_wait<\w+>|wait_for_grid_before|fence_products|"
+    r"fence_registers|commit_products|wait_for_products<\d>|wait_for_phase|arrive_as_warp)"
+    r"\([^;{]*\);"
+)
 # File, what stands there, the same with a mistake where WRONG holds, and what that makes of it.
 SPOILT = [
     (
@@ -29,6 +33,19 @@ SPOILT = [
     (
         "prefill_tile.h", "(2 * stage + which)", "(WRONG ? which : 2 * stage + which)",
         "all tiles share one stage",
+    ),
+    (
+        "warpgroup_ring.h", "RingPlace{0, parity ^ 1}", "RingPlace{0, WRONG ? parity : parity ^ 1}",
+        "every round waits for the first one's phase",
+    ),
+    (
+        "warpgroup_ring.h", "next_.parity ^ 1);", "(WRONG ? next_.parity : next_.parity ^ 1));",
+        "places are waited for as if they were not empty at first",
+    ),
+    (
+        "warpgroup_block.h", "kPanelBytes, kSwizzleBytes);",
+        "kPanelBytes, WRONG ? 2 * kPanelBytes : kSwizzleBytes);",
+        "a descriptor's eights of rows lie too far apart",
     ),
 ]  # fmt: skip
 
@@ -48,6 +65,8 @@ class Mutant:
     @property
     def kernels(self) -> str:
         """Which ones have it, as the program is told."""
+        if self.file.startswith("warpgroup"):
+            return "warpgroup"
         return "generic" if "generic" in self.file else "tensor_core"
 
 
@@ -55,7 +74,7 @@ def _number_barriers(name: str, text: str, found: list[Mutant]) -> str:
     ordinals: dict[str, int] = {}
 
     def number(match: re.Match) -> str:
-        call = match[0].removesuffix("();")
+        call = match[0].partition("(")[0]
         ordinals[call] = ordinals.get(call, 0) + 1
         found.append(Mutant(len(found) + 1, name, call, ordinals[call]))
         return f"if (mutant != {len(found)}) {match[0]}"
@@ -89,7 +108,7 @@ def all_mutants() -> tuple[Mutant, ...]:
 
 @functools.cache
 def program(variant: build.Variant) -> Path:
-    """Runs one: ``program <number, 0 for none> <generic or tensor_core>``."""
+    """Runs one: ``program <number, 0 for none> <generic, tensor_core or warpgroup>``."""
     texts = _copies()[1]
 
     def make(folder: Path) -> None:

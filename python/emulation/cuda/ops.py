@@ -60,11 +60,15 @@ class EmulatedOps:
     def __init__(
         self, variant: build.Variant = build.FAST, *,
         threads=FORWARD, warps=FORWARD, blocks=FORWARD, late_copies=False, seed=1,
+        warpgroups=False,
     ) -> None:  # fmt: skip
-        """Order of threads, warps and blocks, and whether cp.async arrives as late as allowed."""
+        """Order of threads, warps and blocks, and whether cp.async and products of warpgroups
+        happen as late as allowed; whether the kernel made of the latter takes rows of several
+        tokens."""
         self.variant = variant
         self.judged = variant is build.JUDGED
         self.schedule = (threads, warps, blocks, late_copies, seed)
+        self.warpgroups = warpgroups
         self.captured: list[Callable[[], None]] | None = None
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -305,6 +309,7 @@ class EmulatedOps:
             causal=causal, dtype=DTYPES[query.dtype], total_queries=total_queries,
             max_query_length=total_queries if max_query_length is None else max_query_length,
             max_length=capacity if max_length is None else max_length,
+            warpgroup_prefill=self.warpgroups,
         )  # fmt: skip
         plan = self.module.ragged_attention()
         for name, value in {**fields, "block_table": pointer(block_table)}.items():

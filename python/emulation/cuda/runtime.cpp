@@ -10,18 +10,20 @@
 #include <sstream>
 
 #include "emulation/cuda/fiber.h"
+#include "emulation/cuda/products.h"
 #include "emulation/cuda/tsan.h"
 
 namespace emulation {
 
 Place place;
 unsigned char* dynamic_shared = nullptr;
+std::size_t dynamic_shared_bytes = 0;
 std::vector<Recording>* recordings = nullptr;
 bool capturing = false;
 
 namespace {
 
-enum class State { kReady, kAtBarrier, kInWarp, kDone };
+enum class State { kReady, kAtBarrier, kInWarp, kAtWord, kDone };
 
 struct Copy {
   unsigned char* target;
@@ -41,6 +43,7 @@ struct Thread {
   WarpFunction run = nullptr;
   void* data = nullptr;
   const char* name = "";
+  const void* word = nullptr;  // that it waits for
   // cp.async: copies in flight, and how many groups were committed.
   std::vector<Copy> copies;
   unsigned groups = 0;
@@ -166,6 +169,7 @@ void thread_main() {
   // The hardware finishes what is in flight before the block's memory is given back.
   land(thread, ~0u);
   if (is_behind && !thread.waited) ended_early = &thread;
+  end_products();
   tsan::release(&launch_word);
   thread.state = State::kDone;
   ++num_done;
@@ -206,11 +210,14 @@ void run_block(std::size_t shared_bytes, std::mt19937_64& random) {
   // NaN in every floating-point type, and a far-off index as an integer.
   void* memory = nullptr;
   const std::size_t bytes = std::max<std::size_t>(shared_bytes, 1) + 2 * kSharedMargin;
-  if (posix_memalign(&memory, 128, bytes) != 0) std::abort();
+  // A kernel may find the multiple of 1024 that it needs in the address.
+  if (posix_memalign(&memory, 1024, bytes) != 0) std::abort();
+  dynamic_shared_bytes = shared_bytes;
   dynamic_shared = static_cast<unsigned char*>(memory) + kSharedMargin;
   if (shared_bytes) std::memset(dynamic_shared, 0xff, shared_bytes);
   judge::begin_block(dynamic_shared, shared_bytes);
   make_order(random);
+  forget_products(num_threads);
   sync_words.emplace_back();
   num_done = num_waiting = 0;
   std::fill(std::begin(in_warp), std::end(in_warp), 0u);
@@ -347,6 +354,22 @@ void warp_operation(unsigned mask, WarpFunction run, void* data, const char* nam
     if (orders_memory) judge::sync_warp(place.warp, mask);
   }
   if (orders_memory) tsan::acquire(word);
+}
+
+void wait_for(const void* word, const char* name, Where where) {
+  Thread& thread = current();
+  thread.state = State::kAtWord;
+  thread.word = word;
+  thread.name = name;
+  thread.where = where;
+  switch_to_next(thread);
+}
+
+void wake(const void* word) {
+  for (unsigned i = 0; i < num_threads; ++i) {
+    Thread& thread = threads[i];
+    if (thread.state == State::kAtWord && thread.word == word) thread.state = State::kReady;
+  }
 }
 
 void copy_async(void* target, const void* source, unsigned bytes, unsigned source_bytes,

@@ -70,6 +70,10 @@ using WarpFunction = void (*)(void* const* lanes, unsigned mask);
 void warp_operation(unsigned mask, WarpFunction run, void* data, const char* name, Where where,
                     bool orders_memory = false);
 
+// The running thread stays behind until somebody wakes those who wait for this word.
+void wait_for(const void* word, const char* name, Where where);
+void wake(const void* word);
+
 // cp.async of the running thread: copied now or when waited for.
 void copy_async(void* target, const void* source, unsigned bytes, unsigned source_bytes,
                 const void* site);
@@ -86,6 +90,7 @@ void wait_for_grid_before();
 
 // Dynamic shared memory of the running block: exactly the bytes asked for.
 extern unsigned char* dynamic_shared;
+extern std::size_t dynamic_shared_bytes;
 
 // A load or store of `bytes` in one instruction, which must be aligned to them.
 void load(void* registers, const void* memory, unsigned bytes, const void* site);

@@ -240,6 +240,62 @@ def count_merge(length: int, kv_heads: int = NUM_KV_HEADS) -> MergeCounts:
     return MergeCounts(before, merge.instructions() / warps - before, warps // kv_heads)
 
 
+def prefill_case(length: int) -> Case:
+    """The last tokens of a prompt, one tile of 128 query vectors of one KV head."""
+    group = NUM_HEADS // NUM_KV_HEADS
+    arguments = {
+        "query": numbers(128 // group, group, HEAD_DIM),
+        "key_cache": numbers(1, 1, length, HEAD_DIM),
+        "value_cache": -numbers(1, 1, length, HEAD_DIM),
+        "cu_seqlens_q": cumulative([128 // group]), "slots": int32([0]), "starts": int32([0]),
+        "lengths": int32([length]), "max_length": length,
+    }  # fmt: skip
+    return Case("ragged_attention", f"prefill, {length} keys", arguments, 2 * 2 * length * HEAD_DIM)
+
+
+# Data sheet of an H100: dense bfloat16, which is 2,048 products and sums of an SM per cycle.
+H100_TFLOPS, H100_PRODUCTS = 989.4, 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillCounts:
+    """Of a tile of 128 query vectors and 128 keys which all of them see, on one SM."""
+
+    instructions: float  # of warps
+    wavefronts: float  # of shared memory
+    ideal_wavefronts: float
+    cycles: float  # of the tensor cores of an H100
+
+    @property
+    def tflops(self) -> float:
+        """What products, issue slots (four schedulers) and shared memory, one wavefront per cycle,
+        leave of an H100's rate; a bound, not a speed."""
+        return H100_TFLOPS * self.cycles / max(self.cycles, self.instructions / 4, self.wavefronts)
+
+    @property
+    def wavefronts_per_product(self) -> float:
+        """Per m16n8k16."""
+        return self.wavefronts / (self.cycles * H100_PRODUCTS / (16 * 8 * 16))
+
+
+def count_prefill(warpgroups: bool) -> PrefillCounts:
+    """The loop is what 128 more keys add."""
+    machines = []
+    for length in (256, 384):
+        ops = PtxOps(warpgroups=warpgroups)
+        with ops.entered():
+            ops.ragged_attention(**prefill_case(length).arguments)
+        kind = "warpgroup" if warpgroups else "prefill"
+        machines += [machine for kernel, machine in ops.machines if kind in kernel]
+    short, long = machines
+    return PrefillCounts(
+        long.instructions() - short.instructions(),
+        long.wavefronts - short.wavefronts,
+        long.ideal_wavefronts - short.ideal_wavefronts,
+        2 * 128 * 128 * HEAD_DIM / H100_PRODUCTS,
+    )
+
+
 def benchmark_cases() -> list[Case]:
     return [
         insert_case(512, 32, 1),

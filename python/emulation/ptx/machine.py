@@ -31,7 +31,7 @@ BUILD = ROOT / "build" / "ptx"
 
 
 def compile_ptx(
-    source: Path, architecture: int, include: Path = ROOT / "csrc", flags: Sequence[str] = ()
+    source: Path, architecture: int | str, include: Path = ROOT / "csrc", flags: Sequence[str] = ()
 ) -> str:
     """PTX of a kernel source, which may include files of a copy of csrc; kept on disk."""
     flags = ["-std=c++20", "-O3", f"-arch=sm_{architecture}", "-ptx", *flags]
@@ -147,15 +147,18 @@ class Machine:
         end, per_block = len(self.code), self.per_block
         waiting = np.zeros(self.count, bool)  # at a barrier
         held = np.zeros(self.count, bool)  # at an instruction that names lanes still to come
+        self.asleep = np.zeros(self.count, bool)  # until the phase of a barrier ends
         stops = set(self.labels.values())
         while True:
-            at = int(np.where(waiting | held | (pc == until), end, pc).min())
+            at = int(np.where(waiting | held | self.asleep | (pc == until), end, pc).min())
             if at == end:
                 if held.any():
                     opcode = self.code[int(pc[held].min())].opcode
                     raise RuntimeError(f"{opcode} without all of the lanes that it names")
+                if self.asleep.any():
+                    raise RuntimeError("a phase of an mbarrier that nobody ends is waited for")
                 return
-            mask = (pc == at) & ~waiting
+            mask = (pc == at) & ~waiting & ~self.asleep
             held &= ~mask
             full = bool(mask.all())
             warps = int(mask.reshape(-1, 32).any(1).sum())
@@ -178,16 +181,23 @@ class Machine:
                     pc[mask] = at
                     waiting |= active
                 else:
-                    if not full and x.name in ptx_warp.INSTRUCTIONS:
-                        early = ptx_warp.incomplete(self, x, active)
+                    early = self._incomplete(x, active) if not full else np.zeros(0, bool)
+                    sleepers = self._sleepers(x, active)
+                    if early.any() or sleepers.any():
                         if early.any():
                             held |= early
-                            pc[mask] = at - 1
-                            stops.add(at - 1)
-                            if not (mask & ~early).any():
-                                break
-                            mask, active = mask & ~early, active & ~early
-                            warps = int(mask.reshape(-1, 32).any(1).sum())
+                        else:
+                            early = sleepers
+                            self.asleep |= sleepers
+                        # It is executed, and counted, when they go on.
+                        self.counts[x.opcode] -= int(early.reshape(-1, 32).any(1).sum())
+                        pc[mask] = at - 1
+                        stops.add(at - 1)
+                        if not (mask & ~early).any():
+                            break
+                        mask, active = mask & ~early, active & ~early
+                        full, every = False, False
+                        warps = int(mask.reshape(-1, 32).any(1).sum())
                     self._execute(x, None if every else active)
                     if at in stops:
                         pc[mask] = at
@@ -197,6 +207,16 @@ class Machine:
                 arrived = (waiting | (pc == end)).reshape(-1, per_block).all(1)
                 waiting &= ~np.repeat(arrived, per_block)
                 break
+
+    def _incomplete(self, x: Instruction, active: np.ndarray) -> np.ndarray:
+        """Threads that an instruction keeps waiting for others."""
+        if x.name in ptx_warp.INSTRUCTIONS:
+            return ptx_warp.incomplete(self, x, active)
+        return np.zeros(0, bool)
+
+    def _sleepers(self, x: Instruction, active: np.ndarray) -> np.ndarray:
+        """Threads that an instruction keeps waiting for the phase of a barrier."""
+        return np.zeros(0, bool)
 
     def _branch(self, x: Instruction, pc: np.ndarray, mask, active, following: int) -> None:
         pc[mask] = following

@@ -87,14 +87,14 @@ class Memory:
             value[old] = held.view(value.dtype)[(index[old] - start) // value.itemsize]
         return value
 
-    def _address(self, operand: str) -> np.ndarray:
+    def address(self, operand: str) -> np.ndarray:
         name, _, offset = operand.strip("[]").partition("+")
         address = self.machine.get(name, "s64") + int(offset or 0)
         return np.broadcast_to(address, self.machine.count)
 
     def _global(self, operand: str, mask: np.ndarray, width: int) -> np.ndarray:
         """Where the threads of a mask find their bytes."""
-        address = self._address(operand)
+        address = self.address(operand)
         self.machine.sectors += count_sectors(address, mask)
         address = address[mask]
         region = np.searchsorted(self.starts, address, side="right") - 1
@@ -103,7 +103,7 @@ class Memory:
         return address - self.base
 
     def _shared(self, operand: str, mask: np.ndarray, width: int) -> np.ndarray:
-        address = self._address(operand)
+        address = self.address(operand)
         passes, ideal = count_wavefronts(address, mask, width)
         self.machine.wavefronts += passes
         self.machine.ideal_wavefronts += ideal
@@ -123,7 +123,7 @@ class Memory:
         names = registers(x.operands[data])
         width = dtype.itemsize * len(names)
         if space == "param":
-            first = self._address(x.operands[1]) // dtype.itemsize
+            first = self.address(x.operands[1]) // dtype.itemsize
             first = first[:1] if mask is None and (first == first[0]).all() else first
             # Threads that are not meant may hold any address.
             first = first if mask is None else np.where(mask, first, first[mask.argmax()])
@@ -153,6 +153,11 @@ class Memory:
                     raise RuntimeError(f"{x.opcode} before griddepcontrol.wait")
                 value = np.broadcast_to(self.machine.get(register, x.kind), self.machine.count)
                 view[index + i] = value[active]
+        if x.name == "st" and space == "shared":
+            self.wrote_shared(np.flatnonzero(active), index * dtype.itemsize)
+
+    def wrote_shared(self, thread: np.ndarray, place: np.ndarray) -> None:
+        """Threads have written there, by a store or by a copy that has arrived."""
 
     def shared_rows(self, operand: str, mask: np.ndarray) -> np.ndarray:
         """16 bytes of shared memory for each thread, as eight numbers of 16 bits."""
@@ -190,5 +195,6 @@ class Memory:
             data = self.bytes.view(np.uint64).reshape(-1, 2)[start[done] // 16]
             data[start[done] < 0] = 0
             self.shared.view(np.uint64).reshape(-1, 2)[to[done] // 16] = data
+            self.wrote_shared(np.flatnonzero(done), to[done])
             pending &= ~done
         self.copies = [copy for copy in self.copies if copy[0].any()]

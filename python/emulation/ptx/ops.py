@@ -17,6 +17,7 @@ from emulation import build
 from emulation.artifacts import ROOT
 from emulation.cuda.ops import EmulatedOps
 from emulation.ptx.machine import Machine, compile_ptx
+from emulation.ptx.warpgroup import WarpgroupMachine
 from emulation.static.kernels import PTX_ARCHITECTURES, SOURCES, compiled, first_architectures
 
 
@@ -31,19 +32,27 @@ def kernel_names(module: str) -> dict[int, str]:
     return names
 
 
+def is_of_warpgroups(kernel: str) -> bool:
+    """Whether it is one for sm_90a alone."""
+    return "warpgroup_kernel" in kernel
+
+
 def source_of(op: str, kernel: str, sources: Path = ROOT / "csrc" / "cuda") -> Path:
     """The file that has a kernel."""
     # The tensor core kernels of a dtype have files to themselves.
     files = {"13__nv_bfloat16": "bfloat16", "6__half": "half"}
     of_dtype = re.search(r"(paged_)?(decode|prefill)_kernelI(13__nv_bfloat16|6__half)", kernel)
     name = files[of_dtype[3]] + ("_paged" if of_dtype[1] else "") if of_dtype else op
-    return (sources / op if (sources / op).is_dir() else sources) / f"{name}.cu"
+    folder = sources / op if (sources / op).is_dir() else sources
+    return folder / ("warpgroup.cu" if is_of_warpgroups(kernel) else f"{name}.cu")
 
 
 @functools.cache
 def ptx_of(op: str, kernel: str, architecture: int, sources: Path) -> str:
     """PTX of the file that has a kernel."""
     path = source_of(op, kernel, sources)
+    if is_of_warpgroups(kernel):
+        return compile_ptx(path, "90a", sources.parent)
     first = first_architectures(path) if path in SOURCES else ()
     if architecture in first and architecture in PTX_ARCHITECTURES:
         return compiled(path, first).ptx[architecture]
@@ -53,8 +62,10 @@ def ptx_of(op: str, kernel: str, architecture: int, sources: Path) -> str:
 class PtxOps(EmulatedOps):
     """A backend of the ``ops`` fixture; ``machines`` has one of every launch so far, by name."""
 
-    def __init__(self, architecture: int = 80, sources: Path = ROOT / "csrc" / "cuda") -> None:
-        super().__init__(build.FAST)
+    def __init__(
+        self, architecture: int = 80, sources: Path = ROOT / "csrc" / "cuda", **options,
+    ) -> None:  # fmt: skip
+        super().__init__(build.FAST, **options)
         self.architecture, self.sources = architecture, sources
         self.machines: list[tuple[str, Machine]] = []
         # What the last call wrote, and what the emulator would have written.
@@ -62,7 +73,8 @@ class PtxOps(EmulatedOps):
         self.emulated: dict[str, torch.Tensor] = {}
 
     def machine(self, op: str, kernel: str) -> Machine:
-        return Machine(ptx_of(op, kernel, self.architecture, self.sources), kernel)
+        machine = WarpgroupMachine if is_of_warpgroups(kernel) else Machine
+        return machine(ptx_of(op, kernel, self.architecture, self.sources), kernel)
 
     def run(self, op: str, inputs: dict, outputs: dict, **fields) -> None:
         self.written = written = {name: x for name, x in outputs.items() if x is not None}

@@ -101,6 +101,10 @@ def _elements(machine: Lanes, operand: str) -> np.ndarray:
     return bits.view(np.uint16).reshape(-1, 32, 2 * bits.shape[-1])
 
 
+def elements_as_floats(bits: np.ndarray, kind: str) -> np.ndarray:
+    return from_bfloat16(bits) if kind == "bf16" else bits.view(np.float16).astype("f4")
+
+
 def _mma(machine: Lanes, x: Instruction, mask) -> None:
     _together(machine, x, mask)
     shape, a_kind, b_kind = x.modifiers[2], x.modifiers[-3], x.modifiers[-2]
@@ -112,12 +116,7 @@ def _mma(machine: Lanes, x: Instruction, mask) -> None:
     i = np.arange(depth // 2)
     row = np.where((i < 2) | ((i >= 4) & (i < 6)), group, group + 8)
     column = in_group * 2 + (i & 1) + np.where(i < 4, 0, 8)
-    a, b = (
-        (lambda y: from_bfloat16(y) if a_kind == "bf16" else y.view(np.float16).astype("f4"))(
-            _elements(machine, operand)
-        )
-        for operand in x.operands[1:3]
-    )
+    a, b = (elements_as_floats(_elements(machine, operand), a_kind) for operand in x.operands[1:3])
     left = np.empty((len(a), 16, depth), np.float32)
     left[:, row, column] = a
     # B, [depth, 8]: b_i of two or four elements.

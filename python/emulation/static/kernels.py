@@ -25,6 +25,8 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Whose PTX each of them is assembled from. nvcc's front end writes the same for both, but for the
 # line that names the target (tests/cuda/test_cuda_static.py holds it).
 FRONT_END = {75: 75, 80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 120: 100}
+# Of it alone, not of those that follow: the instructions that sm_90a has besides.
+WARPGROUP = ROOT / "csrc" / "cuda" / "ragged_attention" / "warpgroup.cu"
 # Whose PTX is kept too, for the machine of emulation/ptx.
 PTX_ARCHITECTURES = (75, 80)
 FLAGS = ["-std=c++20", "-O3", "-I", "csrc", "-Xptxas", "-v"]
@@ -83,6 +85,7 @@ class Line(NamedTuple):
     opcode: str
     operands: str
     code: int
+    guarded: bool = False
 
     @property
     def scoreboard(self) -> int:
@@ -137,9 +140,8 @@ class Kernel:
     def has_products(self) -> bool:
         return self.count("HMMA") > 0
 
-    def product_loop(self) -> list[Line]:
-        """The innermost loop with tensor core products, without what its branches may skip and that
-        has neither products nor wide loads: masks, rescaling, options."""
+    def _loops(self) -> tuple[list[tuple[int, int]], dict[int, int]]:
+        """First and last lines of the loops with tensor core products; targets of branches."""
         place = {line.address: i for i, line in enumerate(self.lines)}
         target_of = {}
         for i, line in enumerate(self.lines):
@@ -147,18 +149,34 @@ class Kernel:
             if line.opcode.startswith("BRA") and found and int(found[1], 16) in place:
                 target_of[i] = place[int(found[1], 16)]
 
-        def matters(lines: list[Line]) -> bool:
-            return any(x.opcode.startswith("HMMA") or x.loaded_bytes() >= 8 for x in lines)
-
         def multiplies(first: int, last: int) -> bool:
-            return any(x.opcode.startswith("HMMA") for x in self.lines[first:last])
+            return any(x.opcode.startswith(("HMMA", "HGMMA")) for x in self.lines[first:last])
 
         # A loop ends with the last branch back to its beginning.
         ends: dict[int, int] = {}
         for i, first in target_of.items():
             if first < i:
                 ends[first] = max(ends.get(first, 0), i)
-        loops = [(first, end) for first, end in ends.items() if multiplies(first, end)]
+        return [(first, end) for first, end in ends.items() if multiplies(first, end)], target_of
+
+    def shortest_turn(self) -> int:
+        """Instructions of the shortest way through the shortest loop with products: options, masks,
+        values that are not finite and rescaling left out."""
+        loops, target_of = self._loops()
+        first, last = min(loops, key=lambda loop: loop[1] - loop[0])
+        least = {first: 1}  # with the line itself
+        for i in range(first, last):
+            if i in least:
+                to = target_of.get(i)
+                ways = [to] if to is not None and i < to <= last else []
+                ways += [i + 1] if to is None or self.lines[i].guarded else []
+                least |= {way: min(least.get(way, 1 << 30), least[i] + 1) for way in ways}
+        return least[last]
+
+    def product_loop(self) -> list[Line]:
+        """The innermost loop with tensor core products, without what its branches may skip and that
+        has neither products nor wide loads: masks, rescaling, options."""
+        loops, target_of = self._loops()
         # Around the loop over keys is the one over a block's items; beside an unrolled loop is the
         # short one for what its turns leave over.
         innermost = [
@@ -166,6 +184,10 @@ class Kernel:
             if not any(first < other and last <= end for other, last in loops)
         ]  # fmt: skip
         i, last = max(innermost, key=lambda loop: loop[1] - loop[0])
+
+        def matters(lines: list[Line]) -> bool:
+            return any(x.opcode.startswith("HMMA") or x.loaded_bytes() >= 8 for x in lines)
+
         body = []
         while i <= last:
             body.append(self.lines[i])
@@ -252,11 +274,15 @@ def first_architectures(source: Path) -> tuple[int, ...]:
     test-cuda-build` puts the same questions to the library that it builds: every kernel, for every
     architecture.
     """
+    if source == WARPGROUP:
+        return (90,)
     same = source.stem.startswith("half") or source.stem.endswith("_paged")
     return () if same else (80,)
 
 
 def other_architectures(source: Path) -> tuple[int, ...]:
+    if source == WARPGROUP:
+        return ()
     return tuple(sm for sm in ARCHITECTURES if sm not in first_architectures(source))
 
 
@@ -274,7 +300,8 @@ def compiled(source: Path, architectures: tuple[int, ...]) -> Compiled:
     def code(front_end: int) -> str:
         kinds = [f"sm_{sm}" for sm in architectures if FRONT_END[sm] == front_end]
         kinds += [f"compute_{front_end}"] if front_end in with_ptx else []
-        return f"-gencode=arch=compute_{front_end},code=[{','.join(kinds)}]"
+        text = f"-gencode=arch=compute_{front_end},code=[{','.join(kinds)}]"
+        return text.replace("_90", "_90a") if source == WARPGROUP else text
 
     front_ends = sorted({FRONT_END[sm] for sm in architectures})
     arguments = [*FLAGS, *map(code, front_ends), "--threads", "2", "-fatbin", str(source)]
@@ -344,7 +371,7 @@ def parse(report: str, listing: str) -> list[Kernel]:
     kernels: dict[tuple[str, int], Kernel] = {}
     kernel, architecture = None, 0
     for line in report.splitlines():
-        if found := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", line):
+        if found := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'", line):
             key = (found[1], int(found[2]))
             kernel = kernels[key] = Kernel(key[0], key[1])
         elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line):
@@ -366,10 +393,13 @@ def parse(report: str, listing: str) -> list[Kernel]:
         elif found := re.search(r"Function : (\w+)", line):
             kernel = kernels[found[1], architecture]
         elif found := re.search(
-            r"/\*([0-9a-f]+)\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *(.*?) *; (0x\w+)", line
+            r"/\*([0-9a-f]+)\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*) *(.*?) *; (0x\w+)", line
         ):
-            kernel.opcodes.append(found[2])
-            kernel.lines.append(Line(int(found[1], 16), found[2], found[3], int(found[4], 16)))
+            guarded = bool(found[2]) or re.match(r"U?P\d", found[4]) is not None
+            kernel.opcodes.append(found[3])
+            kernel.lines.append(
+                Line(int(found[1], 16), found[3], found[4], int(found[5], 16), guarded)
+            )
     names = _demangle(sorted({name for name, _ in kernels}))
     for found in kernels.values():
         found.name = names[found.name]
@@ -378,6 +408,12 @@ def parse(report: str, listing: str) -> list[Kernel]:
 
 def dynamic_shared(name: str) -> int:
     """Bytes that a block requests at its launch, by the kernel's name: see csrc/cuda."""
+    if "warpgroup_kernel" in name:
+        # Three stages of 128 keys and values, what is known of values, barriers, and items of the
+        # consumers, up to a multiple of 1024.
+        return (
+            math.ceil((3 * (2 * 128 * 256 + 4 * 4 + 4 * 8) + 256 * 15 * 4 + 128 * 4) / 1024) * 1024
+        )
     found = re.search(r"(decode|prefill)_kernel<\w+, (\d+)(?:, (\d+))?>", name)
     if not found:
         return 0

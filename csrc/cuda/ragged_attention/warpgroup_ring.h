@@ -1,0 +1,173 @@
+// The ring of tiles through which the warpgroup kernel's producers hand keys and values to its
+// consumers, and the producers themselves.
+//
+// A stage has a tile of keys and one of values, each with two barriers: `full` ends a phase when
+// the producers' four warps have brought the tile, `empty` when the consumers' eight warps are done
+// with it. A tile is [2 panels of 64 dims][128 columns][128 bytes] in the 128-byte swizzle.
+#pragma once
+
+#include "cuda/device/warpgroup.h"
+#include "cuda/ragged_attention/launch.h"
+#include "cuda/ragged_attention/mma.h"
+#include "cuda/ragged_attention/pages.h"
+
+namespace baton::cuda {
+
+// Columns of a tile. Sums of 128 dims, scores of 128 keys, and queries and probabilities as
+// operands are 192 registers of a consumer.
+constexpr int kWarpgroupKeys = 128;
+constexpr int kProducerThreads = 128, kWarpgroupThreads = kConsumerThreads + kProducerThreads;
+// Of 65,536 registers: 2 x 128 x 240 + 128 x 32.
+constexpr int kConsumerRegisters = 240, kProducerRegisters = 32;
+
+// 192 KB. Producers end a tile two copies after it, so four of the six places keep them going.
+constexpr int kRingStages = 3;
+constexpr int kCopiesAhead = 2;
+constexpr int kPanelBytes = kWarpgroupKeys * 128, kSwizzleBytes = 1024;
+
+// What a consumer has to know of its item. It waits in shared memory, each thread's own, since
+// registers are scarce; an odd number of words puts those of a warp into different banks.
+struct ConsumerItem {
+  AttentionRow row;
+  TileKeys keys;  // of the warpgroup
+  int32_t split, splits;
+  int32_t block_end;  // of the keys that the block's tile sees
+  int32_t round;
+};
+static_assert(sizeof(ConsumerItem) / 4 % 2 == 1);
+
+struct RingMemory {
+  alignas(kSwizzleBytes) unsigned char tiles[kRingStages][2][2 * kPanelBytes];  // keys, values
+  // Of a tile of values that not all vectors see: by warp of the producers, whether one of them is
+  // not finite. The tile then has zeros in their place.
+  alignas(16) uint32_t not_finite[kRingStages][kProducerThreads / 32];
+  uint64_t full[kRingStages][2], empty[kRingStages][2];
+  ConsumerItem items[kConsumerThreads];
+  int32_t rounds[kProducerThreads];
+};
+
+// Where someone is on his way around the ring.
+struct RingPlace {
+  int32_t stage = 0;
+  uint32_t parity = 0;  // of the phase that this round ends
+
+  __device__ __forceinline__ RingPlace next() const {
+    return stage + 1 < kRingStages ? RingPlace{stage + 1, parity} : RingPlace{0, parity ^ 1};
+  }
+};
+
+// All of a warp's lanes have done what the barrier stands for.
+__device__ __forceinline__ void arrive_as_warp(uint64_t* barrier) {
+  __syncwarp();
+  if (thread_index() % 32 == 0) arrive(barrier);
+}
+
+template <typename T>
+class RingProducer {
+  RingMemory& ring_;
+  static constexpr int kCopies = kWarpgroupKeys / 8;
+  RingPlace next_;              // of the tiles that are asked for next
+  bool has_asked_ = false;      // for tiles that come before, which have not been waited for
+  bool looks_through_ = false;  // those values
+
+ public:
+  __device__ __forceinline__ explicit RingProducer(RingMemory& ring) : ring_(ring) {}
+
+  // All tiles of an item, zeros for columns that nobody sees.
+  __device__ __forceinline__ void bring(const AttentionArgs& a, const AttentionRow& row,
+                                        const TileKeys& keys) {
+    const auto source_of = [&](const void* cache, const CacheStrides& s) {
+      return reinterpret_cast<const char*>(row_base<T>(row, false, blockIdx.y, cache, s)) +
+             thread_index() % 16 * 16;
+    };
+    const char* key = source_of(a.p.key_cache, a.p.key_cache_strides);
+    const char* value = source_of(a.p.value_cache, a.p.value_cache_strides);
+    for (int32_t first = keys.begin / kWarpgroupKeys * kWarpgroupKeys; first < keys.end;
+         first += kWarpgroupKeys) {
+      copy(0, key, static_cast<uint32_t>(a.key_column_bytes), keys, first);
+      copy(1, value, static_cast<uint32_t>(a.value_column_bytes), keys, first);
+      looks_through_ = first < keys.full_begin || first + kWarpgroupKeys > keys.full_end;
+      has_asked_ = true;
+      next_ = next_.next();
+    }
+  }
+
+  // What has been asked for is brought.
+  __device__ __forceinline__ void finish() {
+    if (!has_asked_) return;
+    static_assert(kCopiesAhead == 2, "the last tiles of keys and of values");
+    copy_async_wait<0>();
+    hand_over(0);
+    hand_over(1);
+  }
+
+ private:
+  // A thread copies the same 16 bytes of every eighth column, which the swizzle leaves in a line.
+  // None of this is kept in registers, which find_item needs.
+  __device__ __forceinline__ static uint32_t column() { return thread_index() % 128 / 16; }
+  __device__ __forceinline__ static uint32_t place() {
+    const uint32_t thread = thread_index() % 128, column = thread / 16;
+    return thread % 16 / 8 * kPanelBytes + column * 128 + (thread % 8 ^ column % 8) * 16;
+  }
+
+  __device__ __forceinline__ void copy(int which, const char* source, uint32_t stride,
+                                       const TileKeys& keys, int32_t first) {
+    wait_for_phase(&ring_.empty[next_.stage][which], next_.parity ^ 1);
+    unsigned char* target = ring_.tiles[next_.stage][which] + place();
+    const uint32_t column_of_thread = column();
+    if (first >= keys.begin && first + kWarpgroupKeys <= keys.end) {
+      source += uint64_t{first + column_of_thread} * stride;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i, source += 8 * uint64_t{stride}) {
+        copy_async_16(target + i * kSwizzleBytes, source);
+      }
+    } else {
+#pragma unroll 4
+      for (int i = 0; i < kCopies; ++i) {
+        const auto column = static_cast<int32_t>(first + column_of_thread + 8 * i);
+        const bool valid = column >= keys.begin && column < keys.end;
+        const auto at = static_cast<uint32_t>(valid ? column : keys.begin);
+        copy_async_16(target + i * kSwizzleBytes, source + uint64_t{at} * stride, valid);
+      }
+    }
+    copy_async_commit();
+    if (!has_asked_) return;
+    // The tile of the stage before, of which this is the second copy after.
+    copy_async_wait<kCopiesAhead>();
+    hand_over(which);
+  }
+
+  // Gives the consumers a tile of the stage before, which has arrived.
+  __device__ __forceinline__ void hand_over(int which) {
+    const int32_t stage = (next_.stage > 0 ? next_.stage : kRingStages) - 1;
+    if (which == 1) {
+      const bool found = looks_through_ && clear_not_finite(ring_.tiles[stage][1] + place());
+      const bool any = __any_sync(~0u, found);
+      const uint32_t thread = thread_index() % 128;
+      if (thread % 32 == 0) ring_.not_finite[stage][thread / 32] = any;
+    }
+    fence_products();
+    arrive_as_warp(&ring_.full[stage][which]);
+  }
+
+  // Makes zeros of those of this thread's values that are not finite, and tells whether there are
+  // any.
+  __device__ __forceinline__ bool clear_not_finite(unsigned char* values) const {
+    uint32_t found = 0;
+#pragma unroll 2
+    for (int i = 0; i < kCopies; ++i, values += kSwizzleBytes) {
+      uint4 x = load_16(values);
+      const auto clear = [](uint32_t& pair) {
+        const uint32_t bad = non_finite<T>(pair);
+        pair &= ~((bad >> 15) * 0xffff);
+        return bad;
+      };
+      const uint32_t bad = clear(x.x) | clear(x.y) | clear(x.z) | clear(x.w);
+      if (bad) store_16(values, x);
+      found |= bad;
+    }
+    return found != 0;
+  }
+};
+
+}  // namespace baton::cuda
