@@ -341,6 +341,14 @@ def test_compiled_without_spills_and_products_run_on_their_own():
         assert kernel.spills == 0 and kernel.stack == 0 and kernel.count("LDL|STL") == 0
         assert kernel.count("HGMMA") >= 32 and kernel.count(r"LDGSTS.*128") >= 16
         assert kernel.blocks_per_sm(384, dynamic_shared(kernel.name)) == 1
+        # Warpgroups share what the block is launched with. Were that too little for all, the last
+        # one would wait for it for ever.
+        registers = {
+            line.opcode.split(".")[1]: int(line.operands.split()[-1], 16)
+            for line in kernel.lines if line.opcode.startswith("USETMAXREG")
+        }  # fmt: skip
+        taken = 256 * registers["TRY_ALLOC"] + 128 * registers["DEALLOC"]
+        assert taken <= 384 * kernel.registers
         # Eight warps of consumers share four schedulers; a tile is 2,048 cycles of products.
         assert 8 * kernel.shortest_turn() / 4 <= 1200
     # ptxas would say so of products that it makes wait for one another.

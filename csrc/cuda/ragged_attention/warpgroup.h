@@ -93,10 +93,10 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
   if (threadIdx.x >= kConsumerThreads) {
     give_registers_back<kProducerRegisters>();
     RingProducer<T> producer(ring);
-    int32_t& round = ring.rounds[thread_index() % kProducerThreads];
-    for_warpgroup_items(a, round, [&](const AttentionItem& item, int32_t, const TileKeys& keys) {
-      producer.bring(a, item.row, keys);
-    });
+    for_warpgroup_items(a, producer.state().round,
+                        [&](const AttentionItem& item, int32_t, const TileKeys& keys) {
+                          producer.bring(a, item.row, keys);
+                        });
     producer.finish();
   } else {
     take_registers<kConsumerRegisters>();

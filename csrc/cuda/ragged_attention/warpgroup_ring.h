@@ -17,8 +17,12 @@ namespace baton::cuda {
 // operands are 192 registers of a consumer.
 constexpr int kWarpgroupKeys = 128;
 constexpr int kProducerThreads = 128, kWarpgroupThreads = kConsumerThreads + kProducerThreads;
-// Of 65,536 registers: 2 x 128 x 240 + 128 x 32.
-constexpr int kConsumerRegisters = 240, kProducerRegisters = 32;
+// They share what the block has been launched with, which is as many registers for each thread as
+// there are for all, in eights: 168. With more than that the last to ask would wait for ever.
+constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+constexpr int kLaunchRegisters = 65536 / kWarpgroupThreads / 8 * 8;
+static_assert(kConsumerThreads * kConsumerRegisters + kProducerThreads * kProducerRegisters <=
+              kWarpgroupThreads * kLaunchRegisters);
 
 // 192 KB. Producers end a tile two copies after it, so four of the six places keep them going.
 constexpr int kRingStages = 3;
@@ -34,7 +38,14 @@ struct ConsumerItem {
   int32_t block_end;  // of the keys that the block's tile sees
   int32_t round;
 };
-static_assert(sizeof(ConsumerItem) / 4 % 2 == 1);
+// What a producer has to know from one tile to the next, likewise.
+struct ProducerState {
+  TileKeys keys;
+  int32_t round;
+  uint32_t tiles;          // that it has asked for
+  uint32_t looks_through;  // whether it does so with the last one's values
+};
+static_assert(sizeof(ConsumerItem) / 4 % 2 == 1 && sizeof(ProducerState) / 4 % 2 == 1);
 
 struct RingMemory {
   alignas(kSwizzleBytes) unsigned char tiles[kRingStages][2][2 * kPanelBytes];  // keys, values
@@ -43,7 +54,7 @@ struct RingMemory {
   alignas(16) uint32_t not_finite[kRingStages][kProducerThreads / 32];
   uint64_t full[kRingStages][2], empty[kRingStages][2];
   ConsumerItem items[kConsumerThreads];
-  int32_t rounds[kProducerThreads];
+  ProducerState producers[kProducerThreads];
 };
 
 // Where someone is on his way around the ring.
@@ -66,16 +77,21 @@ template <typename T>
 class RingProducer {
   RingMemory& ring_;
   static constexpr int kCopies = kWarpgroupKeys / 8;
-  RingPlace next_;              // of the tiles that are asked for next
-  bool has_asked_ = false;      // for tiles that come before, which have not been waited for
-  bool looks_through_ = false;  // those values
 
  public:
-  __device__ __forceinline__ explicit RingProducer(RingMemory& ring) : ring_(ring) {}
+  __device__ __forceinline__ explicit RingProducer(RingMemory& ring) : ring_(ring) {
+    state().tiles = 0;
+  }
+
+  // In shared memory: find_item needs the registers.
+  __device__ __forceinline__ ProducerState& state() const {
+    return ring_.producers[thread_index() % kProducerThreads];
+  }
 
   // All tiles of an item, zeros for columns that nobody sees.
   __device__ __forceinline__ void bring(const AttentionArgs& a, const AttentionRow& row,
-                                        const TileKeys& keys) {
+                                        const TileKeys& item_keys) {
+    const TileKeys& keys = state().keys = item_keys;
     const auto source_of = [&](const void* cache, const CacheStrides& s) {
       return reinterpret_cast<const char*>(row_base<T>(row, false, blockIdx.y, cache, s)) +
              thread_index() % 16 * 16;
@@ -86,15 +102,14 @@ class RingProducer {
          first += kWarpgroupKeys) {
       copy(0, key, static_cast<uint32_t>(a.key_column_bytes), keys, first);
       copy(1, value, static_cast<uint32_t>(a.value_column_bytes), keys, first);
-      looks_through_ = first < keys.full_begin || first + kWarpgroupKeys > keys.full_end;
-      has_asked_ = true;
-      next_ = next_.next();
+      state().looks_through = first < keys.full_begin || first + kWarpgroupKeys > keys.full_end;
+      ++state().tiles;
     }
   }
 
   // What has been asked for is brought.
   __device__ __forceinline__ void finish() {
-    if (!has_asked_) return;
+    if (state().tiles == 0) return;
     static_assert(kCopiesAhead == 2, "the last tiles of keys and of values");
     copy_async_wait<0>();
     hand_over(0);
@@ -112,8 +127,10 @@ class RingProducer {
 
   __device__ __forceinline__ void copy(int which, const char* source, uint32_t stride,
                                        const TileKeys& keys, int32_t first) {
-    wait_for_phase(&ring_.empty[next_.stage][which], next_.parity ^ 1);
-    unsigned char* target = ring_.tiles[next_.stage][which] + place();
+    const uint32_t tile = state().tiles, stage = tile % kRingStages;
+    // Of the phase before the one that this tile ends.
+    wait_for_phase(&ring_.empty[stage][which], tile / kRingStages % 2 ^ 1);
+    unsigned char* target = ring_.tiles[stage][which] + place();
     const uint32_t column_of_thread = column();
     if (first >= keys.begin && first + kWarpgroupKeys <= keys.end) {
       source += uint64_t{first + column_of_thread} * stride;
@@ -131,17 +148,17 @@ class RingProducer {
       }
     }
     copy_async_commit();
-    if (!has_asked_) return;
-    // The tile of the stage before, of which this is the second copy after.
+    if (tile == 0) return;
+    // The tile before, of which this is the second copy after.
     copy_async_wait<kCopiesAhead>();
     hand_over(which);
   }
 
-  // Gives the consumers a tile of the stage before, which has arrived.
+  // Gives the consumers the last tile but those of the next number, which has arrived.
   __device__ __forceinline__ void hand_over(int which) {
-    const int32_t stage = (next_.stage > 0 ? next_.stage : kRingStages) - 1;
+    const uint32_t stage = (state().tiles - 1) % kRingStages;
     if (which == 1) {
-      const bool found = looks_through_ && clear_not_finite(ring_.tiles[stage][1] + place());
+      const bool found = state().looks_through && clear_not_finite(ring_.tiles[stage][1] + place());
       const bool any = __any_sync(~0u, found);
       const uint32_t thread = thread_index() % 128;
       if (thread % 32 == 0) ring_.not_finite[stage][thread / 32] = any;

@@ -39,7 +39,7 @@ SPOILT = [
         "every round waits for the first one's phase",
     ),
     (
-        "warpgroup_ring.h", "next_.parity ^ 1);", "(WRONG ? next_.parity : next_.parity ^ 1));",
+        "warpgroup_ring.h", "% 2 ^ 1);", "% 2 ^ (WRONG ? 0 : 1));",
         "places are waited for as if they were not empty at first",
     ),
     (

@@ -409,11 +409,10 @@ def parse(report: str, listing: str) -> list[Kernel]:
 def dynamic_shared(name: str) -> int:
     """Bytes that a block requests at its launch, by the kernel's name: see csrc/cuda."""
     if "warpgroup_kernel" in name:
-        # Three stages of 128 keys and values, what is known of values, barriers, and items of the
-        # consumers, up to a multiple of 1024.
-        return (
-            math.ceil((3 * (2 * 128 * 256 + 4 * 4 + 4 * 8) + 256 * 15 * 4 + 128 * 4) / 1024) * 1024
-        )
+        # Three stages of 128 keys and values, what is known of values, and barriers; items of the
+        # consumers and states of the producers; up to a multiple of 1024.
+        stages, states = 3 * (2 * 128 * 256 + 4 * 4 + 4 * 8), (256 * 15 + 128 * 7) * 4
+        return math.ceil((stages + states) / 1024) * 1024
     found = re.search(r"(decode|prefill)_kernel<\w+, (\d+)(?:, (\d+))?>", name)
     if not found:
         return 0
