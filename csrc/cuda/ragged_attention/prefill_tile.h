@@ -19,9 +19,9 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
 
  private:
   using Base::a_, Base::first_, Base::lane_, Base::row_, Base::t_, Base::thread_;
-  const char* cache_[2];
-  uint32_t stride_[2];  // bytes
-  T* shared_;           // [stage][keys, values][kKeys][kPitch]
+  const char* cache_[2];  // base_of a row in a slot
+  uint32_t stride_[2];    // bytes
+  T* shared_;             // [stage][keys, values][kKeys][kPitch]
   static constexpr int kRegisterProducts = prefill_register_dims(kHeadDim) / 16;
   static constexpr int kCacheElements = prefill_cache_elements(kHeadDim);
   static constexpr int kQueryPitch = prefill_query_pitch(kHeadDim);
@@ -31,11 +31,10 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
   __device__ __forceinline__ PrefillBlock(const AttentionArgs& a, const AttentionRow& row,
                                           int32_t thread, int32_t first_vector, T* shared)
       : Base(a, row, thread, first_vector), shared_(shared) {
-    const auto set = [&](int i, const void* cache, const CacheStrides& s) {
-      cache_[i] = reinterpret_cast<const char*>(row_base<T>(row, kPaged, this->kv_head_, cache, s));
-    };
-    set(0, a.p.key_cache, a.p.key_cache_strides);
-    set(1, a.p.value_cache, a.p.value_cache_strides);
+    if constexpr (!kPaged) {
+      cache_[0] = base_of(0);
+      cache_[1] = base_of(1);
+    }
     stride_[0] = static_cast<uint32_t>(a.key_column_bytes);
     stride_[1] = static_cast<uint32_t>(a.value_column_bytes);
   }
@@ -62,6 +61,8 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       T* target = tile(stage, which);
+      // That of all pages is worked out for each tile: there is no register to keep it in.
+      const char* const base = kPaged ? base_of(which) : cache_[which];
 #pragma unroll
       for (int i = 0; i < (kTileChunks - 1) / kAttentionThreads + 1; ++i) {
         const int32_t c = thread_ + i * kAttentionThreads;
@@ -69,7 +70,7 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
         const int32_t key = c / kChunks, chunk = c % kChunks;
         const bool valid = first + key >= keys.begin && first + key < keys.end;
         auto k = static_cast<uint32_t>(valid ? first + key : keys.begin);
-        const char* cache = cache_[which];
+        const char* cache = base;
         if constexpr (kPaged) {
           // What the table needs has no registers between two copies.
           AttentionRow row{};
@@ -104,6 +105,14 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
   }
 
  private:
+  // Where keys, or values, are counted from.
+  __device__ __forceinline__ const char* base_of(int which) const {
+    int32_t kv_head = this->kv_head_;
+    if constexpr (kPaged) hide(kv_head);
+    const void* cache = which ? a_.p.value_cache : a_.p.key_cache;
+    const CacheStrides& s = which ? a_.p.value_cache_strides : a_.p.key_cache_strides;
+    return reinterpret_cast<const char*>(row_base<T>(row_, kPaged, kv_head, cache, s));
+  }
   __device__ __forceinline__ const unsigned char* parked() const {
     return reinterpret_cast<const unsigned char*>(shared_) + kParked + 16 * thread_;
   }
