@@ -269,8 +269,15 @@ def test_without_a_mistake_there_is_no_report():
 # nvcc's PTX, executed.
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["rows of all kinds", "window"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("rows of all kinds", torch.bfloat16),
+        ("window", torch.float16),
+        pytest.param("rows of all kinds", torch.float16, marks=pytest.mark.full),
+        pytest.param("window", torch.bfloat16, marks=pytest.mark.full),
+    ],
+)
 def test_ptx_gives_what_the_emulator_gives(name, dtype):
     ops, options = PtxOps(warpgroups=True), CASES[name][3]
     problem = attention_problem(rows_of(name, dtype))
@@ -359,8 +366,8 @@ def test_compiled_without_spills_and_products_run_on_their_own():
 def test_counts_leave_room_for_600_tflops():
     """Issue slots and wavefronts of shared memory, beside the default kernel's."""
     ours, default = count_prefill(True), count_prefill(False)
-    # What is known of values, and items, are read by all threads of a warp.
+    # What is known of values, items, and states are read by all threads of a warp.
     assert ours.wavefronts <= 1.02 * ours.ideal_wavefronts
-    assert ours.wavefronts_per_product <= 0.8 and default.wavefronts_per_product >= 2.4
-    assert ours.instructions / 4 <= 1850
+    assert ours.wavefronts_per_product <= 0.82 and default.wavefronts_per_product >= 2.4
+    assert ours.instructions / 4 <= 1880
     assert ours.tflops >= 600 and default.tflops < 600
