@@ -48,7 +48,9 @@ def compiled(sources, name=""):
         first, others = first_architectures(source), other_architectures(source)
         if first:
             cases.append(pytest.param(source, first, id=source.stem))
-        cases.append(pytest.param(source, others, id=f"{source.stem}-rest", marks=pytest.mark.full))
+        if others:
+            rest = f"{source.stem}-rest"
+            cases.append(pytest.param(source, others, id=rest, marks=pytest.mark.full))
     if name and _library.cuda is not None:
         for each in baton_kernels.build_info()["cuda"]["architectures"]:
             number = int(each.removeprefix("sm_"))

@@ -31,7 +31,7 @@ BUILD = ROOT / "build" / "ptx"
 
 
 def compile_ptx(
-    source: Path, architecture: int | str, include: Path = ROOT / "csrc", flags: Sequence[str] = ()
+    source: Path, architecture: int, include: Path = ROOT / "csrc", flags: Sequence[str] = ()
 ) -> str:
     """PTX of a kernel source, which may include files of a copy of csrc; kept on disk."""
     flags = ["-std=c++20", "-O3", f"-arch=sm_{architecture}", "-ptx", *flags]

@@ -18,7 +18,13 @@ from emulation.artifacts import ROOT
 from emulation.cuda.ops import EmulatedOps
 from emulation.ptx.machine import Machine, compile_ptx
 from emulation.ptx.warpgroup import WarpgroupMachine
-from emulation.static.kernels import PTX_ARCHITECTURES, SOURCES, compiled, first_architectures
+from emulation.static.kernels import (
+    PTX_ARCHITECTURES,
+    SOURCES,
+    WARPGROUP,
+    compiled,
+    first_architectures,
+)
 
 
 @functools.cache
@@ -51,8 +57,8 @@ def source_of(op: str, kernel: str, sources: Path = ROOT / "csrc" / "cuda") -> P
 def ptx_of(op: str, kernel: str, architecture: int, sources: Path) -> str:
     """PTX of the file that has a kernel."""
     path = source_of(op, kernel, sources)
-    if is_of_warpgroups(kernel):
-        return compile_ptx(path, "90a", sources.parent)
+    if path == WARPGROUP:
+        return compiled(path, (90,)).ptx[90]
     first = first_architectures(path) if path in SOURCES else ()
     if architecture in first and architecture in PTX_ARCHITECTURES:
         return compiled(path, first).ptx[architecture]

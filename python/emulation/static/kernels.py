@@ -263,7 +263,7 @@ class Compiled(NamedTuple):
 
     report: str  # of ptxas
     listing: str  # the machine code
-    ptx: dict[int, str]  # by architecture, of those in PTX_ARCHITECTURES
+    ptx: dict[int, str]  # by architecture, of those in PTX_ARCHITECTURES, and of sm_90a
 
 
 def first_architectures(source: Path) -> tuple[int, ...]:
@@ -295,13 +295,14 @@ def compiled(source: Path, architectures: tuple[int, ...]) -> Compiled:
             "needs cuobjdump: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
         )
 
-    with_ptx = [sm for sm in architectures if sm in PTX_ARCHITECTURES]
+    kind_of = {sm: "90a" if source == WARPGROUP else str(sm) for sm in architectures}
+    with_ptx = [sm for sm in architectures if sm in PTX_ARCHITECTURES or source == WARPGROUP]
 
     def code(front_end: int) -> str:
-        kinds = [f"sm_{sm}" for sm in architectures if FRONT_END[sm] == front_end]
-        kinds += [f"compute_{front_end}"] if front_end in with_ptx else []
-        text = f"-gencode=arch=compute_{front_end},code=[{','.join(kinds)}]"
-        return text.replace("_90", "_90a") if source == WARPGROUP else text
+        kinds = [f"sm_{kind_of[sm]}" for sm in architectures if FRONT_END[sm] == front_end]
+        front_end_kind = f"compute_{kind_of.get(front_end, front_end)}"
+        kinds += [front_end_kind] if front_end in with_ptx else []
+        return f"-gencode=arch={front_end_kind},code=[{','.join(kinds)}]"
 
     front_ends = sorted({FRONT_END[sm] for sm in architectures})
     arguments = [*FLAGS, *map(code, front_ends), "--threads", "2", "-fatbin", str(source)]
@@ -312,7 +313,9 @@ def compiled(source: Path, architectures: tuple[int, ...]) -> Compiled:
         listing = "\n".join(shortened(run_compiler([cuobjdump, "-sass", fatbin]).stdout))
         ptx = {
             architecture: ptx_text(
-                run_compiler([cuobjdump, "-ptx", "-arch", f"sm_{architecture}", fatbin]).stdout
+                run_compiler(
+                    [cuobjdump, "-ptx", "-arch", f"sm_{kind_of[architecture]}", fatbin]
+                ).stdout
             )
             for architecture in with_ptx
         }
