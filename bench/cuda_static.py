@@ -11,6 +11,7 @@ from bench import describe_run
 from emulation.artifacts import ROOT
 from emulation.ptx import counts as cuda_counts
 from emulation.static import kernels as cuda_static
+from emulation.static.cards import CARDS
 
 PEERS = """\
 peers on a decode step (32 query / 8 KV heads x 128, bf16, 512 keys), their PTX from nvcc 13
@@ -23,7 +24,7 @@ KV append: FlashInfer            3.4 to 4.3                       1.08
 KV append: vLLM style            19                               1.06"""
 
 # Threads of a block, by the beginning of the kernel's name; copy kernels have 128.
-THREADS = {"ragged_attention_warpgroup": 384, "": 128}
+THREADS = {"": 128}
 
 
 def copies() -> None:
@@ -131,7 +132,7 @@ def compiled() -> None:
     """Registers, occupancy and bytes in flight of every kernel that moves 16 bytes at a time."""
     print("compiled kernels; in flight: resident threads x loads before the first store, against")
     print("bandwidth x latency / SMs of a card (Little's law; latencies are assumptions):")
-    for card in cuda_static.CARDS:
+    for card in CARDS:
         print(
             f"  {card.name}: {card.gigabytes_per_second:.0f} GB/s, {card.latency_ns:.0f} ns, "
             f"{card.multiprocessors} SMs: {card.needed_bytes / 1024:.1f} KB per SM"

@@ -16,8 +16,8 @@ from emulation.cuda.ops import EmulatedOps
 from emulation.ptx import counts as cuda_counts
 from emulation.ptx.counts import append_case, extract_case, insert_case, merge_case, move_case
 from emulation.static import kernels as cuda_static
+from emulation.static.cards import CARDS
 from emulation.static.kernels import (
-    CARDS,
     FRONT_END,
     Kernel,
     compile_kernels,
@@ -48,9 +48,7 @@ def compiled(sources, name=""):
         first, others = first_architectures(source), other_architectures(source)
         if first:
             cases.append(pytest.param(source, first, id=source.stem))
-        if others:
-            rest = f"{source.stem}-rest"
-            cases.append(pytest.param(source, others, id=rest, marks=pytest.mark.full))
+        cases.append(pytest.param(source, others, id=f"{source.stem}-rest", marks=pytest.mark.full))
     if name and _library.cuda is not None:
         for each in baton_kernels.build_info()["cuda"]["architectures"]:
             number = int(each.removeprefix("sm_"))
@@ -93,12 +91,8 @@ def test_sources_tell_no_architectures_apart_that_share_a_front_end():
     assert set(borders) == {(">=", "800"), (">=", "900"), ("==", "0")}
 
 
-# Not of sm_90a's own source, which no other architecture compiles.
-FOR_ALL = [source for source in cuda_static.SOURCES if source != cuda_static.WARPGROUP]
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("source", FOR_ALL, ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", cuda_static.SOURCES, ids=lambda source: source.stem)
 def test_architectures_of_one_front_end_have_the_same_ptx(source, tmp_path):
     def ptx(architecture):
         path = tmp_path / f"{architecture}.ptx"

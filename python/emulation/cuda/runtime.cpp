@@ -269,12 +269,6 @@ void report(const std::string& text) {
   if (std::find(reports.begin(), reports.end(), text) == reports.end()) reports.push_back(text);
 }
 
-void add_region(const std::string& name, const void* address, std::size_t bytes, bool writable) {
-  judge::add_region(name, address, bytes, writable);
-}
-
-void clear_regions() { judge::clear_regions(); }
-
 void fail(const std::string& text) {
   report(text);
   failed = true;

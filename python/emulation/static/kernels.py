@@ -17,64 +17,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emulation.artifacts import ROOT, hash_of, kept, nvcc_version, run_compiler, run_nvcc
+from emulation.static.cards import CARDS, SM
 from emulation.tools import tool, with_includes
 
-SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+# For sm_90a alone: instructions that no other architecture has.
+WARPGROUP = ROOT / "csrc" / "cuda" / "ragged_attention" / "warpgroup.cu"
+# For every architecture.
+SOURCES = sorted(set((ROOT / "csrc" / "cuda").rglob("*.cu")) - {WARPGROUP})
 BUILD = ROOT / "build" / "static"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Whose PTX each of them is assembled from. nvcc's front end writes the same for both, but for the
 # line that names the target (tests/cuda/test_cuda_static.py holds it).
 FRONT_END = {75: 75, 80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 120: 100}
-# Of it alone, not of those that follow: the instructions that sm_90a has besides.
-WARPGROUP = ROOT / "csrc" / "cuda" / "ragged_attention" / "warpgroup.cu"
 # Whose PTX is kept too, for the machine of emulation/ptx.
 PTX_ARCHITECTURES = (75, 80)
 FLAGS = ["-std=c++20", "-O3", "-I", "csrc", "-Xptxas", "-v"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What a multiprocessor holds (CUDA C++ programming guide, compute capabilities)."""
-
-    warps: int
-    blocks: int
-    shared_bytes: int
-    registers: int = 65536
-
-
-SM = {
-    75: Device(32, 16, 64 << 10),
-    80: Device(64, 32, 164 << 10),
-    86: Device(48, 16, 100 << 10),
-    89: Device(48, 24, 100 << 10),
-    90: Device(64, 32, 228 << 10),
-    100: Device(64, 32, 228 << 10),
-    120: Device(48, 24, 100 << 10),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """Data sheet figures of a card; the latency of a load from memory is an assumption."""
-
-    name: str
-    architecture: int
-    gigabytes_per_second: float
-    multiprocessors: int
-    latency_ns: float
-
-    @property
-    def needed_bytes(self) -> float:
-        """Bytes that must be in flight per multiprocessor to keep memory busy (Little's law)."""
-        return self.gigabytes_per_second * self.latency_ns / self.multiprocessors
-
-
-CARDS = [
-    Card("T4", 75, 320, 40, 500),
-    Card("A100", 80, 2039, 108, 580),
-    Card("H100", 90, 3350, 132, 700),
-    Card("B200", 100, 8000, 148, 800),
-]
 
 
 class Line(NamedTuple):
