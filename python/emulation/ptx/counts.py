@@ -243,13 +243,16 @@ def count_merge(length: int, kv_heads: int = NUM_KV_HEADS) -> MergeCounts:
 def prefill_case(length: int) -> Case:
     """The last tokens of a prompt, one tile of 128 query vectors of one KV head."""
     group = NUM_HEADS // NUM_KV_HEADS
-    arguments = {
-        "query": numbers(128 // group, group, HEAD_DIM),
-        "key_cache": numbers(1, 1, length, HEAD_DIM),
-        "value_cache": -numbers(1, 1, length, HEAD_DIM),
-        "cu_seqlens_q": cumulative([128 // group]), "slots": int32([0]), "starts": int32([0]),
-        "lengths": int32([length]), "max_length": length,
-    }  # fmt: skip
+
+    def arguments() -> dict[str, object]:
+        return {
+            "query": numbers(128 // group, group, HEAD_DIM),
+            "key_cache": numbers(1, 1, length, HEAD_DIM),
+            "value_cache": -numbers(1, 1, length, HEAD_DIM),
+            "cu_seqlens_q": cumulative([128 // group]), "slots": int32([0]), "starts": int32([0]),
+            "lengths": int32([length]), "max_length": length,
+        }  # fmt: skip
+
     return Case("ragged_attention", f"prefill, {length} keys", arguments, 2 * 2 * length * HEAD_DIM)
 
 
