@@ -269,15 +269,11 @@ def test_without_a_mistake_there_is_no_report():
 # nvcc's PTX, executed.
 
 
+# The decode kernel beside it is not compiled for float16 otherwise.
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("rows of all kinds", torch.bfloat16),
-        ("window", torch.float16),
-        pytest.param("rows of all kinds", torch.float16, marks=pytest.mark.full),
-        pytest.param("window", torch.bfloat16, marks=pytest.mark.full),
-    ],
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)]
 )
+@pytest.mark.parametrize("name", ["rows of all kinds", "window"])
 def test_ptx_gives_what_the_emulator_gives(name, dtype):
     ops, options = PtxOps(warpgroups=True), CASES[name][3]
     problem = attention_problem(rows_of(name, dtype))
