@@ -249,6 +249,7 @@ def triton_grids() -> Iterator[Grid]:
         of, base = name_of(dtype), Call((), dtype=dtype)
         yield Grid(f"Triton's decode, {of}", base, (5, 18, 70), (1,), OPTIONS[:3], (), FEW_SLOTS)
         yield Grid(f"Triton's decode in pages, {of}", base, (18, 70), places=FEW_PAGES)
+        yield Grid(f"Triton's split and merge, {of}", base, (300, 600), places=FEW_SLOTS)
 
 
 def prove_triton(prover: Prover, grid: Grid) -> None:
