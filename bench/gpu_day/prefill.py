@@ -23,7 +23,7 @@ from .timing import beside_peers, our_us, time_ways
 
 
 def with_warpgroups(call: Callable[[], object]) -> Callable[[], object]:
-    """The call with the kernel that BATON_PREFILL asks for."""
+    """The call with the kernel that BATON_PREFILL selects."""
 
     @functools.wraps(call)
     def run() -> object:
@@ -63,7 +63,7 @@ def prefill(stage: Stage) -> None:
                 work.poison_padding,
             )  # fmt: skip
             if warpgroups:
-                # Beside the default kernel, in turns.
+                # Compared with the default kernel, in turns.
                 other = Way("mma", ours.calls, ours.check, reset=ours.reset)
                 ours.calls, peers = [with_warpgroups(call) for call in ours.calls], [other]
             else:

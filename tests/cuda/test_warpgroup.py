@@ -3,7 +3,7 @@
 | property | test |
 | --- | --- |
 | results, with copies and products early and late, judged | results |
-| a token's bits: whole = cut = packed = split, whatever is hidden | bits |
+| a token's bits: whole = cut = packed = split, for anything hidden | bits |
 | every barrier, fence and wait is needed | mistake |
 | nvcc's PTX gives the same, and the machine sees what is wrong in it | ptx |
 | what it takes: registers, products, wavefronts, issue slots | counted |
@@ -130,7 +130,7 @@ CUTS = {
 
 @pytest.mark.parametrize("name", CUTS)
 def test_bits_are_those_of_the_position(name):
-    """Whole, cut into chunks, and with all chunks packed beside other rows in one call."""
+    """Whole, cut into chunks, and with all chunks packed with other rows in one call."""
     tokens, length, cut, options = CUTS[name]
     (row,) = random_rows(
         [tokens], [length], num_heads=4, num_kv_heads=1, head_dim=128, dtype=torch.bfloat16
@@ -156,7 +156,7 @@ def test_segments_have_the_same_bits_in_one_block_and_in_blocks_of_their_own():
         [36], [1100], num_heads=4, num_kv_heads=1, head_dim=128, dtype=torch.float16
     )
     problem = attention_problem([row])
-    # As many vectors as make the host leave rows whole; none of them is a row's.
+    # Enough vectors for the host to leave rows whole; none of them is a row's.
     idle = problem.query.new_zeros(128 * 64 // 4, 4, 128)
     more = [torch.cat([x, x.new_tensor([last])]) for x, last in (
         (problem.cu_seqlens_q, 36 + len(idle)), (problem.slots, -1), (problem.starts, 0),
@@ -229,9 +229,9 @@ MISTAKES = {
     "copy_async_wait<0>": "missing wait for cp.async",
     "copy_async_wait<kCopiesAhead>": "missing wait for cp.async",
     # Or the ring goes on beneath a product.
-    "wait_for_products<0>": "sums of a product on its way were overwritten|missing wait for cp",
-    "wait_for_products<1>": "sums of a product on its way were overwritten",
-    "commit_products": "sums of a product on its way|while products are on their way",
+    "wait_for_products<0>": "sums of a product in flight were overwritten|missing wait for cp",
+    "wait_for_products<1>": "sums of a product in flight were overwritten",
+    "commit_products": "sums of a product in flight|while products are in flight",
     "arrive_as_warp": STUCK,
     "wait_for_phase": RACE,
     "__syncwarp": RACE,
@@ -269,7 +269,7 @@ def test_without_a_mistake_there_is_no_report():
 # nvcc's PTX, executed.
 
 
-# The decode kernel beside it is not compiled for float16 otherwise.
+# The decode kernel next to it is not compiled for float16 otherwise.
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)]
 )
@@ -360,7 +360,7 @@ def test_compiled_without_spills_and_products_run_on_their_own():
 
 
 def test_counts_leave_room_for_600_tflops():
-    """Issue slots and wavefronts of shared memory, beside the default kernel's."""
+    """Issue slots and wavefronts of shared memory, compared with the default kernel's."""
     ours, default = count_prefill(True), count_prefill(False)
     # What is known of values, items, and states are read by all threads of a warp.
     assert ours.wavefronts <= 1.02 * ours.ideal_wavefronts

@@ -163,7 +163,7 @@ def _finish(
             lse = tl.where((peak == float("-inf")) & (total == total), sink, lse)
         tl.store(lse_ptr + lse_at, lse, mask=is_vector)
     d = tl.arange(0, BLOCK_D)
-    # Adding 0 makes -0 the 0 that it is beside hidden keys, which add 0 times their values.
+    # Adding 0 turns -0 into the 0 that it is among hidden keys, which add 0 times their values.
     out = tl.where(sees[:, None], out / tl.where(sees, total, 1.0)[:, None] + 0.0, 0.0)
     tl.store(
         out_ptr + lse_at[:, None] * HEAD_DIM + d[None, :],

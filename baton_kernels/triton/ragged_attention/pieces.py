@@ -72,7 +72,7 @@ def next_piece(
     position = length - count + base
     piece = tl.where(piece_end < tokens, piece_end, TOKENS)
     is_careful = piece_end <= TOKENS
-    # A token alone has loaded no key that it does not see.
+    # A single token has loaded no key that it does not see.
     if (piece_end > TOKENS) & (tokens > 1):
         is_finite = tl.abs(out) < float("inf")
         if tl.min(is_finite.to(tl.int32)) == 0:

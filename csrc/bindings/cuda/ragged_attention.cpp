@@ -12,7 +12,7 @@ namespace baton::bindings {
 
 namespace {
 
-// BATON_PREFILL: "wgmma" asks for the kernel that only compute capability 9.0 has. Read at every
+// BATON_PREFILL: "wgmma" selects the kernel that only compute capability 9.0 has. Read at every
 // call, so that one process can compare the two.
 bool asks_for_warpgroups() {
   const char* value = std::getenv("BATON_PREFILL");

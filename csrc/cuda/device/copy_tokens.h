@@ -39,17 +39,17 @@ struct CopyTokensArgs {
   int32_t chunk_magic;  // (x * chunk_magic) >> 16 is x / chunks for any thread
 };
 
-// Items of a run whose loads, of keys and values, are on their way before the first store.
+// Items of a run whose loads, of keys and values, are in flight before the first store.
 constexpr int kCopyUnroll = 8;
-// Threads of a block, and the most it has when a head alone has more chunks than that.
+// Threads of a block, and the most it has when a single head has more chunks than that.
 constexpr int kCopyThreads = 128, kCopyMaxThreads = 256;
-// Two blocks for each of the 148 SMs of the largest device (B200) have 64 KB on their way per SM,
+// Two blocks for each of the 148 SMs of the largest device (B200) have 64 KB in flight per SM,
 // where 43 hide its memory's latency. With fewer, shorter runs make more blocks; with more, longer
 // runs spread the cost of finding the query.
 constexpr int64_t kCopyBlocks = 2 * 148;
 constexpr int64_t kMaxRun = 32, kMinRun = 2 * kCopyUnroll;
 
-// So many items of a run; all loads of kAtOnce come before the first store.
+// `count` items of a run; all loads of kAtOnce come before the first store.
 template <int kBytes, int kAtOnce = kCopyUnroll>
 __device__ __forceinline__ void copy_run(char* (&to)[2], const int64_t (&to_step)[2],
                                          char* (&from)[2], const int64_t (&from_step)[2],
@@ -82,7 +82,7 @@ struct CopyPlace {
   int32_t tile, offset;  // in bytes, of its chunk
   bool exists;
 
-  // `block` of the copies, or of the paddings behind them, which have so many tiles.
+  // `block` of the copies, or of the paddings behind them; there are `num_tiles` tiles.
   __device__ __forceinline__ CopyPlace(const CopyTokensArgs& a, int32_t chunk_bytes, int32_t block,
                                        int32_t num_tiles) {
     const int32_t thread = threadIdx.x, local = thread * a.chunk_magic >> 16;
@@ -135,7 +135,7 @@ __device__ __forceinline__ void copy_tile(const CopyTokensArgs& a, int32_t block
     const auto slot = static_cast<int32_t>(load_4(a.slots + query));
     const auto start = static_cast<int32_t>(load_4(a.starts + query));
     const int32_t tokens = min(end, next) - t;
-    // Bounds that do not ascend are none, nor is a negative one, which is too large as unsigned.
+    // Bounds that do not ascend are ignored; so is a negative one, which is too large as unsigned.
     if (unsigned(begin) <= unsigned(t) && fits(a, slot, start, begin, next)) {
       const auto in_cache = [&](const CopySide& x) {
         return place.address(x, start + (t - begin)) + slot * x.slot_stride;

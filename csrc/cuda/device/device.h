@@ -22,8 +22,8 @@
 #include "common/dtype.h"
 #include "cuda/device/ptx.h"
 
-// Names the block's dynamic shared memory: `unsigned char` of as many bytes as the launch asked
-// for, from a multiple of 128 or of `alignment` on.
+// Names the block's dynamic shared memory: `unsigned char` of the size that the launch requested,
+// from a multiple of 128 or of `alignment` on.
 #if defined(__CUDACC__)
 #define BATON_ALIGNED_SHARED(name, alignment) \
   extern __shared__ __align__(alignment)      \
@@ -72,7 +72,7 @@ inline bool has_warpgroup_products() {
 
 #if defined(__CUDACC__)
 // Every launch goes through here. Returns the launch's own error and leaves errors of earlier work
-// to whoever looks for them.
+// to those who look for them.
 template <typename... Params, typename... Args>
 cudaError_t launch_with(cudaLaunchAttribute* attributes, unsigned num_attributes,
                         void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,

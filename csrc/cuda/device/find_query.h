@@ -6,7 +6,7 @@
 namespace baton::cuda {
 
 // The query that token t belongs to, if any: how many queries end before it or with it, or one
-// less, which its caller sees. All lanes of the warp ask for the same token, and look at 32 ends at
+// less, which its caller sees. All lanes of the warp have the same token, and look at 32 ends at
 // a time. kAscending: none if the ends that they look at last do not ascend; of up to 32, these are
 // all.
 template <bool kAscending>
@@ -21,10 +21,10 @@ __device__ __forceinline__ int32_t find_query(const int32_t* cu_seqlens, int32_t
   while (left > 32) {
     const int32_t step = (left + 31) / 32, passed = ended(place * step) * step;
     found += passed;
-    // The last of the next `step` ends is known to come later, if there are so many.
+    // The last of the next `step` ends is known to come later, if it exists.
     left = min(left - passed, step - 1);
   }
-  // A lone query needs no search, and is the most frequent case of all.
+  // A single query needs no search, and is the most frequent case.
   if (left > 1) {
     const int32_t end =
         place <= left ? static_cast<int32_t>(load_4(cu_seqlens + found + place)) : INT32_MAX;

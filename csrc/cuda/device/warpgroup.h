@@ -1,7 +1,7 @@
 // What compute capability 9.0 has for warpgroups (four warps, beginning at a multiple of four):
 // products whose second operand lies in shared memory, barriers with phases, and the proxy fence
 // between the two. As in ptx.h each function has a twin, in python/emulation/cuda/warpgroup.h.
-// Compiled for sm_90a alone.
+// Compiled for sm_90a only.
 #pragma once
 
 #include "cuda/device/device.h"
@@ -66,7 +66,7 @@ __device__ __forceinline__ void take_registers() {
 // the 16-byte chunk c of row r of every eight in the place of chunk c ^ r. `address` begins at a
 // multiple of 1024 or within a row; `rows_8` is the distance of one eight of rows from the next.
 // Where rows lie along the depth of the product, `panels` is the distance of one 64 columns from
-// the next; else it is not used. Descriptors of one operand differ by their address alone, which
+// the next; else it is not used. Descriptors of one operand differ only by their address, which
 // stands in their lowest bits, in 16 bytes.
 __device__ __forceinline__ uint64_t operand_at(uint32_t address, uint32_t panels, uint32_t rows_8) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
@@ -131,7 +131,7 @@ __device__ __forceinline__ void fence_registers() {
 __device__ __forceinline__ void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until no more than so many of the groups committed last are on their way. Their sums are what d
+// Until at most this many of the groups committed last are in flight. Their sums are what d
 // has from here on: the compiler must not take it that it had them before.
 template <int kGroupsLeft>
 __device__ __forceinline__ void wait_for_products(float (&d)[16][4]) {

@@ -16,8 +16,8 @@
 //   side: movmatrix.
 //
 // Nothing but that goes between loads and products: no shared memory in the loop. The next keys are
-// asked for as soon as the products have used the registers of these, and the values likewise;
-// docs/cuda.md counts what is on its way. Warps meet once, at the end, in shared memory.
+// requested as soon as the products have used the registers of these, and the values likewise;
+// docs/cuda.md counts what is in flight. Warps meet once, at the end, in shared memory.
 #pragma once
 
 #include "cuda/ragged_attention/decode_warp.h"
@@ -71,7 +71,7 @@ __device__ __forceinline__ void decode_items(const AttentionArgs& a, unsigned ch
     if (splits > 1 && keys.begin >= keys.end) continue;
     Warp x(a, row, keys);
     const int32_t first = keys.begin + static_cast<int32_t>(warp) * kStepKeys;
-    // Asked for before the queries are waited for.
+    // Requested before the wait for the queries.
     if (first < keys.end) x.load_keys(first);
     x.load_queries(shared.queries);
     const auto publish = [&](int n, int c, int quad, float4 dims) {

@@ -119,7 +119,7 @@ class DecodeWarp {
     return kv_head_ * a_.group + vector;
   }
 
-  // Columns without a vector repeat the last one; nobody asks for their sums.
+  // Columns without a vector repeat the last one; nobody reads their sums.
   __device__ __forceinline__ int32_t existing(int32_t vector) const {
     return min(vector, row_.vectors - 1);
   }
@@ -158,7 +158,7 @@ class DecodeWarp {
     }
   }
 
-  // Streams the keys of this warp, the first of which have been asked for.
+  // Streams the keys of this warp, the first of which have been requested.
   __device__ __forceinline__ void run(int32_t begin) {
     int32_t first = begin;
 #pragma unroll
@@ -170,9 +170,9 @@ class DecodeWarp {
       }
     }
     while (true) {
-      // The keys were asked for in the middle of the turn before; the values' registers are free
-      // now. Left alone, ptxas waits for the keys first and asks for both afterwards: it moves no
-      // load over a __syncwarp.
+      // The keys were requested in the middle of the previous turn; the values' registers are
+      // free now. Without the __syncwarp, over which ptxas moves no load, it waits for the keys
+      // first and requests both afterwards.
       load_values(first);
       __syncwarp();
       const int32_t next = first + kAttentionWarps * kStepKeys;

@@ -4,7 +4,7 @@
 // A block of four warps takes one item after another: kQueries query vectors of a row and KV head,
 // and a split of the keys. A lane has 8 consecutive dims of one key; the lanes of a key stand side
 // by side, the keys of a warp behind each other, the warps behind each other. Every group of lanes
-// keeps a running maximum, sum and sum of values per vector of its own; at the end of a segment,
+// keeps a running maximum, sum and sum of values for each of its vectors; at the end of a segment,
 // shuffles, then shared memory bring them together, and the warp that writes a vector has its
 // totals.
 #pragma once
@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kGenericBlocks)
           item.splits > 1 ? keys.end : min(keys.end, segment_begin(num_segments(begin + 1)));
 #pragma unroll
       for (int m = 0; m < kQueries; ++m) softmax[m].reset();
-      // Steps begin at multiples of their own length, whichever vectors share this item: who adds a
-      // key depends on the key alone.
+      // Steps begin at multiples of their length, whichever vectors share this item: who adds a
+      // key depends on the key only.
       const int32_t step = kAttentionWarps * warp_keys;
       for (int64_t base = begin / step * step; base < end; base += step) {
         const int32_t k = static_cast<int32_t>(base) + warp * warp_keys + lane / key_lanes;

@@ -42,7 +42,7 @@ constexpr int32_t decode_vectors(int64_t head_dim, int64_t group) {
 // registers).
 constexpr int decode_blocks(int head_dim, int tiles) {
   // Keys and values of one step, sums and queries of a column tile, and what addresses, maxima and
-  // temporaries were seen to need. Bytes on their way per SM at best: blocks x 4 warps x 64
+  // temporaries were seen to need. Bytes in flight per SM at best: blocks x 4 warps x 64
   // head_dim.
   const int registers = head_dim / 2 + tiles * (head_dim / 4 + head_dim / 8) + 56;
   if (registers <= 128) return 4;  // 64 to 80 KB

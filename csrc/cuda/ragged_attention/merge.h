@@ -1,7 +1,7 @@
 // Merges the partial results of ragged_attention's split rows, in the order of their keys.
 //
 // A warp has one vector of a KV head, 4 dims in a lane; where that would be few warps, a vector has
-// several, whose lanes have one dim each. It asks for the partial results of many splits at once,
+// several, whose lanes have one dim each. It requests the partial results of many splits at once,
 // and sums them one after another. Of a row that decodes one token, lane i knows the weights of
 // splits i and i + 32. Segments of a row of several tokens join one after another, as they do in a
 // block that has all of them.
@@ -23,7 +23,7 @@ __host__ __device__ constexpr int32_t merge_warps(int64_t head_dim, int dims) {
   return dims == 1 ? static_cast<int32_t>((head_dim + 31) / 32) : 1;
 }
 
-// Partial results that a lane asks for together: as many as it has registers for.
+// Partial results that a lane requests together, limited by its registers.
 template <int kDims>
 struct PartialDims {
   static constexpr int kCount = 32 / kDims;
@@ -75,7 +75,7 @@ __device__ __forceinline__ MergedDims<kDims> merge_at_once(const float* stats, c
       sum[i] = __uint_as_float(bits.y);
     }
   }
-  // Asked for before the weights are waited for.
+  // Requested before the wait for the weights.
   Parts parts;
   parts.load(sums + static_cast<int64_t>(begin) * head_dim, head_dim, end - begin);
   x.top = fmaxf(fmaxf(x.top, maximum[0]), maximum[1]);

@@ -53,7 +53,7 @@ template <typename T>
 constexpr float kVanishing = std::is_same_v<T, __half> ? 0x1p-25f : 0x1p-134f;
 
 // Running maximum of a vector that has seen nothing: finite, since -inf - -inf is NaN, and so far
-// down that what is relative to it vanishes beside any score.
+// down that what is relative to it vanishes compared with any score.
 constexpr float kNoScore = -3.0e38f;
 
 }  // namespace baton::cuda

@@ -14,7 +14,7 @@
 // NaN: of tiles that have one, such values are weighed apart. With g = lane / 4 and t = lane % 4 a
 // lane has vectors g and g + 8 of the warp.
 //
-// What a vector gets depends on its own keys alone: tiles and segments begin at fixed columns of
+// What a vector gets depends only on its own keys: tiles and segments begin at fixed columns of
 // the row, and what is hidden from it, or seen by no vector of its warp, adds nothing.
 #pragma once
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ void prefill_items(const AttentionArgs& a, unsigned c
   for (int32_t round = 0; find_item(a, item_of(round), kTileVectors, !a.has_decode, item);
        ++round) {
     const AttentionRow& row = item.row;
-    // Addresses that are the same for all items are no reason to keep them in registers.
+    // Addresses that are the same for all items must not stay in registers for that reason.
     int32_t thread = threadIdx.x;
     hide(thread);
     // What the end of an item needs waits in shared memory, each thread's own.

@@ -50,11 +50,11 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
         *reinterpret_cast<uint32_t*>(target) = pair;
       }
     });
-    // A warp reads its own queries alone.
+    // A warp reads its own queries only.
     if constexpr (kQueryPitch > 0) __syncwarp();
   }
 
-  // Asks for the keys and values of one tile; zeros for those that nobody sees.
+  // Requests the keys and values of one tile; zeros for those that nobody sees.
   __device__ __forceinline__ void copy_tile(const TileKeys& keys, int32_t first, int stage) {
     constexpr int kChunks = kHeadDim / 8;
     constexpr int kTileChunks = kKeys * kChunks;
@@ -166,7 +166,7 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
   }
 
   // The same where 0 times a hidden value may be NaN: finite values first, then each of the others
-  // for those vectors alone that see it.
+  // only for the vectors that see it.
   __device__ __forceinline__ void weigh_apart(int32_t first, const float (&scores)[kKeyTiles][4],
                                               const T* values) {
     // Bit 2 n + c: whether the probability of key 8 n + 2 t + c is more than 0 in the products.

@@ -48,7 +48,7 @@ class PrefillVectors {
       const float4 x = has_totals ? as_floats(load_16(totals)) : float4{};
       store_16(totals, float4{joint[0].sum(x.x, out[n][0]), joint[0].sum(x.y, out[n][1]),
                               joint[1].sum(x.z, out[n][2]), joint[1].sum(x.w, out[n][3])});
-      // Left alone, ptxas asks for all of them first, which registers have no room for.
+      // Otherwise ptxas loads all of them first, for which there are not enough registers.
       __syncwarp();
     }
     store_16(this->totals(), float4{maximum_[0], sum[0], maximum_[1], sum[1]});
@@ -186,7 +186,7 @@ class PrefillVectors {
             float& x = scores[n][2 * i + c];
             x = finish_score<true>(a_, x, slope, distance - 8 * n - c);
           }
-          // Left alone, ptxas keeps the old scores beside the new ones.
+          // Otherwise ptxas keeps the old scores along with the new ones.
           if constexpr (kKeys > 64) __syncwarp();
         }
       }

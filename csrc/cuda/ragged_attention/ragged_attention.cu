@@ -2,7 +2,7 @@
 //
 // One call launches up to three kernels, each of which takes the rows that are its own and leaves
 // the others: decode (rows of one token), prefill (the others, in tiles of 64 vectors; where the
-// caller asks for it on compute capability 9.0, the warpgroup kernel in its place), and the merge
+// caller selects it on compute capability 9.0, the warpgroup kernel in its place), and the merge
 // of split rows. float32 and what the tensor core kernels cannot load take the generic kernel
 // in place of both. No grid has more blocks than the device holds at a time or the call has
 // vectors: blocks take one item after another, in an order that follows from their number. How
@@ -71,7 +71,7 @@ struct Plan {
     const int64_t row_tiles = divide_up(query_length * group, tile_vectors);
     return smaller(vectors / tile_vectors + p.num_rows, p.num_rows * row_tiles) * splits;
   }
-  // Blocks for so many items, of which the device holds so many per multiprocessor.
+  // Blocks for `items`, of which the device holds `per_multiprocessor` each.
   dim3 grid(int64_t items, int per_multiprocessor) const {
     const int64_t held = divide_up(int64_t{multiprocessors()} * per_multiprocessor, kv_heads);
     return dim3(static_cast<unsigned>(smaller(items, held)), static_cast<unsigned>(kv_heads));

@@ -5,8 +5,8 @@
 
 namespace baton::cuda {
 
-// Base 2 score of a vector and a key, from their product. Fast: the error of tanh is small beside
-// the bound, though not beside tanh, which is enough for scores of 16-bit elements.
+// Base 2 score of a vector and a key, from their product. Fast: the error of tanh is small compared
+// with the bound, though not with tanh itself; enough for scores of 16-bit elements.
 template <bool kFast>
 __device__ __forceinline__ float finish_score(const AttentionArgs& a, float product, float slope,
                                               int32_t distance) {
@@ -76,7 +76,7 @@ __device__ __forceinline__ Finished finish_vector(const AttentionArgs& a, int32_
                                                   float maximum, float sum) {
   Finished f{maximum, sum, 1.0f};
   const float sink = a.p.sinks ? a.p.sinks[head] : -INFINITY;
-  // A sink of -inf is none.
+  // A sink of -inf means no sink.
   if (sink != -INFINITY) {
     const float x = static_cast<float>(sink * a.inverse_unit);
     f.top = fmaxf(maximum, x);
@@ -89,7 +89,7 @@ __device__ __forceinline__ Finished finish_vector(const AttentionArgs& a, int32_
 }
 __device__ __forceinline__ float finish_lse(const AttentionArgs& a, int32_t head, float sum,
                                             const Finished& f) {
-  // Alone, the sink is its own logarithm, to the bit.
+  // Without keys, the sink is its own logarithm, to the bit.
   if (sum == 0.0f) return a.p.sinks ? a.p.sinks[head] : -INFINITY;
   return static_cast<float>(f.top * a.log_unit + static_cast<double>(logf(f.total)));
 }

@@ -25,8 +25,8 @@ constexpr int kStepKeys = 16;  // of a warp that decodes; the depth of its secon
 constexpr int32_t kSplitUnit = kStepKeys * kAttentionWarps;
 static_assert(attention_segment_keys(0) % kSplitUnit == 0);
 
-// Splits of a row that decodes one token: of 256 keys, so that a row of 2,048 that is alone has
-// 3 MB on their way in 64 blocks (8 KV heads), where 132 multiprocessors need 2.4; of 512 where
+// Splits of a row that decodes one token: of 256 keys, so that a single row of 2,048 has
+// 3 MB in flight in 64 blocks (8 KV heads), where 132 multiprocessors need 2.4; of 512 where
 // there are enough of them; and no more than bound the partial results by the size of the output.
 constexpr int32_t kShortSplitKeys = 256, kShortSplits = 16, kSplitKeys = 512, kMaxSplits = 64;
 
@@ -81,7 +81,7 @@ __host__ __device__ inline int32_t decode_split_keys(int32_t length, int32_t spl
   return (keys + kSplitUnit - 1) / kSplitUnit * kSplitUnit;
 }
 
-// Segments of so many keys.
+// The number of segments that `length` keys begin.
 __host__ __device__ inline int32_t num_segments(int32_t length) {
   return length > 0 ? static_cast<int32_t>(attention_segment_of(length - 1)) + 1 : 1;
 }
@@ -170,17 +170,17 @@ struct AttentionItem {
   int32_t tile, split, splits;
 };
 
-// A block's item of each round, whatever the number of blocks along x. Rows begin with their
+// A block's item of each round, for any number of blocks along x. Rows begin with their
 // longest items: every second round goes backwards, so that nobody has the longest of each.
 __device__ __forceinline__ int32_t item_of(int32_t round) {
   const int32_t blocks = gridDim.x, block = blockIdx.x;
   return round * blocks + (round % 2 ? blocks - 1 - block : block);
 }
 
-// The row of the item `item` of a KV head and its number in the row, in tiles of so many vectors of
+// The row of the item `item` of a KV head and its number in the row, in tiles of `tile_vectors` of
 // the rows of one token, or of the others, or of both. Every warp looks for itself, 32 rows at a
-// time; false past the last item. Count is wide enough for the items of 32 rows, whatever these
-// say.
+// time; false past the last item. Count is wide enough for the items of any 32 rows, whichever
+// these say.
 template <typename Count>
 __device__ __forceinline__ bool find_row(const AttentionArgs& a, int32_t item, int32_t tile_vectors,
                                          bool of_one, bool of_many, int32_t& index, int32_t& rest) {

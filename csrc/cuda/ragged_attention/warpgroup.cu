@@ -1,4 +1,4 @@
-// The kernels of ragged_attention for compute capability 9.0 alone: compiled for sm_90a.
+// The kernels of ragged_attention for compute capability 9.0 only: compiled for sm_90a.
 #include "cuda/ragged_attention/warpgroup.h"
 
 namespace baton::cuda {

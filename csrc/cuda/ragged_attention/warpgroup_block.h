@@ -120,7 +120,7 @@ class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, k
     commit_products();
   }
 
-  // Values of a tile that are not finite, for those vectors alone that see them: 0 times a hidden
+  // Values of a tile that are not finite, only for the vectors that see them: 0 times a hidden
   // one would be NaN. The tile has zeros for them.
   __device__ __forceinline__ void add_not_finite(int32_t first) {
     // Bit 2 n + c: whether the probability of key 8 n + 2 t + c is more than 0.

@@ -17,8 +17,9 @@ namespace baton::cuda {
 // operands are 192 registers of a consumer.
 constexpr int kWarpgroupKeys = 128;
 constexpr int kProducerThreads = 128, kWarpgroupThreads = kConsumerThreads + kProducerThreads;
-// They share what the block has been launched with, which is as many registers for each thread as
-// there are for all, in eights: 168. With more than that the last to ask would wait for ever.
+// They share the registers that the block was launched with: for each thread the multiple of 8 that
+// all threads can have, 168. With more than that the last warpgroup to request its own would wait
+// for ever.
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 constexpr int kLaunchRegisters = 65536 / kWarpgroupThreads / 8 * 8;
 static_assert(kConsumerThreads * kConsumerRegisters + kProducerThreads * kProducerRegisters <=
@@ -42,7 +43,7 @@ struct ConsumerItem {
 struct ProducerState {
   TileKeys keys;
   int32_t round;
-  uint32_t tiles;          // that it has asked for
+  uint32_t tiles;          // that it has requested
   uint32_t looks_through;  // whether it does so with the last one's values
 };
 static_assert(sizeof(ConsumerItem) / 4 % 2 == 1 && sizeof(ProducerState) / 4 % 2 == 1);
@@ -107,7 +108,7 @@ class RingProducer {
     }
   }
 
-  // What has been asked for is brought.
+  // Waits for all that was requested.
   __device__ __forceinline__ void finish() {
     if (state().tiles == 0) return;
     static_assert(kCopiesAhead == 2, "the last tiles of keys and of values");

@@ -4,7 +4,7 @@
 // On a CPU without AMX each of them raises SIGILL; the handler here reads the instruction from the
 // program, does it, and goes on behind it. So the built library itself runs, not another version of
 // it. What would be an exception of a CPU with AMX (#GP, #UD) is kept as a fault, which the tests
-// ask for. Every thread has its own tiles; instructions are counted over all threads.
+// request. Every thread has its own tiles; instructions are counted over all threads.
 #include <immintrin.h>
 #include <signal.h>
 #include <ucontext.h>

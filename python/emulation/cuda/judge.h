@@ -34,7 +34,7 @@ void copy_landed(void* target, unsigned bytes);
 void fence();
 void wait_for_grid_before();
 // Order through a word, as an mbarrier is: what its releases until the end of a phase knew is known
-// to whoever acquires it after that.
+// to those who acquire it after that.
 void release(const void* word);
 void end_phase(const void* word);
 void acquire(const void* word);

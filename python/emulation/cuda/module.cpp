@@ -190,7 +190,7 @@ static void bind(py::module_& m) {
   });
 }
 
-// Entries of all modules in one object. Each has a name of its own: to pybind11 a second module of
+// Entries of all modules in one object. Each has its own name: to pybind11 a second module of
 // one name is the first.
 PYBIND11_MODULE(emulated_fast, m) { bind(m); }
 PYBIND11_MODULE(emulated_judged, m) { bind(m); }

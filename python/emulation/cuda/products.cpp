@@ -29,7 +29,7 @@ Barrier& barrier_at(const void* address) {
   return found->second;
 }
 
-// In place of sums that are on their way: a signaling NaN, of which arithmetic makes a quiet one.
+// In place of sums that are in flight: a signaling NaN, of which arithmetic makes a quiet one.
 constexpr uint32_t kUnfinished = 0x7fa0dead;
 
 // Sums of a thread that products add to.
@@ -45,7 +45,7 @@ struct Begun {
 };
 struct ProductThread {
   uint64_t next = 0;        // number of the product that it begins next
-  std::list<Sums> sums;     // on their way
+  std::list<Sums> sums;     // in flight
   std::deque<Begun> begun;  // in order
   unsigned groups = 0;
   bool fenced = false;  // since its registers were its own
@@ -70,7 +70,7 @@ std::vector<Warpgroup> warpgroups;
 Warpgroup& warpgroup() { return warpgroups[place.linear / kWarpgroup]; }
 ProductThread& current_thread() { return product_threads[place.linear]; }
 
-// While one lives, the emulator's own memory is no business of ThreadSanitizer's.
+// While one lives, the emulator's own memory is not ThreadSanitizer's business.
 struct Unseen {
   Unseen() { tsan::ignore_begin(); }
   ~Unseen() { tsan::ignore_end(); }
@@ -179,7 +179,7 @@ void deliver(ProductThread& thread) {
       uint32_t bits;
       std::memcpy(&bits, sums.registers + i, 4);
       if (bits != kUnfinished) {
-        report("sums of a product on its way were overwritten");
+        report("sums of a product in flight were overwritten");
         break;
       }
     }
@@ -199,7 +199,7 @@ void init_barrier(const void* address, unsigned count) {
 
 void arrive(const void* address) {
   Barrier& barrier = barrier_at(address);
-  // Whoever uses a barrier has to know that it was initialized.
+  // A thread that uses a barrier has to know that it was initialized.
   judge::access(address, 8, false, __builtin_return_address(0));
   judge::release(address);
   tsan::release(&barrier);
@@ -284,7 +284,7 @@ void forget_products(unsigned num_threads) {
 }
 
 void end_products() {
-  if (!current_thread().begun.empty()) report("a thread returns while products are on their way");
+  if (!current_thread().begun.empty()) report("a thread returns while products are in flight");
 }
 
 }  // namespace emulation

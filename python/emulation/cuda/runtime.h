@@ -47,7 +47,7 @@ constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
 // So few that blocks of a grid that is sized by them have several items each.
 constexpr int kMultiprocessors = 2;
-// As on sm_90 and sm_100: the most a block may ask for.
+// As on sm_90 and sm_100: the most a block may request.
 constexpr std::size_t kMaxSharedBytes = 227 * 1024;
 
 // Where the running thread stands; what threadIdx, blockIdx, blockDim and gridDim read.
@@ -66,7 +66,7 @@ void block_barrier(Where where);
 // One operation of all lanes of `mask`. The last lane to arrive runs `run` with the data of every
 // lane (null outside the mask); then all go on.
 using WarpFunction = void (*)(void* const* lanes, unsigned mask);
-// Memory is ordered by __syncwarp alone, as CUDA promises for nothing else.
+// Only __syncwarp orders memory; CUDA promises it for nothing else.
 void warp_operation(unsigned mask, WarpFunction run, void* data, const char* name, Where where,
                     bool orders_memory = false);
 
@@ -88,7 +88,7 @@ void fence();
 // The running thread waits for the grid that its own was launched behind.
 void wait_for_grid_before();
 
-// Dynamic shared memory of the running block: exactly the bytes asked for.
+// Dynamic shared memory of the running block: exactly the bytes requested.
 extern unsigned char* dynamic_shared;
 extern std::size_t dynamic_shared_bytes;
 

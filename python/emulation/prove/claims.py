@@ -23,10 +23,10 @@ STATEMENTS = {
     OUTSIDE: "no byte of padding, of hidden keys or outside of the tensors is loaded",
     COPY: "every element that is written has the term of the one that belongs there, every other "
     "keeps its own",
-    BATCH: "a row's terms are the same alone and beside other rows, in another slot, at another "
+    BATCH: "a row's terms are the same by itself and among other rows, in another slot, at another "
     "start, with another capacity, other strides and other bounds",
-    PAGES: "with a block table a row's terms are those of the kernel without, whatever the size of "
-    "its pages, wherever they lie and whoever else has some",
+    PAGES: "with a block table a row's terms are those of the kernel without, for any size of "
+    "its pages, wherever they lie and which other rows have some",
     CUT: "a token's terms are the same however its prompt was cut into calls",
     FAILED: "an error ended the unit; nothing is said of its calls",
 }

@@ -39,7 +39,7 @@ from emulation.prove.runs import Unit
 from emulation.static.kernels import PTX_ARCHITECTURES
 
 # What has to be refuted: a lone token is the decode kernel's, whose products have other shapes; and
-# a value that is not finite is weighed apart in tiles at the border of what is visible alone.
+# a value that is not finite is weighed apart only in tiles at the border of what is visible.
 KNOWN = {("prefill and decode", CUT), ("prefill of whole tiles", CUT)}
 OPTIONS = (
     {}, {"window": 3}, {"softcap": 5.0, "alibi": True, "sinks": True},
@@ -262,7 +262,7 @@ def prove_triton(prover: Prover, grid: Grid) -> None:
 
 
 def triton_units() -> Iterator[Unit]:
-    """Of sm_80, which is what the named source stands for: its PTX is no other architecture's."""
+    """Of sm_80, which is what the named source stands for: no other architecture has its PTX."""
     sources = [
         Path(__file__).with_name("triton_ptx.py"),
         *(ROOT / "baton_kernels" / "triton").rglob("*.py"),

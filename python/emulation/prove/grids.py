@@ -18,7 +18,7 @@ def alone(length: int, queries: int) -> dict:
 
 
 def in_company(length: int, queries: int) -> dict:
-    """Beside a row of one token, in a cache with other strides; the host knows no lengths."""
+    """Next to a row of one token, in a cache with other strides; the host knows no lengths."""
     return {
         "rows": (Row("B", 3, 1, 0, 1), Row(TAG, length, queries, 1, 5)),
         "num_slots": 2, "capacity": length + 9, "transposed": True, "padded": True,
@@ -27,7 +27,7 @@ def in_company(length: int, queries: int) -> dict:
 
 
 def in_mixed_company(length: int, queries: int) -> dict:
-    """The same beside a row of several tokens too, whose kernel is another one."""
+    """The same, next to a row of several tokens too, whose kernel is another one."""
     return {
         "rows": (Row("B", 3, 1, 0, 1), Row(TAG, length, queries, 2, 5), Row("C", 20, 2, 1, 0)),
         "num_slots": 4, "capacity": length + 24, "transposed": True, "padded": True,
@@ -44,7 +44,7 @@ def moved(length: int, queries: int) -> dict:
 
 
 def in_crowd(length: int, queries: int) -> dict:
-    """Behind so many rows that blocks take several items; one of them has no tokens here, one no
+    """Behind enough rows for blocks to take several items; one of them has no tokens here, one no
     keys, one more tokens than keys, and one no place."""
     rows = [Row(f"R{i}", 1 + i % 3, 1, i, i % 2) for i in range(33)]
     rows[4] = Row("E", 3, 0, 4, 0)
@@ -69,12 +69,12 @@ def between_others(length: int, queries: int) -> dict:
 
 
 def with_idle_tokens(length: int, queries: int) -> dict:
-    """With query tokens of no row, so many that no row is split at its segments."""
+    """With query tokens of no row, enough that no row is split at its segments."""
     return {**alone(length, queries), "idle_tokens": 8200}
 
 
 def in_pages(length: int, queries: int) -> dict:
-    """Alone in pages of 16 columns, any of which may hold any sixteen of the row's."""
+    """By itself in pages of 16 columns, any of which may hold any sixteen of the row's."""
     return {**alone(length, queries), "page": 16}
 
 

@@ -176,7 +176,7 @@ def _run(job: tuple[Unit, int]) -> Result:
 def run(jobs: Sequence[tuple[Unit, int]], processes: int, seconds: float = 0.0) -> Iterator[Result]:
     """Results of units on architectures, as they come: first those on disk.
 
-    Each of the others has a process to itself. After so many seconds, if any, no more are begun,
+    Each of the others has a process to itself. After `seconds`, if not 0, no more are begun,
     and what has begun is given up.
     """
     waiting = []

@@ -80,7 +80,7 @@ class TritonOps(SymbolicOps):
                 arguments.append(np.array(given[name].data_ptr(), np.uint64).tobytes())
             elif kind != "constexpr":
                 arguments.append(np.array(given[name], PACKED[kind]).tobytes())
-        # Scratch memory, of which these kernels ask for none.
+        # Scratch memory, of which these kernels need none.
         arguments += [bytes(8)] * 2
         block = (32 * metadata.num_warps, 1, 1)
         machine.launch((launch.programs, 1, 1), block, arguments, tensors, metadata.shared)

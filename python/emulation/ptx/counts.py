@@ -211,7 +211,7 @@ class NotExecuted:
 
 
 class MergeOps(PtxOps):
-    """Executes the merge alone, for sm_90, where it is launched behind the kernel before."""
+    """Executes only the merge, for sm_90, where it is launched behind the kernel before."""
 
     def __init__(self) -> None:
         super().__init__(90)

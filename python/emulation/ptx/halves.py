@@ -156,7 +156,7 @@ class Halves:
             arguments, number = arguments[::-1], values[0][0]  # of operations in either order
             if operation not in ("and.b32", "or.b32", "add.s32"):
                 return None
-        # Beside a number, any register is two halves.
+        # Together with a number, any register is two halves.
         is_bitwise = operation in ("and.b32", "or.b32")
         halves = self._split(arguments[0], is_bitwise and number is not None)
         if halves is None:

@@ -39,7 +39,7 @@ def kernel_names(module: str) -> dict[int, str]:
 
 
 def is_of_warpgroups(kernel: str) -> bool:
-    """Whether it is one for sm_90a alone."""
+    """Whether it is one for sm_90a only."""
     return "warpgroup_kernel" in kernel
 
 

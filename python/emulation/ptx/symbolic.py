@@ -1,7 +1,7 @@
 """The PTX machine on terms: what a kernel computes of data that it does not know.
 
 Registers, shared and global memory hold a term (terms.py) wherever a number comes from data; the
-number beside it means nothing then. Indices, addresses and loop counters stay numbers. Where data
+number next to it means nothing then. Indices, addresses and loop counters stay numbers. Where data
 choose a way through the code, both ways are taken and what they leave is `ite(condition, a, b)`, up
 to the place where they meet again; an address or a loop's end that depends on data is an error.
 
@@ -148,7 +148,7 @@ class SymbolicMachine(WarpRules, Machine):
             condition = self.table.apply("not", condition)
         ways = []
         for start in (self.labels[x.operands[0]], at + 1):
-            # What does not hold on the way: the condition, or where it holds its contrary.
+            # What does not hold here: the condition, or where it holds its contrary.
             fails = condition if start == at + 1 else self.table.apply("not", condition)
             frame = Frame(false=self._false_in_warps(lanes, fails))
             self.frames.append(frame)

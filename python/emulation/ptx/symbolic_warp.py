@@ -87,7 +87,7 @@ class WarpRules:
             self.set_terms(name, lanes, self.table.apply(x.opcode, a, b, before[j]))
 
     def _columns(self, left: np.ndarray, right: np.ndarray, kind: str) -> np.ndarray:
-        """Terms of B's columns beside each row of A, [warp, 16, 8]: see `without_hidden`."""
+        """Terms of B's columns with each row of A, [warp, 16, 8]: see `without_hidden`."""
         table = self.table
         plain = [[table.group("vector", v) for v in m] for m in right.tolist()]
         columns = np.repeat(np.array(plain, np.int32)[:, None], 16, axis=1)

@@ -238,7 +238,7 @@ class Terms:
         return zeros and self.value(before) == (PLUS_ZERO, 32)
 
     def is_finite(self, x: int, kind: str) -> bool:
-        """Whether a 16-bit element is neither NaN nor infinite, whatever its leaves are."""
+        """Whether a 16-bit element is neither NaN nor infinite for all values of its leaves."""
         found = self._finite.get((kind, x))
         if found is None:
             found = self.value(self.halves.not_finite(x, kind)) == (0, 1)

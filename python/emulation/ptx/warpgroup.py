@@ -96,7 +96,7 @@ class WarpgroupMachine(Machine):
         self.products: list[Product] = []
         self.groups = np.zeros(self.count, np.int64)
         # Fences of a thread so far; and of a register, how many there were when a thread wrote it,
-        # whether a thread has it as a sum or as a first operand of a product on its way.
+        # whether a thread has it as a sum or as a first operand of a product in flight.
         self.fences = np.zeros(self.count, np.int32)
         self.written: dict[str, np.ndarray] = collections.defaultdict(
             lambda: np.full(self.count, -1, np.int32)
@@ -128,12 +128,12 @@ class WarpgroupMachine(Machine):
         names = registers_of(x)
         for name in names:
             if name in self.sums and (self.sums[name] & active).any():
-                raise RuntimeError(f"{x.opcode} touches {name}, a sum of a product on its way")
+                raise RuntimeError(f"{x.opcode} touches {name}, a sum of a product in flight")
         if x.name in ("st", "bar", "bra", "fence", "mbarrier", "setmaxnreg"):
             return
         for name in registers(x.operands[0]) if x.operands else ():
             if name in self.operands and (self.operands[name] & active).any():
-                raise RuntimeError(f"{x.opcode} writes {name}, which a product on its way reads")
+                raise RuntimeError(f"{x.opcode} writes {name}, which a product in flight reads")
             np.copyto(self.written[name], self.fences, where=active)
 
     # Barriers.
@@ -210,7 +210,7 @@ class WarpgroupMachine(Machine):
                 raise RuntimeError(f"a product takes {name} without a wgmma.fence before it")
         for name in a:
             if (self.sums[name] & active).any():
-                raise RuntimeError(f"a product takes {name}, a sum of another one on its way")
+                raise RuntimeError(f"a product takes {name}, a sum of another one in flight")
             self.operands[name] |= active
         for name in sums:
             self.sums[name] |= active

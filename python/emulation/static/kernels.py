@@ -20,7 +20,7 @@ from emulation.artifacts import ROOT, hash_of, kept, nvcc_version, run_compiler,
 from emulation.static.cards import CARDS, SM
 from emulation.tools import tool, with_includes
 
-# For sm_90a alone: instructions that no other architecture has.
+# For sm_90a only: instructions that no other architecture has.
 WARPGROUP = ROOT / "csrc" / "cuda" / "ragged_attention" / "warpgroup.cu"
 # For every architecture.
 SOURCES = sorted(set((ROOT / "csrc" / "cuda").rglob("*.cu")) - {WARPGROUP})
@@ -134,7 +134,7 @@ class Kernel:
         """The innermost loop with tensor core products, without what its branches may skip and that
         has neither products nor wide loads: masks, rescaling, options."""
         loops, target_of = self._loops()
-        # Around the loop over keys is the one over a block's items; beside an unrolled loop is the
+        # Around the loop over keys is the one over a block's items; next to an unrolled loop is the
         # short one for what its turns leave over.
         innermost = [
             (first, end) for first, end in loops
