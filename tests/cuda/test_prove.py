@@ -143,6 +143,12 @@ def test_rules_of_joined_sums():
     # x is not x f + 0 where x is -0 or f is NaN.
     assert joined(x, weight(m, m)) != x
     assert joined(joined(x, weight(m, m)), weight(other, other)) != joined(x, weight(m, m))
+    # A sum of products of bfloat16 may lose one of zeros, up to the sign of a zero; no other may.
+    half = terms.leaf(("half",), "half")
+    widened = terms.one("pair", terms.constant(0, 16), half)
+    product = terms.one("fma.rn.f32", widened, widened, x)
+    assert terms.one("fma.rn.f32", zero, zero, x) != x and not terms.drops_zeros
+    assert terms.one("fma.rn.f32", zero, zero, product) == product and terms.drops_zeros
     nothing = terms.group("vector", [terms.constant(0, 16)] * 16)
     some = terms.group("vector", [terms.constant(0, 16)] * 15 + [x])
     mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"

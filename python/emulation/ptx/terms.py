@@ -147,7 +147,7 @@ class Terms:
             return self.constant(0, 16)
         if operation == "not.pred":
             return self._not(*arguments)
-        if operation == "fma.rn.f32" and self._adds_nothing(*arguments[:2]):
+        if operation == "fma.rn.f32" and self._adds_nothing(*arguments):
             self.drops_zeros = True
             return arguments[2]
         if operation.startswith("mma.") and self._is_nothing(*arguments):
@@ -186,14 +186,22 @@ class Terms:
                 if (v := self.value(x)))  # fmt: skip
         return bool(np.isfinite(number)) and any(number <= top < np.inf for top in tops)
 
-    def _adds_nothing(self, x: int, y: int) -> bool:
-        """Whether one of two floats is +0 and the other one a finite bfloat16, widened."""
+    def _adds_nothing(self, x: int, y: int, before: int) -> bool:
+        """Whether one of two floats is +0 and the other one a finite bfloat16, widened; or +0 too,
+        where such products are added up."""
         if self.value(x) != (PLUS_ZERO, 32):
             x, y = y, x
-        node = self.nodes[y]
-        if self.value(x) != (PLUS_ZERO, 32) or node[0] != "pair":
+        if self.value(x) != (PLUS_ZERO, 32):
             return False
-        return self.value(node[1]) == (0, 16) and self.is_finite(node[2], "bf16")
+        if self.value(y) == (PLUS_ZERO, 32):
+            node = self.nodes[before]
+            return node[0] == "fma.rn.f32" and all(map(self._is_widened, node[1:3]))
+        return self._is_widened(y) and self.is_finite(self.nodes[y][2], "bf16")
+
+    def _is_widened(self, x: int) -> bool:
+        """Whether it is a bfloat16 as a float."""
+        node = self.nodes[x]
+        return node[0] == "pair" and self.value(node[1]) == (0, 16)
 
     def _as_sum(self, fma: tuple[int, ...]) -> tuple[int, ...]:
         """y f + 0 as 0 * 0 + y f, which is as much where f is 0, 1 or NaN."""
