@@ -114,6 +114,9 @@ def test_rules_hold_for_all_values():
     assert terms.one("ite", tested, scaled, total) == scaled
     assert terms.one("ite", terms.one("setp.neu.f32", x, one), scaled, total) != scaled
     assert terms.one("ite", tested, terms.one("mul.f32", x, y), x) != terms.one("mul.f32", x, y)
+    equal, unequal, ordered = (terms.one(f"setp.{name}.f32", x, y) for name in ("eq", "neu", "ne"))
+    assert terms.one("ite", equal, x, one) == terms.one("ite", unequal, one, x)
+    assert terms.one("ite", equal, x, one) != terms.one("ite", ordered, one, x)
     # 0 2^(c - m) is 0 where 2^(c - m) is a number, which c > m does not make it.
     for c, known in ((low, True), (one, False)):
         factor = terms.one("ex2.approx.ftz.f32", terms.one("sub.f32", c, top))

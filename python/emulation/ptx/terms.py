@@ -18,6 +18,7 @@ holds for every value of the leaves, to the bit (NaN, infinities and signs of ze
 - (x f + 0) f + 0 = x f + 0 where f is 0, 1 or 2^(m - m), which is 1 or NaN;
 - x + 0 = x where x is a sum or product of powers of two, hence never -0;
 - x * f where f is not 1, else x, is x * f for any computed x;
+- a choice by x == y is the other way round the one by x != y, which holds for NaN;
 - a choice between equal terms is that term, one between true and false its condition; `any` of
   predicates is one of their set;
 - a choice between r and r with other choices on it, each of which takes something else only where
@@ -331,6 +332,9 @@ class Terms:
             return yes if value[0] else no
         if self.nodes[condition][0] == "not":
             return self._ite(self.nodes[condition][1], no, yes)
+        if self.nodes[condition][0] == "setp.eq.f32":
+            unequal = self.one("setp.neu.f32", *self.nodes[condition][1:])
+            return self._ite(unequal, no, yes)
         if self._scales_by_one(condition, yes, no) or self._is_below(condition, yes, no):
             return yes
         if self.value(yes) == (1, 1) and self.value(no) == (0, 1):
