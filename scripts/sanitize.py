@@ -134,7 +134,7 @@ def main() -> None:
             sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
             "--capture=sys", *(arguments.tests or kind.tests),
         ]  # fmt: skip
-        # Tests of threads have no backend: they run on the best instruction set, the only one built.
+        # Tests of threads have no backend: they run on the only instruction set that was built.
         if arguments.tests or not arguments.races:
             command += ["--backend", f"cpu-{isa}"]
         status, report = under(kind, command)

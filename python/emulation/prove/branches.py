@@ -12,9 +12,49 @@ from emulation.prove.claims import Coverage
 
 Kernels = Mapping[tuple[str, int], Coverage]  # by kernel and architecture
 
+LONG = "rows of more than 16,384 keys; those of the grids have at most 1,030"
+SIZES = "a count that these kernels' launches do not have: every lane and warp begins with work"
+UNORDERED = (
+    "index values that do not ascend or lie outside of the tensors: the tests of ops have them"
+)
+BLIND = "vectors that see no key of a row that is split or has several tokens"
+HEADS = (
+    "more heads than a block's threads take in one round: append_kv's calls have 4, and 2 KV heads"
+)
+SEVERAL = "tiles of several tokens, which Triton's units do not have"
 # Part of the file's path, part of the source line, and why one of its outcomes is not reached.
-# None of these lines looks at data: what they choose are the calls' numbers.
-NAMED: tuple[tuple[str, str, str], ...] = ()
+# None of these lines looks at data of CUDA's kernels: what they choose are the calls' numbers.
+NAMED: tuple[tuple[str, str, str], ...] = (
+    ("common/attention_segments.h", "", LONG),
+    ("ragged_attention/prefill.h", "if (first == segment_begin(last + 1))", LONG),
+    ("ragged_attention/rows.h", "if (length <= kShortSplits * kSplitKeys)",
+     "rows of one token with more than 8,192 keys; those of the grids have at most 600"),
+    ("ragged_attention/rows.h", "return length > 0", "segments of no keys, which no kernel counts"),
+    ("ragged_attention/rows.h", "(unsigned(first_token) <=", UNORDERED),
+    ("ragged_attention/prefill.h", "if (item.splits > 1 && block_keys.begin", BLIND),
+    ("ragged_attention/prefill.h", "if (block_keys.begin < block_keys.end)", BLIND),
+    ("ragged_attention/merge.h", "if (keys.begin < keys.end)", BLIND),
+    ("ragged_attention/merge.h", "first = begin; first < end;", BLIND),
+    ("ragged_attention/merge.h", "if (first < end)",
+     "rows of more splits than a lane requests at once, 8 or 32"),
+    ("ragged_attention/merge.h", "while (index < num_rows", UNORDERED),
+    ("ragged_attention/merge.h", "load_4(a.p.cu_seqlens + index + 1)) <= packed", UNORDERED),
+    ("ragged_attention/merge.h", "first < head_dim;", SIZES),
+    ("ragged_attention/results.h", "if (sums_)",
+     "split rows with other head dims than 64: the grids' long rows have 64"),
+    ("cuda/append_kv.cu", "for (; count > (kAtOnce - 1) * step;", HEADS),
+    ("cuda/append_kv.cu", "if (count <= 0) return;", HEADS),
+    ("cuda/append_kv.cu", "if (wide)", "angles of another alignment than the calls' have"),
+    ("cuda/append_kv.cu", "if (slot < 0 ||", UNORDERED),
+    ("device/copy_tokens.h", "if (query >= a.num_queries)", UNORDERED),
+    ("device/find_query.h", "if (__any_sync(~0u, descends))", UNORDERED),
+    ("cuda/insert_kv.cu", "if (begin < 0 ||", UNORDERED),
+    ("cuda/merge_attention.cu:0", "", "the division in 64 bits, for 2^32 heads and more in all"),
+    ("cuda/merge_attention.cu", "index / p.num_heads",
+     "the division in 64 bits, for 2^32 heads and more in all"),
+    ("cuda/merge_attention.cu", "for (int32_t chunk = lane;", SIZES),
+    ("triton/ragged_attention/pieces.py", "", SEVERAL),
+)  # fmt: skip
 FOLDERS = "csrc", "baton_kernels"
 ELSEWHERE = "reached both ways in other instances of the template"
 
