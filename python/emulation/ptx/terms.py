@@ -188,8 +188,7 @@ class Terms:
         return bool(np.isfinite(number)) and any(number <= top < np.inf for top in tops)
 
     def _adds_nothing(self, x: int, y: int, before: int) -> bool:
-        """Whether one of two floats is +0 and the other one a finite bfloat16, widened; or +0 too,
-        where such products are added up."""
+        """Whether one of x and y is +0, the other a finite bfloat16, or +0 in a sum of such."""
         if self.value(x) != (PLUS_ZERO, 32):
             x, y = y, x
         if self.value(x) != (PLUS_ZERO, 32):
@@ -233,17 +232,14 @@ class Terms:
         if node[0] == "ite":
             return self._is_idempotent(node[2]) and self._is_idempotent(node[3])
         if node[0].startswith("ex2."):
-            power = self.nodes[node[1]]
-            return power[0] == "sub.f32" and power[1] == power[2]
+            kind, *operands = self.nodes[node[1]]
+            return kind == "sub.f32" and operands[0] == operands[1]
         return self.value(f) in ((PLUS_ZERO, 32), (ONE, 32))
 
     def _is_nothing(self, row: int, column: int, before: int) -> bool:
         """Whether all elements of a row of A and a column of B are +0, and that of C is."""
-        zeros = all(
-            self.nodes[vector][0] == "vector"
-            and all(self.value(x) == (0, 16) for x in self.nodes[vector][1:])
-            for vector in (row, column)
-        )
+        zero = self.constant(0, 16)
+        zeros = all({*self.nodes[vector]} == {"vector", zero} for vector in (row, column))
         return zeros and self.value(before) == (PLUS_ZERO, 32)
 
     def is_finite(self, x: int, kind: str) -> bool:
