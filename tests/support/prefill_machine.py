@@ -120,8 +120,6 @@ class ActorMachine(ProcessMachine):
 
     def new_prefiller(self, workers, always):
         # Ray is a large package: not before a machine needs it.
-        import ray
-
         from baton_engines.prefill.ray import Remote
 
         os.environ.update(
@@ -131,11 +129,24 @@ class ActorMachine(ProcessMachine):
             # Actors have to find the model's module, and those that it imports.
             PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
         )
-        ray.init(
-            "local", num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False,
-            logging_level="ERROR", log_to_driver=False,
-        )  # fmt: skip
+        self.start_cluster()
         return Remote(workers=workers, threads=1, always=always, num_cpus=0, **PATIENT)
+
+    def start_cluster(self):
+        """Beside other work its parts may come too late for Ray; a second time they do not."""
+        import ray
+
+        for attempt in range(3):
+            try:
+                ray.init(
+                    "local", num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False,
+                    logging_level="ERROR", log_to_driver=False,
+                )  # fmt: skip
+                return
+            except Exception as error:
+                ray.shutdown()
+                if attempt == 2 or "timed out during startup" not in str(error):
+                    raise
 
     def kill(self, chosen):
         import ray
