@@ -16,8 +16,9 @@ from emulation.ptx.symbolic_memory import SymbolicError
 from emulation.ptx.terms import Terms
 
 
-# The machine of test_ptx_machine.py computes with the PTX of sm_75.
-@pytest.mark.parametrize("architecture", [80, pytest.param(75, marks=pytest.mark.full)])
+# `make test-cuda-build` runs it: what a defect looks like is tested here, and the rules.
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", [80, 75])
 def test_quick_proofs(architecture):
     """The output of `python -m emulation.prove --quick`: only what must be refuted is refuted."""
     prover = prove_quick(Prover(architecture))

@@ -47,6 +47,8 @@ class TwoNodes:
 @pytest.fixture(scope="session", autouse=True)
 def _settings() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Else everything else on the machine comes before Ray's actors, and they time out.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # On a machine under load a frontend takes longer to start than Serve allows.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
