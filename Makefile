@@ -57,7 +57,7 @@ WORKERS := -n $(PROCESSES) --maxprocesses 4 --dist worksteal
 test most-tests test-full test-quick: export PYTHONDONTWRITEBYTECODE =
 
 # The types are checked on one processor, so the tests begin meanwhile. Those of tests/scale come last
-# and alone: a cluster of Ray is several processes already, and Ray gives way to all others.
+# and by themselves: a cluster of Ray is several processes already.
 test: setup
 	$(MAKE) --no-print-directory -j 2 lint most-tests
 	$(BIN)/python -m pytest tests/scale --durations=5
@@ -133,7 +133,7 @@ test-wheel: wheel
 	PYTHON=$(PYTHON) bash scripts/wheel.sh dist/*.whl "$(PYTHON) 2.13.0" "$(PYTHON) 2.14.1" \
 	  $(if $(OTHER_PYTHON),"$(OTHER_PYTHON) 2.13.0")
 
-# The CUDA kernels compiled, linked and loaded beside a CUDA torch (several GB); needs no GPU. Then
+# The CUDA kernels compiled, linked and loaded with a CUDA torch (several GB); needs no GPU. Then
 # Triton's kernels compiled for every GPU and interpreted in every dtype, the kernels under the compiler's
 # sanitizers, all PTX that the machines of python/emulation execute, and the stages of `make gpu` on a
 # CPU: `make test` has the parts of these that stand for the rest.

@@ -1,5 +1,5 @@
 // What each thread of a block knows to have happened: of every thread, what it did before a count
-// of its own (a vector clock). The judge keeps it.
+// that this thread keeps (a vector clock). The judge keeps it.
 #pragma once
 
 #include <algorithm>

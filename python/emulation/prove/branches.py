@@ -21,6 +21,7 @@ BLIND = "vectors that see no key of a row that is split or has several tokens"
 HEADS = (
     "more heads than a block's threads take in one round: append_kv's calls have 4, and 2 KV heads"
 )
+WIDE = "the division in 64 bits, for 2^32 heads and more in all"
 SEVERAL = "tiles of several tokens, which Triton's units do not have"
 # Part of the file's path, part of the source line, and why one of its outcomes is not reached.
 # None of these lines looks at data of CUDA's kernels: what they choose are the calls' numbers.
@@ -49,9 +50,9 @@ NAMED: tuple[tuple[str, str, str], ...] = (
     ("device/copy_tokens.h", "if (query >= a.num_queries)", UNORDERED),
     ("device/find_query.h", "if (__any_sync(~0u, descends))", UNORDERED),
     ("cuda/insert_kv.cu", "if (begin < 0 ||", UNORDERED),
-    ("cuda/merge_attention.cu:0", "", "the division in 64 bits, for 2^32 heads and more in all"),
+    ("cuda/merge_attention.cu:0", "", WIDE),
     ("cuda/merge_attention.cu", "index / p.num_heads",
-     "the division in 64 bits, for 2^32 heads and more in all"),
+     WIDE),
     ("cuda/merge_attention.cu", "for (int32_t chunk = lane;", SIZES),
     ("triton/ragged_attention/pieces.py", "", SEVERAL),
 )  # fmt: skip
