@@ -158,17 +158,21 @@ class KVCacheMachine(RuleBasedStateMachine):
         count = max(counts.values(), default=0)
         return len(set(counts.values())) < 2 and self.width - self.padding() + count <= CAPACITY
 
+    def widen(self, count):
+        """The model's width as rows are about to get so many tokens each: what is padding for all
+        of them goes where the new columns need the room."""
+        if self.aligned and self.rows:
+            if self.width + count > CAPACITY:
+                self.width -= self.padding()
+            self.width += count
+
     def extend(self, counts, given):
         """Extends cache and model; False if that had to be rejected."""
         if not self.extendable(counts):
             self.refused(self.cache.extend, list(counts), given)
             return False
         self.cache.extend(list(counts), given)
-        if self.aligned and counts:
-            count = max(counts.values())
-            if self.width + count > CAPACITY:
-                self.width -= self.padding()
-            self.width += count
+        self.widen(max(counts.values(), default=0))
         for slot, count in counts.items():
             self.rows[slot] += self.new_tokens(count)
         return True
@@ -348,10 +352,10 @@ class KVCacheMachine(RuleBasedStateMachine):
         failed = self.while_an_op_fails("move_kv", call)
         if what == "append" and not failed:
             # Nothing had to move: finish the step in the model as well.
+            self.widen(1)
             for slot in counts:
                 self.rows[slot] += self.new_tokens(1)
                 self.write(slot, self.rows[slot][-1:])
-            self.width += self.aligned and bool(counts)
 
     def while_an_op_fails(self, op, call):
         """True if the op was called; then neither the rows nor the model have changed."""
