@@ -22,12 +22,12 @@ from .device import Stage, run
 from .timing import beside_peers, our_us, time_ways
 
 
-def with_warpgroups(call: Callable[[], object]) -> Callable[[], object]:
-    """The call with the kernel that BATON_PREFILL selects."""
+def by_kernel(name: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call with the kernel that BATON_PREFILL names so."""
 
     @functools.wraps(call)
     def run() -> object:
-        os.environ["BATON_PREFILL"] = "wgmma"
+        os.environ["BATON_PREFILL"] = name
         try:
             return call()
         finally:
@@ -63,9 +63,13 @@ def prefill(stage: Stage) -> None:
                 work.poison_padding,
             )  # fmt: skip
             if warpgroups:
-                # Compared with the default kernel, in turns.
-                other = Way("mma", ours.calls, ours.check, reset=ours.reset)
-                ours.calls, peers = [with_warpgroups(call) for call in ours.calls], [other]
+                # Compared with the other two kernels, in turns.
+                peers = [
+                    Way(name, [by_kernel(name, call) for call in ours.calls], ours.check,
+                        reset=ours.reset)
+                    for name in ("mma", "mma32")
+                ]  # fmt: skip
+                ours.calls = [by_kernel("wgmma", call) for call in ours.calls]
             else:
                 peers = prefill_peers(work) if stage.device == "cuda" else []
             found = time_ways([ours, *peers], stage.device)

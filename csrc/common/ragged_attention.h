@@ -13,6 +13,11 @@
 
 namespace baton {
 
+// CUDA's kernels for rows of several tokens: chosen by the device and the call, warps of 16 query
+// vectors, warps of 32 (compute capability 8 and 9, with the bits of those of 16), or warpgroups
+// (compute capability 9.0, with bits of their own). Where a call has no such kernel it gets kMma's.
+enum class PrefillKernel : int32_t { kAutomatic, kMma, kMma32, kWgmma };
+
 struct RaggedAttentionParams {
   const void* query;          // [total_queries, num_heads, head_dim]
   const void* key_cache;      // [num_slots, num_kv_heads, capacity, head_dim]; with a block
@@ -44,8 +49,7 @@ struct RaggedAttentionParams {
   // Only CUDA needs these: its host does not see the rows.
   int64_t total_queries;
   int64_t max_query_length, max_length;  // bounds of all rows
-  // Rows of several tokens go to the kernel of compute capability 9.0, where there is one for them.
-  bool warpgroup_prefill = false;
+  PrefillKernel prefill = PrefillKernel::kAutomatic;
   float* workspace;  // see cuda/kernels.h; null when it is empty
 };
 

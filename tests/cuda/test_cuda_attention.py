@@ -12,6 +12,7 @@ import math
 
 import pytest
 import torch
+from watched_ops import WatchedOps, with_idle_row
 
 from baton_kernels.testing import (
     Row,
@@ -21,60 +22,19 @@ from baton_kernels.testing import (
     int32,
     random_rows,
 )
-from emulation import build
 from emulation.cuda.backends import EMULATED
-from emulation.cuda.ops import EmulatedOps
-from emulation.ptx.ops import kernel_names
-
-# With this many query vectors over all KV heads, the host leaves rows of several tokens whole.
-MANY = 128 * 64
-
-
-class WatchedOps(EmulatedOps):
-    """Records the launches and the partial results of the last call."""
-
-    def __init__(self) -> None:
-        super().__init__(build.FAST)
-        self.launches: list[tuple[str, tuple[int, int, int]]] = []
-        self.workspace = torch.empty(0)
-
-    def run(self, op, inputs, outputs, **fields):
-        launches = self.module.record(
-            lambda: super(WatchedOps, self).run(op, inputs, outputs, **fields)
-        )
-        if op == "ragged_attention":
-            names = kernel_names(self.module.__file__)
-            self.launches = [
-                (names[offset].partition("_kernel")[0].removeprefix("ragged_attention_"), grid)
-                for offset, grid, *_ in launches
-            ]
-            self.workspace = outputs["workspace"]
-
-    def partial_results(self, head_dim: int) -> int:
-        """How many were written: the workspace began as NaN, and there is one sum per statistic."""
-        return int((~self.workspace.isnan()).sum()) // (head_dim + 2)
-
 
 # Query tokens, length, (num_heads, num_kv_heads), head_dim, dtype, options.
 STREAMED = {
     "bfloat16": (20, 1100, (8, 2), 64, torch.bfloat16, {}),
     "tile ends in two segments": (40, 1040, (4, 2), 128, torch.float16, {}),
     "head_dim 96": (9, 700, (2, 2), 96, torch.bfloat16, {}),
+    "head_dim 256": (9, 1100, (4, 1), 256, torch.bfloat16, {"window": 600}),
     "window": (24, 1200, (4, 1), 80, torch.float16, {"window": 300}),
     "both ways": (20, 1100, (4, 2), 64, torch.bfloat16, {"causal": False, "softcap": 3.0}),
     "float32": (9, 1100, (4, 2), 64, torch.float32, {}),
     "head_dim 24": (9, 1100, (4, 2), 24, torch.bfloat16, {"window": 530}),
 }
-
-
-def with_idle_row(problem, num_heads: int):
-    """The call with one more row, long enough that no row of several tokens is split; slot -1."""
-    tokens = MANY // num_heads + 1
-    query = torch.cat([problem.query, problem.query.new_zeros(tokens, *problem.query.shape[1:])])
-    bounds = [*problem.cu_seqlens_q.tolist(), len(query)]
-    shape = (problem.slots, -1), (problem.starts, 0), (problem.lengths, 1)
-    more = [int32([*x.tolist(), of_idle]) for x, of_idle in shape]
-    return query, problem.key_cache, problem.value_cache, int32(bounds), *more
 
 
 @pytest.mark.parametrize("name", STREAMED)
@@ -129,7 +89,7 @@ PIECES = {
     "chunk of 160 vectors": (40, 1100, (8, 2), 64, 3),
     "short": (1, 256, (8, 2), 64, 0),
     "chunk in one segment": (3, 512, (8, 2), 64, 0),
-    "chunk of 256 dims": (3, 1100, (8, 2), 256, 0),
+    "chunk of 256 dims": (3, 1100, (8, 2), 256, 3),
     "in 16 as long as they are not longer than 512": (1, 8192, (2, 1), 64, 16),
 }
 
@@ -177,9 +137,9 @@ def test_bounds_and_default_bounds_leave_launches_out():
     query, key, value, bounds, *rest = shape_of(40, 4096, 1)
     with ops.entered():
         ops.ragged_attention(query, key, value, bounds, *rest, max_query_length=1)
-        assert [name for name, _ in ops.launches] == ["decode", "merge"]
+        assert ops.launched == ["decode", "merge"]
         ops.ragged_attention(query, key, value, bounds, *rest, max_query_length=1, max_length=256)
-        assert [name for name, _ in ops.launches] == ["decode"]
+        assert ops.launched == ["decode"]
 
 
 @pytest.mark.parametrize("backend", EMULATED)

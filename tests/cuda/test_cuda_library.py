@@ -172,6 +172,14 @@ def test_without_a_gpu_a_call_says_so(op):
         call_cuda(op, arguments)
 
 
+@needs_library
+def test_an_unknown_prefill_kernel_is_refused(monkeypatch):
+    monkeypatch.setenv("BATON_PREFILL", "fast")
+    arguments = {name: ClaimsCuda.of(x) for name, x in table("ragged_attention")[1]().items()}
+    with pytest.raises(ValueError, match="BATON_PREFILL must be mma, mma32 or wgmma, got fast"):
+        call_cuda("ragged_attention", arguments)
+
+
 # Loading, on any machine.
 
 

@@ -16,7 +16,7 @@ OPS = EMULATED["cuda-judged"]
 NUM_HEADS, NUM_KV_HEADS = 8, 2
 # Kernel: dtype, query tokens per row, query vectors per block tile, keys that it reads at once.
 DECODE = (torch.bfloat16, 1, 8, 16)
-PREFILL = (torch.bfloat16, 48, 64, 1)
+PREFILL = (torch.bfloat16, 48, 128, 1)
 GENERIC = (torch.float32, 3, 4, 1)
 KERNELS = pytest.mark.parametrize(
     ("dtype", "query_length", "tile", "step"), [DECODE, PREFILL, GENERIC],

@@ -151,7 +151,7 @@ FEW_KERNELS = """
 namespace baton::cuda {
 void* kernels[] = {
     reinterpret_cast<void*>(ragged_attention_decode_kernel<__nv_bfloat16, 64, 1>),
-    reinterpret_cast<void*>(ragged_attention_prefill_kernel<__nv_bfloat16, 64>)};
+    reinterpret_cast<void*>(ragged_attention_prefill_kernel<__nv_bfloat16, 64, 1>)};
 }"""
 
 

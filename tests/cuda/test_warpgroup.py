@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from watched_ops import WatchedOps
 
 from baton_kernels.testing import (
     Row,
@@ -29,29 +30,16 @@ from emulation import build
 from emulation.cuda import mutants
 from emulation.cuda.ops import BACKWARD, SHUFFLED, EmulatedOps
 from emulation.ptx.counts import count_prefill
-from emulation.ptx.ops import PtxOps, kernel_names, ptx_of
+from emulation.ptx.ops import PtxOps, ptx_of
 from emulation.ptx.warpgroup import WarpgroupMachine
 from emulation.static.kernels import WARPGROUP, compile_kernels, compiled, dynamic_shared
 
-
-class WatchedOps(EmulatedOps):
-    """Knows which kernels the last call launched."""
-
-    def run(self, op, inputs, outputs, **fields):
-        launches = self.module.record(
-            lambda: super(WatchedOps, self).run(op, inputs, outputs, **fields)
-        )
-        if op == "ragged_attention":
-            names = kernel_names(self.module.__file__)
-            self.launched = [names[offset].partition("_kernel")[0] for offset, *_ in launches]
-
-
-EARLY = WatchedOps(build.FAST, warpgroups=True)
+EARLY = WatchedOps(build.FAST, prefill="wgmma")
 JUDGED = WatchedOps(
     build.JUDGED, threads=SHUFFLED, warps=BACKWARD, blocks=SHUFFLED, late_copies=True,
-    warpgroups=True,
+    prefill="wgmma",
 )  # fmt: skip
-LATE = WatchedOps(build.FAST, warps=SHUFFLED, late_copies=True, seed=3, warpgroups=True)
+LATE = WatchedOps(build.FAST, warps=SHUFFLED, late_copies=True, seed=3, prefill="wgmma")
 
 SLOPES = 2.0 ** -torch.arange(1.0, 5.0)
 EVERYTHING = {"window": 100, "softcap": 5.0, "alibi_slopes": SLOPES, "sinks": torch.arange(4.0)}
@@ -80,8 +68,8 @@ def expected(name, dtype):
     problem, options = attention_problem(rows_of(name, dtype)), CASES[name][3]
     with EARLY.entered():
         result = EARLY.ragged_attention(*problem.args, **options)
-    assert "ragged_attention_warpgroup" in EARLY.launched
-    assert "ragged_attention_prefill" not in EARLY.launched
+    assert "warpgroup" in EARLY.launched
+    assert "prefill" not in EARLY.launched
     assert_accurate(result, "ragged_attention", *problem.args, **options)
     return result if isinstance(result, tuple) else (result,)
 
@@ -164,7 +152,7 @@ def test_segments_have_the_same_bits_in_one_block_and_in_blocks_of_their_own():
     )]  # fmt: skip
     with EARLY.entered():
         split = EARLY.ragged_attention(*problem.args, return_lse=True)
-        assert "ragged_attention_merge" in EARLY.launched
+        assert "merge" in EARLY.launched
         streamed = EARLY.ragged_attention(
             torch.cat([problem.query, idle]), problem.key_cache, problem.value_cache, *more,
             return_lse=True,
@@ -216,7 +204,7 @@ def test_other_calls_go_where_they_went(other):
         got = EARLY.ragged_attention(*problem.args)
     with usual.entered():
         assert_same_bits(got, usual.ragged_attention(*problem.args))
-    assert "ragged_attention_warpgroup" not in EARLY.launched
+    assert "warpgroup" not in EARLY.launched
 
 
 # Every barrier, fence and wait left out, and some indices spoilt: what the judge says.
@@ -275,7 +263,7 @@ def test_without_a_mistake_there_is_no_report():
 )
 @pytest.mark.parametrize("name", ["rows of all kinds", "window"])
 def test_ptx_gives_what_the_emulator_gives(name, dtype):
-    ops, options = PtxOps(warpgroups=True), CASES[name][3]
+    ops, options = PtxOps(prefill="wgmma"), CASES[name][3]
     problem = attention_problem(rows_of(name, dtype))
     with ops.entered():
         result = ops.ragged_attention(*problem.args, **options)
@@ -313,7 +301,7 @@ class PlantedOps(PtxOps):
     """Runs the warpgroup kernel's PTX with a pattern replaced."""
 
     def __init__(self, pattern: str, replacement: str) -> None:
-        super().__init__(warpgroups=True)
+        super().__init__(prefill="wgmma")
         self.pattern, self.replacement = pattern, replacement
 
     def machine(self, op, kernel):
@@ -361,9 +349,9 @@ def test_compiled_without_spills_and_products_run_on_their_own():
 
 def test_counts_leave_room_for_600_tflops():
     """Issue slots and wavefronts of shared memory, compared with the default kernel's."""
-    ours, default = count_prefill(True), count_prefill(False)
+    ours, default = count_prefill("wgmma"), count_prefill("mma")
     # What is known of values, items, and states are read by all threads of a warp.
     assert ours.wavefronts <= 1.02 * ours.ideal_wavefronts
     assert ours.wavefronts_per_product <= 0.82 and default.wavefronts_per_product >= 2.4
     assert ours.instructions / 4 <= 1880
-    assert ours.tflops >= 600 and default.tflops < 600
+    assert ours.tflops("H100") >= 600 and default.tflops("H100") < 600

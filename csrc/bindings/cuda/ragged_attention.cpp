@@ -12,23 +12,23 @@ namespace baton::bindings {
 
 namespace {
 
-// BATON_PREFILL: "wgmma" selects the kernel that only compute capability 9.0 has. Read at every
-// call, so that one process can compare the two.
-bool asks_for_warpgroups() {
+// What BATON_PREFILL names. Read at every call, so that one process can compare them.
+PrefillKernel prefill_kernel() {
   const char* value = std::getenv("BATON_PREFILL");
   const std::string_view name = value ? value : "";
-  if (name != "" && name != "mma" && name != "wgmma") {
-    throw std::invalid_argument(
-        format("ragged_attention: BATON_PREFILL must be mma or wgmma, got ", std::string(name)));
-  }
-  return name == "wgmma";
+  if (name == "") return PrefillKernel::kAutomatic;
+  if (name == "mma") return PrefillKernel::kMma;
+  if (name == "mma32") return PrefillKernel::kMma32;
+  if (name == "wgmma") return PrefillKernel::kWgmma;
+  throw std::invalid_argument(format(
+      "ragged_attention: BATON_PREFILL must be mma, mma32 or wgmma, got ", std::string(name)));
 }
 
 struct Cuda : CudaDevice<cuda::ragged_attention> {
   using CudaDevice::CudaDevice;
 
   void run(RaggedAttentionParams& p, const Tensor& query) const {
-    p.warpgroup_prefill = asks_for_warpgroups();
+    p.prefill = prefill_kernel();
     // From torch's allocator, which also works while a CUDA graph is captured, and does not reuse
     // the memory on another stream before these kernels have finished.
     Tensor workspace = allocate(query, {cuda::ragged_attention_workspace(p)}, kCodes.float32);

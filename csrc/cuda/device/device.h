@@ -40,17 +40,34 @@ constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
 // Blocks of a grid along y, and along z.
 constexpr int64_t kMaxGridYZ = 65535;
 
+#if defined(__CUDACC__)
+// Of the current device; 0 where it is not known. None of those asked for waits for the device,
+// and a launch finds out if there is none.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
+    return 0;
+  }
+  return value;
+}
+#endif
+
 // Of the current device.
 inline int multiprocessors() {
 #if defined(__CUDACC__)
-  int device = 0, count = 0;
-  // Neither waits for the device, and a launch finds out if there is none.
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
-  return count > 0 ? count : 1;
+  return std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
 #else
   return emulation::kMultiprocessors;
+#endif
+}
+
+// Compute capability of the current device, without its second number.
+inline int compute_capability() {
+#if defined(__CUDACC__)
+  return device_attribute(cudaDevAttrComputeCapabilityMajor);
+#else
+  return BATON_ARCH / 100;
 #endif
 }
 
@@ -58,15 +75,20 @@ inline int multiprocessors() {
 // no other compute capability than 9.0 runs.
 inline bool has_warpgroup_products() {
 #if defined(__CUDACC__) && defined(BATON_SM_90A)
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
+  return compute_capability() == 9 && device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 #elif defined(__CUDACC__)
   return false;
 #else
   return emulation::kHasWarpgroupProducts;
+#endif
+}
+
+// Bytes of shared memory of a multiprocessor.
+inline int64_t multiprocessor_shared_bytes() {
+#if defined(__CUDACC__)
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+#else
+  return emulation::kMultiprocessorSharedBytes;
 #endif
 }
 

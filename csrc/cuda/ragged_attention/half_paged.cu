@@ -5,6 +5,6 @@
 namespace baton::cuda {
 
 template cudaError_t launch_decode<__half, true>(const AttentionArgs&, dim3, cudaStream_t);
-template cudaError_t launch_prefill<__half, true>(const AttentionArgs&, dim3, cudaStream_t);
+template cudaError_t launch_prefill<__half, true>(const AttentionArgs&, int, dim3, cudaStream_t);
 
 }  // namespace baton::cuda

@@ -23,8 +23,11 @@ inline bool has_tensor_core_kernel(const RaggedAttentionParams& p) {
          strides_fit && loads_16_bytes(p);
 }
 
-// Query vectors of a tile of the prefill kernel.
+// Query vectors of a tile of the prefill kernel whose warps have 16 each.
 constexpr int kTileVectors = 16 * kAttentionWarps;
+// Dims of the one whose warps have two such tiles, and the compute capabilities that have it.
+constexpr int kTwoTilesDim = 128;
+constexpr bool has_two_tiles(int capability) { return capability == 8 || capability == 9; }
 
 // Of the warpgroup kernel: dims, and query vectors of a tile, of which each thread of two
 // warpgroups has a part.
@@ -55,22 +58,18 @@ constexpr int prefill_blocks(int head_dim) {
   return head_dim <= 96 ? 3 : 2;
 }
 
-// Whether the prefill kernel splits rows of several tokens at the segments of their keys. Sums of
-// 256 dims leave no registers for what joining segments takes: there a block reads all keys of a
-// tile from the first to the last, in an order that depends on no cut either.
-constexpr bool prefill_has_segments(int64_t head_dim) { return head_dim <= 128; }
-
-// Totals of a block whose threads have 16 vectors per warp, in floats: sums, and what is kept of
-// each vector.
+// Totals of a block in floats, sums and what is kept of each vector: of as many threads as it would
+// have with 16 vectors per warp.
 constexpr int64_t prefill_totals(int64_t head_dim, int threads) {
   return threads * (head_dim / 2 + 4);
 }
 
-// T is __half or __nv_bfloat16. Blocks along y are KV heads; those along x share the items.
+// T is __half or __nv_bfloat16. Blocks along y are KV heads; those along x share the items. `tiles`
+// of 16 vectors are those of a warp.
 template <typename T, bool kPaged>
 cudaError_t launch_decode(const AttentionArgs& args, dim3 grid, cudaStream_t stream);
 template <typename T, bool kPaged>
-cudaError_t launch_prefill(const AttentionArgs& args, dim3 grid, cudaStream_t stream);
+cudaError_t launch_prefill(const AttentionArgs& args, int tiles, dim3 grid, cudaStream_t stream);
 // In place of the latter, for kWarpgroupDim dims in slots.
 template <typename T>
 cudaError_t launch_warpgroup(const AttentionArgs& args, dim3 grid, cudaStream_t stream);

@@ -21,25 +21,24 @@ constexpr int prefill_keys(int head_dim) {
 // into different banks: head_dim / 8 is even, so the pitch is an odd number of chunks.
 constexpr int prefill_pitch(int head_dim) { return head_dim + 8; }
 
-// Dims of the queries that stay in registers. Sums of 256 dims take 128, which leaves room for
-// an eighth of the queries (sm_75 needs the most); ldmatrix brings the others from shared memory,
-// all 64 KB of which a block then takes there.
-constexpr int prefill_register_dims(int head_dim) { return head_dim <= 128 ? head_dim : 32; }
+// Dims of the queries that stay in registers. Sums of 256 dims, or of 128 and two tiles of vectors,
+// take 128, which leaves room for an eighth of the former and for none of the latter; ldmatrix
+// brings the others from shared memory.
+constexpr int prefill_register_dims(int head_dim, int tiles) {
+  return head_dim * tiles <= 128 ? head_dim : tiles == 1 ? 32 : 0;
+}
 
 // Elements of the two stages, then of the queries that are not in registers.
 constexpr int prefill_cache_elements(int head_dim) {
   return 2 * kPrefillStages * prefill_keys(head_dim) * prefill_pitch(head_dim);
 }
-constexpr int prefill_query_pitch(int head_dim) {
-  return head_dim <= 128 ? 0 : prefill_pitch(head_dim - prefill_register_dims(head_dim));
+constexpr int prefill_query_pitch(int head_dim, int tiles) {
+  const int dims = head_dim - prefill_register_dims(head_dim, tiles);
+  return dims == 0 ? 0 : prefill_pitch(dims);
 }
-// Bytes before what each thread parks, 16 bytes.
-constexpr std::size_t prefill_parked(int head_dim) {
-  return std::size_t{2} *
-         (prefill_cache_elements(head_dim) + kTileVectors * prefill_query_pitch(head_dim));
-}
-constexpr std::size_t prefill_shared_bytes(int head_dim) {
-  return prefill_parked(head_dim) + 16 * kAttentionThreads;
+constexpr std::size_t prefill_shared_bytes(int head_dim, int tiles) {
+  return std::size_t{2} * (prefill_cache_elements(head_dim) +
+                           tiles * kTileVectors * prefill_query_pitch(head_dim, tiles));
 }
 
 }  // namespace baton::cuda

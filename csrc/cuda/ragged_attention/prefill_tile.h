@@ -7,31 +7,38 @@
 
 namespace baton::cuda {
 
-template <typename T, int kHeadDim, bool kPaged>
-class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), kAttentionThreads> {
-  using Base = PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), kAttentionThreads>;
+// What the end of an item needs.
+struct PrefillItem {
+  int32_t round, row, split, splits;
+};
+
+template <typename T, int kHeadDim, int kTiles, bool kPaged>
+class PrefillBlock
+    : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), kAttentionThreads, kTiles> {
+  using Base = PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), kAttentionThreads, kTiles>;
 
  public:
-  using Base::kDimTiles, Base::kKeys, Base::kKeyTiles, Base::out;
+  using Base::kDimTiles, Base::kKeys, Base::kKeyTiles, Base::kVectors, Base::out;
   static constexpr int kPitch = prefill_pitch(kHeadDim);
-  static constexpr bool kSegments = prefill_has_segments(kHeadDim);
-  static constexpr std::size_t kParked = prefill_parked(kHeadDim);
 
  private:
-  using Base::a_, Base::first_, Base::lane_, Base::row_, Base::t_, Base::thread_;
+  using Base::a_, Base::lane_, Base::row_, Base::t_, Base::thread_;
+  // What 128 registers of sums leave none for.
+  static constexpr bool kKeepsBases = !kPaged && kTiles * kHeadDim <= 128,
+                        kParksBorder = kTiles * kHeadDim > 128;
   const char* cache_[2];  // base_of a row in a slot
   uint32_t stride_[2];    // bytes
   T* shared_;             // [stage][keys, values][kKeys][kPitch]
-  static constexpr int kRegisterProducts = prefill_register_dims(kHeadDim) / 16;
+  static constexpr int kRegisterProducts = prefill_register_dims(kHeadDim, kTiles) / 16;
   static constexpr int kCacheElements = prefill_cache_elements(kHeadDim);
-  static constexpr int kQueryPitch = prefill_query_pitch(kHeadDim);
-  uint32_t query_[kRegisterProducts][4];
+  static constexpr int kQueryPitch = prefill_query_pitch(kHeadDim, kTiles);
+  uint32_t query_[kTiles][kRegisterProducts > 0 ? kRegisterProducts : 1][4];
 
  public:
   __device__ __forceinline__ PrefillBlock(const AttentionArgs& a, const AttentionRow& row,
                                           int32_t thread, int32_t first_vector, T* shared)
       : Base(a, row, thread, first_vector), shared_(shared) {
-    if constexpr (!kPaged) {
+    if constexpr (kKeepsBases) {
       cache_[0] = base_of(0);
       cache_[1] = base_of(1);
     }
@@ -39,19 +46,36 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
     stride_[1] = static_cast<uint32_t>(a.value_column_bytes);
   }
 
-  // Of vectors past the end: zeros.
+  // What is needed later, and has no registers meanwhile.
+  __device__ __forceinline__ void park(const PrefillItem& item, const TileKeys& keys) {
+    // All lanes have read those of the item before.
+    __syncwarp();
+    if (lane_ == 0) {
+      store_16(parked(0), uint4{unsigned(item.round), unsigned(item.row), unsigned(item.split),
+                                unsigned(item.splits)});
+      if constexpr (kParksBorder) {
+        store_8(parked(1), uint2{unsigned(keys.full_begin), unsigned(keys.full_end)});
+      }
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ PrefillItem parked_item() const {
+    const uint4 x = load_16(parked(0));
+    return {static_cast<int32_t>(x.x), static_cast<int32_t>(x.y), static_cast<int32_t>(x.z),
+            static_cast<int32_t>(x.w)};
+  }
+
+  // Of vectors past the end: zeros. Others of the warp may read them behind the next barrier.
   __device__ __forceinline__ void load_queries() {
     this->load_query_pairs([&](int r, int half, int i, uint32_t pair) {
       if (r < kRegisterProducts) {
-        query_[r][2 * half + i] = pair;
+        query_[i / 2][r][2 * half + i % 2] = pair;
       } else {
         T* target = shared_queries() + (lane_ / 4 + 8 * i) * kQueryPitch +
                     16 * (r - kRegisterProducts) + 8 * half + 2 * t_;
         *reinterpret_cast<uint32_t*>(target) = pair;
       }
     });
-    // A warp reads its own queries only.
-    if constexpr (kQueryPitch > 0) __syncwarp();
   }
 
   // Requests the keys and values of one tile; zeros for those that nobody sees.
@@ -61,8 +85,8 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       T* target = tile(stage, which);
-      // That of all pages is worked out for each tile: there is no register to keep it in.
-      const char* const base = kPaged ? base_of(which) : cache_[which];
+      // Where there is no register to keep it in it is worked out for each tile.
+      const char* const base = kKeepsBases ? cache_[which] : base_of(which);
 #pragma unroll
       for (int i = 0; i < (kTileChunks - 1) / kAttentionThreads + 1; ++i) {
         const int32_t c = thread_ + i * kAttentionThreads;
@@ -74,7 +98,7 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
         if constexpr (kPaged) {
           // What the table needs has no registers between two copies.
           AttentionRow row{};
-          row.index = static_cast<int32_t>(load_16(parked()).y);
+          row.index = parked_item().row;
           row.start = static_cast<int32_t>(load_4(a_.p.starts + row.index));
           const PagePlace place = place_of(a_, row, static_cast<int32_t>(k));
           const CacheStrides& s = which ? a_.p.value_cache_strides : a_.p.key_cache_strides;
@@ -89,12 +113,17 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
   }
 
   // Adds one tile of which this warp's vectors see something.
-  __device__ __forceinline__ void add_tile(const TileKeys& keys, int32_t first, int stage) {
-    float scores[kKeyTiles][4] = {};
+  __device__ __forceinline__ void add_tile(TileKeys keys, int32_t first, int stage) {
+    if constexpr (kParksBorder) {
+      const uint2 border = load_8(parked(1));
+      keys.full_begin = static_cast<int32_t>(border.x);
+      keys.full_end = static_cast<int32_t>(border.y);
+    }
+    float scores[kTiles][kKeyTiles][4] = {};
     score(scores, tile(stage, 0));
     const bool at_border = first < keys.full_begin || first + kKeys > keys.full_end;
     this->finish_scores(keys, first, at_border, scores);
-    float factor[2];
+    float factor[kVectors];
     this->weigh_scores(scores, factor);
     this->rescale(factor);
     if (at_border && !all_finite(tile(stage, 1))) {
@@ -108,41 +137,58 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
   // Where keys, or values, are counted from.
   __device__ __forceinline__ const char* base_of(int which) const {
     int32_t kv_head = this->kv_head_;
-    if constexpr (kPaged) hide(kv_head);
+    if constexpr (!kKeepsBases) hide(kv_head);
+    AttentionRow row = row_;
+    if constexpr (!kKeepsBases && !kPaged) {
+      const auto index = parked_item().row;
+      row.slot = static_cast<int32_t>(load_4(a_.p.slots + index));
+      row.start = static_cast<int32_t>(load_4(a_.p.starts + index));
+    }
     const void* cache = which ? a_.p.value_cache : a_.p.key_cache;
     const CacheStrides& s = which ? a_.p.value_cache_strides : a_.p.key_cache_strides;
-    return reinterpret_cast<const char*>(row_base<T>(row_, kPaged, kv_head, cache, s));
+    return reinterpret_cast<const char*>(row_base<T>(row, kPaged, kv_head, cache, s));
   }
-  __device__ __forceinline__ const unsigned char* parked() const {
-    return reinterpret_cast<const unsigned char*>(shared_) + kParked + 16 * thread_;
+  // One of this warp's two places of 16 bytes, between rows of keys.
+  __device__ __forceinline__ T* parked(int place) const {
+    int32_t thread = threadIdx.x;
+    // Worked out anew: an address that waits in a register would be one too many.
+    hide(thread);
+    return shared_ + (2 * (thread / 32) + place) * kPitch + kHeadDim;
   }
   // Of this warp.
   __device__ __forceinline__ T* shared_queries() const {
-    return shared_ + kCacheElements + thread_ / 32 * 16 * kQueryPitch;
+    return shared_ + kCacheElements + thread_ / 32 * 16 * kTiles * kQueryPitch;
   }
   __device__ __forceinline__ T* tile(int stage, int which) const {
     return shared_ + (2 * stage + which) * kKeys * kPitch;
   }
 
-  __device__ __forceinline__ void score(float (&scores)[kKeyTiles][4], const T* keys) const {
+  __device__ __forceinline__ void score(float (&scores)[kTiles][kKeyTiles][4],
+                                        const T* keys) const {
     // Rows that this lane names for ldmatrix: 16 keys, two halves of 16 dims.
     const T* row = keys + (lane_ / 16 * 8 + lane_ % 8) * kPitch + lane_ / 8 % 2 * 8;
 #pragma unroll
     for (int r = 0; r < kHeadDim / 16; ++r) {
-      uint32_t query[4];
-      if (r < kRegisterProducts) {
+      uint32_t query[kTiles][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) query[i] = query_[r][i];
-      } else {
-        load_matrix(query, shared_queries() + lane_ % 16 * kQueryPitch + lane_ / 16 * 8 +
-                               16 * (r - kRegisterProducts));
+      for (int m = 0; m < kTiles; ++m) {
+        if (r < kRegisterProducts) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) query[m][i] = query_[m][r][i];
+        } else {
+          load_matrix(query[m], shared_queries() + (16 * m + lane_ % 16) * kQueryPitch +
+                                    lane_ / 16 * 8 + 16 * (r - kRegisterProducts));
+        }
       }
 #pragma unroll
       for (int n = 0; n < kKeyTiles; n += 2) {
         uint32_t b[4];
         load_matrix(b, row + 8 * n * kPitch + 16 * r);
-        multiply_16<T>(scores[n], query, {b[0], b[1]});
-        multiply_16<T>(scores[n + 1], query, {b[2], b[3]});
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          multiply_16<T>(scores[m][n], query[m], {b[0], b[1]});
+          multiply_16<T>(scores[m][n + 1], query[m], {b[2], b[3]});
+        }
       }
     }
   }
@@ -151,35 +197,36 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
   __device__ __forceinline__ bool all_finite(const T* values) const {
     constexpr int kGroups = kKeyTiles * (kHeadDim / 8);
     uint32_t found = 0;
+    const int32_t lane = Base::lane_again();
     // Eight lanes take the same chunk of eight rows, which lie in different banks.
 #pragma unroll 2
-    for (int32_t group = lane_ / 8; group < kGroups; group += 4) {
-      const int32_t key = group % kKeyTiles * 8 + lane_ % 8, chunk = group / kKeyTiles;
+    for (int32_t group = lane / 8; group < kGroups; group += 4) {
+      const int32_t key = group % kKeyTiles * 8 + lane % 8, chunk = group / kKeyTiles;
       const uint4 x = load_16(values + key * kPitch + 8 * chunk);
       found |= non_finite<T>(x.x) | non_finite<T>(x.y) | non_finite<T>(x.z) | non_finite<T>(x.w);
     }
     return !__any_sync(~0u, found != 0);
   }
 
-  __device__ __forceinline__ void weigh(const float (&scores)[kKeyTiles][4], const T* values) {
+  __device__ __forceinline__ void weigh(const float (&scores)[kTiles][kKeyTiles][4],
+                                        const T* values) {
     weigh_with(scores, values, [](uint32_t bits) { return bits; });
   }
 
   // The same where 0 times a hidden value may be NaN: finite values first, then each of the others
   // only for the vectors that see it.
-  __device__ __forceinline__ void weigh_apart(int32_t first, const float (&scores)[kKeyTiles][4],
+  __device__ __forceinline__ void weigh_apart(int32_t first,
+                                              const float (&scores)[kTiles][kKeyTiles][4],
                                               const T* values) {
-    // Bit 2 n + c: whether the probability of key 8 n + 2 t + c is more than 0 in the products.
-    uint32_t weighs[2] = {};
-    KeyRange range[2];
+    uint32_t weighs[kVectors] = {};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      range[i] = row_.visible(a_, this->owner_of(first_ + 8 * i).token);
+    for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          weighs[i] |= scores[n][2 * i + c] > kVanishing<T> ? 1u << (2 * n + c) : 0u;
+          const float x = scores[i / 2][n][i % 2 * 2 + c];
+          weighs[i] |= x > kVanishing<T> ? 1u << (2 * n + c) : 0u;
         }
       }
     }
@@ -187,47 +234,37 @@ class PrefillBlock : public PrefillVectors<T, kHeadDim, prefill_keys(kHeadDim), 
       // A sign that stands for an element that is not finite, as ones in all of its bits.
       return bits & ~((non_finite<T>(bits) >> 15) * 0xffff);
     });
-#pragma unroll 1
-    for (int32_t key = 0; key < kKeys; ++key) {
-      bool sees[2];
-      float weight[2];  // 1, or what 0 makes of a value that is not finite
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sees[i] = first + key >= range[i].begin && first + key < range[i].end;
-        const uint32_t of_key = __shfl_sync(~0u, weighs[i], (lane_ & ~3) + key % 8 / 2);
-        weight[i] = of_key >> (key / 8 * 2 + key % 2) & 1 ? 1.0f : 0.0f;
-      }
-#pragma unroll
-      for (int n = 0; n < kDimTiles; ++n) {
-        const uint32_t pair =
-            *reinterpret_cast<const uint32_t*>(values + key * kPitch + 8 * n + 2 * t_);
-        const float2 x = unpack<T>(pair);
-        const uint32_t found = non_finite<T>(pair);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (sees[i] && (found & 0x8000)) out[n][2 * i] += weight[i] * x.x;
-          if (sees[i] && (found >> 31)) out[n][2 * i + 1] += weight[i] * x.y;
-        }
-      }
-    }
+    this->add_not_finite(first, weighs,
+                         [&](int32_t key) { return values + key * kPitch + 2 * t_; });
   }
 
   // operand(bits of two keys' values of a dim) goes into the products.
   template <typename Operand>
-  __device__ __forceinline__ void weigh_with(const float (&scores)[kKeyTiles][4], const T* values,
-                                             Operand&& operand) {
+  __device__ __forceinline__ void weigh_with(const float (&scores)[kTiles][kKeyTiles][4],
+                                             const T* values, Operand&& operand) {
     const T* row = values + (lane_ / 8 % 2 * 8 + lane_ % 8) * kPitch + lane_ / 16 * 8;
 #pragma unroll
     for (int k = 0; k < kKeyTiles; k += 2) {
-      const uint32_t p[4] = {
-          pack<T>(scores[k][0], scores[k][1]), pack<T>(scores[k][2], scores[k][3]),
-          pack<T>(scores[k + 1][0], scores[k + 1][1]), pack<T>(scores[k + 1][2], scores[k + 1][3])};
+      uint32_t p[kTiles][4];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* x = &scores[m][k + i / 2][i % 2 * 2];
+          p[m][i] = pack<T>(x[0], x[1]);
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kDimTiles; n += 2) {
         uint32_t b[4];
         load_matrix_transposed(b, row + 8 * k * kPitch + 8 * n);
-        multiply_16<T>(out[n], p, {operand(b[0]), operand(b[1])});
-        multiply_16<T>(out[n + 1], p, {operand(b[2]), operand(b[3])});
+#pragma unroll
+        for (int i = 0; i < 4; ++i) b[i] = operand(b[i]);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          multiply_16<T>(out[m][n], p[m], {b[0], b[1]});
+          multiply_16<T>(out[m][n + 1], p[m], {b[2], b[3]});
+        }
       }
     }
   }

@@ -14,6 +14,7 @@
 #include "cuda/ragged_attention/generic.h"
 #include "cuda/ragged_attention/launch.h"
 #include "cuda/ragged_attention/merge.h"
+#include "cuda/ragged_attention/prefill_sizes.h"
 
 namespace baton::cuda {
 
@@ -31,6 +32,8 @@ struct Plan {
   // The generic kernel's vectors of an item; the tensor core kernels' where it is 0.
   int generic_queries;
   bool has_decode;
+  // Of 16 vectors, in a warp of the prefill kernel: 1 or 2, with the same bits.
+  int tiles;
   // Whether the warpgroup kernel has the rows that otherwise are the prefill kernel's. Nothing that
   // a row may differ in has a say, so that all rows of several tokens have the same arithmetic.
   bool has_warpgroups;
@@ -46,8 +49,9 @@ struct Plan {
     generic_queries = tensor_cores ? 0 : query_length * group == 1 ? 1 : kGenericQueries;
     has_decode = tensor_cores && decode_vectors(p.sizes.head_dim, group) > 0;
     // Splits of rows of one token do not begin at tiles of 128 keys.
-    has_warpgroups = p.warpgroup_prefill && has_decode && p.sizes.head_dim == kWarpgroupDim &&
-                     !p.block_table && has_warpgroup_products();
+    has_warpgroups = p.prefill == PrefillKernel::kWgmma && has_decode &&
+                     p.sizes.head_dim == kWarpgroupDim && !p.block_table &&
+                     has_warpgroup_products();
 
     const auto longest = static_cast<int32_t>(smaller(length, INT32_MAX));
     splits = decode_splits(longest);
@@ -55,13 +59,25 @@ struct Plan {
     // Places by the number of the row.
     partial_vectors = splits > 1 ? p.num_rows * group : 0;
     const int64_t segments = num_segments(longest);
-    const bool has_segments = !tensor_cores || prefill_has_segments(p.sizes.head_dim);
-    if (has_segments && query_length > 1 && segments > 1 &&
+    if (query_length > 1 && segments > 1 &&
         p.total_queries * group * kv_heads <= kSplitTilesOfAll * kTileVectors) {
       splits = std::max(splits, segments);
       split_vectors = smaller(kSplitTiles * kTileVectors / kv_heads, query_length * group);
       partial_vectors = p.total_queries * group;
     }
+    tiles = tensor_cores && takes_two_tiles(p) ? 2 : 1;
+  }
+  // Warps of 32 vectors bring keys and values from shared memory half as often. They have to fill
+  // the device, with two blocks on each multiprocessor, as those of 16 do, which compute capability
+  // 8.0 and 9.0 have room for; the tensor cores of 8.6 and 8.9 take longer than shared memory for
+  // either.
+  bool takes_two_tiles(const RaggedAttentionParams& p) const {
+    if (p.sizes.head_dim != kTwoTilesDim || !has_two_tiles(compute_capability())) return false;
+    if (p.prefill != PrefillKernel::kAutomatic) return p.prefill == PrefillKernel::kMma32;
+    constexpr auto kReserved = 1024;
+    constexpr auto kBytes = static_cast<int64_t>(prefill_shared_bytes(kTwoTilesDim, 2));
+    return multiprocessor_shared_bytes() >= 2 * (kBytes + kReserved) &&
+           items(p, 2 * kTileVectors) * kv_heads >= int64_t{2} * multiprocessors();
   }
   // Items of a KV head: of the rows of one token, and of all.
   int64_t decode_items(const RaggedAttentionParams& p) const {
@@ -78,7 +94,7 @@ struct Plan {
   }
   dim3 prefill_grid(const RaggedAttentionParams& p) const {
     if (has_warpgroups) return grid(items(p, kWarpgroupVectors), 1);
-    return grid(items(p, kTileVectors), prefill_blocks(static_cast<int>(p.sizes.head_dim)));
+    return grid(items(p, tiles * kTileVectors), prefill_blocks(static_cast<int>(p.sizes.head_dim)));
   }
   // Whether rows of several tokens, or of more vectors than the decode kernel has columns for,
   // exist.
@@ -86,12 +102,9 @@ struct Plan {
   // Floats of the workspace: sums and stats of partial results, then totals of blocks.
   int64_t partials() const { return partial_vectors * kv_heads * splits; }
   int64_t totals(const RaggedAttentionParams& p) const {
-    if (!has_prefill() || !prefill_has_segments(p.sizes.head_dim) ||
-        length <= attention_segment_keys(0)) {
-      return 0;
-    }
+    if (!has_prefill() || length <= attention_segment_keys(0)) return 0;
     const dim3 blocks = prefill_grid(p);
-    const int threads = has_warpgroups ? kConsumerThreads : kAttentionThreads;
+    const int threads = has_warpgroups ? kConsumerThreads : tiles * kAttentionThreads;
     return int64_t{blocks.x} * blocks.y * prefill_totals(p.sizes.head_dim, threads);
   }
 };
@@ -131,7 +144,7 @@ cudaError_t launch_tensor_core(AttentionArgs& args, const Plan& plan, cudaStream
 #if !defined(__CUDACC__) || defined(BATON_SM_90A)
   if (plan.has_warpgroups) return launch_warpgroup<T>(args, grid, stream);
 #endif
-  return launch_prefill<T, kPaged>(args, grid, stream);
+  return launch_prefill<T, kPaged>(args, plan.tiles, grid, stream);
 }
 
 // With a block table. The factor divides 31 bits by the page exactly: it is the reciprocal of at

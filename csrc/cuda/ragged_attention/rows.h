@@ -173,7 +173,10 @@ struct AttentionItem {
 // A block's item of each round, for any number of blocks along x. Rows begin with their
 // longest items: every second round goes backwards, so that nobody has the longest of each.
 __device__ __forceinline__ int32_t item_of(int32_t round) {
-  const int32_t blocks = gridDim.x, block = blockIdx.x;
+  int32_t blocks = gridDim.x, block = blockIdx.x;
+  // Nothing of these is kept in registers from one item to the next.
+  hide(blocks);
+  hide(block);
   return round * blocks + (round % 2 ? blocks - 1 - block : block);
 }
 
@@ -185,7 +188,8 @@ template <typename Count>
 __device__ __forceinline__ bool find_row(const AttentionArgs& a, int32_t item, int32_t tile_vectors,
                                          bool of_one, bool of_many, int32_t& index, int32_t& rest) {
   const int32_t lane = threadIdx.x % 32;
-  const int32_t num_rows = static_cast<int32_t>(a.p.num_rows);
+  auto num_rows = static_cast<int32_t>(a.p.num_rows);
+  hide(num_rows);
   for (int32_t first = 0; first < num_rows; first += 32) {
     AttentionRow row{};
     Count items = 0;

@@ -12,15 +12,15 @@ namespace baton::cuda {
 template <typename T>
 class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, kConsumerThreads> {
   using Base = PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, kConsumerThreads>;
-  using Base::a_, Base::first_, Base::lane_, Base::out, Base::row_, Base::t_;
-  using Base::kDimTiles, Base::kKeys, Base::kKeyTiles;
+  using Base::a_, Base::out, Base::row_, Base::t_;
+  using Base::kKeys, Base::kKeyTiles;
   static constexpr int kDepth = 16;  // of a product
 
   RingMemory& ring_;
   const ConsumerItem& item_;
   uint32_t query_[kWarpgroupDim / kDepth][4];
   uint32_t weights_[kKeys / kDepth][4];  // of a tile's keys
-  float scores_[kKeyTiles][4];
+  float scores_[1][kKeyTiles][4];
 
  public:
   __device__ __forceinline__ WarpgroupBlock(const AttentionArgs& a, const ConsumerItem& item,
@@ -34,7 +34,7 @@ class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, k
   // of. `first` and `place` are those of the next tile when it returns.
   __device__ __forceinline__ void add_tiles(int32_t& first, int32_t end, RingPlace& place) {
     score(place);
-    wait_for_products<0>(scores_);
+    wait_for_products<0>(scores_[0]);
     arrive_as_warp(&ring_.empty[place.stage][0]);
     float factor[2];
     finish(first, factor);
@@ -45,17 +45,17 @@ class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, k
       const RingPlace following = place.next();
       score(following);
       add_values(first - kKeys, place);
-      wait_for_products<1>(scores_);
+      wait_for_products<1>(scores_[0]);
       arrive_as_warp(&ring_.empty[following.stage][0]);
       finish(first, factor);
-      wait_for_products<0>(out);
+      wait_for_products<0>(out[0]);
       arrive_as_warp(&ring_.empty[place.stage][1]);
       this->rescale(factor);
       pack_weights();
       place = following;
     }
     add_values(first - kKeys, place);
-    wait_for_products<0>(out);
+    wait_for_products<0>(out[0]);
     arrive_as_warp(&ring_.empty[place.stage][1]);
     place = place.next();
   }
@@ -81,9 +81,9 @@ class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, k
       // 64 dims are a panel.
       const uint64_t at = keys + (r / 4 * kPanelBytes + r % 4 * kDepth * sizeof(T)) / 16;
       if (r == 0) {
-        multiply_64<T, OperandLayout::kColumns, false>(scores_, query_[r], at);
+        multiply_64<T, OperandLayout::kColumns, false>(scores_[0], query_[r], at);
       } else {
-        multiply_64<T, OperandLayout::kColumns, true>(scores_, query_[r], at);
+        multiply_64<T, OperandLayout::kColumns, true>(scores_[0], query_[r], at);
       }
     }
     commit_products();
@@ -100,8 +100,8 @@ class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, k
   __device__ __forceinline__ void pack_weights() {
 #pragma unroll
     for (int k = 0; k < kKeyTiles; ++k) {
-      weights_[k / 2][k % 2 * 2] = pack<T>(scores_[k][0], scores_[k][1]);
-      weights_[k / 2][k % 2 * 2 + 1] = pack<T>(scores_[k][2], scores_[k][3]);
+      weights_[k / 2][k % 2 * 2] = pack<T>(scores_[0][k][0], scores_[0][k][1]);
+      weights_[k / 2][k % 2 * 2 + 1] = pack<T>(scores_[0][k][2], scores_[0][k][3]);
     }
   }
 
@@ -109,26 +109,23 @@ class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, k
   __device__ __forceinline__ void add_values(int32_t first, RingPlace place) {
     wait_for_phase(&ring_.full[place.stage][1], place.parity);
     const uint4 found = load_16(ring_.not_finite[place.stage]);
-    if (found.x | found.y | found.z | found.w) add_not_finite(first);
+    if (found.x | found.y | found.z | found.w) add_from_cache(first);
     const uint64_t values =
         operand_at(shared_address(ring_.tiles[place.stage][1]), kPanelBytes, kSwizzleBytes);
     fence_registers();
 #pragma unroll
     for (int k = 0; k < kKeys / kDepth; ++k) {
-      multiply_64<T, OperandLayout::kRows, true>(out, weights_[k], values + k * kDepth * 128 / 16);
+      multiply_64<T, OperandLayout::kRows, true>(out[0], weights_[k],
+                                                 values + k * kDepth * 128 / 16);
     }
     commit_products();
   }
 
-  // Values of a tile that are not finite, only for the vectors that see them: 0 times a hidden
-  // one would be NaN. The tile has zeros for them.
-  __device__ __forceinline__ void add_not_finite(int32_t first) {
-    // Bit 2 n + c: whether the probability of key 8 n + 2 t + c is more than 0.
+  // The tile has zeros for values that are not finite: they are read from the cache.
+  __device__ __forceinline__ void add_from_cache(int32_t first) {
     uint32_t weighs[2] = {};
-    KeyRange range[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      range[i] = row_.visible(a_, this->owner_of(first_ + 8 * i).token);
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
         const uint32_t pair = weights_[n / 2][n % 2 * 2 + i];
@@ -138,31 +135,9 @@ class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, k
     }
     const CacheStrides& s = a_.p.value_cache_strides;
     const T* values = row_base<T>(row_, false, this->kv_head_, a_.p.value_cache, s) + 2 * t_;
-#pragma unroll 1
-    for (int32_t key = 0; key < kKeys; ++key) {
-      bool sees[2];
-      float weight[2];  // 1, or what 0 makes of a value that is not finite
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sees[i] = first + key >= range[i].begin && first + key < range[i].end &&
-                  first_ + 8 * i < row_.vectors;
-        const uint32_t of_key = __shfl_sync(~0u, weighs[i], (lane_ & ~3) + key % 8 / 2);
-        weight[i] = of_key >> (key / 8 * 2 + key % 2) & 1 ? 1.0f : 0.0f;
-      }
-      if (!sees[0] && !sees[1]) continue;
-      const T* value = values + int64_t{first + key} * s.column_stride;
-#pragma unroll
-      for (int n = 0; n < kDimTiles; ++n) {
-        const uint32_t pair = *reinterpret_cast<const uint32_t*>(value + 8 * n);
-        const float2 x = unpack<T>(pair);
-        const uint32_t found = non_finite<T>(pair);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (sees[i] && (found & 0x8000)) out[n][2 * i] += weight[i] * x.x;
-          if (sees[i] && (found >> 31)) out[n][2 * i + 1] += weight[i] * x.y;
-        }
-      }
-    }
+    this->add_not_finite(first, weighs, [&](int32_t key) {
+      return values + int64_t{first + key} * s.column_stride;
+    });
   }
 };
 

@@ -56,8 +56,10 @@ struct Shape {
 
 // A decode row that is split, a chunk, a prefill of two tiles, and a row with more query tokens
 // than tokens; in pages of 24 columns or in slots;
-// where `warpgroups` says so by the kernel of that name.
-inline void attend(const Shape& s, bool options, bool paged = false, bool warpgroups = false) {
+// by the kernel that `prefill` names.
+inline void attend(const Shape& s, bool options, bool paged = false,
+                   PrefillKernel prefill = PrefillKernel::kAutomatic) {
+  const bool warpgroups = prefill == PrefillKernel::kWgmma;
   constexpr int64_t kSlots = 3, kRows = 4, kTokens = 32, kColumns = 600, kPages = 25;
   const std::vector<int32_t> slot_of{1, 0, 2, 1};
   Bytes bounds({0, 1, 6, 26, kTokens}), slots(slot_of), starts({3, 30, 0, 8}),
@@ -106,7 +108,7 @@ inline void attend(const Shape& s, bool options, bool paged = false, bool warpgr
                           .total_queries = kTokens,
                           .max_query_length = 20,
                           .max_length = kColumns,
-                          .warpgroup_prefill = warpgroups,
+                          .prefill = prefill,
                           .workspace = nullptr};
   Bytes workspace(cuda::ragged_attention_workspace(p) * 4);
   p.workspace = workspace;

@@ -25,7 +25,9 @@
 
 namespace emulation {
 constexpr bool kHasWarpgroupProducts = BATON_ARCH == 900;
-}
+// As compute capability 8.0 has.
+constexpr int64_t kMultiprocessorSharedBytes = 164 * 1024;
+}  // namespace emulation
 
 #undef __shared__
 // One block runs at a time, so one copy serves them all. Races between blocks are not seen in it.

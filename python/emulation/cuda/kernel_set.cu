@@ -168,7 +168,10 @@ int main() {
     for (const bool options : {false, true}) attend(shape, options);
     attend(shape, false, true);
   }
-  attend({Dtype::kBFloat16, 1, 1, 128}, false, false, true);
+  for (const bool paged : {false, true}) {
+    attend({Dtype::kBFloat16, 1, 1, 128}, true, paged, PrefillKernel::kMma32);
+  }
+  attend({Dtype::kBFloat16, 1, 1, 128}, false, false, PrefillKernel::kWgmma);
   for (const int64_t rows : {0, 3, 300}) indices(rows);
   return failures != 0;
 }

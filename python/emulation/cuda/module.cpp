@@ -146,7 +146,7 @@ static void bind(py::module_& m) {
                 FIELD(num_heads) FIELD(sizes) FIELD(query_strides) FIELD(key_cache_strides)
                     FIELD(value_cache_strides) FIELD(scale) FIELD(softcap) FIELD(window)
                         FIELD(causal) FIELD(dtype) FIELD(total_queries) FIELD(max_query_length)
-                            FIELD(max_length) FIELD(warpgroup_prefill) FIELD(workspace);
+                            FIELD(max_length) FIELD(prefill) FIELD(workspace);
     binding.python.def("workspace_floats", cuda::ragged_attention_workspace);
   }
 

@@ -20,7 +20,7 @@ cudaError_t launch_decode<__half, false>(const AttentionArgs&, dim3, cudaStream_
   return cudaErrorInvalidValue;
 }
 template <>
-cudaError_t launch_prefill<__half, false>(const AttentionArgs&, dim3, cudaStream_t) {
+cudaError_t launch_prefill<__half, false>(const AttentionArgs&, int, dim3, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 template <>
@@ -28,7 +28,7 @@ cudaError_t launch_decode<__half, true>(const AttentionArgs&, dim3, cudaStream_t
   return cudaErrorInvalidValue;
 }
 template <>
-cudaError_t launch_prefill<__half, true>(const AttentionArgs&, dim3, cudaStream_t) {
+cudaError_t launch_prefill<__half, true>(const AttentionArgs&, int, dim3, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 template <>
@@ -36,7 +36,7 @@ cudaError_t launch_decode<__nv_bfloat16, true>(const AttentionArgs&, dim3, cudaS
   return cudaErrorInvalidValue;
 }
 template <>
-cudaError_t launch_prefill<__nv_bfloat16, true>(const AttentionArgs&, dim3, cudaStream_t) {
+cudaError_t launch_prefill<__nv_bfloat16, true>(const AttentionArgs&, int, dim3, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 template <>
@@ -48,10 +48,10 @@ cudaError_t launch_decode<__nv_bfloat16, false>(const AttentionArgs& args, dim3 
                 dim3(kAttentionThreads), sizeof(DecodeShared<256, 1>), stream, args);
 }
 template <>
-cudaError_t launch_prefill<__nv_bfloat16, false>(const AttentionArgs& args, dim3 grid,
+cudaError_t launch_prefill<__nv_bfloat16, false>(const AttentionArgs& args, int, dim3 grid,
                                                  cudaStream_t stream) {
-  return launch(ragged_attention_prefill_kernel<__nv_bfloat16, 256>, grid, dim3(kAttentionThreads),
-                prefill_shared_bytes(256), stream, args);
+  return launch(ragged_attention_prefill_kernel<__nv_bfloat16, 256, 1>, grid,
+                dim3(kAttentionThreads), prefill_shared_bytes(256, 1), stream, args);
 }
 template <>
 cudaError_t launch_warpgroup<__half>(const AttentionArgs&, dim3, cudaStream_t) {
@@ -75,7 +75,7 @@ int main(int argc, char** argv) {
   if (std::strcmp(argv[2], "generic") == 0) {
     calls::attend({baton::Dtype::kFloat32, 1, 1, 24}, false);
   } else if (std::strcmp(argv[2], "warpgroup") == 0) {
-    calls::attend({baton::Dtype::kBFloat16, 1, 1, 128}, false, false, true);
+    calls::attend({baton::Dtype::kBFloat16, 1, 1, 128}, false, false, baton::PrefillKernel::kWgmma);
   } else {
     calls::attend({baton::Dtype::kBFloat16, 1, 1, 256}, false);
   }

@@ -23,6 +23,8 @@ from emulation import build
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORWARD, BACKWARD, SHUFFLED = 0, 1, 2
+# PrefillKernel in csrc/common/ragged_attention.h.
+PREFILL_KERNELS = ("automatic", "mma", "mma32", "wgmma")
 
 
 class EmulationError(RuntimeError):
@@ -60,15 +62,15 @@ class EmulatedOps:
     def __init__(
         self, variant: build.Variant = build.FAST, *,
         threads=FORWARD, warps=FORWARD, blocks=FORWARD, late_copies=False, seed=1,
-        warpgroups=False,
+        prefill: str = "automatic",
     ) -> None:  # fmt: skip
         """Order of threads, warps and blocks, and whether cp.async and products of warpgroups
-        happen as late as allowed; whether the kernel made of the latter takes rows of several
-        tokens."""
+        happen as late as allowed; which kernel takes rows of several tokens, "automatic" or
+        as BATON_PREFILL names it."""
         self.variant = variant
         self.judged = variant is build.JUDGED
         self.schedule = (threads, warps, blocks, late_copies, seed)
-        self.warpgroups = warpgroups
+        self.prefill = PREFILL_KERNELS.index(prefill)
         self.captured: list[Callable[[], None]] | None = None
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -309,7 +311,7 @@ class EmulatedOps:
             causal=causal, dtype=DTYPES[query.dtype], total_queries=total_queries,
             max_query_length=total_queries if max_query_length is None else max_query_length,
             max_length=capacity if max_length is None else max_length,
-            warpgroup_prefill=self.warpgroups,
+            prefill=self.prefill,
         )  # fmt: skip
         plan = self.module.ragged_attention()
         for name, value in {**fields, "block_table": pointer(block_table)}.items():

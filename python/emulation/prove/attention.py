@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from baton_kernels.testing import cumulative, int32
+from emulation.cuda.ops import PREFILL_KERNELS
 from emulation.prove.claims import NOBODY
 from emulation.ptx.symbolic_ops import SymbolicOps
 from emulation.ptx.terms import CONCRETE, PLUS_ZERO, Terms
@@ -58,6 +59,7 @@ class Call:
     finite: bool = False  # values of the cache are neither NaN nor infinite
     exact_bounds: bool = True  # the host is told the longest row, not the capacity
     idle_tokens: int = 0  # query tokens of no row, behind all others
+    prefill: str = "mma"  # the kernel for rows of several tokens, as BATON_PREFILL names it
 
     def sees(self, row: Row, position: int) -> range:
         """Keys that a token sees; one before the row's first token sees none."""
@@ -196,6 +198,7 @@ def run(ops: SymbolicOps, call: Call) -> Outcome:
     group = num_heads // num_kv_heads
     table = ops.table
     ops.forget()
+    ops.prefill = PREFILL_KERNELS.index(call.prefill)
     table_of_rows, num_slots = block_table(call) if call.page else ([], call.num_slots)
     query, key, value = tensors(call, num_slots)
     tokens = [

@@ -27,9 +27,12 @@ from emulation.prove.grids import (
     ALL_PAGES,
     FEW_PAGES,
     FEW_SLOTS,
+    PAGES_BY_32,
+    SLOTS_BY_32,
     Grid,
     alone,
     between_others,
+    by_32_vectors,
     in_crowd,
     in_pages_in_crowd,
     prove,
@@ -186,6 +189,17 @@ def prefill_grids(dtype: torch.dtype, whole: bool) -> Iterator[Grid]:
         yield Grid(paged, base, (5,), (2,), places=(alone, in_pages_in_crowd))
 
 
+def prefill_by_32_grids(dtype: torch.dtype) -> Iterator[Grid]:
+    """Those that compute capability 8.0 takes for calls that fill the device."""
+    base = Call((), dtype=dtype, head_dim=128)
+    name = f"prefill by 32 vectors, {name_of(dtype)}"
+    yield Grid(name, base, (18,), (2, 9), OPTIONS, (), SLOTS_BY_32)
+    # Two warps of 32. In one tile of keys: another one is at the border for 32 vectors where it may
+    # be in the middle for 16 of them, or seen by none.
+    yield Grid(name, base, (32,), (30,), ({},), (), (alone, by_32_vectors))
+    yield Grid(f"{name}, in pages", base, (18,), (9,), OPTIONS[:1], (), PAGES_BY_32)
+
+
 def generic_grids(dtype: torch.dtype, whole: bool) -> Iterator[Grid]:
     """The kernel of what has no other: float32, other head dims, rows that are not aligned."""
     of = name_of(dtype)
@@ -226,6 +240,8 @@ def units(architecture: int) -> Iterator[Unit]:
         grids = [*generic_grids(dtype, whole)]
         if dtype in STEMS:
             grids = [*prefill_grids(dtype, whole), *decode_grids(dtype, whole), *grids]
+            if architecture == 80 and whole:
+                grids += prefill_by_32_grids(dtype)
         for number, grid in enumerate(grids):
             sources = ["ragged_attention"]
             if "generic" not in grid.kernel:

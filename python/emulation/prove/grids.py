@@ -108,7 +108,23 @@ def in_pages_in_crowd(length: int, queries: int) -> dict:
     return {**in_crowd(length, queries), "page": 4, "order": 5}
 
 
+def by_32_vectors(length: int, queries: int) -> dict:
+    """By the kernel of compute capability 8 whose warps have 32 query vectors."""
+    return {**alone(length, queries), "prefill": "mma32"}
+
+
+def by_32_vectors_in_company(length: int, queries: int) -> dict:
+    return {**in_mixed_company(length, queries), "prefill": "mma32"}
+
+
+def by_32_vectors_in_pages(length: int, queries: int) -> dict:
+    return {**in_small_pages(length, queries), "prefill": "mma32"}
+
+
 SLOTS = alone, in_mixed_company, moved
+# Terms of these are those of the kernel whose warps have 16.
+SLOTS_BY_32 = alone, by_32_vectors, by_32_vectors_in_company
+PAGES_BY_32 = alone, by_32_vectors_in_pages
 FEW_SLOTS = alone, in_company
 # The first one is the dense kernel's, whose terms those with pages have to be.
 ALL_PAGES = alone, in_pages, in_shifted_pages, in_small_pages, in_single_pages, in_large_pages

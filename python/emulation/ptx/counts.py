@@ -256,8 +256,8 @@ def prefill_case(length: int) -> Case:
     return Case("ragged_attention", f"prefill, {length} keys", arguments, 2 * 2 * length * HEAD_DIM)
 
 
-# Data sheet of an H100: dense bfloat16, which is 2,048 products and sums of an SM per cycle.
-H100_TFLOPS, H100_PRODUCTS = 989.4, 2048
+# Data sheets: dense bfloat16 in TFLOP/s, and that in products and sums of an SM per cycle.
+RATES = {"A100": (312.0, 1024), "H100": (989.4, 2048)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,35 +267,38 @@ class PrefillCounts:
     instructions: float  # of warps
     wavefronts: float  # of shared memory
     ideal_wavefronts: float
-    cycles: float  # of the tensor cores of an H100
+    flops: int = 2 * 2 * 128 * 128 * HEAD_DIM
 
-    @property
-    def tflops(self) -> float:
+    def cycles(self, card: str) -> float:
+        """Of its tensor cores."""
+        return self.flops / 2 / RATES[card][1]
+
+    def tflops(self, card: str) -> float:
         """What products, issue slots (four schedulers) and shared memory, one wavefront per cycle,
-        leave of an H100's rate; a bound, not a speed."""
-        return H100_TFLOPS * self.cycles / max(self.cycles, self.instructions / 4, self.wavefronts)
+        leave of a card's rate; a bound, not a speed."""
+        needed = max(self.cycles(card), self.instructions / 4, self.wavefronts)
+        return RATES[card][0] * self.cycles(card) / needed
 
     @property
     def wavefronts_per_product(self) -> float:
         """Per m16n8k16."""
-        return self.wavefronts / (self.cycles * H100_PRODUCTS / (16 * 8 * 16))
+        return self.wavefronts / (self.flops / 2 / (16 * 8 * 16))
 
 
-def count_prefill(warpgroups: bool) -> PrefillCounts:
-    """The loop is what 128 more keys add."""
+def count_prefill(kernel: str) -> PrefillCounts:
+    """Of the kernel that BATON_PREFILL names so. The loop is what 128 more keys add."""
     machines = []
     for length in (256, 384):
-        ops = PtxOps(warpgroups=warpgroups)
+        ops = PtxOps(prefill=kernel)
         with ops.entered():
             ops.ragged_attention(**prefill_case(length).arguments)
-        kind = "warpgroup" if warpgroups else "prefill"
-        machines += [machine for kernel, machine in ops.machines if kind in kernel]
+        kind = "warpgroup" if kernel == "wgmma" else "prefill"
+        machines += [machine for name, machine in ops.machines if kind in name]
     short, long = machines
     return PrefillCounts(
         long.instructions() - short.instructions(),
         long.wavefronts - short.wavefronts,
         long.ideal_wavefronts - short.ideal_wavefronts,
-        2 * 128 * 128 * HEAD_DIM / H100_PRODUCTS,
     )
 
 

@@ -69,9 +69,11 @@ class PtxOps(EmulatedOps):
     """A backend of the ``ops`` fixture; ``machines`` has one of every launch so far, by name."""
 
     def __init__(
-        self, architecture: int = 80, sources: Path = ROOT / "csrc" / "cuda", **options,
+        self, architecture: int = 80, sources: Path = ROOT / "csrc" / "cuda",
+        prefill: str = "mma", **options,
     ) -> None:  # fmt: skip
-        super().__init__(build.FAST, **options)
+        # The emulated host would choose for the device that it knows.
+        super().__init__(build.FAST, prefill=prefill, **options)
         self.architecture, self.sources = architecture, sources
         self.machines: list[tuple[str, Machine]] = []
         # What the last call wrote, and what the emulator would have written.

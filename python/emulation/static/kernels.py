@@ -366,6 +366,11 @@ def parse(report: str, listing: str) -> list[Kernel]:
     return sorted(kernels.values(), key=lambda kernel: (kernel.name, kernel.architecture))
 
 
+def has_two_tiles(name: str) -> bool:
+    """Whether it is a prefill kernel whose warps have 32 query vectors: compute capability 8, 9."""
+    return re.search(r"prefill_kernel<\w+, \d+, 2>", name) is not None
+
+
 def dynamic_shared(name: str) -> int:
     """Bytes that a block requests at its launch, by the kernel's name: see csrc/cuda."""
     if "warpgroup_kernel" in name:
@@ -381,11 +386,13 @@ def dynamic_shared(name: str) -> int:
         # Sums of all warps in fours, maxima and sums, and the queries.
         tiles, quads = int(found[3]), math.ceil(head_dim / 32)
         return 4 * tiles * (quads * 2 * 32 * 16 + 8 * 8) + 16 * head_dim * tiles
-    # Two stages of keys and values, three quarters of the queries of 256 dims, and 16 bytes of each
-    # thread.
+    # Two stages of keys and values, and queries that have no registers: seven eighths of 256 dims,
+    # all of two tiles.
     keys = 64 if head_dim <= 64 else 32 if head_dim <= 128 else 16
     queries = 64 * (224 + 8) if head_dim > 128 else 0
-    return 2 * (2 * 2 * keys * (head_dim + 8) + queries) + 16 * 128
+    if has_two_tiles(name):
+        queries = 128 * (128 + 8)
+    return 2 * (2 * 2 * keys * (head_dim + 8) + queries)
 
 
 def kilobytes(threads: int, levels: Sequence[float]) -> str:
