@@ -54,17 +54,18 @@ PROCESSES ?= logical
 WORKERS := -n $(PROCESSES) --maxprocesses 4 --dist worksteal
 
 # Every process of a run, and tests start many, reads the modules that the first one has compiled.
-test most-tests test-full test-quick: export PYTHONDONTWRITEBYTECODE =
+test most-tests scale-tests test-full test-quick: export PYTHONDONTWRITEBYTECODE =
 
-# The types are checked on one processor, so the tests begin meanwhile. Those of tests/scale come last
-# and by themselves: a cluster of Ray is several processes already.
+# The types are checked on one processor, so the tests begin meanwhile. Those of tests/scale wait for
+# processes of Ray most of the time, which come first whenever they have something to do.
 test: setup
-	$(MAKE) --no-print-directory -j 2 lint most-tests
-	$(BIN)/python -m pytest tests/scale --durations=5
+	$(MAKE) --no-print-directory -j 3 lint scale-tests most-tests
 
-.PHONY: most-tests
+.PHONY: most-tests scale-tests
 most-tests: setup
-	$(BIN)/python -m pytest $(WORKERS) --durations=10 --ignore=tests/scale
+	nice -n 5 $(BIN)/python -m pytest $(WORKERS) --durations=10 --ignore=tests/scale
+scale-tests: setup
+	$(BIN)/python -m pytest tests/scale --durations=5
 
 # Also the combinations of cases that others stand for: marked `full`, or judged.py's other half.
 test-full: lint

@@ -60,7 +60,11 @@ FEWER = {
     "append_kv": " and not test_head_dims and not test_layouts and not test_heads",
     "extract_kv": " and not test_out and not test_many and not test_more",
     "insert_kv": " and not test_layouts and not test_more",
+    "linear": " and not test_batch_invariance and not test_long_sums",
     "masked_softmax": " and not test_windows and not test_queries",
+    "ragged_attention": " and not test_batch_invariance and not test_layouts",
+    "ragged_attention_paged": " and not test_hidden_values",
+    "triton_torch": " and (opcheck or compile) and default",
 }
 
 
