@@ -1,4 +1,5 @@
-"""Copies of the package whose CPU library is compiled with sanitizers or gcov's counters."""
+"""Copies of the package whose CPU library is compiled in another way: with sanitizers, gcov's
+counters, or other names of its ops."""
 
 from __future__ import annotations
 
@@ -13,12 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def build_package(folder: Path, options: str, isas: Sequence[str]) -> None:
+def build_package(
+    folder: Path, options: str, isas: Sequence[str] | None, namespace: str = "baton_kernels"
+) -> None:
     """Builds the library into `folder`, and puts a copy of the package around it.
 
     Args:
         options: for the compiler and the linker, instead of -O3.
-        isas: the instruction sets whose kernels are built, besides the baseline.
+        isas: the instruction sets whose kernels are built, besides the baseline; None: all.
+        namespace: of the ops.
     """
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
@@ -32,7 +36,8 @@ def build_package(folder: Path, options: str, isas: Sequence[str]) -> None:
             cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder / "cmake"),
             "-DCMAKE_BUILD_TYPE=Release", f"-DBATON_TORCH_DIR={torch}",
             f"-DCMAKE_CXX_FLAGS_RELEASE={options}",
-            f"-DBATON_ISAS={';'.join(['baseline', *isas])}",
+            f"-DBATON_ISAS={';'.join([] if isas is None else ['baseline', *isas])}",
+            f"-DBATON_NAMESPACE={namespace}",
         ],
         check=True, stdout=subprocess.DEVNULL, env=environment,
     )  # fmt: skip

@@ -8,11 +8,13 @@ process, tells them the version that they require.
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "hub_kernel.py"
 needs_kernels = pytest.mark.skipif(
@@ -22,6 +24,7 @@ needs_kernels = pytest.mark.skipif(
 # Continuous batching of four prompts; eager attention answers them one by one first.
 PROGRAM = """
 import importlib.metadata
+import sys
 real = importlib.metadata.version
 importlib.metadata.version = lambda name: "0.18.2" if name == "kernels" else real(name)
 import torch
@@ -37,7 +40,10 @@ for prompt in prompts:
     out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     want.append(out[0, len(prompt) :].tolist())
 model.set_attn_implementation("baton/flash", allow_all_kernels=True)
-import baton_kernels.flash as flash
+(flash,) = (
+    module for name, module in sys.modules.items()
+    if name.startswith(sys.argv[1]) and name.endswith(".flash")
+)
 calls, inner = [], flash.ragged_attention
 flash.ragged_attention = lambda *args, **options: calls.append(1) or inner(*args, **options)
 outputs = model.generate_batch(
@@ -81,10 +87,10 @@ def test_kernels_reads_the_folder(folder):
         Build.open(str(folder))
 
 
-@needs_kernels
-def test_continuous_batching_gives_eager_s_answers(folder):
+def batch_continuously(folder, package):
+    """Runs the program with the folder, whose functions are a package's of this name."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, package],
         env={**os.environ, "LOCAL_KERNELS": f"baton/flash={folder}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -93,16 +99,62 @@ def test_continuous_batching_gives_eager_s_answers(folder):
     assert done.stdout.splitlines()[-1] == "same answers"
 
 
+@needs_kernels
+def test_continuous_batching_gives_eager_s_answers(folder):
+    batch_continuously(folder, "baton_kernels")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The folder with a library of its own; compiling it takes minutes."""
+    folder = tmp_path_factory.mktemp("hub")
+    subprocess.run([sys.executable, SCRIPT, folder, "--compiled"], check=True)
+    return folder
+
+
+@needs_kernels
+def test_the_compiled_variant_needs_nothing_else(compiled):
+    """A copy of the package whose names are its own: ops, modules, library."""
+    from kernels import get_local_kernel
+    from kernels._rust import Build
+
+    import baton_kernels
+
+    Build.open(str(compiled))
+    (library,) = compiled.rglob("*.so")
+    package = library.parent.name
+    assert re.fullmatch(r"torch-stable-abi210-cpu-\w+-linux", library.parent.parent.name)
+    metadata = json.loads((library.parent.parent / "metadata.json").read_text())
+    assert metadata["id"] == package.replace("kernels", "flash")
+    sources = "".join(path.read_text() for path in compiled.rglob("*.py"))
+    assert not re.search(r"\bbaton_kernels\b", sources)
+    kernel = get_local_kernel(compiled)
+    assert kernel.flash_attn_func.__module__ == f"{package}.flash"
+    assert getattr(torch.ops, package).ragged_attention is not None
+    q, k, v = torch.randn(3, 2, 9, 4, 64)
+    want = baton_kernels.flash.flash_attn_func(q, k, v, causal=True)
+    assert torch.equal(kernel.flash_attn_func(q, k, v, causal=True), want)
+
+
+@needs_kernels
+def test_continuous_batching_on_the_compiled_variant(compiled):
+    batch_continuously(compiled, "_baton_kernels_cpu_")
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("kernel_abi_check") is None,
     reason="needs the package kernel-abi-check, which `make test-engines` installs",
 )
-def test_the_library_keeps_to_the_abi_of_hub_kernels():
+@pytest.mark.parametrize("variant", ["installed", "compiled"])
+def test_the_library_keeps_to_the_abi_of_hub_kernels(variant, request):
     """The ABI of manylinux_2_28, and none of Python's."""
     from kernel_abi_check import ObjectFile
 
     import baton_kernels._library as library
 
-    found = ObjectFile(str(library.cpu))
+    path = library.cpu
+    if variant == "compiled":
+        (path,) = request.getfixturevalue("compiled").rglob("*.so")
+    found = ObjectFile(str(path))
     assert found.check_manylinux("manylinux_2_28") == []
     assert found.check_python_abi("3.9") == []

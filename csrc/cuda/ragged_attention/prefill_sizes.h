@@ -18,7 +18,8 @@ constexpr int prefill_keys(int head_dim) {
 }
 
 // A row of keys or values in shared memory. The 16 bytes between rows put eight rows' same chunk
-// into different banks: head_dim / 8 is even, so the pitch is an odd number of chunks.
+// into different banks: head_dim / 8 is even, so the pitch is an odd number of chunks. Warps keep
+// in them what they need later in an item.
 constexpr int prefill_pitch(int head_dim) { return head_dim + 8; }
 
 // Dims of the queries that stay in registers. Sums of 256 dims, or of 128 and two tiles of vectors,
