@@ -24,11 +24,16 @@ PrefillKernel prefill_kernel() {
       "ragged_attention: BATON_PREFILL must be mma, mma32 or wgmma, got ", std::string(name)));
 }
 
-struct Cuda : CudaDevice<cuda::ragged_attention> {
-  using CudaDevice::CudaDevice;
+// Chosen before the device is looked at: a wrong name is an error on a machine without one, too.
+struct ChosenKernel {
+  PrefillKernel prefill = prefill_kernel();
+};
+
+struct Cuda : ChosenKernel, CudaDevice<cuda::ragged_attention> {
+  Cuda(const Checker& check, const Tensor& tensor) : CudaDevice(check, tensor) {}
 
   void run(RaggedAttentionParams& p, const Tensor& query) const {
-    p.prefill = prefill_kernel();
+    p.prefill = prefill;
     // From torch's allocator, which also works while a CUDA graph is captured, and does not reuse
     // the memory on another stream before these kernels have finished.
     Tensor workspace = allocate(query, {cuda::ragged_attention_workspace(p)}, kCodes.float32);
