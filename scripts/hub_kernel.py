@@ -1,12 +1,12 @@
 """A folder in the format of Hugging Face's kernel hub, for transformers' continuous batching.
 
     python scripts/hub_kernel.py FOLDER              # the installed package does the work
-    python scripts/hub_kernel.py FOLDER --compiled   # a library of its own, for any torch >= 2.10
+    python scripts/hub_kernel.py FOLDER --compiled   # with its own library, for any torch >= 2.10
 
 FOLDER then contains `build.toml` (edition 5) and one variant of flash-attn's functions of
 `baton_kernels.flash`. That of the first command, `build/torch-cpu`, imports the installed package,
 so it is for local use. The second command compiles `csrc` into `build/torch-stable-abi210-cpu-...`,
-which needs nothing else: its ops, its package and its library have names of their own, so an
+which needs nothing else: its ops, package and library have other names, so an
 installed baton_kernels next to it, or another version of the folder, is no conflict. Either way:
 
     LOCAL_KERNELS=baton/flash=FOLDER transformers serve MODEL --attn-implementation baton/flash \\
@@ -144,7 +144,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--compiled", action="store_true", help="with a library of its own; takes minutes"
+        "--compiled", action="store_true", help="with its own library; takes minutes"
     )
     arguments = parser.parse_args()
     if arguments.compiled:

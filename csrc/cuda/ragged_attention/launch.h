@@ -2,6 +2,8 @@
 // dtype are compiled by one file, so that no file takes long.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/ragged_attention/rows.h"
 
 namespace baton::cuda {
@@ -28,6 +30,13 @@ constexpr int kTileVectors = 16 * kAttentionWarps;
 // Dims of the one whose warps have two such tiles, and the compute capabilities that have it.
 constexpr int kTwoTilesDim = 128;
 constexpr bool has_two_tiles(int capability) { return capability == 8 || capability == 9; }
+// Whether the library has code for these: later devices run the PTX of its newest compute
+// capability, and that of 7.5 has none.
+#if defined(__CUDA_ARCH_LIST__)
+constexpr bool kHasTwoTilesCode = std::max({__CUDA_ARCH_LIST__}) >= 800;
+#else
+constexpr bool kHasTwoTilesCode = true;
+#endif
 
 // Of the warpgroup kernel: dims, and query vectors of a tile, of which each thread of two
 // warpgroups has a part.

@@ -72,7 +72,10 @@ struct Plan {
   // 8.0 and 9.0 have room for; the tensor cores of 8.6 and 8.9 take longer than shared memory for
   // either.
   bool takes_two_tiles(const RaggedAttentionParams& p) const {
-    if (p.sizes.head_dim != kTwoTilesDim || !has_two_tiles(compute_capability())) return false;
+    if (!kHasTwoTilesCode || p.sizes.head_dim != kTwoTilesDim ||
+        !has_two_tiles(compute_capability())) {
+      return false;
+    }
     if (p.prefill != PrefillKernel::kAutomatic) return p.prefill == PrefillKernel::kMma32;
     constexpr auto kReserved = 1024;
     constexpr auto kBytes = static_cast<int64_t>(prefill_shared_bytes(kTwoTilesDim, 2));

@@ -55,8 +55,7 @@ struct Shape {
 };
 
 // A decode row that is split, a chunk, a prefill of two tiles, and a row with more query tokens
-// than tokens; in pages of 24 columns or in slots;
-// by the kernel that `prefill` names.
+// than tokens; in pages of 24 columns or in slots, by the kernel that `prefill` names.
 inline void attend(const Shape& s, bool options, bool paged = false,
                    PrefillKernel prefill = PrefillKernel::kAutomatic) {
   const bool warpgroups = prefill == PrefillKernel::kWgmma;
