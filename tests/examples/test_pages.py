@@ -64,4 +64,4 @@ def test_readme_is_short():
     words = [
         word for word in (ROOT / "README.md").read_text().split() if any(map(str.isalnum, word))
     ]
-    assert len(words) <= 1000
+    assert len(words) <= 850
