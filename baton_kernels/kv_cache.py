@@ -58,7 +58,7 @@ class KVCache(CacheMemory):
         value_scales: the same.
 
     Raises:
-        TypeError: a size is not an integer, or dtype is none of these.
+        TypeError: a size is not an integer, or dtype is not one of these.
         ValueError: a size is below 1.
         NotImplementedError: the ops do not support head_dim, or eight-bit types on this device.
         MemoryError: the address space could not be reserved.

@@ -1,7 +1,7 @@
 """The effect of rounding keys and values to 8 bits: on perplexity, logits and greedy tokens.
 
-One model reads one text through a cache of its own dtype and through 8-bit caches, in windows of
-the same length; a token's logits are compared where all have read the same tokens before. Greedy
+One model reads one text through a cache in the model's dtype and through 8-bit caches, in windows
+of the same length; a token's logits are compared where all have read the same tokens before. Greedy
 answers continue from each cache's own choices, so that one different token changes all later ones.
 The row `transformers` tells how often that happens without 8-bit caches: it is the same model in
 the same dtype, whose sums are rounded in another order.

@@ -6,8 +6,8 @@
 FOLDER then contains `build.toml` (edition 5) and one variant of flash-attn's functions of
 `baton_kernels.flash`. That of the first command, `build/torch-cpu`, imports the installed package,
 so it is for local use. The second command compiles `csrc` into `build/torch-stable-abi210-cpu-...`,
-which needs nothing else: its ops, package and library have other names, so an
-installed baton_kernels next to it, or another version of the folder, is no conflict. Either way:
+which needs nothing else: its ops, package and library have other names, so it does not conflict
+with an installed baton_kernels, or with another version of the folder. Either way:
 
     LOCAL_KERNELS=baton/flash=FOLDER transformers serve MODEL --attn-implementation baton/flash \\
         --continuous-batching --device cpu
@@ -44,7 +44,7 @@ from baton_kernels.flash import flash_attn_func, flash_attn_varlen_func, flash_a
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 '''
-# Loaded by its path under a name that the hub makes up, so the package beside it is, too.
+# The hub loads this file by its path under a made-up name, so it loads the package likewise.
 LOADER = '''"""flash-attn's functions on the CPU, with the library that they run on."""
 
 import importlib.util

@@ -15,7 +15,7 @@ namespace baton {
 
 // CUDA's kernels for rows of several tokens: chosen by the device and the call, warps of 16 query
 // vectors, warps of 32 (compute capability 8 and 9, with the bits of those of 16), or warpgroups
-// (compute capability 9.0, with bits of their own). Where a call has no such kernel it gets kMma's.
+// (compute capability 9.0, with other bits). A call that has no such kernel gets kMma's.
 enum class PrefillKernel : int32_t { kAutomatic, kMma, kMma32, kWgmma };
 
 struct RaggedAttentionParams {

@@ -102,7 +102,7 @@ def test_bits_are_the_same_on_torch_threads():
 
 @pytest.mark.usefixtures("on_torch_threads")
 def test_torch_threads_compute_in_the_mode_of_the_caller():
-    """torch's threads have modes of their own, which its operators leave as they are."""
+    """Each of torch's threads has a floating-point mode, which its operators do not change."""
     x, weight = (0.5 * torch.finfo(torch.float32).tiny * torch.ones(6, 48), torch.ones(1500, 48))
     if not torch.set_flush_denormal(True):
         pytest.skip("the CPU flushes no subnormal numbers")

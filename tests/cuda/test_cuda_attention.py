@@ -4,7 +4,7 @@
 | --- | --- |
 | a row's segments have the same bits in separate blocks and one after another | streamed |
 | rows of many vectors are split, and a single row into enough pieces | pieces |
-| a value that is not finite has the same bits, whatever its probability and the cut | vanishing |
+| a value that is not finite gives the same bits for every probability and every cut | vanishing |
 | no grid grows with the capacity or with rows that do not exist | grids |
 """
 

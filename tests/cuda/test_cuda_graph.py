@@ -20,7 +20,7 @@ from emulation.cuda.backends import EMULATED
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ROWS, NUM_SLOTS, CAPACITY, HEADS, KV_HEADS = 4, 6, 1300, 4, 2
 # Slots, starts and lengths of one decode step each: columns grow, rows move, the shortest row
-# consists of its own new token, the longest fills a slot, and rows are split in one, two and three.
+# has only its new token, the longest fills a slot, and rows are split in one, two and three.
 SHAPES = {
     "first": ([0, 1, 2, 3], [0, 5, 100, 7], [30, 513, 1024, 1]),
     "one column on": ([0, 1, 2, 3], [0, 5, 100, 7], [31, 514, 1025, 2]),

@@ -208,7 +208,7 @@ def run(tmp_path, body: str, x: torch.Tensor, block: int = 32, shared_bytes: int
 
 
 def test_loop_divergence_and_barrier(tmp_path):
-    """Every thread sums as many numbers as its index; a neighbor in another warp reads the sum."""
+    """Every thread's loop has a different length; a neighbor in another warp reads the sum."""
     x = torch.zeros(64)
     run(tmp_path, """
         float sum = 0;

@@ -106,7 +106,7 @@ def test_continuous_batching_gives_eager_s_answers(folder):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The folder with a library of its own; compiling it takes minutes."""
+    """The folder with a compiled library; compiling takes minutes."""
     folder = tmp_path_factory.mktemp("hub")
     subprocess.run([sys.executable, SCRIPT, folder, "--compiled"], check=True)
     return folder

@@ -1,4 +1,4 @@
-"""`baton generate --model FOLDER` for every kind of decoder: the tokens of its own eager attention.
+"""`baton generate --model FOLDER` for every kind of decoder: the tokens of eager attention.
 
 | test | what it holds |
 | --- | --- |

@@ -105,7 +105,7 @@ def formula(batch: int, bins: int, low: float, high: float) -> float:
 @pytest.mark.parametrize("bins", [1, 2, 4, 16])
 @pytest.mark.parametrize("batch", [8, 32])
 def test_throughput_is_the_formula_of_the_paper(batch, bins):
-    """Slots are counted, not timed: a batch takes as many steps as its longest answer."""
+    """Slots are counted, not timed: a batch takes one step per token of its longest answer."""
     low, high = 1, 1000
     numbers = random.Random(100 * batch + bins)
     # A queue of forty batches, refilled as it is served.

@@ -1,7 +1,7 @@
 """Idle work of each policy on one small workload, computed by hand.
 
-Prompts of 4, 2 and 3 tokens, answers of 3, 5 and 2, two slots. A forward takes as many seconds as
-its longest row has tokens.
+Prompts of 4, 2 and 3 tokens, answers of 3, 5 and 2, two slots. A forward takes one second per
+token of its longest row.
 """
 
 import pytest

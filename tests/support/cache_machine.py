@@ -159,8 +159,8 @@ class KVCacheMachine(RuleBasedStateMachine):
         return len(set(counts.values())) < 2 and self.width - self.padding() + count <= CAPACITY
 
     def widen(self, count):
-        """The model's width as rows are about to get so many tokens each: what is padding for all
-        of them goes where the new columns need the room."""
+        """Sets the model's width for rows that are about to get `count` tokens each: columns that
+        are padding in every row are dropped if the new ones need their room."""
         if self.aligned and self.rows:
             if self.width + count > CAPACITY:
                 self.width -= self.padding()
@@ -267,7 +267,7 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     @rule(through_pickle=st.booleans())
     def replace_by_a_copy(self, through_pickle):
-        """A copy has the same rows, whatever happens to the original afterwards."""
+        """A copy has the same rows, also after the original has changed."""
         old = self.cache
         self.cache = pickle.loads(pickle.dumps(old)) if through_pickle else copy.deepcopy(old)
         assert self.cache.shape == old.shape

@@ -75,7 +75,7 @@ def threads(r: Random):
 
 
 def attention(r: Random) -> int:
-    """Of each row all tokens, cut into chunks that are in batches of their own."""
+    """All tokens of each row, cut into chunks that run in separate batches."""
     group, num_kv_heads = r.choice(((1, 2), (2, 1), (2, 2), (3, 1), (8, 1), (40, 1)))
     num_heads, head_dim = group * num_kv_heads, r.choice((16, 24, 64, 64, 80, 128))
     lengths = [r.choice(LENGTHS) for _ in range(r.randint(1, 5))]

@@ -86,7 +86,7 @@ def run_shard(
             ],
         )
         try:
-            # A class of its own, which keeps the seed.
+            # A new class, because the seed is kept in it.
             machine = type(machines()[name].__name__, (machines()[name],), {})
             run_state_machine_as_test(hypothesis.seed(seed)(machine), settings=settings)
         except Exception as error:

@@ -8,7 +8,7 @@ import torch
 from baton_kernels.reference._eight_bit import quantize
 
 LAYERS, HEADS = 2, 2
-# So many different ones; number n + DIFFERENT is n again.
+# The number of different tokens; number n + DIFFERENT is n again.
 DIFFERENT = 4096
 
 

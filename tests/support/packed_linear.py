@@ -83,7 +83,7 @@ def check_any_number_of_rows(ops, arguments, dtype):
 
 
 def check_many_threads(ops, arguments, dtype):
-    """With so many threads that several share a panel."""
+    """With more threads than panels, so that several share one."""
     packed = pack_linear(arguments["weight"], dtype=dtype)
     with cpu_threads(1):
         expected = ops.linear(arguments["x"], packed)

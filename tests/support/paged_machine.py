@@ -237,7 +237,7 @@ class PagedMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
     def attend(self, data):
-        """Each row has the bits of one in a dense cache of its own."""
+        """Each row has the bits of the same row in a separate dense cache."""
         rows = data.draw(st.permutations(self.rows))[: data.draw(st.integers(1, 6))]
         counts = [data.draw(st.integers(1, len(row.tokens))) for row in rows]
         query, call = self.call(rows, counts)

@@ -133,7 +133,7 @@ class ActorMachine(ProcessMachine):
         return Remote(workers=workers, threads=1, always=always, num_cpus=0, **PATIENT)
 
     def start_cluster(self):
-        """Beside other work its parts may come too late for Ray; a second time they do not."""
+        """Starts Ray again if its parts start too late, as they may while other work runs."""
         import ray
 
         for attempt in range(3):

@@ -86,7 +86,7 @@ def seconds_in_attention(worker: Any) -> float:
         setattr(kind, name, measured)
 
     if not hasattr(kind, "seconds"):
-        # Some write keys and values in a call of its own.
+        # Some classes write keys and values in a separate call.
         for name in ("forward", "do_kv_cache_update"):
             if name in vars(kind):
                 measure(name)

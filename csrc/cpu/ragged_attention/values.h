@@ -101,8 +101,8 @@ BATON_INLINE void weigh_columns(const float (*p)[kBlockKeys], const BlockRows& v
   if (d < values.dim) weigh_rest<kQueries>(p, values, rows, to, d);
 }
 
-// For many query vectors: each pass over the block's rows computes as many sums as there are
-// registers for. `stored`: the rows before they were unpacked, for prefetching.
+// For many query vectors: each pass over the block's rows computes all sums that fit into
+// registers. `stored`: the rows before they were unpacked, for prefetching.
 template <typename T, typename Stored>
 void weigh_packed(const float (*p)[kBlockKeys], int count, const Rows<T>& values,
                   const Rows<Stored>& stored, Matrix out) {

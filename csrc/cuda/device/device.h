@@ -35,14 +35,14 @@
 
 namespace baton::cuda {
 
-// Without asking, a block gets this much dynamic shared memory.
+// A block gets this much dynamic shared memory without a request.
 constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
 // Blocks of a grid along y, and along z.
 constexpr int64_t kMaxGridYZ = 65535;
 
 #if defined(__CUDACC__)
-// Of the current device; 0 where it is not known. None of those asked for waits for the device,
-// and a launch finds out if there is none.
+// An attribute of the current device; 0 if it is not known. No query of an attribute waits for the
+// device, and a launch finds out if there is none.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||

@@ -67,8 +67,8 @@ constexpr int prefill_blocks(int head_dim) {
   return head_dim <= 96 ? 3 : 2;
 }
 
-// Totals of a block in floats, sums and what is kept of each vector: of as many threads as it would
-// have with 16 vectors per warp.
+// Floats that a block's totals take: sums, and the state of each vector. `threads` is the number
+// that the block would have with 16 vectors per warp.
 constexpr int64_t prefill_totals(int64_t head_dim, int threads) {
   return threads * (head_dim / 2 + 4);
 }

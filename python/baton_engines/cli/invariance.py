@@ -259,7 +259,7 @@ def draw_invariance(name: str, results: Sequence[AxisResult], path: Path) -> Non
     ]
     if values:
         axes.imshow(values, cmap="YlOrRd", vmin=_FLOOR, vmax=0.0, aspect="auto")
-        # Equal answers have a quiet color of their own, so that they do not look like missing data.
+        # Equal answers have a separate quiet color, so that they do not look like missing data.
         equal = [[0.0 if math.isnan(value) else math.nan for value in row] for row in values]
         axes.imshow(equal, cmap=ListedColormap(["#DDEFE3"]), aspect="auto")
     for row, result in enumerate(shown):

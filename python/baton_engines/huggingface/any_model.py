@@ -116,7 +116,7 @@ class AnyModel(ModelHandle):
             float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`; or None.
 
         Raises:
-            ValueError: token_ids does not fit the batch, or logits is none of the three.
+            ValueError: token_ids does not fit the batch, or logits is not one of the three.
             RuntimeError: `undo` was called.
         """
         if self._former is None:
@@ -207,7 +207,7 @@ class AnyModel(ModelHandle):
 
 
 class _Layer(CacheLayerMixin):
-    """A cache layer for transformers. Rows have lengths of their own, so it reports none."""
+    """A cache layer for transformers. Each row has its own length, so it reports none."""
 
     is_sliding = False
     # None in the base class until memory is allocated; here it always is.

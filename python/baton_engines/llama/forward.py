@@ -223,7 +223,7 @@ class PatchedLlama(ModelHandle):
 
         Raises:
             ValueError: token_ids does not fit the batch, the cache does not fit the model, or
-                logits is none of the three.
+                logits is not one of the three.
             RuntimeError: the patch was undone, or the model was moved or converted while patched.
 
         Undefined: the result when columns of a row have never been written.

@@ -1,7 +1,7 @@
 """A relay in a separate thread, for callers in an event loop.
 
 Only that thread uses the relay. Callers send it functions, and receive pieces of their answers in a
-queue of their own event loop, at most one per decode step.
+queue of the caller's event loop, at most one per decode step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
     Attributes:
         text: the text that has become certain since the last piece.
         tokens: the ids since the last piece.
-        logprobs: of these tokens, if the request asked for them.
+        logprobs: those of these tokens, if the request has `logprobs`.
         finish_reason: "stop", "length" or "cancelled" in the last piece, else None.
     """
 

@@ -1,4 +1,4 @@
-"""The environment variable that asks for what no option of vLLM can name."""
+"""`BATON_VLLM`, an environment variable for what vLLM has no option for."""
 
 from __future__ import annotations
 

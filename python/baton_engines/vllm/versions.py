@@ -21,7 +21,7 @@ def vllm_version() -> str | None:
 
 
 def require_vllm() -> None:
-    """Does nothing beside a vLLM that fits.
+    """Checks that a supported version of vLLM is installed.
 
     Raises:
         ImportError: there is no vLLM, or one outside the bounds.

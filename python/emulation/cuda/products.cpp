@@ -102,7 +102,7 @@ struct Operand {
   }
   // Of eight elements that follow one another: of row `major`, beginning with element `minor`.
   const unsigned char* chunk(int major, int minor, bool by_rows) const {
-    // A panel of 128 bytes has 64 elements; depth is no more than that.
+    // A panel of 128 bytes has 64 elements; depth is at most 64.
     const uint32_t panel = by_rows ? minor / 64 * leading : 0;
     const uint32_t logical = address + major / 8 * stride + major % 8 * 128 + panel +
                              minor % 64 * static_cast<uint32_t>(sizeof(uint16_t));

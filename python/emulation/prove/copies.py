@@ -264,7 +264,7 @@ def prove_append(prover: Prover, companies: Sequence[str], widths: Widths = WIDT
 
 
 def prove_merge(prover: Prover, companies: Sequence[str], widths: Widths = WIDTHS) -> None:
-    """merge_attention of token A in several companies: only leaves of its own head."""
+    """merge_attention of token A in several companies: only leaves of the same head."""
     table, ops = prover.terms, prover.ops
     hidden, outside, batch = (
         prover.claim(

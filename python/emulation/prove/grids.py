@@ -218,7 +218,7 @@ def prove(prover: Prover, grids: Iterable[Grid]) -> None:
                     continue
                 look(claims, call, outcome)
                 if first:
-                    same(prover, claims[of_places], first, outcome, f"alone and in {call}")
+                    same(prover, claims[of_places], first, outcome, f"first call and {call}")
                 first = first or outcome
         if grid.cut:
             claim = prover.claim(grid.kernel, CUT, f"(length, query tokens) {list(grid.cut)}")

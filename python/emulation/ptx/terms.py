@@ -344,7 +344,7 @@ class Terms:
         return term
 
     def _is_below(self, condition: int, yes: int, no: int) -> bool:
-        """Whether yes is no with choices on it that are made only where the condition holds."""
+        """Whether `yes` is `no` under choices that are made only where the condition holds."""
         implying = self.alternatives(condition)
         while yes != no:
             node = self.nodes[yes]

@@ -1,6 +1,6 @@
 """vLLM on our attention, run for real: `make test-engines`, which makes its environment.
 
-vLLM brings a torch and a transformers of its own, hence the other process; it finds our entry
+vLLM brings its own torch and transformers, hence the other process; it finds our entry
 points in a folder that is made here, as it would find them in an installed package. Prompts of more
 than 16 tokens are prefilled in chunks, and prompts with a known beginning of a page reuse it.
 """
@@ -124,8 +124,8 @@ def test_tokens_are_those_of_vllms_own_attention(serve, model):
 @pytest.mark.parametrize("model", ["llama"])
 def test_bfloat16(serve, model):
     """Log-probabilities of prompts in chunks, and of the tokens decoded after them, are at most
-    twice as far from those of float32 as with vLLM's own attention. Which token is greedy is no
-    test in bfloat16: neighboring logits are often equal."""
+    twice as far from those of float32 as with vLLM's own attention. Greedy tokens are not compared
+    in bfloat16, because neighboring logits are often equal."""
     asked, _ = prompts()
     work = {"model": model, "batches": [asked], "prompt_logprobs": True}
     theirs, ours = serve(
