@@ -1,4 +1,4 @@
-"""What compilers make, kept under the hash of everything that it is made from.
+"""Outputs of compilers, kept under the hash of everything that they are made from.
 
 Test processes that run at the same time share the folder: each file has a lock, so that two
 processes that want the same file compile it once, and two that want different files do not wait for
@@ -26,7 +26,7 @@ KEPT_SECONDS = 14 * 24 * 3600
 
 
 def hash_of(paths: Iterable[Path]) -> bytes:
-    """Of the files' names and contents; the same files elsewhere have the same hash."""
+    """A hash of the files' names and contents; the same files elsewhere have the same hash."""
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: (path.name, path)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

@@ -50,7 +50,7 @@ class Variant:
 # -fsanitize=thread without its library: the compiler announces every access, the judge listens.
 ANNOUNCE = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-Wno-tsan")
 FAST = Variant("fast", every=("-O2",))
-# What hands kernels to Python: the same object for every module.
+# The code that hands kernels to Python: the same object for every module.
 GLUE = Variant("glue", every=("-O1",))
 JUDGED = Variant(
     "judged",

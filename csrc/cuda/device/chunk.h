@@ -82,7 +82,7 @@ union Elements {
   }
 };
 
-// What is loaded here is read once per call, so it would only push others out of the L1 cache. An
+// Loads data that is read once per call and would only push other data out of the L1 cache. An
 // offset in bytes is part of the instruction.
 template <int kBytes, int kOffset = 0>
 __device__ __forceinline__ Chunk<kBytes> load_chunk(const char* address) {

@@ -77,7 +77,7 @@ __device__ __forceinline__ void copy_run(char* (&to)[2], const int64_t (&to_step
   }
 }
 
-// What a thread has.
+// A thread's tile and chunk.
 struct CopyPlace {
   int32_t tile, offset;  // in bytes, of its chunk
   bool exists;
@@ -90,7 +90,7 @@ struct CopyPlace {
     offset = (thread - local * a.chunks) * chunk_bytes;
     exists = local < a.block_tiles && tile < num_tiles;
   }
-  // Of the first item of its run.
+  // The address of the first item of the thread's run.
   __device__ __forceinline__ char* address(const CopySide& x, int32_t token) const {
     return x.data + blockIdx.y * x.y_stride + blockIdx.z * x.z_stride + token * x.token_stride +
            offset;
@@ -118,7 +118,7 @@ __device__ __forceinline__ void copy_tile(const CopyTokensArgs& a, int32_t block
   int32_t t = place.tile * a.tile_tokens;
   hide(t);
   if (a.num_queries > 32 && !ascends(a.cu_seqlens, a.num_queries)) return;
-  // Of the warp's first tile; the others advance from there.
+  // The query of the warp's first tile; the others advance from there.
   int32_t query = find_query<true>(a.cu_seqlens, a.num_queries, __shfl_sync(~0u, t, 0));
   if (!place.exists) return;
   const int32_t end = t + min(a.tile_tokens, a.total_tokens - t);

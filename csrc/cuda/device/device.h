@@ -37,7 +37,7 @@ namespace baton::cuda {
 
 // A block gets this much dynamic shared memory without a request.
 constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
-// Blocks of a grid along y, and along z.
+// The most blocks of a grid along y, and along z.
 constexpr int64_t kMaxGridYZ = 65535;
 
 #if defined(__CUDACC__)
@@ -53,7 +53,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 }
 #endif
 
-// Of the current device.
+// Multiprocessors of the current device.
 inline int multiprocessors() {
 #if defined(__CUDACC__)
   return std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);

@@ -124,7 +124,7 @@ __device__ __forceinline__ void multiply_64(float (&d)[16][4], const uint32_t (&
   }
 }
 
-// What was done to registers comes before the products that follow.
+// Orders earlier accesses of registers before the products that follow.
 __device__ __forceinline__ void fence_registers() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

@@ -126,7 +126,7 @@ __device__ __forceinline__ void decode_items(const AttentionArgs& a, unsigned ch
     const unsigned place = Shared::place(4 * g + vector / 2 % 4, vector % 2);
 #pragma unroll
     for (int w = 0; w < kAttentionWarps; ++w) {
-      // Of a warp without keys: 0, or 1 of nothing.
+      // A warp that saw no keys adds nothing: its weight is 0, or its sums are.
       const float weight = exp2_fast(stats[w].x - top);
       sum = fmaf(stats[w].y, weight, sum);
 #pragma unroll

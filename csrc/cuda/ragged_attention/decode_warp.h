@@ -45,7 +45,7 @@ class DecodeWarp {
   const uint4* shared_queries_ = nullptr;
 
  public:
-  // What the probabilities of vectors 2 t and 2 t + 1 are relative to: close to the maximum.
+  // Probabilities of vectors 2 t and 2 t + 1 are relative to these, which are near the maximum.
   float maximum[kTiles][2];
   float sum[kTiles][2] = {};  // of this lane's keys
   float out[kTiles][kProducts][4];
@@ -82,7 +82,7 @@ class DecodeWarp {
       put(x, kHeadDim / 8 - 2, load_8_once(row + kHeadDim - 16 - 4 * t));
   }
 
-  // What a step needs first: the bases are those of its page from here on.
+  // A step begins here: from here on the bases are those of its page.
   __device__ __forceinline__ void load_keys(int32_t first) {
     if (by_key_) {
 #pragma unroll

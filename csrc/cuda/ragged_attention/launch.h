@@ -38,8 +38,8 @@ constexpr bool kHasTwoTilesCode = std::max({__CUDA_ARCH_LIST__}) >= 800;
 constexpr bool kHasTwoTilesCode = true;
 #endif
 
-// Of the warpgroup kernel: dims, and query vectors of a tile, of which each thread of two
-// warpgroups has a part.
+// The warpgroup kernel's dims and query vectors per tile; the threads of two warpgroups share a
+// tile.
 constexpr int kWarpgroupDim = 128, kWarpgroupVectors = 128, kConsumerThreads = 256;
 
 // Columns that the decode kernel has for the vectors of this group. A second tile of them doubles

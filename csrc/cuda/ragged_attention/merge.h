@@ -29,7 +29,7 @@ struct PartialDims {
   static constexpr int kCount = 32 / kDims;
   float values[kCount][kDims];
 
-  // Of `count` splits, from this lane's dims of the first one on.
+  // Loads this lane's dims of `count` splits; `sums` points to those of the first one.
   __device__ __forceinline__ void load(const float* sums, int32_t head_dim, int32_t count) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -48,13 +48,13 @@ struct PartialDims {
   }
 };
 
-// A vector's sums, of this lane's dims.
+// This lane's dims of a vector's sums.
 template <int kDims>
 struct MergedDims {
   float top = -INFINITY, sum = 0.0f, values[kDims] = {};
 };
 
-// Of splits [begin, end), whose stats and sums (this lane's dims) begin there.
+// Merges splits [begin, end); `stats` and `sums` (this lane's dims) begin with split `begin`.
 template <int kDims>
 __device__ __forceinline__ MergedDims<kDims> merge_at_once(const float* stats, const float* sums,
                                                            int32_t head_dim, int32_t begin,
@@ -138,10 +138,10 @@ struct SplitVector {
   AttentionRow row;
   int32_t vector = 0, token = 0, begin = 0, end = 0;
 
-  // Of a place for partial results; false if nobody has it.
+  // Finds the vector that has a place for partial results; false if none has it.
   __device__ __forceinline__ bool find(const AttentionArgs& a, int32_t place) {
     if (place >= a.partial_vectors) return false;
-    // Of the token that has the place, or the row.
+    // A place belongs to a token, or else to a row.
     const bool of_tokens = a.max_split_vectors > 0;
     const auto num_rows = static_cast<int32_t>(a.p.num_rows);
     int32_t index = place / a.group;

@@ -58,7 +58,7 @@ __device__ __forceinline__ void prefill_items(const AttentionArgs& a, unsigned c
       if (streams && first % attention_segment_keys(0) == 0 && keys.begin < first) {
         const int32_t last = num_segments(first) - 1;
         if (first == segment_begin(last + 1)) {
-          // What has to be known again is not kept in registers meanwhile.
+          // Queries are loaded again instead of being kept in registers.
           x.begin_segment(keys.begin < segment_begin(last));
           x.load_queries();
         }

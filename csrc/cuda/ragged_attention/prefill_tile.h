@@ -7,7 +7,7 @@
 
 namespace baton::cuda {
 
-// What the end of an item needs.
+// Parked until the end of an item.
 struct PrefillItem {
   int32_t round, row, split, splits;
 };
@@ -23,7 +23,7 @@ class PrefillBlock
 
  private:
   using Base::a_, Base::lane_, Base::row_, Base::t_, Base::thread_;
-  // What 128 registers of sums leave none for.
+  // 128 registers of sums leave no registers for either.
   static constexpr bool kKeepsBases = !kPaged && kTiles * kHeadDim <= 128,
                         kParksBorder = kTiles * kHeadDim > 128;
   const char* cache_[2];  // base_of a row in a slot
@@ -46,9 +46,9 @@ class PrefillBlock
     stride_[1] = static_cast<uint32_t>(a.value_column_bytes);
   }
 
-  // What is needed later, and has no registers meanwhile.
+  // Stores values that are needed later and have no registers meanwhile.
   __device__ __forceinline__ void park(const PrefillItem& item, const TileKeys& keys) {
-    // All lanes have read those of the item before.
+    // Until here lanes may read those of the item before.
     __syncwarp();
     if (lane_ == 0) {
       store_16(parked(0), uint4{unsigned(item.round), unsigned(item.row), unsigned(item.split),
@@ -65,7 +65,7 @@ class PrefillBlock
             static_cast<int32_t>(x.w)};
   }
 
-  // Of vectors past the end: zeros. Others of the warp may read them behind the next barrier.
+  // Vectors past the end get zeros. Other lanes may read queries after the next barrier.
   __device__ __forceinline__ void load_queries() {
     this->load_query_pairs([&](int r, int half, int i, uint32_t pair) {
       if (r < kRegisterProducts) {
@@ -96,7 +96,7 @@ class PrefillBlock
         auto k = static_cast<uint32_t>(valid ? first + key : keys.begin);
         const char* cache = base;
         if constexpr (kPaged) {
-          // What the table needs has no registers between two copies.
+          // Loaded again, since there are no registers to keep it between two copies.
           AttentionRow row{};
           row.index = parked_item().row;
           row.start = static_cast<int32_t>(load_4(a_.p.starts + row.index));
@@ -155,7 +155,7 @@ class PrefillBlock
     hide(thread);
     return shared_ + (2 * (thread / 32) + place) * kPitch + kHeadDim;
   }
-  // Of this warp.
+  // This warp's queries.
   __device__ __forceinline__ T* shared_queries() const {
     return shared_ + kCacheElements + thread_ / 32 * 16 * kTiles * kQueryPitch;
   }

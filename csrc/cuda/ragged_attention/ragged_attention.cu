@@ -26,13 +26,13 @@ constexpr int kGenericQueries = 4;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// What the host knows: bounds of what the rows are, and what follows from them for all kernels.
+// Bounds that the host knows of the rows, and what follows from them for all kernels.
 struct Plan {
   int64_t group, query_length, length, vectors, kv_heads, splits, split_vectors, partial_vectors;
-  // The generic kernel's vectors of an item; the tensor core kernels' where it is 0.
+  // Vectors per item of the generic kernel; 0: the tensor core kernels run instead.
   int generic_queries;
   bool has_decode;
-  // Of 16 vectors, in a warp of the prefill kernel: 1 or 2, with the same bits.
+  // Tiles of 16 vectors per warp of the prefill kernel: 1 or 2, with the same bits.
   int tiles;
   // Whether the warpgroup kernel has the rows that otherwise are the prefill kernel's. Nothing that
   // a row may differ in has a say, so that all rows of several tokens have the same arithmetic.
@@ -178,7 +178,7 @@ AttentionArgs make_args(const RaggedAttentionParams& p, const Plan& plan) {
   args.decode_items = static_cast<int32_t>(smaller(p.num_rows * plan.splits, INT32_MAX / 2));
   args.max_split_vectors = static_cast<int32_t>(plan.split_vectors);
   args.partial_vectors = static_cast<int32_t>(plan.partial_vectors);
-  // What is read in 16 bytes comes first.
+  // Parts that are read 16 bytes at a time come first.
   args.partial_sums = p.workspace;
   args.totals = args.partial_sums + plan.partials() * p.sizes.head_dim;
   args.partial_stats = args.totals + plan.totals(p);

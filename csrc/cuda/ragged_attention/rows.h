@@ -33,7 +33,7 @@ constexpr int32_t kShortSplitKeys = 256, kShortSplits = 16, kSplitKeys = 512, kM
 // A row of several tokens is split as long as its tiles of all KV heads leave multiprocessors of a
 // large device idle, which is also what bounds its partial results.
 constexpr int64_t kSplitTiles = 64;
-// Of all rows, for the same reason.
+// The same bound over all rows of a call.
 constexpr int64_t kSplitTilesOfAll = 128;
 
 struct AttentionArgs {
@@ -44,9 +44,9 @@ struct AttentionArgs {
   int32_t decode_items;     // of a KV head, if every row decodes and has all splits
   // Vectors up to which a row of several tokens is split; 0: none is.
   int32_t max_split_vectors;
-  int32_t partial_vectors;                       // that partial results have places for
+  int32_t partial_vectors;                       // the number of places for partial results
   int32_t key_column_bytes, value_column_bytes;  // tensor core kernels: 32 bits are enough
-  // What p says in 64 bits, for rows: at most INT32_MAX. No window is one of INT32_MAX.
+  // Copies of p's 64-bit fields, clamped to INT32_MAX; a window of INT32_MAX means no window.
   int32_t num_slots, capacity, total_queries, max_query_length, max_length, window;
   // With a block table num_slots is the number of pages, `capacity` the columns that a row can
   // have, and `page` those of a page; column c lies in page c * page_factor >> page_shift of its
@@ -120,7 +120,7 @@ struct AttentionRow {
            (unsigned(length) <= unsigned(a.max_length)) &&
            (unsigned(start) <= unsigned(a.capacity) - unsigned(length));
   }
-  // Of a query token of the row.
+  // The position of a query token of the row.
   __device__ __forceinline__ int32_t position(int32_t token) const {
     return length - query_length + token;
   }

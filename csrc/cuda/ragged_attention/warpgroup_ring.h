@@ -30,8 +30,8 @@ constexpr int kRingStages = 3;
 constexpr int kCopiesAhead = 2;
 constexpr int kPanelBytes = kWarpgroupKeys * 128, kSwizzleBytes = 1024;
 
-// What a consumer has to know of its item. It waits in shared memory, each thread's own, since
-// registers are scarce; an odd number of words puts those of a warp into different banks.
+// A consumer's state during an item. Each thread's copy is kept in shared memory, since registers
+// are scarce; an odd number of words puts those of a warp into different banks.
 struct ConsumerItem {
   AttentionRow row;
   TileKeys keys;  // of the warpgroup
@@ -39,7 +39,7 @@ struct ConsumerItem {
   int32_t block_end;  // of the keys that the block's tile sees
   int32_t round;
 };
-// What a producer has to know from one tile to the next, likewise.
+// A producer's state between two tiles, kept in the same way.
 struct ProducerState {
   TileKeys keys;
   int32_t round;
@@ -50,8 +50,8 @@ static_assert(sizeof(ConsumerItem) / 4 % 2 == 1 && sizeof(ProducerState) / 4 % 2
 
 struct RingMemory {
   alignas(kSwizzleBytes) unsigned char tiles[kRingStages][2][2 * kPanelBytes];  // keys, values
-  // Of a tile of values that not all vectors see: by warp of the producers, whether one of them is
-  // not finite. The tile then has zeros in their place.
+  // For a tile of values that not all vectors see: whether each producer warp found one that is not
+  // finite. The tile then has zeros in their place.
   alignas(16) uint32_t not_finite[kRingStages][kProducerThreads / 32];
   uint64_t full[kRingStages][2], empty[kRingStages][2];
   ConsumerItem items[kConsumerThreads];
@@ -129,7 +129,7 @@ class RingProducer {
   __device__ __forceinline__ void copy(int which, const char* source, uint32_t stride,
                                        const TileKeys& keys, int32_t first) {
     const uint32_t tile = state().tiles, stage = tile % kRingStages;
-    // Of the phase before the one that this tile ends.
+    // Waits for the phase before the one that this tile ends.
     wait_for_phase(&ring_.empty[stage][which], tile / kRingStages % 2 ^ 1);
     unsigned char* target = ring_.tiles[stage][which] + place();
     const uint32_t column_of_thread = column();

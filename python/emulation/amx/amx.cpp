@@ -24,7 +24,7 @@ struct Config {
 };
 static_assert(sizeof(Config) == 64);
 
-// What one thread's tile registers hold.
+// The contents of one thread's tile registers.
 struct State {
   Config config;
   alignas(64) uint8_t data[kTiles][kRows][kRowBytes];

@@ -1,4 +1,4 @@
-// What a kernel source finds in place of CUDA when the host compiler reads it: the language's own
+// Replaces CUDA when the host compiler reads a kernel source: the language's own
 // words, warp-wide functions, atomics and fast arithmetic. csrc/cuda/device/device.h includes it.
 #pragma once
 

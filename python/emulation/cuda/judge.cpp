@@ -355,7 +355,7 @@ void checked_access(const void* memory, unsigned bytes, bool write, const void* 
 
 }  // namespace emulation::judge
 
-// What the compiler calls.
+// The functions that the compiler inserts calls of.
 #define SITE __builtin_return_address(0)
 #define ANNOUNCED(bytes)                                                                          \
   void __tsan_read##bytes(void* p) { emulation::judge::checked_access(p, bytes, false, SITE); }   \

@@ -38,7 +38,7 @@ void wait_for_grid_before();
 void release(const void* word);
 void end_phase(const void* word);
 void acquire(const void* word);
-// What is known to be written from here on is there for products.
+// Products may read what is known to be written from here on.
 void fence_proxy();
 void product_reads(const void* address, unsigned bytes, const void* site);
 // Memory that a kernel may touch; with no region added, the judge does not ask.

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-// Which line of the copy is wrong. 0: none.
+// The number of the wrong line of the copy. 0: none.
 static int mutant = 0;
 
 #include "cuda/ragged_attention/decode.h"

@@ -52,7 +52,7 @@ SPOILT = [
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """What is wrong: a call left out, the ``ordinal``-th of its kind in ``file``, or a mistake."""
+    """A planted mistake: the ``ordinal``-th call of a kind in ``file`` is left out, or another."""
 
     number: int
     file: str
@@ -64,7 +64,7 @@ class Mutant:
 
     @property
     def kernels(self) -> str:
-        """Which ones have it, as the program is told."""
+        """The kernels that have the mistake, in the program's words."""
         if self.file.startswith("warpgroup"):
             return "warpgroup"
         return "generic" if "generic" in self.file else "tensor_core"

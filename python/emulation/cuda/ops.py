@@ -28,7 +28,7 @@ PREFILL_KERNELS = ("automatic", "mma", "mma32", "wgmma")
 
 
 class EmulationError(RuntimeError):
-    """What the emulator or its judge found wrong with a kernel."""
+    """A defect of a kernel that the emulator or its judge found."""
 
 
 @functools.cache
@@ -90,9 +90,10 @@ class EmulatedOps:
 
     @contextlib.contextmanager
     def only(self, **parts: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Of these tensors kernels may touch only the given parts, which `traffic()` tells apart.
+        """Lets kernels touch only the given parts of these tensors.
 
-        A part's columns lie side by side: what is between its first and last element is its own.
+        `traffic()` counts each part separately. A part's columns lie side by side: all memory from
+        its first to its last element belongs to it.
         """
         self.parts = parts
         try:
@@ -101,7 +102,7 @@ class EmulatedOps:
             self.parts = {}
 
     def capture(self, function: Callable[[], object]) -> tuple[object, Callable[[], None]]:
-        """What a CUDA graph does with the calls of a function.
+        """Captures the calls of a function, as a CUDA graph does.
 
         Returns:
             What the function gave, not yet written, and the graph: every call of it runs the

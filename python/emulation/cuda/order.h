@@ -1,5 +1,5 @@
-// What each thread of a block knows to have happened: of every thread, what it did before a count
-// that this thread keeps (a vector clock). The judge keeps it.
+// Vector clocks for the judge: a thread of a block keeps a count for each other thread, and knows
+// that the actions before that count have happened.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ class Order {
   unsigned threads_ = 0;
   std::vector<Counts> known_;   // [thread]
   std::vector<Counts> fenced_;  // [thread]: and a proxy fence has come after it; empty without one
-  // Of an mbarrier: of the phase that runs, and of those that have ended.
+  // An mbarrier's clocks: of the running phase, and of those that have ended.
   struct Word {
     Counts known[2], fenced[2];
   };

@@ -100,7 +100,7 @@ struct Operand {
       fail("an operand whose rows do not begin at a multiple of 1024 bytes");
     }
   }
-  // Of eight elements that follow one another: of row `major`, beginning with element `minor`.
+  // The address of eight consecutive elements of row `major`, beginning with element `minor`.
   const unsigned char* chunk(int major, int minor, bool by_rows) const {
     // A panel of 128 bytes has 64 elements; depth is at most 64.
     const uint32_t panel = by_rows ? minor / 64 * leading : 0;

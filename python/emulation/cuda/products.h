@@ -16,10 +16,10 @@ namespace emulation {
 void init_barrier(const void* barrier, unsigned count);
 void arrive(const void* barrier);
 void wait_for_phase(const void* barrier, unsigned parity, Where where);
-// What is known to be written may be read by products.
+// Products may read writes that are known to have happened.
 void fence_proxy();
 
-// What all threads of a warpgroup must say alike of a product m64n128k16.
+// The operands of a product m64n128k16 that all threads of a warpgroup must give alike.
 struct Product {
   uint64_t operand;  // descriptor of b
   bool by_rows;      // a row of memory per row of b, not per column
@@ -30,13 +30,13 @@ struct Product {
 constexpr unsigned kWarpgroup = 128;
 constexpr int kProductSums = 64, kProductDepth = 16, kProductColumns = 128;
 
-// `sums` and `a` of the running thread.
+// `sums` and `a` are the running thread's.
 void begin_product(float* sums, const uint32_t* a, const Product& product, Where where);
 void fence_registers();
 void commit_products();
 void wait_for_products(unsigned groups_left, Where where);
 
-// Of a block, and of a thread that returns.
+// The products of a block are forgotten; those of a thread end when it returns.
 void forget_products(unsigned num_threads);
 void end_products();
 

@@ -68,7 +68,7 @@ std::vector<void*> used_shared;  // of finished blocks
 // may.
 constexpr std::size_t kSharedMargin = judge::kEnabled ? 4096 : 0;
 std::vector<std::string> reports;
-// What ThreadSanitizer is told that order came through. Each block has its own words, since a
+// Words through which ThreadSanitizer is told of order. Each block has its own, since a
 // barrier orders nothing between blocks; two per use, since a thread may be in the next barrier
 // before another has left the last.
 struct SyncWords {

@@ -32,7 +32,7 @@ struct Options {
 };
 Options& options();
 
-// What went wrong in the launches since the last call, each once; empties the list.
+// Reports of the launches since the last call, each once; empties the list.
 std::vector<std::string> take_reports();
 // Records a report. The launch goes on.
 void report(const std::string& text);
@@ -45,7 +45,7 @@ void clear_regions();
 
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
-// So few that blocks of a grid that is sized by them have several items each.
+// Few, so that each block of a grid that is sized by them has several items.
 constexpr int kMultiprocessors = 2;
 // As on sm_90 and sm_100: the most a block may request.
 constexpr std::size_t kMaxSharedBytes = 227 * 1024;
@@ -96,7 +96,7 @@ extern std::size_t dynamic_shared_bytes;
 void load(void* registers, const void* memory, unsigned bytes, const void* site);
 void store(void* memory, const void* registers, unsigned bytes, const void* site);
 
-// What launches were made of, while recording: their arguments are raw bytes.
+// A launch that was made while recording; its arguments are raw bytes.
 struct Recording {
   const void* kernel;
   dim3 grid, block;

@@ -1,4 +1,4 @@
-// What the real ThreadSanitizer is told by the emulator. In other builds everything here is empty.
+// The emulator's calls of the real ThreadSanitizer. In other builds everything here is empty.
 #pragma once
 
 #include <cstddef>

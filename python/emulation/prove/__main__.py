@@ -113,7 +113,7 @@ def in_full(arguments: argparse.Namespace) -> int:
 
 
 def sharing(architectures: Sequence[int]) -> list[str]:
-    """Which architectures have the same PTX, by source."""
+    """Lines that say, for each source, which architectures have the same PTX."""
     groups: dict[tuple[tuple[int, ...], ...], list[str]] = {}
     for path in SOURCES:
         by_first: dict[int, list[int]] = {}

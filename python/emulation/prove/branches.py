@@ -1,4 +1,4 @@
-"""Which outcomes of conditional branches the calls reach, and why the others are left out."""
+"""The outcomes of conditional branches that the calls reach, and why the others are left out."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def summary(kernels: Kernels, every: bool = False) -> tuple[list[str], int]:
 
 
 def grouped(outcomes: Iterable[Unreached]) -> Iterator[str]:
-    """By source line."""
+    """Lines of text, one per source line."""
     by_line: dict[tuple[str, str], list[Unreached]] = collections.defaultdict(list)
     for outcome in outcomes:
         by_line[outcome.line, outcome.source].append(outcome)

@@ -1,4 +1,4 @@
-"""What is claimed of a kernel, and what came of it."""
+"""Claims about a kernel, and their results."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Prover:
             self.coverage.setdefault(readable(kernel), Coverage()).add(machine)
 
     def influence(self, terms: list[int], allowed: int, what: str) -> str:
-        """What is wrong with terms that reach other leaves."""
+        """Describes terms that reach other leaves than the allowed ones."""
         if not terms:
             return f"an element that nobody writes has changed ({what})"
         return f"{self.terms.text_of(self.terms.leaves(terms[0], ~allowed)[0])} ({what})"

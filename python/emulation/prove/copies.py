@@ -66,7 +66,7 @@ class Tensors:
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """What insert_kv and extract_kv are given; one whose slot is -1 has no place."""
+    """Arguments of insert_kv and extract_kv; a query whose slot is -1 has no place."""
 
     lengths: Sequence[int]
     starts: Sequence[int]

@@ -41,8 +41,9 @@ from emulation.prove.grids import (
 from emulation.prove.runs import Unit
 from emulation.static.kernels import PTX_ARCHITECTURES
 
-# What has to be refuted: a lone token is the decode kernel's, whose products have other shapes; and
-# a value that is not finite is weighed apart only in tiles at the border of what is visible.
+# Statements that are expected to be refuted: a lone token runs in the decode kernel, whose products
+# have other shapes; and a value that is not finite is weighed apart only in tiles at the border of
+# what is visible.
 KNOWN = {("prefill and decode", CUT), ("prefill of whole tiles", CUT)}
 OPTIONS = (
     {}, {"window": 3}, {"softcap": 5.0, "alibi": True, "sinks": True},
@@ -71,7 +72,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def quick_grids(dtype: torch.dtype) -> list[Grid]:
-    """What the test proves: a few lengths."""
+    """The grids of the test: a few lengths."""
     name, base = name_of(dtype), Call((), dtype=dtype)
     cut = ((9, 9), (9, 4), (7, 7))
     if dtype is torch.float32:
@@ -79,7 +80,7 @@ def quick_grids(dtype: torch.dtype) -> list[Grid]:
     return [
         Grid(f"decode, {name}", base, (5,), (1,), OPTIONS[:3:2]),
         Grid(f"decode in pages, {name}", base, (19,), places=FEW_PAGES),
-        # Of one dtype: the others' kernels are the same, of other instructions.
+        # One dtype is enough: the others' kernels differ only in their instructions.
         *([Grid(f"prefill, {name}", base, (9,), (9,), ({},), cut)] * (dtype is torch.bfloat16)),
         Grid(f"prefill and decode, {name}", base, (), (), ({},), ((5, 2), (5, 1))),
     ]
@@ -278,7 +279,7 @@ def prove_triton(prover: Prover, grid: Grid) -> None:
 
 
 def triton_units() -> Iterator[Unit]:
-    """Of sm_80, which is what the named source stands for: no other architecture has its PTX."""
+    """Units for sm_80, which the named source stands for: no other architecture has its PTX."""
     sources = [
         Path(__file__).with_name("triton_ptx.py"),
         *(ROOT / "baton_kernels" / "triton").rglob("*.py"),

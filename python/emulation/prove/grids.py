@@ -58,7 +58,7 @@ def in_crowd(length: int, queries: int) -> dict:
 
 
 def between_others(length: int, queries: int) -> dict:
-    """Between rows of several tokens, one of none and one without a place."""
+    """The row between rows of several tokens, one of none and one without a place."""
     return {
         "rows": (
             Row("B", 3, 2, 0, 1), Row("E", 3, 0, 1, 0), Row("L", 3, 2, 1, -1),
@@ -69,12 +69,12 @@ def between_others(length: int, queries: int) -> dict:
 
 
 def with_idle_tokens(length: int, queries: int) -> dict:
-    """With query tokens of no row, enough that no row is split at its segments."""
+    """The row with query tokens of no row, enough that no row is split at its segments."""
     return {**alone(length, queries), "idle_tokens": 8200}
 
 
 def in_pages(length: int, queries: int) -> dict:
-    """By itself in pages of 16 columns, any of which may hold any sixteen of the row's."""
+    """The row by itself in pages of 16 columns; any page may hold any sixteen of them."""
     return {**alone(length, queries), "page": 16}
 
 
@@ -87,7 +87,7 @@ def in_shifted_pages(length: int, queries: int) -> dict:
 
 
 def in_small_pages(length: int, queries: int) -> dict:
-    """In pages of five columns, between other rows."""
+    """The row in pages of five columns, between other rows."""
     return {
         "rows": (Row("B", 3, 1), Row(TAG, length, queries, start=2), Row("C", 7, 1, start=4)),
         "page": 5, "order": 2,
@@ -95,12 +95,12 @@ def in_small_pages(length: int, queries: int) -> dict:
 
 
 def in_single_pages(length: int, queries: int) -> dict:
-    """A column is a page."""
+    """The row in pages of one column."""
     return {**alone(length, queries), "page": 1, "order": 3}
 
 
 def in_large_pages(length: int, queries: int) -> dict:
-    """In pages of 64 columns, from the second sixteen of one."""
+    """The row in pages of 64 columns, from the second sixteen of one."""
     return {"rows": (Row(TAG, length, queries, start=16), Row("B", 5, 1)), "page": 64, "order": 4}
 
 
@@ -109,7 +109,7 @@ def in_pages_in_crowd(length: int, queries: int) -> dict:
 
 
 def by_32_vectors(length: int, queries: int) -> dict:
-    """By the kernel of compute capability 8 whose warps have 32 query vectors."""
+    """The row in the kernel of compute capability 8 whose warps have 32 query vectors."""
     return {**alone(length, queries), "prefill": "mma32"}
 
 
@@ -122,11 +122,11 @@ def by_32_vectors_in_pages(length: int, queries: int) -> dict:
 
 
 SLOTS = alone, in_mixed_company, moved
-# Terms of these are those of the kernel whose warps have 16.
+# Their terms must equal those of the kernel whose warps have 16 vectors.
 SLOTS_BY_32 = alone, by_32_vectors, by_32_vectors_in_company
 PAGES_BY_32 = alone, by_32_vectors_in_pages
 FEW_SLOTS = alone, in_company
-# The first one is the dense kernel's, whose terms those with pages have to be.
+# The first one runs in the kernel without pages; the terms of the others must equal its terms.
 ALL_PAGES = alone, in_pages, in_shifted_pages, in_small_pages, in_single_pages, in_large_pages
 FEW_PAGES = alone, in_pages, in_small_pages
 

@@ -66,7 +66,7 @@ def markdown(claims: Iterable[Claim]) -> list[str]:
 
 
 def evidence(claims: Iterable[Claim]) -> list[str]:
-    """What refutes claims, one line for each kind of kernel and statement."""
+    """The evidence against claims, one line for each kind of kernel and statement."""
     found: dict[tuple[str, str], Claim] = {}
     for claim in claims:
         if claim.evidence:

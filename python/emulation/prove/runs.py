@@ -29,7 +29,7 @@ from emulation.static.kernels import ARCHITECTURES, FRONT_END, SOURCES
 
 BUILD = ROOT / "build" / "prove"
 HERE = Path(__file__).parent
-# What a unit's result depends on besides the kernels and the unit itself.
+# Sources on which a unit's result depends, besides the kernels and the unit itself.
 PROVER = [
     *(HERE / f"{name}.py" for name in ("attention", "claims", "copies", "grids")),
     *sorted((HERE.parent / "ptx").glob("*.py")),
@@ -56,7 +56,7 @@ class Unit:
 
 @dataclasses.dataclass
 class Result:
-    """What came of a unit on one PTX."""
+    """The result of a unit on one PTX."""
 
     unit: Unit
     architecture: int
@@ -99,7 +99,7 @@ def text_of(op: str, kernel: str, architecture: int, sources: Path) -> str:
 
 
 def compile_all(architectures: Sequence[int]) -> None:
-    """What all units need, before they run at the same time."""
+    """Makes what all units need, before they run at the same time."""
     module(build.FAST)
     build.at_once(
         functools.partial(compile_quietly, path, architecture)

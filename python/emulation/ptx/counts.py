@@ -1,4 +1,4 @@
-"""What a call of each op executes and moves, counted on the PTX machine.
+"""Instructions and traffic of a call of each op, counted on the PTX machine.
 
 The shapes are those of a decode step and of a newcomer's prefill (8 KV heads x 128, bf16)."""
 
@@ -165,7 +165,7 @@ def decode_case(length: int, page: int | None = None, kv_heads: int = NUM_KV_HEA
 
 @dataclasses.dataclass(frozen=True)
 class DecodeCounts:
-    """Of a decode step, per 128 bytes of keys and values if not said otherwise."""
+    """Counts of a decode step, per 128 bytes of keys and values unless stated otherwise."""
 
     instructions: float  # of warps, in the loop
     products: float  # mma.sync m16n8k16, likewise
@@ -230,7 +230,8 @@ class MergeCounts:
 
 
 def count_merge(length: int, kv_heads: int = NUM_KV_HEADS) -> MergeCounts:
-    """Of one KV head a lane has one dim, of eight 4, as on a device of two multiprocessors."""
+    """Counts of the merge. With one KV head a lane has one dim, with eight it has 4, as on a device
+    of two multiprocessors."""
     ops = MergeOps()
     with ops.entered():
         ops.ragged_attention(**decode_case(length, kv_heads=kv_heads).arguments)
@@ -262,7 +263,7 @@ RATES = {"A100": (312.0, 1024), "H100": (989.4, 2048)}
 
 @dataclasses.dataclass(frozen=True)
 class PrefillCounts:
-    """Of a tile of 128 query vectors and 128 keys which all of them see, on one SM."""
+    """Counts of a tile of 128 query vectors and 128 keys which all of them see, on one SM."""
 
     instructions: float  # of warps
     wavefronts: float  # of shared memory
@@ -270,12 +271,12 @@ class PrefillCounts:
     flops: int = 2 * 2 * 128 * 128 * HEAD_DIM
 
     def cycles(self, card: str) -> float:
-        """Of its tensor cores."""
+        """Cycles of the card's tensor cores."""
         return self.flops / 2 / RATES[card][1]
 
     def tflops(self, card: str) -> float:
-        """What products, issue slots (four schedulers) and shared memory, one wavefront per cycle,
-        leave of a card's rate; a bound, not a speed."""
+        """The part of a card's rate that products, issue slots (four schedulers) and shared memory
+        (one wavefront per cycle) allow; a bound, not a speed."""
         needed = max(self.cycles(card), self.instructions / 4, self.wavefronts)
         return RATES[card][0] * self.cycles(card) / needed
 
@@ -286,7 +287,7 @@ class PrefillCounts:
 
 
 def count_prefill(kernel: str) -> PrefillCounts:
-    """Of the kernel that BATON_PREFILL names so. The loop is what 128 more keys add."""
+    """Counts of the kernel that BATON_PREFILL calls this. The loop is what 128 more keys add."""
     machines = []
     for length in (256, 384):
         ops = PtxOps(prefill=kernel)

@@ -21,7 +21,7 @@ class Flow:
         self._block_of[len(code)] = len(self.starts) - 1
 
     def successors(self, at: int) -> list[int]:
-        """What may follow an instruction that ends a block."""
+        """The instructions that may follow one that ends a block."""
         x = self.code[at]
         if x.name == "bra":
             to = self.labels[x.operands[0]]

@@ -26,7 +26,7 @@ def _not_finite(table: np.ndarray, ones: int) -> np.ndarray:
     return (table & ones) == ones
 
 
-# What may be done to a table, given a number.
+# Operations on a table and a number.
 _MAPS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "and": np.bitwise_and,
     "or": np.bitwise_or,
@@ -51,7 +51,7 @@ _OPERATIONS = {
 
 
 class TermTable(Protocol):
-    """What is used here of `terms.Terms`, which is made of this."""
+    """The methods of `terms.Terms` that this module calls."""
 
     nodes: list[tuple]
 
@@ -68,7 +68,7 @@ class Halves:
     def __init__(self, terms: TermTable) -> None:
         self.terms = terms
         self.tables: list[np.ndarray] = []
-        # Of each table: its largest result, and whether it is constant.
+        # For each table its largest result, and whether it is constant.
         self.largest: list[int] = []
         self.is_constant: list[bool] = []
         self._numbers: dict[bytes, int] = {}
@@ -116,7 +116,7 @@ class Halves:
         base, number = self.take(x)
         return self.put(base, self.mapped(number, name, value), "bit", 1)
 
-    # What is known of an element.
+    # Predicates of an element
 
     def not_finite(self, x: int, kind: str) -> int:
         """The predicate that an element is NaN or infinite."""
@@ -195,7 +195,7 @@ class Halves:
         )
 
     def _shift(self, halves: Sequence[int], number: int) -> int | None:
-        """To the right; bits of the high half cross to the low one."""
+        """Shifts to the right; bits of the high half cross to the low one."""
         low, high = (self.members(half) for half in halves)
         crossing = {self._map(x, "shl", 16 - number) for x in high}
         return self._pair(

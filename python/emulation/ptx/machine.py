@@ -291,7 +291,7 @@ class Machine:
             self.set(target, arithmetic.compute(self, x), mask)
 
     def _depend(self, x: Instruction, mask: np.ndarray | None) -> None:
-        """What a grid writes is there for the next one when that has waited, and no earlier."""
+        """The next grid sees what this one writes once it has waited, and no earlier."""
         if "wait" not in x.modifiers:
             return
         self.waited[slice(None) if mask is None else mask] = True

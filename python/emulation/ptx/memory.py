@@ -46,7 +46,7 @@ def count_wavefronts(address: np.ndarray, mask: np.ndarray, width: int) -> tuple
 
 
 class Memory:
-    """What one launch can reach."""
+    """The memory that one launch can reach."""
 
     def __init__(self, machine: Lanes, arguments: list[bytes], tensors: list[torch.Tensor],
                  blocks: int, shared_bytes: int) -> None:  # fmt: skip

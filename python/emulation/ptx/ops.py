@@ -76,7 +76,7 @@ class PtxOps(EmulatedOps):
         super().__init__(build.FAST, prefill=prefill, **options)
         self.architecture, self.sources = architecture, sources
         self.machines: list[tuple[str, Machine]] = []
-        # What the last call wrote, and what the emulator would have written.
+        # The tensors that the last call wrote, and the emulator's results of the same call.
         self.written: dict[str, torch.Tensor] = {}
         self.emulated: dict[str, torch.Tensor] = {}
 

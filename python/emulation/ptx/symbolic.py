@@ -148,7 +148,7 @@ class SymbolicMachine(WarpRules, Machine):
             condition = self.table.apply("not", condition)
         ways = []
         for start in (self.labels[x.operands[0]], at + 1):
-            # What does not hold here: the condition, or where it holds its contrary.
+            # The predicate that is false on this side: the condition or its contrary.
             fails = condition if start == at + 1 else self.table.apply("not", condition)
             frame = Frame(false=self._false_in_warps(lanes, fails))
             self.frames.append(frame)

@@ -20,7 +20,7 @@ class SymbolicError(Exception):
 
 @dataclasses.dataclass
 class Written:
-    """What a way of a branch left in one space: numbers and terms of two bytes, and by whom."""
+    """The writes of one side of a branch to one space: numbers, terms of two bytes, and by whom."""
 
     numbers: np.ndarray
     terms: np.ndarray
@@ -29,11 +29,11 @@ class Written:
 
 @dataclasses.dataclass
 class Frame:
-    """What has to be undone after one way of a branch."""
+    """Changes that are undone after one side of a branch."""
 
     registers: dict[str, tuple] = dataclasses.field(default_factory=dict)
     spaces: dict[str, Written] = dataclasses.field(default_factory=dict)
-    # Predicates that do not hold on this way, by warp.
+    # Predicates that do not hold on this side, by warp.
     false: dict[int, set[int]] = dataclasses.field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""What the lanes of a warp do together, on terms."""
+"""Instructions that the lanes of a warp execute together, on terms."""
 
 from __future__ import annotations
 

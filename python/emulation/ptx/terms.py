@@ -306,7 +306,7 @@ class Terms:
             if len(members) == 1:
                 return top
         if len(members) == 1 and len(tuple(arguments)) > 1:
-            # Of a NaN, the maximum is the one pattern that arithmetic makes.
+            # The maximum of a NaN is the one pattern that arithmetic makes.
             return self._intern((_MAX, *members), members)
         term = self._intern((_MAX, *sorted(members)), members)
         if known and np.isfinite(floats[top]):
@@ -439,7 +439,7 @@ class Terms:
             x, y = self.nodes[a], self.nodes[b]
             if x[0] != y[0] or len(x) != len(y) or x[0] in ("constant", "leaf"):
                 break
-            # Of operands in either order, those that the other one has not.
+            # Operands may be in either order: those that the other term lacks.
             left = [p for p in x[1:] if p not in y[1:]] or x[1:]
             right = [q for q in y[1:] if q not in x[1:]] or y[1:]
             if len(left) != len(right):

@@ -26,10 +26,10 @@ WARPGROUP = ROOT / "csrc" / "cuda" / "ragged_attention" / "warpgroup.cu"
 SOURCES = sorted(set((ROOT / "csrc" / "cuda").rglob("*.cu")) - {WARPGROUP})
 BUILD = ROOT / "build" / "static"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-# Whose PTX each of them is assembled from. nvcc's front end writes the same for both, but for the
-# line that names the target (tests/cuda/test_cuda_static.py holds it).
+# Architecture -> the one whose PTX it is assembled from. nvcc's front end writes the same for both,
+# but for the line that names the target (tests/cuda/test_cuda_static.py holds it).
 FRONT_END = {75: 75, 80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 120: 100}
-# Whose PTX is kept too, for the machine of emulation/ptx.
+# Architectures whose PTX is kept too, for the machine of emulation/ptx.
 PTX_ARCHITECTURES = (75, 80)
 FLAGS = ["-std=c++20", "-O3", "-I", "csrc", "-Xptxas", "-v"]
 
@@ -52,7 +52,7 @@ class Line(NamedTuple):
         return bool(self.code >> 52 + scoreboard & 1)
 
     def loaded_bytes(self) -> int:
-        """Of a load from global memory, per thread; 0 for anything else."""
+        """Bytes per thread of a load from global memory; 0 for anything else."""
         if not self.opcode.startswith("LDG."):
             return 0
         return 16 if ".128" in self.opcode else 8 if ".64" in self.opcode else 4
@@ -153,7 +153,7 @@ class Kernel:
         return body
 
     def loop_flight(self) -> Flight:
-        """What the flow of data allows: a load is in flight until the first use of its result."""
+        """Bytes in flight as the flow of data allows: until the first use of a load's result."""
         flying: dict[int, tuple[int, int]] = {}  # register -> first register and bytes of its load
         levels = []
         for turn in range(2):  # the first finds out what is in flight when the loop begins again
@@ -180,7 +180,7 @@ class Kernel:
         return Flight(min(levels), sum(levels) / len(levels), max(levels))
 
     def loop_waits(self) -> Flight:
-        """What the code waits for: a load is in flight until an instruction waits for its
+        """Bytes in flight as the code waits: until an instruction waits for a load's
         scoreboard, which it may share with loads that are needed earlier."""
         flying: list[Line] = []
         levels = []
@@ -216,7 +216,7 @@ def _demangle(names: list[str]) -> dict[str, str]:
 
 
 class Compiled(NamedTuple):
-    """What nvcc and ptxas make of a source, for all architectures."""
+    """The code that nvcc and ptxas make of a source, for all architectures."""
 
     report: str  # of ptxas
     listing: str  # the machine code
