@@ -1,4 +1,4 @@
-"""Which threads the CPU's ops run on."""
+"""Chooses the threads that the CPU's ops run on."""
 
 from __future__ import annotations
 

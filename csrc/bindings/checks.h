@@ -50,7 +50,8 @@ inline Extent extent_if(const Tensor* tensor) {
   return tensor ? extent_of(*tensor) : Extent{nullptr, nullptr};
 }
 
-// What a call writes and what it reads; null stands for an argument that is left out.
+// The tensors that a call writes and those that it reads; null stands for an argument that is left
+// out.
 using Extents = std::initializer_list<std::pair<const char*, Extent>>;
 using NamedTensor = std::pair<const char*, const Tensor*>;
 inline const Tensor* if_given(const std::optional<Tensor>& tensor) {

@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use: reported by build_info, overridden by tests.
+// The instruction set that the CPU kernels use: reported by build_info, overridden by tests.
 #include "cpu/host/isa.h"
 
 #include <torch/csrc/stable/library.h>

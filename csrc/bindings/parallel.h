@@ -21,8 +21,8 @@ namespace baton::bindings {
 // awake, and work below the second number less than waking one.
 constexpr int64_t kSerialBytes = 32 * 1024;
 constexpr int64_t kAwakeBytes = 512 * 1024;
-// The same for torch's threads, of which nobody knows whether they are awake: what its elementwise
-// operators share out.
+// The same for torch's threads, which may be awake or not: the size from which torch's elementwise
+// operators divide work.
 constexpr int64_t kTorchBytes = 128 * 1024;
 
 // Whether torch's threads take part, in the place of the ops' own: `use_torch_threads`.

@@ -1,4 +1,4 @@
-// Which threads the CPU kernels run on.
+// Chooses the threads that the CPU kernels run on.
 #include <torch/csrc/stable/library.h>
 
 #include "bindings/parallel.h"

@@ -7,7 +7,7 @@ namespace baton::cpu::BATON_ISA {
 
 namespace {
 
-// Which (layer, move, head) a work item is.
+// The (layer, move, head) of a work item.
 struct MoveItem {
   int64_t layer, move, head;
 };

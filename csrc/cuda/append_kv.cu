@@ -23,14 +23,14 @@ constexpr int kThreads = 128, kWarp = 32;
 // chunks, or 8 that then wait for their rotation in float, are what the registers of four or more
 // blocks per SM hold.
 constexpr int kHeadsAtOnce = 8, kRotatedHeadsAtOnce = 4;
-// Fewer rows than this leave most SMs of a large device without a warp: they get several each.
+// Fewer rows than this leave most SMs of a large device without a warp, so each row gets several.
 constexpr int64_t kFewRows = 64;
 
 // How many angles a row has: none, head_dim / 2 for both halves, or head_dim.
 enum class Angles { kNone, kHalf, kFull };
 
-// Tensors of one token per row, and caches; in bytes. A step is what lies between the heads that
-// one thread walks over.
+// Tensors of one token per row, and caches; in bytes. A step is the distance between the heads
+// that one thread walks over.
 struct TokenHeads {
   const char* data;
   int64_t row_stride, head_stride, step;
@@ -115,7 +115,7 @@ __device__ __forceinline__ void exchange_angles(const AppendArgs& a, int32_t row
   }
 }
 
-// Written out as in the CPU kernel, whose bits these are.
+// Written out as in the CPU kernel, so that the bits are the same.
 template <Angles kAngles, typename T, int kElements>
 __device__ __forceinline__ void rotate(Elements<T, kElements>& x1, Elements<T, kElements>& x2,
                                        const PairAngles<kElements>& angles) {
@@ -190,7 +190,7 @@ __device__ __forceinline__ void put(Heads& heads, int32_t count, int32_t step, i
   }
 }
 
-// As put(), of keys and values.
+// Like put(), for keys and values together.
 template <typename T, int kElements, Angles kAngles, int kHalf, int kAtOnce>
 __device__ __forceinline__ void put_both(Heads& keys, Heads& values, int32_t count, int32_t step,
                                          int32_t half_bytes, const PairAngles<kElements>& angles) {
@@ -209,15 +209,15 @@ __device__ __forceinline__ void put_both(Heads& keys, Heads& values, int32_t cou
   }
 }
 
-// kHeadDim: known at compile time, which makes the distances to the second half and between heads
-// of the rotated query parts of the instructions; 0: any.
+// kHeadDim > 0 is known at compile time, so that the distances to the second half and between heads
+// of the rotated query are parts of the instructions; 0 stands for any.
 template <typename T, typename Rotary, int kElements, Angles kAngles, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) append_kv_kernel(const __grid_constant__ AppendArgs a) {
   constexpr bool kRotate = kAngles != Angles::kNone, kFixed = kHeadDim > 0;
   constexpr int kBytes = kElements * int{sizeof(T)}, kHalf = kHeadDim / 2;
   constexpr int kAtOnce = kRotate ? kRotatedHeadsAtOnce : kHeadsAtOnce;
   const int32_t row = kRotate ? blockIdx.x : blockIdx.x * blockDim.y + threadIdx.y;
-  // Past the last row, where 32 bits may have wrapped around.
+  // Ends threads past the last row; their 32-bit number may have wrapped around.
   if (!kRotate && unsigned(row) >= unsigned(a.num_rows)) return;
   const int32_t first = kRotate ? threadIdx.y : 0;
   int32_t pair = threadIdx.x, step = 1, half = kHalf;
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kThreads) append_kv_kernel(const __grid_consta
                                                       half_bytes, angles);
 }
 
-// Bytes of a chunk that all addresses allow and that fill half a head evenly.
+// Bytes of the largest chunk that all addresses allow and that fills half a head evenly.
 int chunk_bytes(const AppendKvParams& p) {
   ChunkSize size;
   size << p.sizes.head_dim / 2 * size_of(p.dtype) << p.key << p.value << p.query << p.rotated_query
@@ -292,7 +292,7 @@ struct Shape {
 Shape shape_of(const AppendKvParams& p, int64_t pairs, int64_t bytes) {
   const int64_t heads = std::max(p.num_heads, p.sizes.num_kv_heads);
   int64_t parts = 1, rows = 1, threads = 1;
-  // Whole sectors of 32 bytes.
+  // Parts are whole sectors of 32 bytes.
   for (; p.num_rows * parts < kFewRows && pairs % 2 == 0 && pairs * bytes >= 64; pairs /= 2) {
     parts *= 2;
   }
@@ -308,7 +308,7 @@ Shape shape_of(const AppendKvParams& p, int64_t pairs, int64_t bytes) {
 
 template <typename T, typename Rotary, int kElements, Angles kAngles>
 cudaError_t launch_append(const AppendArgs& args, const Shape& shape, cudaStream_t stream) {
-  // The most frequent shape of all. Groups of fewer heads than a warp has room for are another.
+  // The most frequent shape, with groups of heads that fill a warp, has a kernel of fixed head_dim.
   constexpr int kHeadDim = 128, kPairs = kHeadDim / 2 / kElements;
   if constexpr (kAngles == Angles::kHalf && kPairs < kWarp) {
     if (2 * args.half == kHeadDim && args.wide_angles && shape.block.x == kPairs &&

@@ -1,5 +1,5 @@
-// What the CUDA library was compiled for. Loading it registers the CUDA kernels of the ops whose
-// schemas bindings/library.cpp defines.
+// Reports what the CUDA library was compiled for. Loading it registers the CUDA kernels of the ops
+// whose schemas bindings/library.cpp defines.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 

@@ -12,7 +12,7 @@ namespace baton::bindings {
 
 namespace {
 
-// What BATON_PREFILL names. Read at every call, so that one process can compare them.
+// The kernel that BATON_PREFILL names. Read at every call, so that one process can compare them.
 PrefillKernel prefill_kernel() {
   const char* value = std::getenv("BATON_PREFILL");
   const std::string_view name = value ? value : "";

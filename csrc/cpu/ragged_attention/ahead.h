@@ -87,7 +87,7 @@ class ReadAhead {
     open();
   }
 
-  // What to prefetch while the next `count` rows are used.
+  // Returns the rows to prefetch while the next `count` rows are used.
   Ask<T> step(int64_t count) {
     Ask<T> ask;
     // Rows that are already in use need no prefetch any more.

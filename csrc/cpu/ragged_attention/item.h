@@ -1,4 +1,4 @@
-// What one work item of ragged_attention covers: its query vectors, the columns they stream, and
+// A work item of ragged_attention: its query vectors, the columns they stream, and
 // where those lie.
 #pragma once
 

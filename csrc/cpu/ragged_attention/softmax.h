@@ -9,7 +9,7 @@ namespace baton::cpu::BATON_ISA {
 
 constexpr float kNothing = -__builtin_inff();
 
-// What one query vector sees.
+// The keys that one query vector sees, and its ALiBi slope.
 struct View {
   Range range;       // keys
   int64_t position;  // the query vector's own

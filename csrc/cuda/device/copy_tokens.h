@@ -41,7 +41,7 @@ struct CopyTokensArgs {
 
 // Items of a run whose loads, of keys and values, are in flight before the first store.
 constexpr int kCopyUnroll = 8;
-// Threads of a block, and the most it has when a single head has more chunks than that.
+// Threads of a block, and its limit when a single head has more chunks than that.
 constexpr int kCopyThreads = 128, kCopyMaxThreads = 256;
 // Two blocks for each of the 148 SMs of the largest device (B200) have 64 KB in flight per SM,
 // where 43 hide its memory's latency. With fewer, shorter runs make more blocks; with more, longer
@@ -197,7 +197,7 @@ inline CopyLaunch prepare_copy(CopyTokensArgs& a, const void* const (&packed)[2]
 
   // The longest run of all, as long as there are enough blocks.
   const int64_t layers = sizes.num_layers, heads = sizes.num_kv_heads;
-  // Consecutive tokens of a query, and for a thread if all threads of a block are to have some.
+  // Consecutive tokens of a query, limited so that every thread of a block has some.
   const int64_t tokens = total_tokens / std::max<int64_t>(num_queries, a.block_tiles);
   const bool of_tokens = tokens >= std::max(layers, heads), of_layers = layers >= heads;
   const int64_t along_y = of_tokens || of_layers ? layers : heads;

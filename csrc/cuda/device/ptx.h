@@ -19,7 +19,7 @@ namespace baton::cuda {
 __device__ __forceinline__ uint4 load_16(const void* address) {
   return *static_cast<const uint4*>(address);
 }
-// For what nobody reads a second time: keeps the L1 cache for others. The offset is part of the
+// Loads data that is not read again, without a place in the L1 cache. The offset is part of the
 // instruction.
 template <int kOffset = 0>
 __device__ __forceinline__ uint4 load_16_once(const void* address) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_16(void* address, uint4 value) {
 __device__ __forceinline__ void store_16(void* address, float4 value) {
   *static_cast<float4*>(address) = value;
 }
-// Where the compiler cannot see that the address is one of global memory.
+// For addresses of global memory that the compiler does not recognize as such.
 __device__ __forceinline__ void store_16_global(void* address, uint4 value) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x),
                "r"(value.y), "r"(value.z), "r"(value.w)

@@ -51,8 +51,8 @@ __device__ __forceinline__ void decode_items(const AttentionArgs& a, unsigned ch
   constexpr int kWhole = kHeadDim / 64, kRest = kHeadDim % 64;
   static_assert(kRest == 0 || kRest == 16 || kRest == 32);
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // Where every item has a block, nobody looks for it: the splits of one row lie side by side, and
-  // blocks of splits that a row does not have find nothing.
+  // If every item has a block, its row follows from the block's number: the splits of one row lie
+  // side by side, and blocks of splits that a row does not have find nothing.
   AttentionRow row;
   for (int32_t round = 0; item_of(round) < a.decode_items; ++round) {
     int32_t index, split;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void decode_items(const AttentionArgs& a, unsigned ch
     const int32_t splits = decode_splits(row.length);
     if (split >= splits) return;
     const TileKeys keys(a, row, 0, 0, split, splits);
-    // Nobody merges the partial result of a split that nobody sees.
+    // The partial result of a split that no vector sees is not merged.
     if (splits > 1 && keys.begin >= keys.end) continue;
     Warp x(a, row, keys);
     const int32_t first = keys.begin + static_cast<int32_t>(warp) * kStepKeys;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void decode_items(const AttentionArgs& a, unsigned ch
         }
       }
     } else {
-      // Apart from the other, so that its registers need no zeros for this.
+      // A separate branch, so that the other one's registers need no zeros.
       if (lane < 4 * kTiles) {
         store_16(&shared.stats[warp][2 * lane], float4{kNoScore, 0.0f, kNoScore, 0.0f});
       }
@@ -107,11 +107,12 @@ __device__ __forceinline__ void decode_items(const AttentionArgs& a, unsigned ch
         publish(q / 2 / Shared::kQuads, q % 2, q / 2 % Shared::kQuads, float4{});
       }
     }
-    // The next item's sums are not published before its queries, which all wait for together.
+    // After this barrier all sums are published. The next item publishes its own only after a later
+    // barrier, that of its queries.
     __syncthreads();
 
-    // A thread sums its g's dims of one vector over all warps, in order. Vectors come first, as
-    // many as a power of two; a group of four takes one warp.
+    // A thread sums its g's dims of one vector over all warps, in order. Vectors come first,
+    // rounded up to a power of two; a group of four takes one warp.
     const unsigned g = threadIdx.x >> a.decode_shift, vector = threadIdx.x - (g << a.decode_shift);
     if (g >= 8 || vector >= unsigned(row.vectors)) continue;
     float2 stats[kAttentionWarps];

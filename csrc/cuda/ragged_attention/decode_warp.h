@@ -35,8 +35,8 @@ class DecodeWarp {
   const int32_t lane_ = threadIdx.x % 32, g_ = lane_ / 4, t_ = lane_ % 4, kv_head_ = blockIdx.y;
   const char* key_base_;
   const char* value_base_;
-  // With a block table: whether each key has to be looked up there, or each step, whose page a lane
-  // knows for one of all: how far it is to it, in 16 bytes, from that of the step before.
+  // With a block table, pages are looked up per step or per key. If per step, to_page_ of lane i is
+  // the distance from the page of step i - 1 to that of step i, in units of 16 bytes.
   const bool by_step_, by_key_;
   int32_t to_page_, step_ = 0;
   uint32_t key_[2][kHeadDim / 8];
@@ -119,13 +119,13 @@ class DecodeWarp {
     return kv_head_ * a_.group + vector;
   }
 
-  // Columns without a vector repeat the last one; nobody reads their sums.
+  // Columns without a vector repeat the last one; their sums are not used.
   __device__ __forceinline__ int32_t existing(int32_t vector) const {
     return min(vector, row_.vectors - 1);
   }
 
-  // Read once for all warps, a part by each: [16 bytes of every lane's row][lane], then the 8 bytes
-  // of the last 16 dims.
+  // Each warp reads a part for all warps: [16 bytes of every lane's row][lane], then the 8 bytes of
+  // the last 16 dims.
   __device__ __forceinline__ void load_queries(uint4* shared) {
     constexpr int kWhole = kHeadDim / 32, kParts = kWhole + kHeadDim % 32 / 16;
     const auto rest = [&](int n) {
@@ -205,7 +205,7 @@ class DecodeWarp {
  private:
   static constexpr int32_t kStride = kAttentionWarps * kStepKeys;
 
-  // Past the end, the last key again: its score is thrown away.
+  // Past the end this is the last key; its score is discarded.
   __device__ __forceinline__ int32_t existing_key(int32_t key) const {
     return min(key, keys_.end - 1);
   }
@@ -215,10 +215,10 @@ class DecodeWarp {
     return base + place.page * s.slot_stride * int64_t{sizeof(T)};
   }
 
-  // All steps of this warp together, so that no load of keys waits for an entry of the table.
+  // Looks up all steps of this warp at once, so that no load of keys waits for the table.
   __device__ __forceinline__ void look_up_steps(int32_t first) {
     if (first >= keys_.end) return;
-    // In 16 bytes, from where keys are counted; lanes without a step repeat the last one.
+    // Distances are in units of 16 bytes; lanes without a step repeat the last one.
     const auto page_at = [&](int32_t key) {
       const PagePlace place = place_of(a_, row_, key);
       const CacheStrides& s = a_.p.key_cache_strides;

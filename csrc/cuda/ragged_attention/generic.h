@@ -51,7 +51,7 @@ struct RunningSoftmax {
 #pragma unroll
     for (int i = 0; i < kLaneDims; ++i) values[i] = 0.0f;
   }
-  // Adds what another one saw. Neither has to have seen anything.
+  // Adds another one's keys. Either may have seen none.
   __device__ __forceinline__ void add(float other_maximum, float other_sum,
                                       const float (&other_values)[kLaneDims]) {
     const Joint joint(maximum, other_maximum);
@@ -62,7 +62,7 @@ struct RunningSoftmax {
   }
 };
 
-// The item's result, or its partial result when the row is split. sums: [head_dim].
+// Writes the item's result, or its partial result when the row is split.
 template <typename T>
 __device__ __forceinline__ void write_vector(const AttentionArgs& a, const AttentionItem& item,
                                              int32_t vector, int32_t kv_head, int32_t dim,
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kGenericBlocks)
     const int32_t first = item.tile * kQueries, count = min(kQueries, row.vectors - first);
     const TileKeys keys(a, row, first / a.group, (first + count - 1) / a.group, item.split,
                         item.splits);
-    // Nobody merges the partial result of a split that nobody sees.
+    // The partial result of a split that no vector sees is not merged.
     if (item.splits > 1 && keys.begin >= keys.end) continue;
 
     // A power of two of lanes share a key, some of which may have no dims.
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kGenericBlocks)
 
     int32_t begin = keys.begin;
     while (begin < keys.end) {
-      // All segments of a row that is not split, one after another.
+      // A row that is not split has all its segments here, one after another.
       const int32_t end =
           item.splits > 1 ? keys.end : min(keys.end, segment_begin(num_segments(begin + 1)));
 #pragma unroll

@@ -15,7 +15,7 @@
 
 namespace baton::cuda {
 
-// Dims of a lane: one where no more warps than these would have work on a multiprocessor.
+// Dims of a lane; if at most this many warps of a multiprocessor would have work, one instead.
 constexpr int kMergeDims = 4, kMergeWarps = 16;
 
 // Warps of a vector.

@@ -1,4 +1,4 @@
-// Where the keys of a row lie: in its slot, or with a block table in pages.
+// Places of a row's keys: in its slot, or with a block table in pages.
 #pragma once
 
 #include "cuda/ragged_attention/rows.h"
@@ -11,8 +11,8 @@ struct PagePlace {
   int32_t column;
 };
 
-// Looks one up, with a block table. A page that does not exist is taken for the last one: nothing
-// outside the caches is read, with any table.
+// Looks up a key's place in the block table. A page that does not exist is taken for the last one:
+// nothing outside the caches is read, with any table.
 __device__ __forceinline__ PagePlace place_of(const AttentionArgs& a, const AttentionRow& row,
                                               int32_t key) {
   const auto column = static_cast<uint32_t>(row.start + key);
@@ -22,8 +22,8 @@ __device__ __forceinline__ PagePlace place_of(const AttentionArgs& a, const Atte
           static_cast<int32_t>(column - index * static_cast<uint32_t>(a.page))};
 }
 
-// Where a row's keys, or values, of a KV head are counted from: the first one's place, or with a
-// block table that of the first column of all pages.
+// The address from which offsets of a row's keys, or values, count: that of the first key, or with
+// a block table that of the first column of page 0.
 template <typename T>
 __device__ __forceinline__ const T* row_base(const AttentionRow& row, bool paged, int32_t kv_head,
                                              const void* cache, const CacheStrides& s) {
@@ -31,7 +31,7 @@ __device__ __forceinline__ const T* row_base(const AttentionRow& row, bool paged
   return paged ? base : base + row.slot * s.slot_stride + row.start * s.column_stride;
 }
 
-// How many elements a key is away from there.
+// The offset of a key from there, in elements.
 __device__ __forceinline__ int64_t offset_of(const AttentionArgs& a, const AttentionRow& row,
                                              int32_t key, const CacheStrides& s) {
   if (!a.p.block_table) return key * s.column_stride;

@@ -15,8 +15,8 @@
 // NaN: of tiles that have one, such values are weighed apart. With g = lane / 4 and t = lane % 4 a
 // lane has vectors g and g + 8 of each tile.
 //
-// What a vector gets depends only on its own keys: tiles and segments begin at fixed columns of
-// the row, and what is hidden from it, or seen by no vector of its warp, adds nothing.
+// The result of a vector depends only on the keys that it sees: tiles and segments begin at fixed
+// columns of the row, and hidden keys, or those that no vector of its warp sees, add nothing.
 #pragma once
 
 #include "cuda/ragged_attention/prefill_tile.h"
@@ -43,7 +43,7 @@ __device__ __forceinline__ void prefill_items(const AttentionArgs& a, unsigned c
       return TileKeys(a, row, min(first, last) / a.group, last / a.group, item.split, item.splits);
     };
     const TileKeys block_keys = keys_of(block_first, kBlockVectors);
-    // Nobody merges the partial result of a split that nobody sees.
+    // The partial result of a split that no vector sees is not merged.
     if (item.splits > 1 && block_keys.begin >= block_keys.end) continue;
     TileKeys keys = keys_of(warp_first, 16 * kTiles);
     if (warp_first >= row.vectors) keys.end = 0;  // nobody to see anything
@@ -69,10 +69,10 @@ __device__ __forceinline__ void prefill_items(const AttentionArgs& a, unsigned c
       } else {
         copy_async_wait<0>();
       }
-      // Everybody's part of the tile has arrived.
+      // All threads' parts of the tile have arrived.
       __syncthreads();
       if (first < keys.end && first + Block::kKeys > keys.begin) x.add_tile(keys, first, stage);
-      // Nobody reads it any longer when the next copy begins.
+      // All threads have read the tile before the next copy begins.
       __syncthreads();
     }
     int32_t end = block_keys.end;

@@ -1,5 +1,5 @@
-// What a block of ragged_attention's prefill kernel does with one tile of query vectors: copies
-// keys and values, scores and weighs them. prefill.h tells how the work is divided.
+// A block of ragged_attention's prefill kernel with one tile of query vectors: copies keys and
+// values, scores and weighs them. prefill.h tells how the work is divided.
 #pragma once
 
 #include "cuda/ragged_attention/prefill_sizes.h"
@@ -85,7 +85,7 @@ class PrefillBlock
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       T* target = tile(stage, which);
-      // Where there is no register to keep it in it is worked out for each tile.
+      // Computed again for each tile if there is no register to keep it in.
       const char* const base = kKeepsBases ? cache_[which] : base_of(which);
 #pragma unroll
       for (int i = 0; i < (kTileChunks - 1) / kAttentionThreads + 1; ++i) {
@@ -151,7 +151,7 @@ class PrefillBlock
   // One of this warp's two places of 16 bytes, between rows of keys.
   __device__ __forceinline__ T* parked(int place) const {
     int32_t thread = threadIdx.x;
-    // Worked out anew: an address that waits in a register would be one too many.
+    // Computed again: there is no register to keep the address in.
     hide(thread);
     return shared_ + (2 * (thread / 32) + place) * kPitch + kHeadDim;
   }
@@ -213,8 +213,8 @@ class PrefillBlock
     weigh_with(scores, values, [](uint32_t bits) { return bits; });
   }
 
-  // The same where 0 times a hidden value may be NaN: finite values first, then each of the others
-  // only for the vectors that see it.
+  // The same for tiles in which 0 times a hidden value may be NaN: adds finite values first, then
+  // each of the others only for the vectors that see it.
   __device__ __forceinline__ void weigh_apart(int32_t first,
                                               const float (&scores)[kTiles][kKeyTiles][4],
                                               const T* values) {
@@ -231,7 +231,7 @@ class PrefillBlock
       }
     }
     weigh_with(scores, values, [](uint32_t bits) {
-      // A sign that stands for an element that is not finite, as ones in all of its bits.
+      // Clears elements that are not finite: their sign bit is spread to all of their bits.
       return bits & ~((non_finite<T>(bits) >> 15) * 0xffff);
     });
     this->add_not_finite(first, weighs,

@@ -85,7 +85,7 @@ class PrefillVectors {
   }
 
   __device__ __forceinline__ void write(int32_t row_index, int32_t split, int32_t splits) const {
-    // Read and worked out again, not kept from where the queries were loaded.
+    // Read again instead of being kept since the queries were loaded.
     AttentionRow row;
     row.load(a_, row_index);
     int32_t first = first_, t = lane_again() % 4;
@@ -106,7 +106,7 @@ class PrefillVectors {
   }
 
  protected:
-  // lane_ found again, where it or what follows from it would wait in a register.
+  // Computes lane_ again, so that neither it nor values derived from it occupy registers.
   static __device__ __forceinline__ int32_t lane_again() {
     int32_t thread = threadIdx.x;
     hide(thread);
@@ -243,8 +243,8 @@ class PrefillVectors {
     }
   }
 
-  // Scores to probabilities, relative to the running maximum. What the sums of values have to be
-  // multiplied by.
+  // Turns scores into probabilities relative to the running maximum. `factor`: the sums of values
+  // must be multiplied by it.
   __device__ __forceinline__ void weigh_scores(float (&scores)[kTiles][kKeyTiles][4],
                                                float (&factor)[kVectors]) {
 #pragma unroll
@@ -274,10 +274,10 @@ class PrefillVectors {
     }
   }
 
-  // Values of a tile that are not finite, only for the vectors that see them: 0 times a hidden one
-  // would be NaN. Bit 2 n + c of `weighs`: whether a vector's probability of key 8 n + 2 t + c is
-  // more than 0 in the products. values_of(key) is where this lane's dims of a key that some vector
-  // sees begin.
+  // Adds values of a tile that are not finite, only to the vectors that see them: 0 times a hidden
+  // one would be NaN. Bit 2 n + c of `weighs` is set if a vector's probability of key 8 n + 2 t + c
+  // is more than 0 in the products. values_of(key) points to this lane's dims of the key; it is
+  // called if some vector sees the key.
   template <typename ValuesOf>
   __device__ __forceinline__ void add_not_finite(int32_t first, const uint32_t (&weighs)[kVectors],
                                                  ValuesOf&& values_of) {
@@ -291,7 +291,7 @@ class PrefillVectors {
 #pragma unroll 1
     for (int32_t key = 0; key < kKeys; ++key) {
       bool sees[kVectors], someone_sees = false;
-      float weight[kVectors];  // 1, or what 0 makes of a value that is not finite
+      float weight[kVectors];  // 1, or 0, which makes NaN of a value that is not finite
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         sees[i] = first + key >= range[i].begin && first + key < range[i].end;

@@ -1,10 +1,10 @@
 // ragged_attention: softmax(scale q k^T) v of every query token over the valid columns of its row.
 //
-// One call launches up to three kernels, each of which takes the rows that are its own and leaves
+// One call launches up to three kernels, each of which takes the rows of its kind and leaves
 // the others: decode (rows of one token), prefill (the others, in tiles of 64 vectors; where the
 // caller selects it on compute capability 9.0, the warpgroup kernel in its place), and the merge
-// of split rows. float32 and what the tensor core kernels cannot load take the generic kernel
-// in place of both. No grid has more blocks than the device holds at a time or the call has
+// of split rows. float32 and inputs that the tensor core kernels cannot load take the generic
+// kernel in place of both. No grid has more blocks than the device holds at a time or the call has
 // vectors: blocks take one item after another, in an order that follows from their number. How
 // blocks, warps and lanes divide the work stands in the kernels' own files.
 #include <algorithm>
@@ -45,10 +45,11 @@ struct Plan {
     length = smaller(p.max_length, attention_columns(p));
     vectors = smaller(p.total_queries, p.num_rows * query_length) * group;
     const bool tensor_cores = has_tensor_core_kernel(p);
-    // A lone vector needs no more than its own registers; the bits are the same.
+    // A single vector needs the registers of one only; the bits are the same.
     generic_queries = tensor_cores ? 0 : query_length * group == 1 ? 1 : kGenericQueries;
     has_decode = tensor_cores && decode_vectors(p.sizes.head_dim, group) > 0;
-    // Splits of rows of one token do not begin at tiles of 128 keys.
+    // Without the decode kernel, rows of one token would come in splits that do not begin at
+    // multiples of 128 keys.
     has_warpgroups = p.prefill == PrefillKernel::kWgmma && has_decode &&
                      p.sizes.head_dim == kWarpgroupDim && !p.block_table &&
                      has_warpgroup_products();
@@ -56,7 +57,7 @@ struct Plan {
     const auto longest = static_cast<int32_t>(smaller(length, INT32_MAX));
     splits = decode_splits(longest);
     split_vectors = 0;
-    // Places by the number of the row.
+    // A place's index follows from the row's number.
     partial_vectors = splits > 1 ? p.num_rows * group : 0;
     const int64_t segments = num_segments(longest);
     if (query_length > 1 && segments > 1 &&
@@ -82,7 +83,7 @@ struct Plan {
     return multiprocessor_shared_bytes() >= 2 * (kBytes + kReserved) &&
            items(p, 2 * kTileVectors) * kv_heads >= int64_t{2} * multiprocessors();
   }
-  // Items of a KV head: of the rows of one token, and of all.
+  // Items of a KV head: those of rows of one token, and all.
   int64_t decode_items(const RaggedAttentionParams& p) const {
     return smaller(p.num_rows, p.total_queries) * splits;
   }
@@ -150,18 +151,18 @@ cudaError_t launch_tensor_core(AttentionArgs& args, const Plan& plan, cudaStream
   return launch_prefill<T, kPaged>(args, plan.tiles, grid, stream);
 }
 
-// With a block table. The factor divides 31 bits by the page exactly: it is the reciprocal of at
-// least that many, rounded up.
+// Sets the fields of block tables. Multiplying by the factor divides numbers of 31 bits by the page
+// exactly, because it is the reciprocal with at least that many bits, rounded up.
 void set_pages(AttentionArgs& args, const RaggedAttentionParams& p) {
   const CacheStrides &k = p.key_cache_strides, &v = p.value_cache_strides;
-  // Rows without columns need no page, and others do not fit.
+  // Without pages only rows without columns fit, and they need no page.
   if (p.sizes.num_slots == 0) args.num_slots = 1, args.capacity = 0;
   args.page = static_cast<int32_t>(smaller(p.sizes.capacity, INT32_MAX));
   args.page_shift = 31;
   while (int64_t{1} << (args.page_shift - 31) < args.page) ++args.page_shift;
   args.page_factor =
       static_cast<uint32_t>(((uint64_t{1} << args.page_shift) + args.page - 1) / args.page);
-  // How far it is between pages has to fit 32 bits, in 16 bytes.
+  // Distances between pages, in units of 16 bytes, must fit 32 bits.
   const int64_t reach = args.num_slots * std::abs(in_bytes(k, p.dtype).slot_stride) +
                         args.capacity * std::abs(in_bytes(k, p.dtype).column_stride);
   args.pages_of_steps = args.page % kStepKeys == 0 && reach / 16 <= INT32_MAX &&

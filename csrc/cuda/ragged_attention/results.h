@@ -1,4 +1,4 @@
-// What the kernels of ragged_attention share: scores, and how sums become a result.
+// Shared by the kernels of ragged_attention: scores, and how sums become a result.
 #pragma once
 
 #include "cuda/ragged_attention/rows.h"
@@ -21,8 +21,8 @@ __device__ __forceinline__ float finish_score(const AttentionArgs& a, float prod
       x = __fmul_rn(a.tanh_bound, tanhf(y));
     }
   }
-  // Written out, so that no compiler contracts it in one kernel and not in another. A later key is
-  // as far as an earlier one.
+  // Written as fmaf, so that all kernels round alike. A key after the token is as far away as one
+  // that lies before it by the same distance.
   return fmaf(-slope, fabsf(static_cast<float>(distance)), x);
 }
 
@@ -30,12 +30,12 @@ __device__ __forceinline__ float slope_of(const AttentionArgs& a, int32_t head) 
   return a.p.alibi_slopes ? a.p.alibi_slopes[head] * a.slope_scale : 0.0f;
 }
 
-// 2^(x - top), and 0 where there is nothing: -inf - -inf would be NaN.
+// 2^(x - top), and 0 for x = -inf, since -inf - -inf would be NaN.
 __device__ __forceinline__ float weight_of(float x, float top) {
   return x == -INFINITY ? 0.0f : exp2f(x - top);
 }
 
-// Joins what two sets of keys gave a vector: their maxima, and the factors of their sums.
+// Joins a vector's results for two sets of keys: their maximum, and the factors of their sums.
 struct Joint {
   float top, before, now;
 
@@ -43,7 +43,7 @@ struct Joint {
       : top(fmaxf(maximum_before, maximum_now)),
         before(weight_of(maximum_before, top)),
         now(weight_of(maximum_now, top)) {}
-  // Written out, so that all kernels round alike.
+  // Written as fmaf, so that all kernels round alike.
   __device__ __forceinline__ float sum(float sum_before, float sum_now) const {
     return fmaf(sum_before, before, __fmul_rn(sum_now, now));
   }
@@ -71,7 +71,7 @@ struct Finished {
   float top, total;  // of the denominator
   float factor;      // of the sum of values
 };
-// `sees` whether there is a key that it sees.
+// `sees`: whether the vector sees a key.
 __device__ __forceinline__ Finished finish_vector(const AttentionArgs& a, int32_t head, bool sees,
                                                   float maximum, float sum) {
   Finished f{maximum, sum, 1.0f};
@@ -83,24 +83,24 @@ __device__ __forceinline__ Finished finish_vector(const AttentionArgs& a, int32_
     f.factor = weight_of(maximum, f.top);
     f.total = fmaf(sum, f.factor, exp2f(x - f.top));
   }
-  // Where all scores are -inf the result is NaN, as of torch.softmax.
+  // If all scores are -inf the result is NaN, as with torch.softmax.
   f.factor = sees ? f.factor / f.total : 0.0f;
   return f;
 }
 __device__ __forceinline__ float finish_lse(const AttentionArgs& a, int32_t head, float sum,
                                             const Finished& f) {
-  // Without keys, the sink is its own logarithm, to the bit.
+  // Without keys lse is the sink, bit by bit.
   if (sum == 0.0f) return a.p.sinks ? a.p.sinks[head] : -INFINITY;
   return static_cast<float>(f.top * a.log_unit + static_cast<double>(logf(f.total)));
 }
 
-// An element of the result. Adding zero makes -0 the 0 that it is where a sum of nothing joins it.
+// An element of the result. Adding zero turns -0 into 0, which a sum that joins nothing gives.
 __device__ __forceinline__ float finish_element(float sum, float factor) {
   return fmaf(sum, factor, 0.0f);
 }
 
-// Writes a vector's result, or its partial result when the row is split. `first` for one of the
-// lanes that share a vector.
+// Writes a vector's result, or its partial result when the row is split. `first` is true for
+// one of the lanes that share a vector.
 template <typename T>
 class VectorWriter {
   float factor_ = 1.0f;

@@ -1,5 +1,5 @@
-// What the kernels of ragged_attention share: the cutting of rows into items, and who sees which
-// keys.
+// Shared by the kernels of ragged_attention: how rows are cut into items, and which keys a vector
+// sees.
 //
 // A query vector is one head of one query token; the vectors of a row and KV head are numbered
 // token * group + head. An item is one (row, tile of vectors, split of the keys) of a KV head. A
@@ -25,9 +25,9 @@ constexpr int kStepKeys = 16;  // of a warp that decodes; the depth of its secon
 constexpr int32_t kSplitUnit = kStepKeys * kAttentionWarps;
 static_assert(attention_segment_keys(0) % kSplitUnit == 0);
 
-// Splits of a row that decodes one token: of 256 keys, so that a single row of 2,048 has
-// 3 MB in flight in 64 blocks (8 KV heads), where 132 multiprocessors need 2.4; of 512 where
-// there are enough of them; and no more than bound the partial results by the size of the output.
+// A row that decodes one token has splits of 256 keys, so that a single row of 2,048 has 3 MB in
+// flight in 64 blocks (8 KV heads), where 132 multiprocessors need 2.4; splits of 512 keys if there
+// are enough of them; and a maximum, which bounds the partial results by the size of the output.
 constexpr int32_t kShortSplitKeys = 256, kShortSplits = 16, kSplitKeys = 512, kMaxSplits = 64;
 
 // A row of several tokens is split as long as its tiles of all KV heads leave multiprocessors of a
@@ -128,7 +128,7 @@ struct AttentionRow {
     const int32_t seen = max(position(token) + 1, 0);  // keys up to its own
     return {max(seen - a.window, 0), a.p.causal || seen == 0 ? seen : length};
   }
-  // Items of a tile of vectors.
+  // The number of items of a tile of vectors.
   __device__ __forceinline__ int32_t splits(const AttentionArgs& a) const {
     if (query_length == 1) return decode_splits(length);
     return vectors <= a.max_split_vectors ? num_segments(length) : 1;
@@ -150,7 +150,7 @@ struct TileKeys {
   __device__ __forceinline__ TileKeys(const AttentionArgs& a, const AttentionRow& row,
                                       int32_t first_token, int32_t last_token, int32_t split,
                                       int32_t splits) {
-    // The first token sees the furthest back, the last one the furthest on.
+    // The first token sees furthest back, the last one furthest forward.
     const KeyRange first = row.visible(a, first_token), last = row.visible(a, last_token);
     begin = first.begin;
     end = last.end;
@@ -171,10 +171,10 @@ struct AttentionItem {
 };
 
 // A block's item of each round, for any number of blocks along x. Rows begin with their
-// longest items: every second round goes backwards, so that nobody has the longest of each.
+// longest items: every second round goes backwards, so that no block has the longest of each.
 __device__ __forceinline__ int32_t item_of(int32_t round) {
   int32_t blocks = gridDim.x, block = blockIdx.x;
-  // Nothing of these is kept in registers from one item to the next.
+  // Neither is kept in a register from one item to the next.
   hide(blocks);
   hide(block);
   return round * blocks + (round % 2 ? blocks - 1 - block : block);
@@ -215,12 +215,12 @@ __device__ __forceinline__ bool find_row(const AttentionArgs& a, int32_t item, i
   return false;
 }
 
-// Tile and split of an item, of rows that find_row looks through.
+// Finds the row, tile and split of an item; false past the last item.
 __device__ __forceinline__ bool find_item(const AttentionArgs& a, int32_t item,
                                           int32_t tile_vectors, bool of_one, AttentionItem& found) {
   int32_t index, rest;
   if (!find_row<int64_t>(a, item, tile_vectors, of_one, true, index, rest)) return false;
-  // Read again by all lanes: one lane would have to send them each of its numbers.
+  // All lanes read the row again; otherwise one lane would have to send them each number.
   found.row.load(a, index);
   found.splits = found.row.splits(a);
   found.tile = rest / found.splits;
@@ -228,15 +228,15 @@ __device__ __forceinline__ bool find_item(const AttentionArgs& a, int32_t item,
   return true;
 }
 
-// Number of a vector's partial result of one split. Where rows of several tokens may be split,
-// every query token has places; else each row has those of one.
+// The index of a vector's partial result of one split. If rows of several tokens may be split,
+// every query token has places; else each row has the places of one token.
 __device__ __forceinline__ int64_t partial_index(const AttentionArgs& a, const AttentionRow& row,
                                                  int32_t vector, int32_t kv_head, int32_t split) {
   const int64_t place = int64_t{a.max_split_vectors > 0 ? row.first_token : row.index} * a.group;
   return ((place + vector) * a.p.sizes.num_kv_heads + kv_head) * a.max_splits + split;
 }
 
-// Number of a vector in out and lse.
+// The index of a vector in out and lse.
 __device__ __forceinline__ int64_t result_index(const AttentionArgs& a, const AttentionRow& row,
                                                 int32_t token, int32_t head) {
   // A result has fewer than 2^31 tokens and heads each.

@@ -24,7 +24,7 @@ __device__ __forceinline__ void for_warpgroup_items(const AttentionArgs& a, int3
     const int32_t first = ((row.vectors - 1) / kWarpgroupVectors - item.tile) * kWarpgroupVectors;
     const int32_t last = min(first + kWarpgroupVectors, row.vectors) - 1;
     const TileKeys keys(a, row, first / a.group, last / a.group, item.split, item.splits);
-    // Nobody merges the partial result of a split that nobody sees.
+    // The partial result of a split that no vector sees is not merged.
     if (item.splits > 1 && keys.begin >= keys.end) continue;
     use(item, first, keys);
   }
@@ -56,12 +56,12 @@ __device__ __forceinline__ void consume_items(const AttentionArgs& a, RingMemory
              first += kWarpgroupKeys) {
           x.pass_tile(place);
         }
-        // Whether this one of the segments before a key is not the first that anybody sees.
+        // Whether an earlier segment than the one that ends here is seen, so that there are totals.
         const auto has_totals = [&](int32_t end) {
           return keys.begin < segment_begin(num_segments(end) - 1);
         };
         while (first < keys.end) {
-          // Segments one after another, or the one that is this split.
+          // All segments one after another, or this split's segment.
           const int32_t segment_end = segment_begin(num_segments(first + 1));
           x.add_tiles(first, min(segment_end, keys.end), place);
           if (first >= keys.end) break;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
     ragged_attention_warpgroup_kernel(const __grid_constant__ AttentionArgs a) {
   BATON_ALIGNED_SHARED(memory, 1024);
   RingMemory& ring = *reinterpret_cast<RingMemory*>(memory);
-  // The swizzle goes by addresses.
+  // The swizzle depends on addresses.
   static_assert(kSwizzleBytes == 1024);
   if (shared_address(memory) % kSwizzleBytes != 0) __trap();
   if (threadIdx.x == 0) {

@@ -1,4 +1,4 @@
-// What a consumer of the warpgroup kernel does with the tiles of keys and values of an item:
+// A consumer of the warpgroup kernel with the tiles of keys and values of an item:
 //   S = Q K^T   [64 vectors, 128 keys]; Q stays in registers, K is read where it lies
 //   O += P V    [64 vectors, 128 dims]; P is S in the registers where it lies, V is read likewise
 // Scores of a tile are computed while values of the tile before are weighed.
@@ -60,7 +60,7 @@ class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, k
     place = place.next();
   }
 
-  // Gives a tile back that nobody here sees anything of.
+  // Gives back a tile of which this warpgroup's vectors see nothing.
   __device__ __forceinline__ void pass_tile(RingPlace& place) {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
@@ -78,7 +78,7 @@ class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, k
     fence_registers();
 #pragma unroll
     for (int r = 0; r < kWarpgroupDim / kDepth; ++r) {
-      // 64 dims are a panel.
+      // A panel has 64 dims.
       const uint64_t at = keys + (r / 4 * kPanelBytes + r % 4 * kDepth * sizeof(T)) / 16;
       if (r == 0) {
         multiply_64<T, OperandLayout::kColumns, false>(scores_[0], query_[r], at);
@@ -89,7 +89,7 @@ class WarpgroupBlock : public PrefillVectors<T, kWarpgroupDim, kWarpgroupKeys, k
     commit_products();
   }
 
-  // Products of a tile to probabilities.
+  // Turns the products of a tile into probabilities.
   __device__ __forceinline__ void finish(int32_t first, float (&factor)[2]) {
     const TileKeys& keys = item_.keys;
     const bool at_border = first < keys.full_begin || first + kKeys > keys.full_end;

@@ -58,7 +58,7 @@ struct RingMemory {
   ProducerState producers[kProducerThreads];
 };
 
-// Where someone is on his way around the ring.
+// A position in the ring.
 struct RingPlace {
   int32_t stage = 0;
   uint32_t parity = 0;  // of the phase that this round ends
@@ -68,7 +68,7 @@ struct RingPlace {
   }
 };
 
-// All of a warp's lanes have done what the barrier stands for.
+// Arrives at the barrier once for all lanes of a warp.
 __device__ __forceinline__ void arrive_as_warp(uint64_t* barrier) {
   __syncwarp();
   if (thread_index() % 32 == 0) arrive(barrier);
@@ -84,12 +84,12 @@ class RingProducer {
     state().tiles = 0;
   }
 
-  // In shared memory: find_item needs the registers.
+  // Kept in shared memory, because find_item needs the registers.
   __device__ __forceinline__ ProducerState& state() const {
     return ring_.producers[thread_index() % kProducerThreads];
   }
 
-  // All tiles of an item, zeros for columns that nobody sees.
+  // Requests all tiles of an item, with zeros for columns that no vector sees.
   __device__ __forceinline__ void bring(const AttentionArgs& a, const AttentionRow& row,
                                         const TileKeys& item_keys) {
     const TileKeys& keys = state().keys = item_keys;
@@ -150,12 +150,12 @@ class RingProducer {
     }
     copy_async_commit();
     if (tile == 0) return;
-    // The tile before, of which this is the second copy after.
+    // The tile before has arrived once at most this many later copies are in flight.
     copy_async_wait<kCopiesAhead>();
     hand_over(which);
   }
 
-  // Gives the consumers the last tile but those of the next number, which has arrived.
+  // Gives the consumers the tile before the one requested last; it has arrived.
   __device__ __forceinline__ void hand_over(int which) {
     const uint32_t stage = (state().tiles - 1) % kRingStages;
     if (which == 1) {
@@ -168,8 +168,7 @@ class RingProducer {
     arrive_as_warp(&ring_.full[stage][which]);
   }
 
-  // Makes zeros of those of this thread's values that are not finite, and tells whether there are
-  // any.
+  // Replaces this thread's values that are not finite by zeros; returns whether there were any.
   __device__ __forceinline__ bool clear_not_finite(unsigned char* values) const {
     uint32_t found = 0;
 #pragma unroll 2
