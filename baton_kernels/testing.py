@@ -328,7 +328,7 @@ class AttentionProblem:
         return [packed[bounds[i] : bounds[i + 1]] for i in range(len(bounds) - 1)]
 
     def padding(self) -> torch.Tensor:
-        """Which columns no row covers: bool ``[num_slots, capacity]``."""
+        """The columns that no row covers: bool ``[num_slots, capacity]``."""
         num_slots, _, capacity, _ = self.key_cache.shape
         padding = torch.ones(num_slots, capacity, dtype=torch.bool)
         shape = zip(self.slots.tolist(), self.starts.tolist(), self.lengths.tolist(), strict=True)

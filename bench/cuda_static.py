@@ -1,4 +1,4 @@
-"""What can be said about the CUDA kernels without a GPU: `python -m bench.cuda_static`.
+"""Counts of the CUDA kernels, without a GPU: `python -m bench.cuda_static`.
 
 Instructions and sectors are counted in nvcc's own PTX, executed thread by thread
 (python/emulation/ptx/machine.py); registers, shared memory and loads in flight are taken from the
@@ -81,7 +81,7 @@ def prefill() -> None:
     print("       instructions  issue slots  wavefronts  per m16n8k16  TFLOP/s at most: A100  H100")
     for name in ("mma", "mma32", "wgmma"):
         c = cuda_counts.count_prefill(name)
-        # Which has no such kernel.
+        # An A100 cannot run the kernel of warpgroups.
         a100 = "" if name == "wgmma" else f"{c.tflops('A100'):.0f}"
         h100 = f"{c.tflops('H100'):.0f}"
         print(

@@ -1,4 +1,4 @@
-"""What a prefix cache saves: conversations with one system prompt, with and without it, in turns.
+"""Savings of a prefix cache: conversations with one system prompt, with and without it, in turns.
 
 Lengths and order are those of the Azure conversation trace, all submitted at once; every prompt
 begins with the same system prompt. The answers of all runs must have the same tokens.

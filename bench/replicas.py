@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace, **options: Any) -> None:
     serve.run(
         deployment(
             arguments.model, name=NAME, capacity=512, num_slots=arguments.slots,
-            # So that two fit on any machine; each really uses all cores.
+            # A small number, so that two fit on any machine; each really uses all cores.
             ray_actor_options={"num_cpus": 0.1}, **options,
         )
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is known of the Triton projections without a GPU: `python -m bench.triton_static`.
+"""Counts of the Triton projections, without a GPU: `python -m bench.triton_static`.
 
 Programs, waves and bytes in flight follow from the plan that `linear` makes for a weight; tests
 check that the compiled kernels use its shared memory and do not spill. No figure here is a speed.

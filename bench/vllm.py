@@ -40,13 +40,13 @@ BACKENDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is served at each turn, all there at once.
+    """The requests of each turn, submitted all at once.
 
     Attributes:
         requests: prompt and output lengths.
         cached: whether every turn has the same prompts, which the prefix cache holds after a first
             turn that does not count; otherwise no two turns share one.
-        least: what tokens/s should be at least, of vLLM's.
+        least: the goal for tokens/s, as a share of vLLM's.
     """
 
     requests: list[Request]
@@ -240,7 +240,7 @@ def table(runs: dict[str, list[Run]]) -> str:
 
 
 def verdicts(runs: dict[str, list[Run]], least: float) -> list[str]:
-    """What the figures say about the goals."""
+    """Says for each goal whether the figures reach it."""
     lines = []
     share = ratio(runs, OURS, THEIRS)
     if share is not None:

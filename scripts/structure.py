@@ -60,7 +60,7 @@ def bound_names(path: Path) -> set[str]:
 
 
 def import_graph(modules: Mapping[str, Path]) -> Graph:
-    """Which of the modules each one imports.
+    """Maps each module to those of the modules that it imports.
 
     Packages on the path of a dotted name are imported too, but only for their names; they do not
     count, because otherwise every module would depend on the facade above it.

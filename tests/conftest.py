@@ -103,11 +103,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is loaded and collected by now stays: `gc.collect()` need not walk it, which takes half
-    a second each time and which tests of memory and all measurements of bench call."""
+    """Freezes all objects that exist by now, so that `gc.collect()` need not walk them: that takes
+    half a second each time, and tests of memory and all measurements of bench call it."""
     gc.enable()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # what is left then is reported as leaked
+    atexit.register(gc.unfreeze)  # objects that are left then are reported as leaked
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

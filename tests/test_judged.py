@@ -1,4 +1,4 @@
-"""Which dtypes of an op's cases `make test` leaves to --full.
+"""The dtypes of an op's cases that `make test` leaves to --full.
 
 | test | what it holds |
 | --- | --- |

@@ -1,4 +1,4 @@
-"""What every Triton kernel shares: the launch, and arithmetic that is right on the interpreter too.
+"""Shared by all Triton kernels: the launch, and arithmetic that is right on the interpreter too.
 
 The interpreter (TRITON_INTERPRET=1) computes with bfloat16 as with raw 16-bit integers, and cuts
 where a GPU rounds: kernels widen to float32 before they compute, and `widen` and `narrow` convert
@@ -65,7 +65,7 @@ def recording(*, units: str = "matrix", shared: int = 99 << 10) -> Iterator[list
 
 
 def dot_units(device: torch.device) -> str:
-    """What multiplies 16-bit tiles on a GPU.
+    """The kind of unit that multiplies 16-bit tiles on a GPU.
 
     "matrix": tensor or matrix cores; "rdna": those of AMD's warps of 32 threads, which have 256
     registers and hold a factor twice; "none": no unit that Triton knows how to use (NVIDIA before

@@ -256,7 +256,7 @@ def many_rows_kernel(
         x_ptr, weight_ptr, row, out, is_row, is_out, 0, in_features, x_row_stride,
         weight_row_stride, SPLIT, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
     )  # fmt: skip
-    # What add_splits_kernel adds up, in its order.
+    # The same sums as in add_splits_kernel, in the same order.
     for split in range(1, SPLITS):
         total += _split_sum(
             x_ptr, weight_ptr, row, out, is_row, is_out, split * SPLIT, in_features, x_row_stride,

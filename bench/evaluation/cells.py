@@ -1,4 +1,4 @@
-"""What is measured: a cell is one workload on one model, the same for all systems."""
+"""The cells of a measurement: a cell is one workload on one model, the same for all systems."""
 
 from __future__ import annotations
 

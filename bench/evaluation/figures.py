@@ -78,8 +78,7 @@ def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def timelines(cell: Mapping[str, Any], path: Path) -> bool:
-    """Which query held which slot when, a panel per system; returns whether there was data to
-    draw."""
+    """Draws when each query held which slot, a panel per system; returns whether there was data."""
     middle = medians(cell)
     panels = [
         Panel(
@@ -141,7 +140,7 @@ SHARES = (
 
 
 def slot_time(system: Mapping[str, Any], slots: int) -> dict[str, float]:
-    """What the slots did, as shares of slots x time of the first run; they add up to 1."""
+    """Shares of slots x time of the first run, by what slots did; they add up to 1."""
     run = system["runs"][0]
     whole = run["seconds"] * slots
     busy = {"decode": 0.0, "prefill": 0.0}

@@ -1,4 +1,4 @@
-"""Which cells a run measures: the default ones, the quick ones, or the command line's."""
+"""The cells that a run measures: the default ones, the quick ones, or the command line's."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 VERSION = "0.7.2"
-# What importing it needs and the other machine lacks.
+# Packages that importing it needs and the other machine lacks.
 NEEDED = ("apache-tvm-ffi>=0.1.11,<0.2",)
-# What this Python lacks for compiling its modules.
+# Packages that compiling its modules needs and this Python lacks.
 TO_COMPILE = (*NEEDED, "nvidia-ml-py", "requests", "urllib3", "idna", "certifi",
               "charset-normalizer", "tqdm", "tabulate", "einops", "ninja", "packaging",
               "click")  # fmt: skip

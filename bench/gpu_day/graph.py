@@ -21,7 +21,7 @@ from .relay import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS, KV_HEADS, DIM = 32, 8, 128
-# Of the tests that only a GPU can run, those of graphs and of the relay.
+# The tests of graphs and of the relay that only a GPU can run.
 GPU_TESTS = (
     "test_cuda_graph.py", "test_graphs.py", "test_graph_steps.py", "test_relay_exactness.py",
     "test_two_gpus.py",

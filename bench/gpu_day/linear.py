@@ -85,7 +85,7 @@ def measure(stage: Stage, label: str, rows: int, outs: int, ins: int, rate: floa
 
 
 def static(stage: Stage, rows: int, outs: int, ins: int) -> dict[str, float]:
-    """What is known of the launch without running it: splits, waves, bytes in flight."""
+    """Properties of the launch that need no run: splits, waves, bytes in flight."""
     if stage.device == "cpu" or importlib.util.find_spec("triton") is None:
         return {}
     from baton_kernels.triton import common

@@ -10,7 +10,7 @@ import sys
 
 from .device import Stage, run
 
-# By ncu's names; the values are the table's names.
+# ncu's name of a metric -> its name in the table.
 METRICS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",

@@ -142,7 +142,7 @@ def insert_peers(work: CopyWork) -> list[Way]:
         ):
             target.copy_(packed[layer].transpose(0, 1))
 
-    # What a batch without free slots costs: its rows move to a larger cache, or a new one is
+    # The cost of a batch without free slots: its rows move to a larger cache, or a new one is
     # created. Two layers, each many times as large as the processor's caches.
     old = [tuple(x.clone() for x in work.cache.layer(layer)) for layer in range(2)]
     new = [tuple(x.new_zeros(x.shape[0] + 1, *x.shape[1:]) for x in pair) for pair in old]

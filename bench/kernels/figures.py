@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 Record = dict[str, dict]
 
 OURS, PEER, LIMIT = "#1f6f8b", "#b8b8b8", "#d98c3f"
-# By the kind of row.
+# The color of each kind of row.
 COLORS = {"ours": OURS, "peer": PEER, "limit": LIMIT}
 
 

@@ -1,4 +1,4 @@
-"""What a run measures, and on which device."""
+"""Options of a run: the cases, and the device."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Cpu:
 
 @dataclass
 class Options:
-    """What to measure.
+    """Options of a measurement.
 
     Args:
         device: Where to measure.

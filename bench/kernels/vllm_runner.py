@@ -26,9 +26,9 @@ def load() -> dict[str, str]:
 
 
 def instruction_set(dtype: torch.dtype, head_dim: int) -> str:
-    """What vLLM's backend would choose for blocks whose size is a multiple of 32.
+    """The instruction set that vLLM's backend chooses for blocks whose size is a multiple of 32.
 
-    Asking the backend would import the whole engine, which not every environment can.
+    Calling the backend would import the whole engine, which not every environment can.
     """
     if head_dim % 32:
         return "vec16"

@@ -1,4 +1,4 @@
-"""What each step of the tutorial serves: a small random model, prompts, and lengths of answers."""
+"""The work of each step of the tutorial: a small random model, prompts, and lengths of answers."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -193,7 +193,7 @@ def test_what_the_stages_find(results):
         assert rows[name]["equal_queries"] == rows[name]["queries"] == 4
 
 
-# What is sent to the GPU machine.
+# Files that are sent to the GPU machine.
 
 
 def test_carried_libraries_and_peers_are_found(tmp_path):

@@ -191,7 +191,7 @@ class Attention {
     counts = &hidden;
     for (int32_t row = 0; row < p_.num_rows; ++row) {
       const int32_t length = c_.rows[row].query_length;
-      // Of many tokens, only the first, some, and the last.
+      // If there are many tokens, only the first, some, and the last are checked.
       const int32_t step = length > 20 ? 13 : 1;
       for (int32_t token = 0; token < length; token += step) check(row, token);
       if (length > 0) check(row, length - 1);

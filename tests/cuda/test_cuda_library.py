@@ -108,7 +108,7 @@ def test_no_kernel_spills_on_any_architecture():
 @needs_library
 @pytest.mark.parametrize("op", ALL)
 def test_fake_and_meta_tensors(op):
-    """What torch.compile traces: results on the device with the shapes that the CPU gives."""
+    """Fake tensors, as in torch.compile, give results on the device with the CPU's shapes."""
     arguments = table(op)[1]()
 
     def flat(results):

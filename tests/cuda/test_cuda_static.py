@@ -219,7 +219,7 @@ def test_attention_fits_the_occupancy_it_was_cut_for(source, architectures):
         # need.
         resident = kernel.blocks_per_sm(128, cuda_static.dynamic_shared(kernel.name))
         small = kernel.architecture == 75 or head_dim > 128
-        # Which the host selects where two blocks have room.
+        # The host selects two tiles only where two blocks have room.
         small |= two_tiles and kernel.architecture not in (80, 90)
         assert resident >= (1 if small else 2), kernel.name
 

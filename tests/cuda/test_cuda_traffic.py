@@ -1,4 +1,4 @@
-"""What the emulated kernels read and write, counted access by access.
+"""Reads and writes of the emulated kernels, counted access by access.
 
 The judge is told which columns of each row a call may access. Any other access, e.g. to padding or
 to keys that no token sees, is an error. For the allowed ones it counts bytes, 32-byte sectors, and
@@ -164,7 +164,7 @@ def test_copies_touch_their_own_columns_once(op):
         elif op == "append_kv":
             OPS.append_kv(*packed, *caches, *index)
         else:
-            # By one column within the same columns, forwards and backwards.
+            # Moves by one column within the same columns, forwards and backwards.
             moves = [3, 0, 18], slots, [4, 0, 17], [39, 0, 28]
             OPS.move_kv(*caches, index[0], *(int32(x) for x in moves))
     loads, stores = OPS.traffic()

@@ -15,7 +15,7 @@ from emulation.cuda import mutants
 from emulation.cuda.backends import EMULATED
 from emulation.cuda.ops import BACKWARD, FORWARD, SHUFFLED, EmulatedOps, EmulationError
 
-# What each judge must report for each defect. The names are files of the folder.
+# The report that each judge must make for each defect. The names are files of the folder.
 JUDGED = {
     "global_out_of_bounds": "outside of every tensor: write of 4 bytes",
     "dynamic_shared_out_of_bounds": "outside of shared memory: write of 4 bytes",

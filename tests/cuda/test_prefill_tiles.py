@@ -141,13 +141,13 @@ def test_ptx_gives_what_the_emulator_gives(page):
 
 
 def test_counts():
-    """Of shared memory's wavefronts an m16n8k16 has 1 for keys or values where it had 2, a quarter
-    to write the tile where it had a half, and every second one 1 for queries."""
+    """Shared wavefronts per m16n8k16 with two tiles per warp: 1 instead of 2 for keys or values, a
+    quarter instead of a half to write the tile, and for every second one 1 for queries."""
     one, two = count_prefill("mma"), count_prefill("mma32")
     assert one.wavefronts_per_product == pytest.approx(2.5, abs=0.01)
     assert two.wavefronts_per_product < 1.8 and two.wavefronts < 1.01 * two.ideal_wavefronts
     assert two.instructions < 0.82 * one.instructions
-    # What bounds an A100 are its tensor cores, and was shared memory.
+    # An A100 is bound by its tensor cores; with one tile, by shared memory.
     assert one.tflops("A100") < 260 and two.tflops("A100") == 312
     assert one.tflops("H100") < 400 and two.tflops("H100") > 520
 

@@ -35,7 +35,7 @@ def test_defects_are_refuted(defect):
 
 
 def test_triton_decode():
-    """What Triton compiles for a row of one token, in slots and in pages: the same statements."""
+    """The same statements about Triton's code for a row of one token, in slots and in pages."""
     triton = pytest.importorskip("triton")
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter compiles nothing")

@@ -16,12 +16,12 @@ def test_units_have_names_and_travel(architecture):
     for unit in found:
         assert pickle.loads(pickle.dumps(unit)).what == unit.what
         assert all(runs.path_of(stem).exists() for stem in unit.sources)
-        # What a result is kept under: the same in every process.
+        # The name under which a result is kept is the same in every process.
         assert "0x" not in unit.what
 
 
 def test_results_are_kept(tmp_path, monkeypatch):
-    """One for the same unit and the same PTX; a change of either repeats it."""
+    """A result is kept for the same unit and the same PTX; a change of either repeats it."""
     text, proved = "as it was", []
     monkeypatch.setattr(runs, "BUILD", tmp_path)
     monkeypatch.setattr(runs, "nvcc_version", lambda: "nvcc")

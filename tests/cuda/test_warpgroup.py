@@ -64,7 +64,7 @@ def rows_of(name, dtype):
 
 @functools.cache
 def expected(name, dtype):
-    """What the emulator gives at once, which is accurate."""
+    """Results of the emulator when copies arrive at once; they are checked to be accurate."""
     problem, options = attention_problem(rows_of(name, dtype)), CASES[name][3]
     with EARLY.entered():
         result = EARLY.ragged_attention(*problem.args, **options)
@@ -189,7 +189,7 @@ def test_hidden_values_reach_nobody_who_does_not_see_them(name, poison):
     assert (of_poison.isnan() if math.isnan(poison) else of_poison == poison).all()
 
 
-# Which calls the kernel serves.
+# Calls that the kernel serves.
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_ptx_gives_what_the_emulator_gives(name, dtype):
         )  # fmt: skip
 
 
-# What stands in that PTX, and the same with a mistake, of which the emulator's twins know nothing.
+# Parts of that PTX, and the same parts with a mistake that the emulator's twins cannot show.
 # Descriptors: the swizzle, eights of rows in 1024 bytes, and panels of values in 16 KB.
 KEYS, VALUES = 1 << 62 | 64 << 32, 1 << 62 | 64 << 32 | 1024 << 16
 DEFECTS = {
@@ -350,7 +350,7 @@ def test_compiled_without_spills_and_products_run_on_their_own():
 def test_counts_leave_room_for_600_tflops():
     """Issue slots and wavefronts of shared memory, compared with the default kernel's."""
     ours, default = count_prefill("wgmma"), count_prefill("mma")
-    # What is known of values, items, and states are read by all threads of a warp.
+    # All threads of a warp read items, states, and the marks of values that are not finite.
     assert ours.wavefronts <= 1.02 * ours.ideal_wavefronts
     assert ours.wavefronts_per_product <= 0.82 and default.wavefronts_per_product >= 2.4
     assert ours.instructions / 4 <= 1880

@@ -45,7 +45,7 @@ def page(export):
 
 
 def shown(page: Path, events: list[str]) -> dict[str, dict]:
-    """What the panels of the page show after the events in its address."""
+    """The text of the page's panels after the events in its address."""
     command = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000",
         "--dump-dom", f"{page.as_uri()}#{','.join(events)}",

@@ -95,7 +95,7 @@ def test_unpatch():
     assert not is_patched(model)
 
 
-# What the packed pass would leave out
+# Parts of a model that the packed pass would ignore
 
 
 def hooked(register: str, module: str):

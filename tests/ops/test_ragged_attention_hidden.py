@@ -1,4 +1,4 @@
-"""What a token does not see never affects it; and the results where a softmax is degenerate."""
+"""Hidden keys and values never affect a token; and the results where a softmax is degenerate."""
 
 import math
 
@@ -34,7 +34,7 @@ POISON = [math.nan, math.inf, -math.inf]
 
 
 def sees_key(tokens, length, key, *, causal=True, window=None):
-    """Which of the query tokens see the key."""
+    """Whether each query token sees the key."""
     position = torch.arange(length - tokens, length)
     sees = torch.ones(tokens, dtype=torch.bool)
     if causal:

@@ -99,7 +99,7 @@ def test_is_refused_too(message):
 
 
 def test_a_weight_that_is_not_packed_is_read_as_it_is():
-    """That of another device, which only the CPU's kernels pack."""
+    """A weight on another device is not packed: only the CPU's kernels do that."""
     weight = baton_kernels.pack_linear(torch.ones(8, 4, device="meta"))
     assert not weight.is_packed
     assert weight.rows(torch.tensor([1, 7], device="meta")).shape == (2, 4)

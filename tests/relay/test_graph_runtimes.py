@@ -61,7 +61,7 @@ def test_a_capture_runs_nothing_and_a_replay_waits_for_its_turn():
 
 @torch.inference_mode()
 def test_values_of_the_host_are_built_in():
-    """What a relay must not do: a graph would go on with the first step's number."""
+    """A number of the host is fixed at capture: a relay must not rely on its later values."""
     x, y = torch.ones(2), torch.zeros(2)
     number = 3
     runtime, replay = capture(lambda: y.copy_(x * number))

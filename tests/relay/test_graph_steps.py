@@ -20,7 +20,7 @@ from baton_engines.testing.recorded_graphs import RecordedGraphs
 from baton_engines.testing.small_llama import small_decoder, small_llama
 from baton_kernels.testing import assert_same_bits
 
-# What a step requests from the device.
+# Requests of a step to the device.
 
 
 def test_a_step_is_one_copy_in_one_replay_one_copy_out_and_one_wait():
@@ -81,7 +81,7 @@ def test_steps_with_prompts_are_launched():
         assert deltas(runtime, relay.step) == (1, 1, 1, 1, 0)
 
 
-# Which graphs there are.
+# The graphs that exist.
 
 
 def test_graphs_come_with_the_sizes_that_need_them():
@@ -142,7 +142,7 @@ def test_idle_rows_write_nothing():
         assert not torch.equal(relay.cache.keys[:, [*used]], before[:, [*used]])
 
 
-# What is fixed in a graph.
+# Values that are fixed in a graph.
 
 
 def test_a_cache_that_moves_is_captured_anew():

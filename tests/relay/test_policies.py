@@ -1,4 +1,4 @@
-"""What plans the relay accepts, and what each policy plans."""
+"""Plans that the relay accepts, and the plans of each policy."""
 
 import pytest
 from plan_views import make_decoder, make_query, view

@@ -67,7 +67,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         return vectors(tokens, self.head_dim, self.dtype)
 
     def held(self, tokens):
-        """What ``extract`` gives of a row of these tokens."""
+        """The result of ``extract`` for a row of these tokens."""
         return self.vectors(tokens)
 
     def alone(self, tokens):
@@ -127,7 +127,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         for tensor, bits in zip(tensors, before, strict=True):
             assert torch.equal(storage(tensor).view(torch.int16), bits)
 
-    # What a relay does
+    # Operations of a relay
 
     @rule(length=ANY_LENGTH, slot=WANTED_SLOT)
     def insert(self, length, slot):
@@ -330,7 +330,7 @@ class KVCacheMachine(RuleBasedStateMachine):
     def release(self):
         self.cache.release()
 
-    # What must not happen
+    # Calls that must be refused
 
     @rule(data=st.data(), bad=ANY_SLOT)
     def extend_a_wrong_row(self, data, bad):
@@ -376,7 +376,7 @@ class KVCacheMachine(RuleBasedStateMachine):
             setattr(kv_cache, op, whole)
         return False
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def shape_is_the_models(self):

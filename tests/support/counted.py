@@ -7,7 +7,7 @@ from hypothesis import stateful
 
 # Name of a rule -> how often machines of this process have run it.
 OPERATIONS: collections.Counter[str] = collections.Counter()
-# What came of them, where the rule does not say it.
+# Outcome of an operation -> how often, where the rule's name does not say it.
 EVENTS: collections.Counter[str] = collections.Counter()
 
 

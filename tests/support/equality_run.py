@@ -229,7 +229,7 @@ def merge_attention(r: Random, count: int):
 
 
 def append_kv(r: Random, count: int):
-    """What it rotates and writes, into any slots."""
+    """Results are what append_kv rotates and writes, into any slots."""
     dtype, heads, dim = r.choice(DTYPES), r.choice((1, 2)), r.choice((16, 24, 64))
     query, key, value = (numbers(r, count, heads, dim, dtype=dtype) for _ in range(3))
     cos, sin = (numbers(r, count, dim // 2, dtype=torch.float32) for _ in range(2))

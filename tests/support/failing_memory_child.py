@@ -162,7 +162,7 @@ leaks: dict[str, int] = {}
 
 
 def leaked(call: Failing) -> int:
-    """What the library still holds after many failures, compared with one failure."""
+    """Bytes that the library holds after many failures, compared with one failure."""
     call.attempt(0)
     before = call.memory.failing_memory_held()
     for _ in range(REPETITIONS):

@@ -1,4 +1,4 @@
-"""Which cases of the ops' tests the backends run in `make test`, and what is left to --full.
+"""The cases of the ops' tests that backends run in `make test`; --full has the others.
 
 The machine's own instruction set runs every case in every dtype. Each of the others runs every case
 in one dtype, in turns, except AMX's tiles, which take bfloat16.

@@ -24,7 +24,8 @@ from prefill_machine import HAS_RAY, ActorMachine, PrefillMachine, ProcessMachin
 from relay_machine import RelayMachine
 
 PROCESSES, ACTORS = "relay, prefill in processes", "relay, prefill by actors of Ray"
-# Of a machine in a shard. Hypothesis begins with the simplest one, which is always the same.
+# Examples and steps of a machine in a shard. Hypothesis begins with the simplest example, which is
+# always the same.
 EXAMPLES, STEPS = 40, 50
 # A killed worker takes seconds to start again, so these machines have one example besides the
 # simplest, in shard 0 and then in every second or fifth one.

@@ -61,10 +61,10 @@ class PagedMachine(RuleBasedStateMachine):
         self.parked: list[tuple[list[int], tuple[torch.Tensor, torch.Tensor]]] = []
         self.num_tokens = 0
 
-    # What the pages hold
+    # Contents of the pages
 
     def held(self, tokens):
-        """What ``extract_kv`` gives of these tokens."""
+        """The result of ``extract_kv`` for these tokens."""
         if self.stored is None:
             return vectors(tokens)
         return tuple(as_they_are(*pair) for pair in quantized(tokens, self.stored))
@@ -130,7 +130,7 @@ class PagedMachine(RuleBasedStateMachine):
     def some_row(self, data):
         return data.draw(st.sampled_from(self.rows))
 
-    # What an engine does
+    # Operations of an engine
 
     @rule(count=st.integers(1, 11), start=st.integers(0, 2 * PAGE - 1))
     def enter(self, count, start):

@@ -1,4 +1,4 @@
-"""What tests need to know about processes that they have started."""
+"""Helpers for processes that tests have started."""
 
 import time
 from collections.abc import Callable

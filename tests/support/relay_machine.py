@@ -18,7 +18,7 @@ from baton_engines.slots.prefix_cache import PrefixCache
 from baton_engines.testing import FakeLlama
 
 CAPACITY = 32
-# Of a FakeLlama; of eight bits an element has one byte, and each head a scale.
+# Bytes of a FakeLlama's token: in 8 bits an element has one byte, and each head a scale.
 BYTES_PER_TOKEN, EIGHT_BIT_BYTES = 256, 80
 INDEX = st.integers(0, 1000)
 # Prompts with a common beginning, and a prefix cache of a few small blocks.

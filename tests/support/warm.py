@@ -30,7 +30,7 @@ def _server() -> subprocess.Popen:
 
 
 def run(*arguments: object, **streams: str | None) -> subprocess.CompletedProcess:
-    """What `python *arguments` prints, and its status.
+    """Runs `python *arguments`; returns its output and its status.
 
     Args:
         arguments: a path, `-c` and source, or `-m` and a module, then those of the program.

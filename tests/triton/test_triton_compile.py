@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, for GPUs that this machine does not have.
+"""The code of the Triton kernels, for GPUs that this machine does not have.
 
 Launches are recorded as the ops make them, on tensors without memory, and compiled as Triton would:
 same types, same constants, same knowledge of alignment. `pytest -s` prints a line per kernel.

@@ -62,7 +62,7 @@ def next_piece(
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """What follows a piece with sums `out` that ends before token `piece_end` of its tile.
+    """The piece after one with sums `out` that ends before token `piece_end` of its tile.
 
     Returns the same two numbers of the next piece: its first token, TOKENS if there is none, and
     the end. The end of the first piece is TOKENS + 1: only it may have to be computed again.

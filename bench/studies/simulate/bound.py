@@ -66,7 +66,7 @@ def _work(chunk: int, rows: int, columns: int) -> Work:
         decode_rows=rows,
         decode_columns=rows * columns,
         prefill_columns=chunk,
-        # Of whole prompts with the length of a row.
+        # Whole prompts have the length of a row.
         pairs=chunk * columns // 2,
     )
 
@@ -82,8 +82,8 @@ def bound_by_compute(cost: CostModel, columns: int = 0) -> int:
 
 
 def report(name: str, cost: CostModel, columns: int) -> str:
-    """By slots and prompt tokens per output token: the most that joint forwards gain over
-    separate."""
+    """A table, by slots and prompt tokens per output token: the most that joint forwards gain over
+    separate ones."""
     head = "".join(f"{ratio:>9g}" for ratio in RATIOS)
     lines = [
         f"{name}: a decode step takes 1.5 times that of one row from {bound_by_compute(cost)} rows "

@@ -29,7 +29,7 @@ class Cost(NamedTuple):
 class CostModel(Protocol):
     """The interface between the simulation and a machine with a model on it."""
 
-    # Of one token's keys and values.
+    # Bytes of one token's keys and values.
     bytes_per_token: float
 
     def forward(self, work: Work) -> Cost:
@@ -151,7 +151,7 @@ class Roofline:
 
     @property
     def kv_bytes(self) -> float:
-        """What nine tenths of the memory leave for keys and values after the weights."""
+        """Bytes for keys and values: nine tenths of the memory, minus the weights."""
         return 0.9 * self.device.memory * self.parallel - self.model.weight_bytes
 
     @cached_property

@@ -92,7 +92,7 @@ class SharedDevice:
         self._version += 1
         version = self._version
         first = min(self._jobs, key=lambda job: job.seconds_left)
-        # By rounding, a job that is due may have less than nothing left to do.
+        # Because of rounding, a job that is due may have a negative rest.
         wait = max(0.0, first.seconds_left) / self._rate()
         self._events.at(self._events.now + wait, lambda: self._finish(first, version))
 

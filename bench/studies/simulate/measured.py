@@ -165,7 +165,7 @@ def calibration_rows(max_rows: int, max_length: int) -> list[list[Row]]:
 
 
 def _newcomers(tokens: int, longest: int) -> list[Row]:
-    """That many prompt tokens, in queries of at most `longest`."""
+    """Queries of at most `longest` prompt tokens, `tokens` in all."""
     whole, rest = divmod(tokens, longest)
     return [Row(0, longest, False)] * whole + [Row(0, rest, False)] * (rest > 0)
 

@@ -43,7 +43,7 @@ class SkippingClock:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the relay did; the names have the meanings of `Result`."""
+    """Measurements of the relay; the names have the meanings of `Result`."""
 
     tokens_per_second: float
     gaps: np.ndarray

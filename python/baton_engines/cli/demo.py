@@ -59,7 +59,7 @@ class Run:
 
 
 def introduction(num_records: int, slots: int) -> str:
-    """What the demo shows, in two sentences."""
+    """Says in two sentences what the demo shows."""
     return (
         f"Two policies answer the same {num_records} prompts in turns, with the same model and "
         f"kernels, up to {slots} at a time. run_to_completion lets a batch wait for its longest "

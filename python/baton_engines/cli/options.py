@@ -101,7 +101,7 @@ PictureOption = Annotated[
 
 @dataclass(frozen=True)
 class Queries:
-    """Which model answers what, and where the answers go."""
+    """Options for the model, the prompts and the file of answers."""
 
     model: ModelOption = "smollm2"
     prompts: PromptsOption = None
@@ -301,7 +301,7 @@ class Answering:
 
 @dataclass(frozen=True)
 class Reporting:
-    """What is reported about a run."""
+    """Options for the report about a run."""
 
     token_ids: Annotated[bool, typer.Option(help="Add token ids to the results.")] = False
     timeline: Annotated[

@@ -1,4 +1,4 @@
-"""What the command line prints: progress, summaries, comparisons of two runs, build information."""
+"""Output of the command line: progress, summaries, comparisons of two runs, build information."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def info_tables(info: Mapping[str, Any], packages: Mapping[str, str]) -> list[Table | Text]:
-    """What `baton_kernels.build_info()` says: versions, instruction sets, and where each op runs.
+    """`baton_kernels.build_info()` as tables: versions, instruction sets, and where each op runs.
 
     Args:
-        info: what build_info() gave.
+        info: the result of build_info().
         packages: versions of other packages, by name.
     """
     about = _table("versions", "what", "version")

@@ -26,7 +26,7 @@ class OutputError(OSError):
 
 
 class LineStream(Protocol):
-    """What a ResultWriter writes to."""
+    """The stream that a ResultWriter writes to."""
 
     def write(self, line: bytes) -> object:
         """Write one whole line, including its end."""

@@ -13,7 +13,7 @@ from .errors import CommandError
 
 @dataclass(frozen=True)
 class Listening:
-    """What is served, and where."""
+    """Options for the model that is served, and the address."""
 
     model: options.ModelOption = "smollm2"
     host: Annotated[

@@ -1,4 +1,4 @@
-"""What an engine must be able to do so that it can be audited."""
+"""The interface of an engine that can be audited."""
 
 from __future__ import annotations
 

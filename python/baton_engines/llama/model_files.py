@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
-# What transformers reads if there are no safetensors.
+# Files that transformers reads if there are no safetensors.
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _LFS = b"version https://git-lfs"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 LARGEST = 8192
-# By how much a smaller forward may increase the time per query.
+# The share by which a smaller forward may increase the time per query.
 SLACK = 0.025
 
 

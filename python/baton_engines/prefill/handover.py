@@ -20,7 +20,7 @@ _ALIGNMENT = 64
 
 
 class Sizes(NamedTuple):
-    """What the sizes of a job's tensors depend on, besides the prompts' lengths."""
+    """The numbers on which the sizes of a job's tensors depend, besides the prompts' lengths."""
 
     num_layers: int
     num_kv_heads: int

@@ -52,7 +52,7 @@ class NamedModel(NamedTuple):
 
 
 class Introduction(NamedTuple):
-    """What an actor reports when it is ready.
+    """An actor's report that it is ready.
 
     Attributes:
         node: id of Ray's node.

@@ -1,4 +1,4 @@
-"""What the engine keeps of a query while it is running, apart from its tokens."""
+"""The engine's state of a running query, apart from its tokens."""
 
 from __future__ import annotations
 

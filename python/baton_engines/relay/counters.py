@@ -1,4 +1,4 @@
-"""What a relay measures: idle work, split as in BATON, latencies, and which query held which slot.
+"""Measurements of a relay: idle work split as in BATON, latencies, and which query held which slot.
 
 The size of everything here is independent of the number of queries served.
 """
@@ -46,7 +46,7 @@ class Histogram:
 
 @dataclass
 class Counters:
-    """What a relay has done since it was created or `Relay.reset_counters` was called.
+    """Counts since a relay was created or `Relay.reset_counters` was called.
 
     A step is a forward in which running queries decode, with or without newcomers' prefill. A joint
     forward is shared by decoders and prefills, or has padded rows.

@@ -30,7 +30,7 @@ class RelayState:
 
     @property
     def counters(self) -> Counters:
-        """What the relay has done."""
+        """Counts of the relay's work: see `Counters`."""
         return self._batch.counters
 
     @property
@@ -66,7 +66,7 @@ class RelayState:
 
     @property
     def timeline(self) -> list[Span]:
-        """Which query held which slot when; stalls split spans. The newest 16384 spans."""
+        """The newest 16384 spans in which a query held a slot; stalls split spans."""
         return self._batch.timeline.spans(self._clock())
 
     def reset_counters(self) -> None:

@@ -23,7 +23,7 @@ MODEL_EOS = "model"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model and a cache require of a query.
+    """Limits that a model and a cache set for queries.
 
     Attributes:
         capacity: the most tokens of a query.

@@ -30,7 +30,7 @@ _HEAD_SIZES = range(16, 257, 8)
 
 @dataclass(frozen=True)
 class Metadata(AttentionMetadata):
-    """What one step's layers share, in the terms of the ops.
+    """Arguments of the ops that all layers of a step share.
 
     Attributes:
         num_actual_tokens: tokens of the step, padding left out.
@@ -205,7 +205,7 @@ class Impl(AttentionImpl[Metadata]):
 
 
 class Backend(AttentionBackend):
-    """What vLLM asks of a backend before it uses it."""
+    """The properties that vLLM reads from a backend before it uses it."""
 
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
@@ -213,17 +213,17 @@ class Backend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """Name of an entry of vLLM's own table of backends."""
+        """The name of an entry in vLLM's own table of backends."""
         return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[Impl]:
-        """What computes a layer."""
+        """The class that computes a layer."""
         return Impl
 
     @staticmethod
     def get_builder_cls() -> type[Builder]:
-        """What prepares a step."""
+        """The class that prepares a step."""
         return Builder
 
     @staticmethod

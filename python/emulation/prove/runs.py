@@ -99,7 +99,7 @@ def text_of(op: str, kernel: str, architecture: int, sources: Path) -> str:
 
 
 def compile_all(architectures: Sequence[int]) -> None:
-    """Makes what all units need, before they run at the same time."""
+    """Compiles what all units need, before they run at the same time."""
     module(build.FAST)
     build.at_once(
         functools.partial(compile_quietly, path, architecture)
