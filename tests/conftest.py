@@ -118,8 +118,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         op = max(fits, key=len, default=name)
         # A file about several ops names an op that has all of their backends.
         op = getattr(metafunc.module, "BACKENDS_OF", op)
+        # A file can leave backends out, or give the beginning of the names of those that run it.
         left_out = getattr(metafunc.module, "NOT_ON", ())
-        backends = [each for each in BACKENDS if each.has(op) and each.name not in left_out]
+        only_on = getattr(metafunc.module, "ONLY_ON", "")
+        backends = [
+            each
+            for each in BACKENDS
+            if each.has(op) and each.name not in left_out and each.name.startswith(only_on)
+        ]
         metafunc.parametrize("ops", backends, ids=lambda backend: backend.name, indirect=True)
 
 

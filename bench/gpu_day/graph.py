@@ -21,10 +21,10 @@ from .relay import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS, KV_HEADS, DIM = 32, 8, 128
-# The tests of graphs and of the relay that only a GPU can run.
+# Files with tests that only a GPU can run, besides the ops' own.
 GPU_TESTS = (
-    "test_cuda_graph.py", "test_graphs.py", "test_graph_steps.py", "test_relay_exactness.py",
-    "test_two_gpus.py",
+    "test_cuda_graph.py", "test_cuda_library.py", "test_graphs.py", "test_graph_steps.py",
+    "test_relay_exactness.py", "test_two_gpus.py",
 )  # fmt: skip
 
 

@@ -1,9 +1,7 @@
 """The counts and output of `bench.replicas`; it starts a cluster only when it is run."""
 
-import pytest
 from bench_package import import_bench
 
-pytest.importorskip("ray", reason="the extra `ray` is not installed")
 replicas = import_bench("replicas")
 
 QUESTIONS = [replicas.Question("a", {}, "one two"), replicas.Question("b", {}, "three")]

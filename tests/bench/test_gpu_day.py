@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import pytest
 from turns import made_once
 
 from bench.gpu_day import carried, ncu
+from bench.gpu_day.graph import GPU_TESTS
 from bench.gpu_day.record import Record
 from bench.gpu_day.runner import Day, table
 from bench.gpu_day.stages import STAGES, Stage
@@ -193,6 +195,18 @@ def test_what_the_stages_find(results):
         assert rows[name]["equal_queries"] == rows[name]["queries"] == 4
 
 
+def test_every_file_with_tests_for_gpus_is_run():
+    """Their names begin with test_gpu, which is how `make gpu` chooses them."""
+    marked = r"@needs_(?:two_)?gpus?\n(?:@.*\n)*def (\w+)"
+    found = {
+        path.name: re.findall(marked, path.read_text())
+        for path in (ROOT / "tests").rglob("test_*.py")
+    }
+    found = {name: tests for name, tests in found.items() if tests}
+    assert found.keys() == set(GPU_TESTS)
+    assert all(test.startswith("test_gpu") for tests in found.values() for test in tests)
+
+
 # Files that are sent to the GPU machine.
 
 
@@ -260,7 +274,6 @@ def test_some(i):
 
 def test_a_test_that_breaks_the_device_fails_alone(tmp_path):
     """The worker is replaced, and the next one runs what it had left."""
-    pytest.importorskip("xdist")
     (tmp_path / "test_poisoned.py").write_text(POISONED)
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p",

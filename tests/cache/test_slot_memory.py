@@ -5,7 +5,6 @@ import mmap
 import os
 import re
 import struct
-import sys
 
 import psutil
 import pytest
@@ -17,7 +16,6 @@ from baton_kernels.slot_memory import SlotMemory, huge_page_bytes
 from baton_kernels.testing import storage
 
 MIB = 2**20
-linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
 
 
 def resident_pages(*tensors):
@@ -72,7 +70,6 @@ def test_bytes_are_counted_exactly():
     assert cache.bytes_committed == per_head
 
 
-@linux
 @pytest.mark.parametrize("aligned", [False, True], ids=["ragged", "aligned"])
 @pytest.mark.parametrize(
     "sizes",
@@ -147,7 +144,6 @@ def test_committed_columns_are_tracked_per_slot(monkeypatch):
     assert pages() == 4 + 1
 
 
-@linux
 @pytest.mark.alone  # huge pages come and go with the memory that others take
 def test_resident_set_follows_what_is_written():
     """Reserving four GiB costs nothing; tokens take pages; releasing returns them."""
@@ -175,7 +171,6 @@ def test_resident_set_follows_what_is_written():
     assert abs(before - resident_bytes() - 16 * MIB) < 4 * MIB
 
 
-@linux
 def test_memory_lives_as_long_as_its_last_view():
     cache = KVCache(1, 1, 1, 2**16, 64)
     cache.keys.fill_(1.0)
@@ -189,9 +184,9 @@ def test_memory_lives_as_long_as_its_last_view():
     assert abs(before - resident_bytes() - 32 * MIB) < 4 * MIB
 
 
-@linux
 @pytest.mark.skipif(
-    not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="a kernel without huge pages"
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage"),
+    reason="needs a kernel with huge pages",
 )
 def test_huge_pages_are_refused():
     """Otherwise the first column of a slot would commit 2 MiB on systems that always use them."""
@@ -220,7 +215,6 @@ def test_no_page_belongs_to_two_slots():
     assert storage(memory.tensor).numel() * 2 == memory.num_bytes
 
 
-@linux
 def test_huge_pages_are_whole_slots():
     """Committed, counted and returned huge page by huge page."""
     huge = huge_page_bytes()
@@ -239,7 +233,6 @@ def test_huge_pages_are_whole_slots():
     assert (memory.tensor[:, 0] == 1).all() and (memory.tensor[:, 2] == 1).all()
 
 
-@linux
 def test_cache_of_huge_pages_is_a_cache():
     """Rows enter, grow, leave and are released as with small pages, with the same bits."""
     caches = [KVCache(2, 3, 2, 100, 64, huge_pages=huge) for huge in (False, True)]
@@ -258,7 +251,6 @@ def test_cache_of_huge_pages_is_a_cache():
     assert caches[1].bytes_committed == 2 * 2 * 2 * huge_page_bytes()
 
 
-@linux
 @pytest.mark.parametrize("sizes", [(2, 3, 2, 256, 64), (1, 2, 3, 100, 24)])
 def test_columns_below_one_are_given_back(sizes):
     """Frees whole pages of every head, and nothing at or above the column."""

@@ -16,7 +16,7 @@ HEADER = Path("/usr/include/valgrind/memcheck.h")
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("valgrind") and HEADER.exists() and KERNELS.exists()),
-    reason="needs valgrind, its headers, and the build folder",
+    reason="needs valgrind with its headers (`apt-get install valgrind`), and build/cmake",
 )
 
 

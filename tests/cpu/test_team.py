@@ -16,7 +16,6 @@ import baton_kernels
 from baton_kernels.testing import assert_same_bits, cpu_threads
 
 ROOT = Path(__file__).resolve().parents[2]
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def run(script: str, **environment: str) -> str:
@@ -29,7 +28,6 @@ def run(script: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="there are no sources to compile")
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_team_under_a_sanitizer(sanitizer, tmp_path):
     program = tmp_path / "team"
@@ -105,7 +103,7 @@ def test_torch_threads_compute_in_the_mode_of_the_caller():
     """Each of torch's threads has a floating-point mode, which its operators do not change."""
     x, weight = (0.5 * torch.finfo(torch.float32).tiny * torch.ones(6, 48), torch.ones(1500, 48))
     if not torch.set_flush_denormal(True):
-        pytest.skip("the CPU flushes no subnormal numbers")
+        pytest.skip("needs a CPU on which torch can flush subnormal numbers, as x86-64")
     try:
         with cpu_threads(3):
             flushed = [baton_kernels.linear(x, weight) for _ in range(20)]
@@ -142,7 +140,6 @@ CALL = """
 """
 
 
-@LINUX
 def test_there_are_as_many_threads_as_torch_takes():
     counts = """
     counts = []
@@ -156,7 +153,6 @@ def test_there_are_as_many_threads_as_torch_takes():
     assert run(CALL + counts).split() == ["0", "2", "2", "4"]
 
 
-@LINUX
 def test_there_are_no_threads_of_our_own_beside_torchs():
     counts = """
     torch.set_num_threads(3)
@@ -171,7 +167,6 @@ def test_there_are_no_threads_of_our_own_beside_torchs():
     assert run(CALL + counts).split() == ["0", "2", "2"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_forked_processes_compute():
     fork = """
     def fork(generations):
@@ -209,7 +204,6 @@ def test_a_process_ends_while_helpers_are_awake():
     run(CALL + end)
 
 
-@LINUX
 def test_signals_reach_the_programs_own_threads():
     """Helpers block signals: an interrupt ends the sleep of the thread that waits for it."""
     signals = f"""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpus import needs_gpu
 
 import baton_kernels
 from baton_kernels import reference
@@ -224,8 +225,6 @@ def test_forbidden_calls_are_seen(call):
 
 
 # On a GPU.
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @needs_gpu

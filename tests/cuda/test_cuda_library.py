@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 import torch
+from gpus import needs_two_gpus
 from op_tables import overload, table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,8 +22,13 @@ from emulation.tools import tool
 ALL = baton_kernels.ops.__all__
 NATIVE = ("append_kv", "extract_kv", "insert_kv", "merge_attention", "move_kv", "ragged_attention")
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-needs_library = pytest.mark.skipif(_library.cuda is None, reason=f"{_library.why_no_cuda}")
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about having no GPU")
+needs_library = pytest.mark.skipif(
+    _library.cuda is None,
+    reason=f"needs the CUDA library, as in `make test-cuda-build`: {_library.why_no_cuda}",
+)
+needs_no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs a machine without a GPU; there is one"
+)
 
 
 class ClaimsCuda(torch.Tensor):
@@ -64,12 +70,9 @@ def test_build_info_says_what_is_compiled():
     assert info["cuda"]["why_not"] is None
     assert info["cuda"]["toolkit"].startswith("13.")
     assert {op for op in ALL if info["ops"][op]["cuda"] == "yes"} == set(NATIVE)
-    cuobjdump = tool("cuobjdump")
-    if cuobjdump is None:
-        pytest.skip("cuobjdump is not installed")
 
     def compiled(kind):
-        command = [cuobjdump, f"--list-{kind}", str(_library.cuda)]
+        command = [tool("cuobjdump"), f"--list-{kind}", str(_library.cuda)]
         return set(re.findall(r"\.(sm_\d+)\.", subprocess.check_output(command, text=True)))
 
     architectures = info["cuda"]["architectures"]
@@ -80,10 +83,7 @@ def test_build_info_says_what_is_compiled():
 @needs_library
 def test_no_kernel_spills_on_any_architecture():
     """A spilled register and an array that is not in registers are both in the stack's frame."""
-    cuobjdump = tool("cuobjdump")
-    if cuobjdump is None:
-        pytest.skip("cuobjdump is not installed")
-    command = [cuobjdump, "-res-usage", str(_library.cuda)]
+    command = [tool("cuobjdump"), "-res-usage", str(_library.cuda)]
     architecture, kernels = None, {}
     for line in subprocess.check_output(command, text=True).splitlines():
         if found := re.search(r"arch = (sm_\d+a?)", line):
@@ -225,7 +225,9 @@ def test_a_library_that_does_not_load_is_no_secret(monkeypatch, library):
     assert loaded is None and "libtorch_cuda.so is missing" in reason
 
 
-@pytest.mark.skipif(_library.cuda is not None, reason="is about having no CUDA library")
+@pytest.mark.skipif(
+    _library.cuda is not None, reason="needs a build without the CUDA library, as in `make test`"
+)
 def test_build_info_without_the_cuda_library():
     info = baton_kernels.build_info()
     assert info["cuda"] == {
@@ -239,7 +241,7 @@ def test_build_info_without_the_cuda_library():
 # On GPUs.
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two_gpus
 @pytest.mark.parametrize("op", NATIVE)
 def test_gpu_call_runs_on_the_device_of_its_tensors(op):
     """Not the current device: torch's CUDA runtime and the library's each have their own."""

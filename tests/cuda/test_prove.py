@@ -36,9 +36,6 @@ def test_defects_are_refuted(defect):
 
 def test_triton_decode():
     """The same statements about Triton's code for a row of one token, in slots and in pages."""
-    triton = pytest.importorskip("triton")
-    if triton.knobs.runtime.interpret:
-        pytest.skip("the interpreter compiles nothing")
     prover = Prover(80)
     for grid in triton_grids():
         if "float16" in grid.kernel.split(", "):

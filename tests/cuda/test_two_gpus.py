@@ -4,8 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
-import pytest
 import torch
+from gpus import needs_two_gpus
 
 import baton_kernels
 from baton_kernels.testing import assert_same_bits, int32
@@ -33,18 +33,11 @@ def built(scratch, source):
     return subprocess.run([program], capture_output=True, text=True, timeout=60)
 
 
-needs_sources = pytest.mark.skipif(
-    not (ROOT / "csrc").is_dir(), reason="there are no sources to compile"
-)
-
-
-@needs_sources
 def test_both_runtimes_are_on_the_device_of_a_call(tmp_path):
     done = built(tmp_path, DEVICE)
     assert done.returncode == 0, done.stderr
 
 
-@needs_sources
 def test_a_runtime_that_stays_where_it_was_is_found(tmp_path):
     """A planted defect: nothing but torch's guard is left."""
     source, line = (ROOT / DEVICE).read_text(), "  finish(cudaSetDevice(device));\n"
@@ -55,7 +48,7 @@ def test_a_runtime_that_stays_where_it_was_is_found(tmp_path):
     assert done.returncode == 1 and "launched_on == device" in done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two_gpus
 def test_gpu_calls_on_the_second_device():
     """Torch's current device is the first one; then a call on that one follows."""
     key, value = torch.randn(2, 5, 2, 16)

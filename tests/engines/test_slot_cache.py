@@ -199,7 +199,6 @@ def test_tokens_behind_the_window_are_given_back(name):
         assert least <= layer.released <= max(379 - 7, 0) if layer.window else not layer.released
 
 
-@pytest.mark.skipif(not hasattr(psutil.Process(), "memory_full_info"), reason="needs USS")
 def test_a_sliding_layer_takes_the_memory_of_its_window():
     config = make("gemma3").config
     capacity, rows = 1 << 15, 4

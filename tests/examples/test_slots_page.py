@@ -26,7 +26,7 @@ BROWSER = next(
     filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
 )
 in_a_browser = pytest.mark.skipif(
-    BROWSER is None, reason="no chromium or google-chrome is installed"
+    BROWSER is None, reason="needs chromium or google-chrome: `apt-get install chromium`"
 )
 
 

@@ -225,7 +225,10 @@ def measured(mode: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(),
+    reason="needs /proc/self/clear_refs, which some containers lack",
+)
 def test_peak_while_packing_and_undoing():
     """At most one layer more than the weights; kept parameters take the weights' size once more."""
     slack = 5 << 20  # what the allocator keeps

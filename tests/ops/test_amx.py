@@ -6,7 +6,6 @@ AMX, else with cpu-amx_bf16-emulated.
 
 import ctypes
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -19,9 +18,12 @@ from baton_kernels.testing import assert_same_bits, available_cpu_isas, cpu_isa
 from emulation import amx
 
 HAS_AMX = "amx_bf16" in available_cpu_isas()
-modeled = pytest.mark.skipif(not amx.has_model(), reason="needs sources and AVX512-BF16")
+modeled = pytest.mark.skipif(
+    not amx.has_model(), reason="needs the sources and a CPU with AVX512-BF16"
+)
 emulated = pytest.mark.skipif(
-    not amx.can_be_emulated(), reason="needs a build with AMX and a CPU without, but AVX512-BF16"
+    not amx.can_be_emulated(),
+    reason="needs a library with AMX, and a CPU without it but with AVX512-BF16",
 )
 
 # 1. The emulated instructions.
@@ -216,9 +218,7 @@ NEEDED = {"tdpbf16ps", "tileloadd", "tilestored", "tilezero", "tilerelease", "ld
 def tile_instructions():
     """(function, bytes, text) of every AMX instruction in the library that users run."""
     if "amx_bf16" not in baton_kernels.build_info()["cpu"]["isa_compiled"]:
-        pytest.skip("this compiler has no AMX")
-    if shutil.which("objdump") is None:
-        pytest.skip("needs objdump")
+        pytest.skip("needs a library with AMX: x86-64, and a compiler that knows it")
     path = str(_library.cpu)
     command = ["objdump", "--disassemble", "--wide", path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -276,7 +276,9 @@ def test_encoding_of_products_of_bytes(tile_instructions):
 
 
 @modeled
-@pytest.mark.skipif(not HAS_AMX and not amx.can_be_emulated(), reason="AMX kernels cannot run here")
+@pytest.mark.skipif(
+    not HAS_AMX and not amx.can_be_emulated(), reason="needs AMX, or a CPU that can emulate it"
+)
 @pytest.mark.parametrize("spread", [0.0, 20.0])
 @pytest.mark.parametrize("rows", [3, 16, 40])
 def test_linear_has_the_bits_of_the_manual(rows, spread):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from eight_bit import EIGHT_BITS, embed_bits, poison_eight, skip_elsewhere
+from eight_bit import EIGHT_BITS, embed_bits, poison_eight
 
 import baton_kernels
 from baton_kernels import reference
@@ -20,13 +20,8 @@ from baton_kernels.testing import (
     twin,
 )
 
-BACKENDS_OF = "insert_kv"
+BACKENDS_OF, ONLY_ON = "insert_kv", "cpu-"
 NAMES = ("key_cache", "value_cache", "key_scale", "value_scale")
-
-
-@pytest.fixture(autouse=True)
-def _only_where_there_are_eight_bits(request):
-    skip_elsewhere(request)
 
 
 def caches(stored, *, layers=(), slots=4, heads=2, capacity=50, dim=16, columns_first=False):

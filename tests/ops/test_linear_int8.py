@@ -22,7 +22,6 @@ from packed_linear import (
     check_refusal,
     problem,
     project,
-    skip_without_panels,
 )
 
 import baton_kernels
@@ -37,11 +36,7 @@ from baton_kernels.ops.linear_packed import (
 from baton_kernels.reference.linear import GROUP, linear_int8, quantize_rows
 from baton_kernels.testing import DTYPES, assert_same_bits, nan_in_empty
 
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(request):
-    skip_without_panels(request)
-
+ONLY_ON = "cpu-"
 
 # 1. The reference.
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from eight_bit import EIGHT_BITS, eight_bit_problem, pages_of, skip_elsewhere
+from eight_bit import EIGHT_BITS, eight_bit_problem, pages_of
 from judged import on_emulated_tiles
 
 import baton_kernels
@@ -26,12 +26,7 @@ from baton_kernels.testing import (
     twin,
 )
 
-
-@pytest.fixture(autouse=True)
-def _only_where_there_are_eight_bits(request):
-    skip_elsewhere(request)
-
-
+ONLY_ON = "cpu-"
 EVERYTHING = {"window": 40, "softcap": 15.0, "scale": 0.3, "alibi": True, "sinks": True}
 # Query lengths, lengths, (num_heads, num_kv_heads), head_dim, options ("alibi", "sinks": flags).
 CASES = {

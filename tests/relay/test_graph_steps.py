@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from gpus import needs_gpu
 from graph_checks import answers, assert_same_answers, decoding, deltas, ticks
 from relay_workload import make_model
 
@@ -389,7 +390,7 @@ def test_what_cannot_be_is_refused(model, options, error, message):
 # On a GPU.
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 def test_gpu_a_step_waits_only_once():
     with Relay(make_model().to("cuda"), 8, 40) as relay:
         decoding(relay, 3)

@@ -7,6 +7,7 @@ code, and no sooner than the host waits for it.
 
 import pytest
 import torch
+from gpus import needs_gpu, needs_two_gpus
 from graph_checks import answers, assert_nothing_failed, assert_same_answers, ticks
 from relay_workload import CAPACITY, Workload, make_model
 
@@ -117,15 +118,11 @@ def test_prompts_computed_elsewhere_change_no_bit(prefill):
 
 # On a GPU.
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 
 @needs_gpu
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=needs_two_gpus)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_gpu_queries_have_the_bits_that_they_have_without_graphs(dtype, number):
-    if number >= torch.cuda.device_count():
-        pytest.skip("needs two GPUs")
     model = make_model(dtype).to(torch.device("cuda", number))
     with_graphs, without = (workload(model, graphs, made({}), {}) for graphs in (True, False))
     assert_same_work(with_graphs, without)

@@ -11,7 +11,10 @@ MIB = 1 << 20
 TOLERANCE = 8 * MIB
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc"),
+    pytest.mark.skipif(
+        not Path("/proc/self/clear_refs").exists(),
+        reason="needs /proc/self/clear_refs, which some containers lack",
+    ),
 ]
 
 # Each run has a separate process: the first would leave its memory to the second.

@@ -29,11 +29,6 @@ from baton_engines.testing import FakeLlama
 from baton_engines.testing.prefill import ProcessFault
 from baton_engines.testing.small_llama import small_llama
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(os, "memfd_create"), reason="apart needs memfd_create, a call of Linux"
-)
-
-
 # The ids above these are the first tokens of ProcessFault.
 prompt = functools.partial(relay_checks.prompt, vocab_size=40)
 

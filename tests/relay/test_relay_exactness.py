@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from gpus import needs_gpu
 from relay_workload import CAPACITY, Workload, make_model
 from transformers import LlamaForCausalLM
 
@@ -34,7 +35,7 @@ def test_logits_are_those_of_the_unpatched_model_alone(model, unpatched, policy,
     check_logits(workload, unpatched)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("prefill", ["serial", "overlapped"])
 @LAYOUTS
 @torch.inference_mode()

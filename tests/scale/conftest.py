@@ -55,7 +55,6 @@ def _settings() -> None:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[TwoNodes]:
-    pytest.importorskip("ray", reason="the extra `ray` is not installed")
     before = children()
     cluster = TwoNodes()
     yield cluster

@@ -8,19 +8,18 @@ import signal
 import sys
 
 import pytest
+import ray
 import relay_checks
 import torch
 from processes import alive, children, wait_until
 from relay_checks import assert_empty, assert_right
 
 from baton_engines import prefill
+from baton_engines.prefill.ray import Remote
 from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
 from baton_engines.testing.prefill import ProcessFault
 from baton_engines.testing.small_llama import small_llama
-
-ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-from baton_engines.prefill.ray import Remote  # noqa: E402
 
 # The ids above these are the first tokens of ProcessFault.
 prompt = functools.partial(relay_checks.prompt, vocab_size=40)

@@ -9,15 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import psutil
 import pytest
+import ray
 from processes import children, wait_until
+from ray import serve
 from tiny_model import save_tiny_model
 
 from baton_engines import Relay, load_model
-
-ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-from ray import serve  # noqa: E402
-
-from baton_engines.serve.on_ray import deployment  # noqa: E402
+from baton_engines.serve.on_ray import deployment
 
 CAPACITY = 512
 REQUESTS = 12

@@ -13,13 +13,11 @@ import torch
 from processes import alive, wait_until
 from relay_checks import assert_empty, assert_right
 
+from baton_engines.prefill.ray import Remote
 from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
 from baton_engines.testing.prefill import ProcessFault
 from baton_engines.testing.small_llama import VOCAB_SIZE, small_llama
-
-ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-from baton_engines.prefill.ray import Remote  # noqa: E402
 
 # The ids above these are the first tokens of ProcessFault.
 prompt = functools.partial(relay_checks.prompt, vocab_size=40)
@@ -36,7 +34,7 @@ def _possible() -> None:
     try:
         hosts.Hosts().close()
     except hosts.CannotMakeHostsError as error:
-        pytest.skip(f"network namespaces cannot be made: {error}")
+        pytest.skip(f"needs network namespaces, which root can make: {error}")
 
 
 def remote() -> Remote:

@@ -2,21 +2,12 @@
 
 import dataclasses
 
-import pytest
 import torch
 
 from baton_kernels.reference._eight_bit import quantize
 from baton_kernels.testing import AttentionProblem, embed
 
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
-
-
-def skip_elsewhere(request) -> None:
-    """Only the CPU's kernels support eight-bit types."""
-    spec = getattr(request.node, "callspec", None)
-    backend = spec and spec.params.get("ops")
-    if backend and not backend.name.startswith("cpu-"):
-        pytest.skip("eight bits need the CPU's kernels")
 
 
 def poison_eight(x: torch.Tensor) -> torch.Tensor:

@@ -8,14 +8,6 @@ from baton_kernels import pack_linear
 from baton_kernels.testing import assert_same_bits, before_a_hole, cpu_threads, embed
 
 
-def skip_without_panels(request):
-    """The emulated CUDA kernels and devices have no panels."""
-    if "ops" in request.fixturenames and not request.node.callspec.params["ops"].name.startswith(
-        "cpu-"
-    ):
-        pytest.skip("the CPU's")
-
-
 def problem(rows, size_in, size_out, *, bias=False, dtype=torch.float32, margin=8, seed=0):
     """Arguments of `linear`, slices of larger tensors."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,8 +11,6 @@ from op_tables import table
 
 import baton_kernels
 
-pytest.importorskip("triton")
-
 OPS = baton_kernels.triton.OPS
 GPU_KEYS = ("CUDA", "XPU")
 

@@ -11,17 +11,12 @@ import subprocess
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 import baton_kernels
-
-triton = pytest.importorskip("triton")
-if triton.knobs.runtime.interpret:
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from baton_kernels.triton import common  # noqa: E402
+from baton_kernels.triton import common
 
 KIB = 1024
 # Shared memory that one block may use.
@@ -240,19 +235,27 @@ def test_compiled_code(target, launches, tmp_path):
 
 # Targets take turns with the kinds of heads, too.
 HEADS = [(torch.bfloat16, 64), (torch.float16, 256), (torch.float32, 128), (torch.float32, 256)]
+SPILLS = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="float32 heads of 256 spill on gfx1100, which has no unit for their products",
+)
 OTHER_HEADS = [
-    pytest.param(target, *heads, marks=[] if i == j else [pytest.mark.full])
+    pytest.param(
+        target, *heads,
+        marks=[
+            *([] if i == j else [pytest.mark.full]),
+            *([SPILLS] if (target, heads) == ("gfx1100", (torch.float32, 256)) else []),
+        ],
+    )
     for i, target in enumerate(["gfx942", "gfx1100", "sm_75", "sm_80"])
     for j, heads in enumerate(HEADS)
-]
+    if target != "sm_75" or torch.bfloat16 not in heads  # which it does not have
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("target", "dtype", "head_dim"), OTHER_HEADS)
 def test_attention_of_other_heads(target, dtype, head_dim, tmp_path):
-    if target == "sm_75" and dtype == torch.bfloat16:
-        pytest.skip("sm_75 has no bfloat16")
-    if target == "gfx1100" and (dtype, head_dim) == (torch.float32, 256):
-        pytest.skip("float32 heads of 256 spill on gfx1100, which has no unit for their products")
     check(attend, target, dtype, head_dim, tmp_path)
 
 

@@ -10,6 +10,7 @@ import pathlib
 
 import pytest
 import torch
+import triton
 from op_tables import schemas
 
 import baton_kernels
@@ -22,9 +23,11 @@ from baton_kernels.testing import (
     twin,
 )
 
-triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
-    pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip(
+        "needs TRITON_INTERPRET=1: test_triton_interpreter.py runs this file with it",
+        allow_module_level=True,
+    )
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "ops"
 OVERLOADS = [

@@ -20,7 +20,9 @@ from baton_engines.llama.load import smollm2_folder
 ROOT = Path(__file__).resolve().parents[3]
 CHILD = ROOT / "tests" / "support" / "vllm_child.py"
 PYTHON = os.environ.get("VLLM_PYTHON")
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="needs vLLM: make test-engines")
+pytestmark = pytest.mark.skipif(
+    PYTHON is None, reason="needs an environment with vLLM, which `make test-engines` makes"
+)
 
 # With the sizes that vLLM's own kernel needs. Gemma 3 has one layer in six without a window.
 MODELS = {
