@@ -29,7 +29,7 @@ PATTERNS = {
     "of its own": (r"\bof (?:its|their|his|our) own\b", "separate; its own ..."),
     "beside": (r"\bbeside\b", "alongside, compared with, next to"),
     "whatever": (r"\b(?:whatever|whoever)\b", "independent of, whichever"),
-    "is no": (r"(?<!there )\b(?:is|are) (?:no|none)\b", "is not a, cannot"),
+    "is no": (r"(?<!there )\b(?:is|are) (?:no|(?-i:none))\b", "is not a, cannot"),
     "on its way": (r"\bon (?:its|their|the) way\b", "in flight"),
 }
 SUFFIXES = (".md", ".py", ".h", ".cpp", ".cu")

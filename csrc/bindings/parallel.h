@@ -1,5 +1,6 @@
-// The CPU as a device of the bindings: a kernel's work items run on as many threads as torch's own
-// operators use, but not on torch's threads (cpu/host/team.h), unless `use_torch_threads` says so.
+// The CPU as a device of the bindings: a kernel's work items run on the number of threads that
+// torch's operators use, but not on torch's threads (cpu/host/team.h), unless `use_torch_threads`
+// says so.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -39,7 +39,7 @@ namespace baton::cpu {
   X(quantize_linear, const QuantizeLinearParams&)
 
 struct KernelTable {
-  // Whether linear for bfloat16 takes x packed by linear_pack; otherwise nobody calls that.
+  // Whether linear for bfloat16 takes x packed by linear_pack; otherwise linear_pack is not used.
   bool packs_bfloat16;
   // The number of parts that linear_packed can divide a panel into.
   int64_t packed_parts;

@@ -89,7 +89,7 @@ def test_workers_that_a_stage_leaves_behind_are_ended(tmp_path):
     )  # fmt: skip
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     (pid,) = record["stages"][0]["rows"]
-    # Nobody waits for an orphan, so it takes the system a moment to remove it.
+    # An orphan has no parent that waits for it, so it takes the system a moment to remove it.
     for _ in range(600):
         try:
             if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():

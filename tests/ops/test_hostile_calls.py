@@ -1,4 +1,4 @@
-"""Random calls of torch.ops that nobody should make: nothing breaks (support/hostile_run.py).
+"""Random invalid calls of torch.ops: nothing breaks (support/hostile_run.py).
 
 `make soak` makes a million of them. They run in a separate program, whose children are forks of a
 process without threads.

@@ -172,7 +172,7 @@ def test_a_node_goes_and_comes_back(nodes, monkeypatch, tmp_path):
         monkeypatch.setattr(ray, "get", get_after_the_node_is_gone)
         queries.append(relay.submit([ProcessFault.HANG, *prompt(4)], max_new_tokens=3))
         relay.step()
-        wait_until((tmp_path / "struck").exists, "nobody computes the prompt that hangs")
+        wait_until((tmp_path / "struck").exists, "no actor computes the prompt that hangs")
         queries.append(relay.submit(prompt(4000), max_new_tokens=3))
         relay.run()
         assert relay.counters.prefill_faults == 2
@@ -199,7 +199,7 @@ def test_close_while_an_actor_is_busy(nodes, tmp_path):
     relay.step()
     hanging, behind = (relay.submit([i, 1, 2], max_new_tokens=4) for i in (ProcessFault.HANG, 1))
     relay.step()
-    wait_until((tmp_path / "struck").exists, "nobody computes the prompt that hangs")
+    wait_until((tmp_path / "struck").exists, "no actor computes the prompt that hangs")
     relay.close()
     assert {runner.status, hanging.status, behind.status} == {"cancelled"}
     assert_gone(processes)

@@ -1,4 +1,4 @@
-"""Random calls of `torch.ops.baton_kernels`: valid ones, and ones that nobody should make.
+"""Random calls of `torch.ops.baton_kernels`: valid and invalid ones.
 
 ``draw_call(random)`` gives an overload and a description of each argument. It begins with a valid
 call and then spoils up to three arguments: shape, strides, dtype, device, values, memory shared

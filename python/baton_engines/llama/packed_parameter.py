@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-# Functions that ask about a tensor without reading it, besides attributes.
+# Functions that return properties of a tensor without reading it, besides attributes.
 _QUESTIONS = frozenset(
     (
         *("dim", "size", "stride", "numel", "nelement", "element_size", "storage_offset"),
@@ -60,7 +60,7 @@ class PackedParameter(nn.Parameter):
 
     @property
     def is_packed(self) -> bool:
-        """Whether it still stands in, i.e. nobody has given it real values."""
+        """Whether it is still a stand-in, i.e. has not been given real values."""
         return self.untyped_storage().nbytes() == self.element_size()
 
     @classmethod

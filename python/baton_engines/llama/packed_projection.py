@@ -76,7 +76,7 @@ class PackedProjection:
             self._stand_ins.append((modules, parameter, shell))
 
     def is_shared(self) -> bool:
-        """Whether the stand-ins are still in place and nobody has given them values."""
+        """Whether the stand-ins are still in place and have not been given values."""
         for modules, _, shell in self._stand_ins:
             same = shell.is_packed and shell.dtype == self._dtype
             if not same or modules[0].weight is not shell:

@@ -40,7 +40,7 @@ class Job:
     Attributes:
         prompts: token ids of every prompt.
         started: whether a worker is computing it, or has.
-        abandoned: whether nobody needs it any more; set by the loop, and it is then not computed.
+        abandoned: whether it is not needed any more; set by the loop, and it is then not computed.
         prefilled, error: the outcome; one of them is set before `done`.
         done: whether it has ended.
     """

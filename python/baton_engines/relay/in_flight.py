@@ -141,7 +141,7 @@ class InFlight:
         ]
 
     def _leave(self, trip: Trip) -> None:
-        # In this order, so that after a Ctrl-C in between nobody waits for a job that never comes.
+        # In this order, so that after a Ctrl-C in between no wait is for a job that never comes.
         self.prefiller.submit(trip.job)
         self._trips.append(trip)
         self._trip_of.update((query.id, trip) for query in trip.queries)

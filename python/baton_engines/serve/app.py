@@ -25,12 +25,12 @@ from .responses import ChatCompletions, Completions, error_of, usage_of
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
-# The status that servers log for a client that has disconnected; nobody receives it.
+# The status that servers log for a client that has disconnected; it is not sent.
 _CLIENT_LEFT = 499
 
 
 class _ClientLeftError(Exception):
-    """The client has disconnected, so nobody waits for the answer any more."""
+    """The client has disconnected, so the answer is not needed any more."""
 
 
 def make_app(generator: Generator, tokenizer: Any, model: str, capacity: int) -> FastAPI:

@@ -1,8 +1,8 @@
 """vLLM on the attention of `baton_kernels`, its pages read in place through its block table.
 
-Nothing of vLLM changes until it is asked to: with `attention_backend="CUSTOM"` (on its command line
-`--attention-backend CUSTOM`), or with the environment variable `BATON_VLLM=override`, which puts
-`Override` in the place of vLLM's own CPU backend. `BATON_VLLM=invariant` adds the layers of
+vLLM is not changed unless you choose this backend: with `attention_backend="CUSTOM"` (on its
+command line `--attention-backend CUSTOM`), or with the environment variable `BATON_VLLM=override`,
+which replaces vLLM's own CPU backend by `Override`. `BATON_VLLM=invariant` adds the layers of
 `layers.py`, with which a request's bits do not depend on the batch. vLLM finds all of it through
 the entry points of this distribution, in every process that it starts.
 

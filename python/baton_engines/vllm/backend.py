@@ -253,9 +253,9 @@ class Backend(AttentionBackend):
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
-        """Asked with `VLLM_BATCH_INVARIANT`, which replaces torch's own functions by Triton kernels
-        that a CPU cannot run. There `BATON_VLLM=invariant` does without; on a GPU the bits of a
-        prompt can depend on its chunks."""
+        """Called with `VLLM_BATCH_INVARIANT`, which replaces torch's functions by Triton kernels
+        that a CPU cannot run. Use `BATON_VLLM=invariant` there; on a GPU the bits of a prompt can
+        depend on its chunks."""
         return False
 
 

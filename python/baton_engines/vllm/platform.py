@@ -15,8 +15,8 @@ else:
 
 
 class BatonCpuPlatform(_Platform):
-    """Chooses the backend that CUSTOM stands for where it is asked to, and refuses what that
-    backend cannot do, as vLLM's other platforms do."""
+    """Chooses the backend registered as CUSTOM if the user selects it, and refuses configurations
+    that this backend cannot run, as vLLM's other platforms do."""
 
     @classmethod
     def get_attn_backend_cls(

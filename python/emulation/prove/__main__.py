@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def quickly(architectures: Sequence[int]) -> int:
-    """Prints what the test asks, for sm_75 and sm_80; the number of unexpected verdicts."""
+    """Prints the short proofs for sm_75 and sm_80; returns the number of unexpected verdicts."""
     unexpected = 0
     for architecture in (75, 80):
         if architecture in architectures:

@@ -20,8 +20,8 @@ from emulation.ptx.terms import CONCRETE, PLUS_ZERO, Terms
 class Row:
     """A query whose last ``queries`` of ``length`` tokens are in this call; leaves bear its tag.
 
-    With a block table it has no slot. One whose start is negative has no place: nobody reads it,
-    and its results are not written.
+    With a block table it has no slot. A row whose start is negative has no place: it is not
+    read, and its results are not written.
     """
 
     tag: str
@@ -31,8 +31,8 @@ class Row:
     start: int = 0
 
 
-# No page: what entries of a block table hold that nobody may look at. The kernels take a page that
-# does not exist for the last one, which is nobody's here.
+# Numbers of pages that do not exist, for entries of a block table that must not be used. Kernels
+# replace them by the last page, which belongs to no row here.
 ABSURD = (-(2**31), 2**31 - 1)
 
 
@@ -44,9 +44,9 @@ class Call:
     num_slots: int = 1
     capacity: int = 0  # 0: what the rows need
     page: int = 0  # columns of a page of a cache with a block table; 0: a cache of slots
-    order: int = 0  # which of many orders the rows' pages have in memory
+    order: int = 0  # seed of the order that the rows' pages have in memory
     transposed: bool = False  # the cache is a view of [slots, capacity, heads, dim]
-    padded: bool = False  # rows of the tensors have elements of nobody behind them
+    padded: bool = False  # unused elements follow each row of the tensors
     heads: tuple[int, int] = (2, 1)
     head_dim: int = 64
     dtype: torch.dtype = torch.bfloat16
@@ -102,7 +102,7 @@ class Outcome:
 def leaves(ops: SymbolicOps, x: torch.Tensor, tensor: str, name_of) -> None:
     """Gives every element of a tensor a leaf; ``name_of(*index)`` has its name and class.
 
-    What lies between the elements in the same storage is nobody's.
+    Memory between the elements in the same storage gets leaves of the class "outside".
     """
     halves = ops.shadow.of(x)
     size = x.element_size() // 2
@@ -118,7 +118,7 @@ def leaves(ops: SymbolicOps, x: torch.Tensor, tensor: str, name_of) -> None:
 
 
 def vector_leaves(ops: SymbolicOps, x: torch.Tensor, tensor: str, name_of) -> None:
-    """The same, where ``name_of`` has not the last index: padding has one leaf for all dims."""
+    """The same without the last index in ``name_of``: padding has one leaf for all dims."""
     halves = ops.shadow.of(x)
     size, count = x.element_size() // 2, x.shape[-1]
     halves[:] = CONCRETE
@@ -136,7 +136,7 @@ def vector_leaves(ops: SymbolicOps, x: torch.Tensor, tensor: str, name_of) -> No
 
 
 def outside(ops: SymbolicOps, halves: np.ndarray, tensor: str) -> None:
-    """Leaves of nobody for what no element has."""
+    """Gives leaves of the class "outside" to memory that belongs to no element."""
     for i in np.flatnonzero(halves == CONCRETE):
         halves[i] = ops.table.leaf((f"{tensor}'s storage, byte {2 * i}",), "outside")
 
@@ -144,7 +144,7 @@ def outside(ops: SymbolicOps, halves: np.ndarray, tensor: str) -> None:
 def block_table(call: Call) -> tuple[list[list[int]], int]:
     """The pages of each row, then at least one entry without columns, and the number of pages.
 
-    The last page is nobody's.
+    The last page belongs to no row.
     """
     counts = [-(-(row.start + row.length) // call.page) for row in call.rows]
     order = list(range(sum(counts)))
@@ -157,10 +157,10 @@ def block_table(call: Call) -> tuple[list[list[int]], int]:
 
 
 def tensors(call: Call, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values; zeros, since nobody looks at the numbers."""
+    """Queries, keys and values; all are zero, since the numbers are not used."""
     num_heads, num_kv_heads = call.heads
     capacity = call.page or call.capacity or max(row.start + row.length for row in call.rows)
-    # Sixteen bytes of nobody keep the rows aligned.
+    # Unused elements, a multiple of sixteen bytes, keep the rows aligned.
     width = call.head_dim + (16 if call.padded else 0)
     shape = (num_slots, num_kv_heads, capacity, width)
     if call.transposed:

@@ -108,7 +108,7 @@ def lines_reached(kernels: Kernels) -> set[str]:
 
 
 def reason(outcome: Unreached, both_ways: set[str]) -> str:
-    """Why an outcome is left out; empty if nobody knows."""
+    """Why an outcome is left out; empty if there is no known reason."""
     for path, part, text in NAMED:
         if path in outcome.line and part in outcome.source:
             return text

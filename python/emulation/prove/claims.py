@@ -129,7 +129,7 @@ class Prover:
 
 
 def look_at_reads(prover: Prover, claim: Claim) -> None:
-    """Whether a call has loaded a leaf of nobody."""
+    """Whether a call has loaded a leaf that belongs to no token."""
     terms, bad = prover.terms, []
     for term in prover.ops.shadow.reads - {0}:
         if terms.nodes[term][0] == "leaf" and terms.class_of(term) in NOBODY:

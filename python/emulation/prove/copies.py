@@ -19,7 +19,7 @@ from baton_kernels.testing import cumulative, int32
 from emulation.prove.attention import leaves
 from emulation.prove.claims import BATCH, COPY, HIDDEN, OUTSIDE, Prover, look_at_reads
 
-# dtype, head_dim and elements of nobody behind a head: chunks of 16, 4 and 2 bytes.
+# dtype, head_dim and unused elements behind a head: chunks of 16, 4 and 2 bytes.
 WIDTHS = [
     (torch.bfloat16, 64, 0), (torch.bfloat16, 16, 2), (torch.bfloat16, 16, 1),
     (torch.float32, 16, 0),
@@ -42,7 +42,7 @@ class Tensors:
     ):
         """A tensor, and the terms of its elements; those that are not used are padding.
 
-        ``more`` elements of nobody stand behind a head, besides those of all tensors.
+        ``more`` unused elements follow a head, in addition to those of all tensors.
         """
         width = self.head_dim + self.behind + more
         x = torch.zeros(*self.leading, *shape, width, dtype=self.dtype)[..., : self.head_dim]

@@ -16,7 +16,7 @@ from emulation.ptx.machine import compile_ptx
 from emulation.ptx.symbolic import SymbolicMachine
 
 SOURCE = Path(__file__).with_suffix(".cu")
-# In the order of `Defect` in defects.cu: what is wrong, and the statements that it breaks.
+# Defect -> the statements that it breaks, in the order of `Defect` in defects.cu.
 IN_SLOTS = {
     "right": (),
     "masks by multiplying with zero": (HIDDEN, OUTSIDE),
@@ -55,7 +55,7 @@ def in_slots(tags: str, starts: Sequence[int], lengths: Sequence[int]) -> Launch
 def in_pages(
     tags: str, lengths: Sequence[int], page: int, table: Sequence[Sequence[int]]
 ) -> Launch:
-    """A row's last entry is a page of another one, or of nobody."""
+    """A row's last entry is a page of another row, or of none."""
     num_pages = 1 + max(max(row) for row in table)
     return Launch(
         tags, lengths, (num_pages, page), lambda row, key: (table[row][key // page], key % page),

@@ -68,7 +68,7 @@ class Result:
 
 @functools.cache
 def ptx_text(path: Path, architecture: int) -> str:
-    """PTX with its source lines. sm_86 and the like have that of the first of their front end."""
+    """PTX with its source lines. Architectures that share a front end have the PTX of the first."""
     return compile_ptx(path, FRONT_END[architecture], flags=("-lineinfo",))
 
 

@@ -204,7 +204,7 @@ def count_decode(length: int = 512, page: int | None = None) -> DecodeCounts:
 
 
 class NotExecuted:
-    """In the place of a machine whose results nobody looks at."""
+    """Replaces a machine whose results are not used."""
 
     def launch(self, *arguments) -> None:
         pass

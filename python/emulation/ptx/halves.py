@@ -1,8 +1,8 @@
 """Functions of 16 bits that bitwise code computes, as tables of their 65,536 results.
 
-What a kernel asks of the bits of an element (whether it is finite; the element, or 0 where it is
-not) comes in many spellings. A table is the same for all of them, and answers for every value of
-the element what would else need reasoning. Registers hold pairs of elements; an operation is
+A kernel can test the bits of an element (is it finite?) or replace it (by 0 if it is not) in many
+ways. All of them have the same table, which gives the result for every value of the element without
+further reasoning. Registers hold pairs of elements; an operation is
 followed where no bit crosses from one half to the other, for all values of both.
 
 Terms: ``of N(x)`` is the table N of the 16-bit term x, ``bit N(x)`` is a predicate, and

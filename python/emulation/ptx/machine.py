@@ -156,7 +156,9 @@ class Machine:
                     opcode = self.code[int(pc[held].min())].opcode
                     raise RuntimeError(f"{opcode} without all of the lanes that it names")
                 if self.asleep.any():
-                    raise RuntimeError("a phase of an mbarrier that nobody ends is waited for")
+                    raise RuntimeError(
+                        "a thread waits for a phase of an mbarrier that no thread ends"
+                    )
                 return
             mask = (pc == at) & ~waiting & ~self.asleep
             held &= ~mask

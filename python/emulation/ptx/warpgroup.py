@@ -1,7 +1,7 @@
 """PTX instructions of compute capability 9.0: mbarriers, the proxy fence, products of warpgroups.
 
 Fragments and descriptors are the formulas of the PTX manual ("Asynchronous warpgroup level matrix
-instructions"). Products run as late as allowed: when they are waited for. Until then nobody may
+instructions"). Products run as late as allowed: when they are waited for. Until then no thread may
 touch the registers of their sums, nor write those of their first operand; registers that were
 written since the last wgmma.fence must not be among them; and what they read in shared memory must
 have come before a fence.proxy.async of the thread that wrote it. A violation is a RuntimeError.
