@@ -366,8 +366,8 @@ def _check_rotary(op, k, queries, causal, window_size, cache_leftpad, interleave
         raise NotImplementedError(f"{op}: rotary_interleaved must be False, got True")
     if cache_leftpad is not None:
         raise NotImplementedError(
-            f"{op}: cache_leftpad must be None with rotary_cos, which would turn columns and not "
-            "positions, got a tensor; rotate q and k before the call"
+            f"{op}: cache_leftpad must be None with rotary_cos, which would rotate by column, "
+            "not by position, got a tensor; rotate q and k before the call"
         )
     if k is None:
         raise ValueError(f"{op}: k must be given with rotary_cos, got None")

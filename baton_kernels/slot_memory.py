@@ -86,7 +86,7 @@ class SlotMemory:
         except (OSError, OverflowError) as error:
             raise MemoryError(
                 f"KVCache: {self.num_bytes} bytes could not be reserved for "
-                f"num_slots {num_slots} and capacity {capacity}; a smaller one of them needs less"
+                f"num_slots {num_slots} and capacity {capacity}; reduce one of them"
             ) from error
         self._advise(huge_pages)
         address = torch.frombuffer(self._mapping, dtype=torch.uint8).data_ptr()

@@ -189,8 +189,7 @@ class PanelMemory:
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         if self._next + size > self._end:
             raise ValueError(
-                f"pack_linear: memory must be large enough for {size} bytes more, got "
-                f"{self._end - self._next}"
+                f"pack_linear: memory must have {size} free bytes, got {self._end - self._next}"
             )
         tensor = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=self._next)
         self._next += size

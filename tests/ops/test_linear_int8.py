@@ -260,7 +260,7 @@ def test_panels_in_one_memory():
     assert 3 * sizes[0] < panel_bytes(weights[0])
     memory = PanelMemory(sum(sizes))
     packed = [pack_linear(weight, dtype=torch.int8, memory=memory) for weight in weights]
-    with pytest.raises(ValueError, match="pack_linear: memory must be large enough for "):
+    with pytest.raises(ValueError, match="pack_linear: memory must have "):
         pack_linear(weights[0], dtype=torch.int8, memory=memory)
     for weight, one in zip(weights, packed, strict=True):
         assert_same_bits(one.unpack(), pack_linear(weight, dtype=torch.int8).unpack())

@@ -145,7 +145,7 @@ def test_panels_in_one_memory():
     weights = [torch.randn(n, 40) for n in (70, 48, 1)]
     memory = PanelMemory(sum(map(panel_bytes, weights)))
     packed = [pack_linear(weight, memory=memory) for weight in weights]
-    with pytest.raises(ValueError, match="pack_linear: memory must be large enough for 1"):
+    with pytest.raises(ValueError, match="pack_linear: memory must have 1"):
         pack_linear(weights[0], memory=memory)
     memory.release(packed[1].panels)
     for i in (0, 2):

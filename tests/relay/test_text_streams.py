@@ -215,7 +215,9 @@ def test_async_callbacks_are_refused(argument, callback):
     relay = Relay(FakeLlama(), 1, 24, tokenizer=byte_tokenizer())
     query = relay.submit([1], max_new_tokens=2, **{argument: callback})
     assert query.status == "failed"
-    assert f"submit: {argument} must be a plain function, which nobody awaits" in str(query.error)
+    assert f"submit: {argument} must be a plain function, because it is not awaited" in str(
+        query.error
+    )
 
 
 def test_a_callback_that_returns_a_coroutine_fails_its_query():

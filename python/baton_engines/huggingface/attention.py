@@ -265,7 +265,7 @@ def _sdpa(
         if given:
             raise NotImplementedError(
                 f'attn_implementation="baton": {name} must come with a causal mask padded on the '
-                f"left, since sdpa has none, got a layer where {why}; "
+                f"left, because sdpa lacks it, got a layer where {why}; "
                 'use attn_implementation="eager"'
             )
     if row_mask.is_encoded(attention_mask):

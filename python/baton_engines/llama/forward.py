@@ -425,7 +425,7 @@ class PatchedForward:
             raise ValueError(
                 "model.forward: a packed call must be (input_ids, batch=..., cache=..., "
                 f"logits=...), got {len(args)} positional arguments, batch {type(batch).__name__}, "
-                f"cache {type(cache).__name__} and {sorted(kwargs) or 'nothing'} besides"
+                f"cache {type(cache).__name__} and other arguments {sorted(kwargs)}"
             )
         if self.handle is None:
             raise RuntimeError("model.forward: the patch was undone; call patch_llama again")

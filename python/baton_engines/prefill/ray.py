@@ -199,7 +199,7 @@ class _Actors:
                     self._num_busy += 1
                     return self._idle.pop()
                 if not self._num_busy:
-                    raise ActorLostError("Remote: an actor must live, got none")
+                    raise ActorLostError("Remote: an actor must be alive, got none")
                 self._change.wait()
 
     def give_back(self, actor: Any, *, lost: bool = False) -> None:

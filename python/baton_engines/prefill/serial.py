@@ -26,7 +26,7 @@ class Serial(Prefiller):
 
     def submit(self, job: Job) -> None:
         """Rejects the job, which would never end."""
-        raise RuntimeError("Serial.submit: job must be for another prefiller, got one")
+        raise RuntimeError("Serial.submit: prompts must be computed by the loop, got a job")
 
     def wait(self, jobs: Sequence[Job], timeout: float | None = None) -> None:
         """There is nothing to wait for."""

@@ -28,8 +28,8 @@ def check_callback(name: str, callback: object) -> None:
     function = getattr(callback, "__call__", None)  # noqa: B004  the method of a callable object
     if any(kind(one) for kind in kinds for one in (callback, function)):
         raise TypeError(
-            f"Relay.submit: {name} must be a plain function, which nobody awaits, got the async "
-            f"{callback!r}; it may put what it gets into a queue"
+            f"Relay.submit: {name} must be a plain function, because it is not awaited, got "
+            f"the async {callback!r}; it can put its argument into a queue"
         )
 
 

@@ -27,7 +27,7 @@ def one_thread(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate
             raise RuntimeError(
                 f"{type(self).__name__}.{method.__name__}: calls must come from one thread, got "
                 f"one from {threading.current_thread().name} while another thread is in a call; "
-                "callers in several threads send theirs to the one that the relay belongs to"
+                "send calls from other threads to the thread that owns the relay"
             )
         try:
             return method(self, *args, **kwargs)
