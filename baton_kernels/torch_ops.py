@@ -128,6 +128,14 @@ class _InsertKvOverloads(_InsertKv, Protocol):
     scaled: InsertKvScaled
 
 
+class _Likeliest(Protocol):
+    def __call__(self, logits: Tensor) -> Tensor: ...
+
+
+class _LikeliestOverloads(_Likeliest, Protocol):
+    default: _Likeliest
+
+
 class _Linear(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
 
@@ -379,6 +387,7 @@ class TorchOps(Protocol):
     attention_mask: _AttentionMaskOverloads
     extract_kv: _ExtractKvOverloads
     insert_kv: _InsertKvOverloads
+    likeliest: _LikeliestOverloads
     linear: _LinearOverloads
     # CPU only: the ops behind PackedWeight.
     linear_packed: _LinearPackedOverloads

@@ -4,6 +4,7 @@ from baton_kernels.ops.append_kv import append_kv
 from baton_kernels.ops.attention_mask import attention_mask
 from baton_kernels.ops.extract_kv import extract_kv
 from baton_kernels.ops.insert_kv import insert_kv
+from baton_kernels.ops.likeliest import likeliest
 from baton_kernels.ops.linear import linear
 from baton_kernels.ops.masked_softmax import masked_softmax
 from baton_kernels.ops.merge_attention import merge_attention
@@ -17,6 +18,7 @@ __all__ = [
     "attention_mask",
     "extract_kv",
     "insert_kv",
+    "likeliest",
     "linear",
     "masked_softmax",
     "merge_attention",

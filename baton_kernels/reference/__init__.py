@@ -9,6 +9,7 @@ from .append_kv import append_kv
 from .attention_mask import attention_mask
 from .extract_kv import extract_kv
 from .insert_kv import insert_kv
+from .likeliest import likeliest
 from .linear import linear
 from .masked_softmax import masked_softmax
 from .merge_attention import merge_attention
@@ -22,6 +23,7 @@ __all__ = [
     "attention_mask",
     "extract_kv",
     "insert_kv",
+    "likeliest",
     "linear",
     "masked_softmax",
     "merge_attention",

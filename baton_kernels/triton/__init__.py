@@ -24,6 +24,7 @@ OPS = (
     "attention_mask",
     "extract_kv",
     "insert_kv",
+    "likeliest",
     "linear",
     "masked_softmax",
     "merge_attention",

@@ -57,6 +57,7 @@ def overhead(options: Options) -> Iterator[Work]:
         "masked_softmax": ((scores, none, none), "softmax", lambda: scores.softmax(-1)),
         "rms_norm": ((empty, weight), "rms_norm", norm),
         "silu_and_mul": ((empty,), "silu and product", lambda: functional.silu(gate) * gate),
+        "likeliest": ((empty,), "argmax", lambda: empty.argmax(-1)),
         "linear": ((empty, square), "linear", lambda: functional.linear(empty, square)),
     }
     for name, (arguments, like, peer) in ops.items():

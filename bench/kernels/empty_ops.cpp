@@ -40,5 +40,6 @@ STABLE_TORCH_LIBRARY_IMPL(baton_empty, CPU, library) {
   library.impl("masked_softmax", &empty_op<3, 1>);
   library.impl("rms_norm", &empty_op<2, 1>);
   library.impl("silu_and_mul", &empty_op<1, 1>);
+  library.impl("likeliest", &empty_op<1, 1>);
   library.impl("linear", &empty_op<2, 1>);
 }

@@ -95,6 +95,7 @@ STABLE_TORCH_LIBRARY(baton_kernels, library) {
   library.def(
       "rms_norm.residual(Tensor x, Tensor weight, float eps, Tensor residual) -> (Tensor, Tensor)");
   library.def("silu_and_mul(Tensor x) -> Tensor");
+  library.def("likeliest(Tensor logits) -> Tensor");
   library.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   // CPU only: the ops behind PackedWeight.
   library.def(

@@ -6,6 +6,7 @@
 #include "common/attention_mask.h"
 #include "common/extract_kv.h"
 #include "common/insert_kv.h"
+#include "common/likeliest.h"
 #include "common/linear.h"
 #include "common/linear_packed.h"
 #include "common/masked_softmax.h"
@@ -30,6 +31,7 @@ namespace baton::cpu {
   X(masked_softmax, const MaskedSoftmaxParams&)                                 \
   X(rms_norm, const RmsNormParams&)                                             \
   X(silu_and_mul, const SiluAndMulParams&)                                      \
+  X(likeliest, const LikeliestParams&)                                          \
   X(linear_pack, const LinearParams&)                                           \
   X(linear, const LinearParams&)                                                \
   X(linear_packed, const LinearPackedParams&)                                   \

@@ -143,7 +143,7 @@ class TimedLlama(FakeLlama):
         super().__init__()
         self.cost, self.now = cost, 0.0
 
-    def forward(self, token_ids, batch, cache, *, logits="last"):
+    def forward(self, token_ids, batch, cache, *, logits="last", float32=True):
         result = super().forward(token_ids, batch, cache, logits=logits)
         counts = [sum(both) for both in zip(batch.query_lengths, batch.padding, strict=True)]
         columns = sum(batch.total_lengths) + sum(batch.padding)

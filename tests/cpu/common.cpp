@@ -13,6 +13,7 @@
 #include "common/attention_mask.h"
 #include "common/extract_kv.h"
 #include "common/insert_kv.h"
+#include "common/likeliest.h"
 #include "common/linear.h"
 #include "common/linear_packed.h"
 #include "common/masked_softmax.h"
@@ -173,6 +174,9 @@ void check_work() {
   SiluAndMulParams silu{};
   silu.num_rows = 7;
   expect("silu", silu_and_mul_work(silu), 7);
+  LikeliestParams choice{};
+  choice.num_rows = 5;
+  expect("likeliest", likeliest_work(choice), 5);
 }
 
 void check_linear() {

@@ -217,6 +217,12 @@ def silu_and_mul(r: Random, count: int):
     return [x], baton_kernels.silu_and_mul
 
 
+def likeliest(r: Random, count: int):
+    return [
+        numbers(r, count, r.choice((1, 7, 300)), dtype=r.choice(DTYPES))
+    ], baton_kernels.likeliest
+
+
 def merge_attention(r: Random, count: int):
     dtype, heads = r.choice(DTYPES), r.choice((1, 3))
     out = [numbers(r, count, heads, 24, dtype=dtype) for _ in range(2)]
@@ -268,6 +274,14 @@ CASES: dict[str, Callable[[Random], int]] = {
     "ragged_attention": attention,
     **{
         make.__name__: rowwise(make)
-        for make in (linear, rms_norm, silu_and_mul, merge_attention, append_kv, masked_softmax)
+        for make in (
+            linear,
+            rms_norm,
+            silu_and_mul,
+            likeliest,
+            merge_attention,
+            append_kv,
+            masked_softmax,
+        )  # fmt: skip
     },
 }

@@ -253,6 +253,11 @@ def silu_and_mul(r: Random) -> tuple[str, Arguments]:
     return "default", {"x": Described(shape, r.choice(FLOATS), layout=r.choice(LAYOUTS))}
 
 
+def likeliest(r: Random) -> tuple[str, Arguments]:
+    shape = [r.randrange(5), r.choice((1, 7, 16, 65, 600))]
+    return "default", {"logits": Described(shape, r.choice(FLOATS), layout=r.choice(LAYOUTS))}
+
+
 def linear(r: Random) -> tuple[str, Arguments]:
     rows, wide, outputs = (
         r.choice((0, 1, 2, 5, 18)),
@@ -317,7 +322,8 @@ OPS = {
     f.__name__: f
     for f in (
         insert_kv, append_kv, move_kv, extract_kv, ragged_attention, merge_attention,
-        attention_mask, masked_softmax, rms_norm, silu_and_mul, linear, linear_packed,
+        attention_mask, masked_softmax, rms_norm, silu_and_mul, likeliest, linear,
+        linear_packed,
         quantize_linear, pack_linear, unpack_linear,
     )
 }  # fmt: skip

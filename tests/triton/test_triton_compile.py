@@ -30,6 +30,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
     torch.uint8: "u8",
@@ -43,6 +44,7 @@ MEANT = {
     "clear_padding_kernel": "s",
     "extract_kv_kernel": "ls",
     "insert_kv_kernel": "ls",
+    "likeliest_kernel": "l",
     "few_rows_kernel": "lm",
     "many_rows_kernel": "lm",
     "add_splits_kernel": "ls",
@@ -121,6 +123,7 @@ def the_rest(dtype, head_dim):
     x = on_no_device(64, 4096, dtype=dtype)
     ops.rms_norm(x, x[0], residual=x)
     ops.silu_and_mul(on_no_device(64, 22016, dtype=dtype))
+    ops.likeliest(on_no_device(64, 49152, dtype=dtype))
     ops.linear(x, on_no_device(4096, 4096, dtype=dtype))
     ops.linear(on_no_device(2048, 4096, dtype=dtype), on_no_device(4096, 4096, dtype=dtype))
 
@@ -349,6 +352,7 @@ def ones(dtype, head_dim):
     ops.masked_softmax(one[None, None], index(1), index(1), window=1)
     ops.rms_norm(one, one[0], residual=one)
     ops.silu_and_mul(on_no_device(1, 2, dtype=dtype))
+    ops.likeliest(one)
     ops.linear(one, one, one[0])
 
 

@@ -43,6 +43,7 @@ SELECTED = {
     "attention_mask": SMALL,
     "extract_kv": SMALL + " and not (test_out and layers1) and not (test_more and layers0)",
     "insert_kv": SMALL + " and not (test_more and (layers0 or layers2))",
+    "likeliest": SMALL,
     "linear": SMALL + " and not (test_batch_invariance and 576)",
     "masked_softmax": SMALL
     + " and not triton-63 and not test_rows and (not test_windows or triton-9)",

@@ -89,10 +89,17 @@ class AnyModel(ModelHandle):
         cache: kernels.KVCache,
         *,
         logits: Literal["last", "all"] = ...,
+        float32: bool = ...,
     ) -> torch.Tensor: ...
     @overload
     def forward(
-        self, token_ids: torch.Tensor, batch: PackedBatch, cache: kernels.KVCache, *, logits: str
+        self,
+        token_ids: torch.Tensor,
+        batch: PackedBatch,
+        cache: kernels.KVCache,
+        *,
+        logits: str,
+        float32: bool = ...,
     ) -> torch.Tensor | None: ...
     @torch.inference_mode()
     def forward(
@@ -102,6 +109,7 @@ class AnyModel(ModelHandle):
         cache: kernels.KVCache,
         *,
         logits: str = "last",
+        float32: bool = True,
     ) -> torch.Tensor | None:
         """Compute the packed tokens: write their keys and values, return logits.
 
@@ -111,6 +119,7 @@ class AnyModel(ModelHandle):
             cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
             logits: "last" for the logits of each row's last token, "all" for those of every packed
                 token, "none" for none.
+            float32: bool; False: logits stay in the dtype in which they were computed.
 
         Returns:
             float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`; or None.
@@ -150,7 +159,9 @@ class AnyModel(ModelHandle):
             for pair in zip(cache.keys.unbind(0), cache.values.unbind(0), strict=True)
         ]
         found = self._call(token_ids, batch.positions, Cache(layers=[*layers]), rows, keep)
-        return None if logits == "none" else found.float()
+        if logits == "none":
+            return None
+        return found.float() if float32 else found
 
     def twin(self) -> AnyModel:
         """A handle on the same model whose `forward` another thread may call at the same time."""

@@ -10,14 +10,11 @@ Elsewhere the weights are the model's own: its parameters become views of the me
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import baton_kernels as kernels
 
@@ -27,6 +24,7 @@ from .handle import ModelHandle
 from .layer import Layer, norm_of, tensors_of
 from .packed_batch import PackedBatch
 from .packed_parameter import check_values
+from .patched_forward import PatchedForward
 from .rope import RotaryTable
 from .structure import CausalLM, structure_of
 from .weights import ModelWeights, Weight, checked_weight_dtype
@@ -179,7 +177,7 @@ class PatchedLlama(ModelHandle):
             for module in model.modules()
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self._forward: PatchedForward | None = PatchedForward(self, model.forward)
+        self._forward: PatchedForward | None = PatchedForward(self, model.forward, self._refusal)
         model.forward = self._forward
 
     @overload
@@ -190,10 +188,17 @@ class PatchedLlama(ModelHandle):
         cache: kernels.KVCache,
         *,
         logits: Literal["last", "all"] = ...,
+        float32: bool = ...,
     ) -> torch.Tensor: ...
     @overload
     def forward(
-        self, token_ids: torch.Tensor, batch: PackedBatch, cache: kernels.KVCache, *, logits: str
+        self,
+        token_ids: torch.Tensor,
+        batch: PackedBatch,
+        cache: kernels.KVCache,
+        *,
+        logits: str,
+        float32: bool = ...,
     ) -> torch.Tensor | None: ...
     @torch.inference_mode()
     def forward(
@@ -203,6 +208,7 @@ class PatchedLlama(ModelHandle):
         cache: kernels.KVCache,
         *,
         logits: str = "last",
+        float32: bool = True,
     ) -> torch.Tensor | None:
         """Compute the packed tokens: write their keys and values, return logits.
 
@@ -216,6 +222,7 @@ class PatchedLlama(ModelHandle):
             cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
             logits: "last" for the logits of each row's last token, "all" for those of every packed
                 token, "none" for none.
+            float32: bool; False: logits stay in the dtype in which they were computed.
 
         Returns:
             float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`, made in inference mode; or
@@ -277,7 +284,26 @@ class PatchedLlama(ModelHandle):
             hidden = hidden.index_select(0, batch.last_tokens)
             residual = residual.index_select(0, batch.last_tokens)
         hidden, _ = kernels.rms_norm(hidden, *norm_of(body.norm), residual=residual)
-        return _scaled(project(hidden, *self._weights.head).float(), 1 / self._logits_scaling)
+        computed = project(hidden, *self._weights.head)
+        if float32 or self._logits_scaling != 1.0:
+            computed = computed.float()
+        return _scaled(computed, 1 / self._logits_scaling)
+
+    def _refusal(self) -> str | None:
+        """Why an unpatched call cannot be computed; None if it can."""
+        if self.has_parameters:
+            return None
+        if self.weight_dtype is not None:
+            return (
+                "model.forward: the model's weights were rounded to int8 for the patched pass, and "
+                "its own values are gone; load the model again, or patch it with "
+                "patch_llama(model, weight_dtype='int8', keep_parameters=True)"
+            )
+        return (
+            "model.forward: the model's weights are packed for the patched pass; undo the patch "
+            "(the relay's close, or the handle's undo), or patch with "
+            "patch_llama(model, keep_parameters=True), before an unpatched call"
+        )
 
     @property
     def has_parameters(self) -> bool:
@@ -378,63 +404,6 @@ class PatchedLlama(ModelHandle):
                 f"{where}: cache must have (num_layers, num_kv_heads, head_dim) = {expected}, "
                 f"got {(sizes[0], sizes[2], sizes[4])}"
             )
-
-
-class PatchedForward:
-    """`model.forward` while patched: packed when `batch` is given, else what it was.
-
-    An object instead of a closure, so that a copy of a patched model, which is not patched, calls
-    the copy. Its signature is the original's, because `generate` looks at that.
-    """
-
-    def __init__(self, handle: PatchedLlama, original: Callable[..., Any]) -> None:
-        self.handle: PatchedLlama | None = handle
-        self.original = original
-        functools.update_wrapper(self, original)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled model has no owner who could undo its patch, so it becomes
-        unpatched."""
-        return _as_it_was, (self.original,)
-
-    def __call__(
-        self,
-        *args: Any,
-        batch: PackedBatch | None = None,
-        cache: Any = None,
-        logits: str = "last",
-        **kwargs: Any,
-    ) -> Any:
-        if batch is None and not isinstance(cache, kernels.KVCache):
-            if self.handle is not None and not self.handle.has_parameters:
-                if self.handle.weight_dtype is not None:
-                    raise RuntimeError(
-                        "model.forward: the model's weights were rounded to int8 for the patched "
-                        "pass, and its own values are gone; load the model again, or patch it with "
-                        "patch_llama(model, weight_dtype='int8', keep_parameters=True)"
-                    )
-                raise RuntimeError(
-                    "model.forward: the model's weights are packed for the patched pass; undo the "
-                    "patch (the relay's close, or the handle's undo), or patch with "
-                    "patch_llama(model, keep_parameters=True), before an unpatched call"
-                )
-            # From transformers 5.24 on, a model's own cache argument has this name too.
-            return self.original(*args, **({} if cache is None else {"cache": cache}), **kwargs)
-        token_ids = args[0] if args else kwargs.pop("input_ids", None)
-        if batch is None or cache is None or token_ids is None or kwargs or len(args) > 1:
-            raise ValueError(
-                "model.forward: a packed call must be (input_ids, batch=..., cache=..., "
-                f"logits=...), got {len(args)} positional arguments, batch {type(batch).__name__}, "
-                f"cache {type(cache).__name__} and other arguments {sorted(kwargs)}"
-            )
-        if self.handle is None:
-            raise RuntimeError("model.forward: the patch was undone; call patch_llama again")
-        computed = self.handle.forward(token_ids.reshape(-1), batch, cache, logits=logits)
-        return CausalLMOutputWithPast(logits=computed)
-
-
-def _as_it_was(original: Callable[..., Any]) -> Callable[..., Any]:
-    return original
 
 
 def _patched(

@@ -93,10 +93,17 @@ class ModelHandle(ABC):
         cache: KVCache,
         *,
         logits: Literal["last", "all"] = ...,
+        float32: bool = ...,
     ) -> torch.Tensor: ...
     @overload
     def forward(
-        self, token_ids: torch.Tensor, batch: PackedBatch, cache: KVCache, *, logits: str
+        self,
+        token_ids: torch.Tensor,
+        batch: PackedBatch,
+        cache: KVCache,
+        *,
+        logits: str,
+        float32: bool = ...,
     ) -> torch.Tensor | None: ...
     @abstractmethod
     def forward(
@@ -106,6 +113,7 @@ class ModelHandle(ABC):
         cache: KVCache,
         *,
         logits: str = "last",
+        float32: bool = True,
     ) -> torch.Tensor | None:
         """Compute the packed tokens: write their keys and values, return logits.
 
@@ -115,6 +123,7 @@ class ModelHandle(ABC):
             cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
             logits: "last" for the logits of each row's last token, "all" for those of every packed
                 token, "none" for none.
+            float32: bool; False: logits may stay in the model's dtype, with the same values.
 
         Returns:
             float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`; or None.

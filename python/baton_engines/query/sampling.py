@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+import baton_kernels as kernels
+
 from .logit_rules import apply_rules
 from .query import Query, TokenLogprobs
 from .sampler import Sampler
@@ -48,18 +50,21 @@ def choose_next(
     Args:
         queries: one per row.
         ready: whether its prompt is complete.
-        logits: float32 [rows, vocab].
+        logits: [rows, vocab], of any floating dtype; rules and draws use their values in float32.
     """
     if not queries:
         return []
-    low, high = torch.aminmax(logits, dim=-1)
-    finite = (torch.isfinite(low) & torch.isfinite(high)).tolist()
-    choices = [Choice(is_finite) for is_finite in finite]
-    rows = [row for row, is_finite in enumerate(finite) if is_finite and ready[row]]
+    likeliest = kernels.likeliest(logits).tolist()
+    choices = [Choice(token >= 0, max(token, 0)) for token in likeliest]
+    rows = [
+        row
+        for row, query in enumerate(queries)
+        if likeliest[row] >= 0 and ready[row] and not query.serving.sampler.takes_likeliest
+    ]
     if not rows:
         return choices
     samplers = [queries[row].serving.sampler for row in rows]
-    own = logits if len(rows) == len(queries) else logits[rows]
+    own = _rows_of(logits, rows).float()
     tokens = choose(samplers, [queries[row].tokens for row in rows], own)
     for place, row in enumerate(rows):
         top = samplers[place].options.logprobs

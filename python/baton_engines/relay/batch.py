@@ -206,7 +206,7 @@ class Batch:
 
         Args:
             rows: the rows that were computed.
-            logits: float32 [rows, vocab], after the last token of every row.
+            logits: [rows, vocab], after the last token of every row.
             likeliest: the arg max of every row, -1 where the logits are not finite; None if not
                 known yet. Only for rows whose prompts are complete.
         """
@@ -229,7 +229,7 @@ class Batch:
 
         Args:
             rows: the rows that were computed.
-            logits: float32 [rows, vocab], after the last token of every row.
+            logits: [rows, vocab], after the last token of every row.
             choices: the result of `choose` for them.
         """
         complete = [row.num_tokens >= row.query.prompt_left for row in rows]
@@ -260,7 +260,7 @@ class Batch:
 
     def _take_one(self, query: Query, logits: torch.Tensor, choice: Choice) -> None:
         if self.on_logits is not None:
-            self.on_logits(query, logits)
+            self.on_logits(query, logits.float())
         if not choice.finite:
             self.fail(
                 query,

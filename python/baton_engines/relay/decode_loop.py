@@ -28,7 +28,7 @@ class Computed(NamedTuple):
 
     Attributes:
         rows: the rows that could be computed.
-        logits: float32 [rows, vocab].
+        logits: [rows, vocab], as the model computed them.
         likeliest: token of each row, -1 where logits are not finite; None if not known yet.
         is_typical: whether its duration is typical of such a forward.
     """
@@ -264,7 +264,9 @@ class DecodeLoop:
         if not computed:
             return None
         # After rows were tried again, the duration says nothing about the next forward.
-        return Computed(computed, torch.cat(logits), is_typical=len(rows) == 1)
+        # torch's threads would copy the logits of one row too, and then spin next to ours.
+        whole = logits[0] if len(logits) == 1 else torch.cat(logits)
+        return Computed(computed, whole, is_typical=len(rows) == 1)
 
     def _replay(self, graphs: DecodeGraphs, rows: Sequence[Row]) -> Computed:
         decoded = graphs.decode(rows)

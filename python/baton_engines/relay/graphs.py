@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from baton_kernels import likeliest
+
 from ..llama.packed_batch import PackedBatch
 from ..slots import Row, Slots
 
@@ -267,9 +269,7 @@ class DecodeGraphs:
         model, cache = self._slots.model, self._slots.cache
         logits = model.forward(rows["token_ids"], batch, cache, logits="last")
         buffers.logits[:count].copy_(logits)
-        low, high = torch.aminmax(logits, dim=-1)
-        is_finite = torch.isfinite(low) & torch.isfinite(high)
-        buffers.tokens[:count].copy_(torch.where(is_finite, logits.argmax(dim=-1), -1))
+        buffers.tokens[:count].copy_(likeliest(logits))
 
     def _drain(self) -> None:
         if self._busy:

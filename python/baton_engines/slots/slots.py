@@ -339,7 +339,7 @@ class Slots:
             padded: whether each row is padded to the longest.
 
         Returns:
-            float32 [rows, vocab]: the logits after the last token of every row.
+            [rows, vocab]: the logits after the last token of every row, as the model computed them.
         """
         if padded:
             # The columns for padding follow those of the longest row.
@@ -353,7 +353,7 @@ class Slots:
         slots, counts = [_slot_of(query) for query, _ in rows], [count for _, count in rows]
         batch = PackedBatch.from_shape(self.cache.shape, slots, counts, device, padded=padded)
         return self.model.forward(
-            torch.tensor(tokens, device=device), batch, self.cache, logits="last"
+            torch.tensor(tokens, device=device), batch, self.cache, logits="last", float32=False
         )
 
     def _drop_parked(self, query: Query) -> None:

@@ -61,7 +61,13 @@ class FakeLlama(ModelHandle):
         """Does nothing: nothing was changed."""
 
     def forward(
-        self, token_ids: torch.Tensor, batch: PackedBatch, cache: KVCache, *, logits: str = "last"
+        self,
+        token_ids: torch.Tensor,
+        batch: PackedBatch,
+        cache: KVCache,
+        *,
+        logits: str = "last",
+        float32: bool = True,
     ) -> torch.Tensor:
         """As `PatchedLlama.forward` with `logits="last"`."""
         self.forwards.append(batch.query_lengths)
