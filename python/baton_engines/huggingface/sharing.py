@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..llama import ModelHandle
-from ..llama.forward import PatchedForward, PatchedLlama
+from ..llama.forward import PatchedLlama
+from ..llama.patched_forward import PatchedForward
 from .adapt import adapt
 
 
@@ -81,4 +82,5 @@ def unpatch(model: PreTrainedModel) -> None:
 
 def _patch_of(model: object) -> PatchedLlama | None:
     forward = getattr(model, "__dict__", {}).get("forward")
-    return forward.handle if isinstance(forward, PatchedForward) else None
+    handle = forward.handle if isinstance(forward, PatchedForward) else None
+    return handle if isinstance(handle, PatchedLlama) else None
