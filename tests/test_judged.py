@@ -28,7 +28,7 @@ BACKENDS = (
 
 
 class Item:
-    """As much of pytest's as is looked at."""
+    """The part of pytest's items that is used."""
 
     function = "test"
 

@@ -36,14 +36,14 @@ def append_kv(
 
 
 def run(key, value, key_cache, value_cache, slots, columns, cos=None, sin=None) -> None:
-    """As torch.ops.baton_kernels.append_kv."""
+    """Does the same as torch.ops.baton_kernels.append_kv."""
     run_query(key, value, key_cache, value_cache, slots, columns, None, cos, sin)
 
 
 def run_query(
     key, value, key_cache, value_cache, slots, columns, query, cos=None, sin=None
 ) -> torch.Tensor | None:
-    """With the result of torch.ops.baton_kernels.append_kv.query; None without query."""
+    """Returns the same as torch.ops.baton_kernels.append_kv.query; None without query."""
     check_arguments(key, value, key_cache, value_cache, slots, columns, query, cos, sin)
     common.require_gpu("append_kv", "key", key)
     rows, num_kv_heads, head_dim = key.shape

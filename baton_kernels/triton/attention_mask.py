@@ -28,7 +28,7 @@ def attention_mask(
 
 
 def run(starts, lengths, query_length, key_length, dtype=torch.bool, window=None) -> torch.Tensor:
-    """With the result of torch.ops.baton_kernels.attention_mask."""
+    """Returns the same as torch.ops.baton_kernels.attention_mask."""
     check_arguments(starts, lengths, query_length, key_length, dtype, window)
     common.require_gpu("attention_mask", "lengths", lengths)
     rows = lengths.shape[0]

@@ -43,7 +43,7 @@ def extract_kv(
 
 
 def run(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
-    """With the results of torch.ops.baton_kernels.extract_kv."""
+    """Returns the same as torch.ops.baton_kernels.extract_kv."""
     check_arguments(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens)
     *layers, _, num_kv_heads, _, head_dim = key_cache.shape
     key = key_cache.new_empty((*layers, total_tokens, num_kv_heads, head_dim))
@@ -53,7 +53,7 @@ def run(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens):
 
 
 def run_out(key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value) -> None:
-    """As torch.ops.baton_kernels.extract_kv.out."""
+    """Does the same as torch.ops.baton_kernels.extract_kv.out."""
     num_queries = check_out_arguments(
         key_cache, value_cache, cu_seqlens, slots, starts, total_tokens, key, value
     )

@@ -42,7 +42,7 @@ def insert_kv(
 
 
 def run(key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=False) -> None:
-    """As torch.ops.baton_kernels.insert_kv."""
+    """Does the same as torch.ops.baton_kernels.insert_kv."""
     num_queries = check_arguments(
         key, value, key_cache, value_cache, cu_seqlens, slots, starts, zero_padding=zero_padding
     )  # fmt: skip

@@ -135,7 +135,7 @@ def linear(
 
 
 def run(x, weight, bias=None) -> torch.Tensor:
-    """With the result of torch.ops.baton_kernels.linear."""
+    """Returns the same as torch.ops.baton_kernels.linear."""
     check_arguments(x, weight, bias)
     common.require_gpu("linear", "x", x)
     rows, in_features = x.shape

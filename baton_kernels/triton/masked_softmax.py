@@ -30,7 +30,7 @@ def masked_softmax(
 
 
 def run(scores, starts, lengths, scale=1.0, window=None) -> torch.Tensor:
-    """With the result of torch.ops.baton_kernels.masked_softmax."""
+    """Returns the same as torch.ops.baton_kernels.masked_softmax."""
     check_arguments(scores, starts, lengths, scale, window)
     common.require_gpu("masked_softmax", "scores", scores)
     rows, num_heads, query_length, key_length = scores.shape

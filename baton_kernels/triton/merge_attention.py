@@ -21,7 +21,7 @@ def merge_attention(
 
 
 def run(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:
-    """With the results of torch.ops.baton_kernels.merge_attention."""
+    """Returns the same as torch.ops.baton_kernels.merge_attention."""
     check_arguments(out_a, lse_a, out_b, lse_b)
     common.require_gpu("merge_attention", "out_a", out_a)
     num_queries, num_heads, head_dim = out_a.shape

@@ -40,7 +40,7 @@ def move_kv(
 def run(
     key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths
 ) -> None:
-    """As torch.ops.baton_kernels.move_kv."""
+    """Does the same as torch.ops.baton_kernels.move_kv."""
     check_arguments(
         key_cache, value_cache, source_slots, source_starts, target_slots, target_starts, lengths
     )  # fmt: skip

@@ -34,13 +34,13 @@ def rms_norm(
 
 
 def run(x, weight, eps) -> torch.Tensor:
-    """With the result of torch.ops.baton_kernels.rms_norm."""
+    """Returns the same as torch.ops.baton_kernels.rms_norm."""
     y, _ = run_residual(x, weight, eps, None)
     return y
 
 
 def run_residual(x, weight, eps, residual) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """With the results of torch.ops.baton_kernels.rms_norm.residual; no sum without residual."""
+    """Returns the same as torch.ops.baton_kernels.rms_norm.residual; no sum without residual."""
     check_arguments(x, weight, eps, residual)
     common.require_gpu("rms_norm", "x", x)
     rows, size = x.shape

@@ -22,7 +22,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def run(x) -> torch.Tensor:
-    """With the result of torch.ops.baton_kernels.silu_and_mul."""
+    """Returns the same as torch.ops.baton_kernels.silu_and_mul."""
     check_arguments(x)
     common.require_gpu("silu_and_mul", "x", x)
     rows, size = x.shape[0], x.shape[1] // 2

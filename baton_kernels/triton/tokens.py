@@ -1,4 +1,4 @@
-"""Where tokens lie in a cache and in packed tensors: what insert, extract and append share."""
+"""Places of tokens in a cache and in packed tensors, shared by insert, extract and append."""
 
 import triton
 import triton.language as tl

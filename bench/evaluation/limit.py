@@ -92,7 +92,7 @@ def measure_ceiling(dtype: torch.dtype, repeats: int = 5, device: str = "cpu") -
 
 
 def _gpu_ceiling(dtype: torch.dtype, repeats: int, device: str) -> Ceiling:
-    """With sizes that fill a GPU; the host waits for each call."""
+    """The ceiling of a GPU, with sizes that fill it; the host waits for each call."""
     size = 4 * GEMM_SIZE
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     words = torch.empty(8 * READ_BYTES // 4, dtype=torch.int32, device=device).random_()

@@ -24,17 +24,17 @@ class Column(NamedTuple):
 
 
 def seconds(value: float) -> str:
-    """In the most readable unit."""
+    """A time in the most readable unit."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
 
 
 def share(value: float) -> str:
-    """In percent, with one more digit where it is small."""
+    """A share in percent, with one more digit if it is small."""
     return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
 
 
 def mebibytes(value: float) -> str:
-    """In MiB."""
+    """A number of bytes in MiB."""
     return f"{value / MIB:,.0f}"
 
 

@@ -63,12 +63,12 @@ class Side:
 
     @property
     def key(self) -> str:
-        """As the command line names it."""
+        """The name on the command line."""
         return f"{self.attention}/{self.cache}" + ("/packed" if self.packed else "")
 
     @property
     def name(self) -> str:
-        """As the tables name it."""
+        """The name in tables."""
         marks = (", packed" if self.packed else "") + (", compiled" if self.compiled else "")
         return f"{self.attention}, {self.cache} cache{marks}"
 

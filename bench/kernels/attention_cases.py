@@ -60,7 +60,7 @@ def ours(work: AttentionWork, name: str = "ragged_attention") -> Way:
 
 
 def limit(options: Options, num_bytes: int) -> list[Way]:
-    """Only reads the same number of bytes."""
+    """The limit: reading the same number of bytes."""
     calls = options.device.readers(num_bytes)
     return [Way("read of the same bytes", calls, kind=LIMIT)] if calls else []
 

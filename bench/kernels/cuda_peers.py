@@ -20,7 +20,7 @@ MOST_PACKED = 8 << 30
 
 
 def decode_peers(work: AttentionWork) -> list[Way]:
-    """For one query token per row."""
+    """The peers for one query token per row."""
     return [
         _installed("fa3_fwd", "FlashAttention-3", _flash_attention_3, work),
         _installed("flash_attn", "flash-attn, with_kvcache", _flash_attn, work),
@@ -32,7 +32,7 @@ def decode_peers(work: AttentionWork) -> list[Way]:
 
 
 def prefill_peers(work: AttentionWork) -> list[Way]:
-    """For rows that compute all of their tokens."""
+    """The peers for rows that compute all of their tokens."""
     return [
         _installed("fa3_fwd", "FlashAttention-3", _flash_attention_3, work),
         _installed("torch", "torch varlen_attn", _varlen, work),
@@ -55,7 +55,7 @@ def _installed(
 
 
 def _window(work: AttentionWork) -> tuple[int, int]:
-    """In flash-attention's form: tokens seen to the left of a token, and to its right."""
+    """flash-attention's window_size: tokens seen to the left of a token, and to its right."""
     return (-1, -1) if work.window is None else (work.window - 1, 0)
 
 

@@ -139,7 +139,7 @@ def decode(axes: Axes, cases: Record) -> bool:
 
 
 def long_row(axes: Axes, cases: Record) -> bool:
-    """The same for one very long row and 31 short ones."""
+    """Draws the same for one very long row and 31 short ones."""
     return _ways(axes, cases, lambda work: "among" in work, "one long row among 31 short ones")
 
 

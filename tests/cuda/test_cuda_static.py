@@ -138,7 +138,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.what}")
 def test_judge_and_ptx_machine_count_the_same_sectors(case):
-    """For keys, values and outputs: two counts, from the code of two compilers."""
+    """Two counts for keys, values and outputs agree, from the code of two compilers."""
     ops = EmulatedOps(build.JUDGED)
     ops.traffic()
     with ops.entered():

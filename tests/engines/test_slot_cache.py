@@ -217,7 +217,7 @@ def test_a_sliding_layer_takes_the_memory_of_its_window():
 
 
 def test_rows_come_and_go_behind_the_window():
-    """As in a separate batch, after memory was released; insert, merge, select, crop."""
+    """After memory was released, insert, merge, select and crop give a separate batch's answers."""
     model = make("gemma3")
     model.set_attn_implementation("baton")
     name = cache_argument(model)

@@ -132,7 +132,7 @@ def test_large_scores(ops):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batch_invariance(ops, dtype):
-    """As the only row, elsewhere in the batch, and with another number of columns."""
+    """A row has the same bits by itself, elsewhere in the batch, and with more columns."""
     arguments = problem(20, 3, 90, dtype=dtype, num_heads=3)
     expected = ops.masked_softmax(**arguments)
     for i in range(0, 20, 3):

@@ -1,4 +1,4 @@
-"""In which order queries enter, and that none waits forever."""
+"""The order in which queries enter, and that none waits forever."""
 
 import random
 

@@ -22,7 +22,7 @@ from baton_engines.testing import small_llama  # noqa: F401
 
 
 def become(request: dict) -> None:
-    """In the fork: the program, which ends as any other."""
+    """Runs the program in the fork; it ends like any other program."""
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     for descriptor, (name, path) in enumerate(request["streams"].items()):

@@ -93,7 +93,7 @@ def ragged_attention(
 
 
 def run_options(query, *args, **options) -> torch.Tensor:
-    """With the result of torch.ops.baton_kernels.ragged_attention and its overload `options`."""
+    """Returns the same as torch.ops.baton_kernels.ragged_attention and its overload `options`."""
     check_arguments(query, *args, **options, in_triton=True)
     out = query.new_empty(query.shape)
     _attend(out, None, query, *args, **options)
@@ -104,7 +104,7 @@ run = run_options
 
 
 def run_lse(query, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """With the results of torch.ops.baton_kernels.ragged_attention.lse."""
+    """Returns the same as torch.ops.baton_kernels.ragged_attention.lse."""
     check_arguments(query, *args, **options, in_triton=True)
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -113,13 +113,13 @@ def run_lse(query, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_out(*args, out) -> None:
-    """As torch.ops.baton_kernels.ragged_attention.out."""
+    """Does the same as torch.ops.baton_kernels.ragged_attention.out."""
     check_out_arguments(*args, out=out, in_triton=True)
     _attend(out, None, *args)
 
 
 def run_lse_out(*args, out, lse) -> None:
-    """As torch.ops.baton_kernels.ragged_attention.lse_out."""
+    """Does the same as torch.ops.baton_kernels.ragged_attention.lse_out."""
     check_out_arguments(*args, out=out, lse=lse, in_triton=True)
     _attend(out, lse, *args)
 

@@ -55,7 +55,7 @@ class Result:
         num_devices: int,
         busy_seconds: float,
     ) -> Result:
-        """From ended queries and the counters of each decode device."""
+        """The result for ended queries and the counters of each decode device."""
         begin = min(query.submitted for query in queries)
         seconds = max(query.finished for query in queries) - begin
 

@@ -53,7 +53,7 @@ def invariance(
     api: Annotated[Api, typer.Option(help="Which of the server's interfaces to use.")] = (
         Api.completions
     ),
-    engine: Annotated[Engine, typer.Option(help="What to ask where no URL is given.")] = (
+    engine: Annotated[Engine, typer.Option(help="The engine to test if no URL is given.")] = (
         Engine.relay
     ),
     model: Annotated[
@@ -85,11 +85,11 @@ def invariance(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON of it all.")] = None,
     picture: options.PictureOption = None,
 ) -> None:
-    """Does an answer depend on what else the engine is doing? Asks the same prompts by themselves
-    and in company, and compares tokens and log-probabilities.
+    """Test whether answers depend on the rest of the batch: send the same prompts by themselves and
+    together with others, and compare tokens and log-probabilities.
 
-    Greedy answers. Without prompts, eight of the package's own. The exit code is 1 if any answer
-    differs in any bit that the engine shows.
+    Answers are greedy. Without prompts, eight of the package's own are used. The exit code is 1 if
+    any answer differs in any bit that the engine shows.
     """
     given = prompts is not None or bool(prompt)
     records = gather_prompts(prompts, prompt or []) if given else demo_prompts()[:8]

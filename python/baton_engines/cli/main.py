@@ -252,7 +252,7 @@ app.command()(reported(serve))
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
-    """Versions, instruction sets, and which op runs where, or why it does not."""
+    """Print versions, instruction sets, and which op runs where, or why it does not."""
     import importlib.metadata
 
     import baton_kernels
@@ -287,7 +287,7 @@ def demo(
     dtype: options.DtypeOption = options.Dtype.auto,
     threads: options.ThreadsOption = None,
 ) -> None:
-    """The same prompts by run_to_completion and by baton, in turns: answers, counts, figures."""
+    """Answer the same prompts by run_to_completion and by baton, in turns; print both."""
     records = gather_prompts(prompts, []) if prompts is not None else demo_prompts()
     if not records:
         raise CommandError(f"{prompts} has no prompts")

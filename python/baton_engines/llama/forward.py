@@ -316,7 +316,7 @@ class PatchedLlama(ModelHandle):
         return self._weights.num_bytes
 
     def addresses(self, longest: int) -> tuple[int, ...]:
-        """As `ModelHandle.addresses`."""
+        """See `ModelHandle.addresses`."""
         self._check_model()
         # These two are looked up in each forward, because they may be replaced.
         found = (self._weights.embedding, norm_of(self._decoder.model.norm)[0])

@@ -76,19 +76,19 @@ class CudaRuntime:
             self._event = torch.cuda.Event()
 
     def host_buffer(self, size: int) -> torch.Tensor:
-        """As `GraphRuntime.host_buffer`: pinned."""
+        """See `GraphRuntime.host_buffer`: pinned."""
         return torch.empty(size, dtype=torch.int32, pin_memory=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """As `GraphRuntime.copy`."""
+        """See `GraphRuntime.copy`."""
         target.copy_(source, non_blocking=True)
 
     def run(self, function: Callable[[], None]) -> None:
-        """As `GraphRuntime.run`."""
+        """See `GraphRuntime.run`."""
         function()
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """As `GraphRuntime.capture`."""
+        """See `GraphRuntime.capture`."""
         graph = torch.cuda.CUDAGraph()
         # Not "global": a thread that computes prompts may allocate memory during the capture.
         captured = torch.cuda.graph(
@@ -99,12 +99,12 @@ class CudaRuntime:
         return graph.replay
 
     def wait(self) -> None:
-        """As `GraphRuntime.wait`."""
+        """See `GraphRuntime.wait`."""
         self._event.record(torch.cuda.current_stream(self._device))
         self._event.synchronize()
 
     def forget(self) -> None:
-        """As `GraphRuntime.forget`."""
+        """See `GraphRuntime.forget`."""
         # One pool for all graphs, which never run at the same time. Torch releases a pool with its
         # last graph and adds no others to it.
         self._pool = torch.cuda.graph_pool_handle()

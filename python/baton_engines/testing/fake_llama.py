@@ -54,7 +54,7 @@ class FakeLlama(ModelHandle):
         self.padding: list[int] = []
 
     def twin(self) -> FakeLlama:
-        """As `PatchedLlama.twin`."""
+        """See `PatchedLlama.twin`."""
         return self
 
     def undo(self) -> None:
@@ -69,7 +69,7 @@ class FakeLlama(ModelHandle):
         logits: str = "last",
         float32: bool = True,
     ) -> torch.Tensor:
-        """As `PatchedLlama.forward` with `logits="last"`."""
+        """See `PatchedLlama.forward` with `logits="last"`."""
         self.forwards.append(batch.query_lengths)
         self.padding.append(sum(batch.padding))
         key, value = (

@@ -187,13 +187,13 @@ class RecordedGraphs:
         return _address(x) in self._host
 
     def host_buffer(self, size: int) -> torch.Tensor:
-        """As `GraphRuntime.host_buffer`; poisoned."""
+        """See `GraphRuntime.host_buffer`; poisoned."""
         buffer = torch.full((size,), torch.iinfo(torch.int32).min, dtype=torch.int32)
         self._host[_address(buffer)] = buffer
         return buffer
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """As `GraphRuntime.copy`."""
+        """See `GraphRuntime.copy`."""
         comes, goes = self.is_host(source), self.is_host(target)
         assert comes != goes, "a copy between the host and the device"
         self.copies_in += comes
@@ -207,7 +207,7 @@ class RecordedGraphs:
         self._queue.append(work)
 
     def run(self, function: Callable[[], None]) -> None:
-        """As `GraphRuntime.run`."""
+        """See `GraphRuntime.run`."""
 
         def launch() -> None:
             with _Device():
@@ -216,7 +216,7 @@ class RecordedGraphs:
         self._queue.append(launch)
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """As `GraphRuntime.capture`.
+        """See `GraphRuntime.capture`.
 
         Raises:
             HostWaitError: the function waits for the device, or copies values of the host.
@@ -237,7 +237,7 @@ class RecordedGraphs:
         return replay
 
     def wait(self) -> None:
-        """As `GraphRuntime.wait`: all work is done now."""
+        """See `GraphRuntime.wait`: all work is done now."""
         self.waits += 1
         queue, self._queue = self._queue, []
         self.is_working = True
@@ -248,7 +248,7 @@ class RecordedGraphs:
             self.is_working = False
 
     def forget(self) -> None:
-        """As `GraphRuntime.forget`."""
+        """See `GraphRuntime.forget`."""
         self.inputs = []
 
     @contextlib.contextmanager

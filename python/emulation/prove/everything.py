@@ -270,7 +270,7 @@ def triton_grids() -> Iterator[Grid]:
 
 
 def prove_triton(prover: Prover, grid: Grid) -> None:
-    """The same of what Triton compiles."""
+    """Proves the same statements about Triton's code."""
     # Triton need not be installed for all the rest.
     from emulation.prove.triton_ptx import TritonOps
 

@@ -1,4 +1,4 @@
-"""Where the ways of a branch meet again."""
+"""Control flow: the instruction at which both sides of a branch meet again."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Memory:
         return np.broadcast_to(address, self.machine.count)
 
     def _global(self, operand: str, mask: np.ndarray, width: int) -> np.ndarray:
-        """Where the threads of a mask find their bytes."""
+        """The indices of the bytes that the threads of a mask access."""
         address = self.address(operand)
         self.machine.sectors += count_sectors(address, mask)
         address = address[mask]

@@ -95,7 +95,7 @@ class SymbolicMemory(Memory):
         return (self.bytes if space == "global" else self.shared).view(np.uint16)
 
     def _number_places(self, space: str, places: np.ndarray) -> np.ndarray:
-        """Where in `_numbers` the two bytes of these places stand."""
+        """The indices in `_numbers` of the two bytes at each place."""
         if space == "shared":
             return places
         region = np.searchsorted(self.places, places, side="right") - 1
