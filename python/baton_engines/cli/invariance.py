@@ -71,7 +71,7 @@ def invariance(
     ] = None,
     prompts: options.PromptsOption = None,
     prompt: options.PromptOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 24,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 24,
     batch_size: Annotated[
         list[int] | None,
         typer.Option(
@@ -82,7 +82,9 @@ def invariance(
     slots: options.SlotsOption = 8,
     dtype: options.DtypeOption = options.Dtype.auto,
     threads: options.ThreadsOption = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON of it all.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write every comparison as JSON.")
+    ] = None,
     picture: options.PictureOption = None,
 ) -> None:
     """Test whether answers depend on the rest of the batch: send the same prompts by themselves and

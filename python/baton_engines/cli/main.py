@@ -250,7 +250,7 @@ app.command()(reported(serve))
 @app.command()
 @reported
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print versions, instruction sets, and which op runs where, or why it does not."""
     import importlib.metadata
@@ -277,10 +277,10 @@ def info(
 def demo(
     model: options.ModelOption = "smollm2",
     output_dir: Annotated[
-        Path, typer.Option(help="Folder for the picture and the answers; made if missing.")
+        Path, typer.Option(help="Folder for the picture and the answers; it is created if missing.")
     ] = Path("demo"),
     prompts: Annotated[
-        Path | None, typer.Option(help="JSONL file; the 48 prompts of the package when left out.")
+        Path | None, typer.Option(help="JSONL file. Default: 48 prompts of the package.")
     ] = None,
     slots: options.SlotsOption = 16,
     capacity: options.CapacityOption = None,

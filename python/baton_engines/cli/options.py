@@ -74,11 +74,11 @@ ModelOption = Annotated[
 ]
 SlotsOption = Annotated[int, typer.Option(min=1, help="Queries decoded at the same time.")]
 CapacityOption = Annotated[
-    int | None, typer.Option(min=1, help="Most tokens of a query, prompt and answer together.")
+    int | None, typer.Option(min=1, help="Maximum tokens of a query, prompt and answer together.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Type of weights and cache.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; as many as torch takes when left out.")
+    int | None, typer.Option(min=1, help="CPU threads. Default: torch's number.")
 ]
 
 
@@ -113,7 +113,7 @@ class Queries:
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Append to the results, without the ids that are there already."
+            "--resume", help="Append to the results, and skip ids that they already contain."
         ),
     ] = False
 
@@ -149,15 +149,17 @@ class Batching:
     ] = None
     admission: Annotated[
         str | None,
-        typer.Option(help="Who enters first: `fcfs`, `shortest`, `length_aware` or `priority`."),
+        typer.Option(
+            help="Order in which queries enter: `fcfs`, `shortest`, `length_aware` or `priority`."
+        ),
     ] = None
     max_stall_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="baton: most prompt tokens that running queries wait for."),
+        typer.Option(min=1, help="baton: maximum prompt tokens that running queries wait for."),
     ] = None
     max_token_gap: Annotated[
         float | None,
-        typer.Option(help="baton: most seconds between two tokens of a query, as predicted."),
+        typer.Option(help="baton: maximum predicted seconds between two tokens of a query."),
     ] = None
     join: Annotated[
         str | None,
@@ -167,27 +169,29 @@ class Batching:
         ),
     ] = None
     token_budget: Annotated[
-        int | None, typer.Option(min=1, help="chunked: most tokens of a forward.")
+        int | None, typer.Option(min=1, help="chunked: maximum tokens of a forward.")
     ] = None
     bins: Annotated[
         int | None, typer.Option(min=1, help="multi_bin: bins by `max_new_tokens`.")
     ] = None
     max_slots: Annotated[
-        int | None, typer.Option(min=1, help="Slots grow up to this while queries wait.")
+        int | None, typer.Option(min=1, help="Add slots up to this number while queries wait.")
     ] = None
     kv_budget: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Most MiB of cached keys and values; queries are parked at it."),
+        typer.Option(
+            min=0.0, help="Maximum MiB of cached keys and values; beyond it, queries are parked."
+        ),
     ] = None
     prefix_cache: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Most MiB of keys and values kept for prompts that begin alike."
+            min=0.0, help="Maximum MiB of keys and values kept for prompts with the same beginning."
         ),
     ] = None
     kv_dtype: Annotated[
         KVDtype | None,
-        typer.Option(help="Type of cached keys and values of eight bits, on a CPU."),
+        typer.Option(help="8-bit type of cached keys and values, on a CPU."),
     ] = None
     capacity: CapacityOption = None
     dtype: DtypeOption = Dtype.auto
@@ -244,7 +248,10 @@ class Answering:
     """How answers are chosen. The model's generation config fills in options that are left out."""
 
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer; 128 if nothing says otherwise.")
+        int | None,
+        typer.Option(
+            min=1, help="Maximum tokens of an answer; 128 if the generation config has no number."
+        ),
     ] = None
     min_new_tokens: Annotated[int | None, typer.Option(min=0, help="Shortest answer.")] = None
     temperature: Annotated[
@@ -261,21 +268,27 @@ class Answering:
     ] = None
     min_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Keep tokens this times as likely as the likeliest."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Keep tokens at least this fraction as likely as the most likely one.",
+        ),
     ] = None
     repetition_penalty: Annotated[
         float | None, typer.Option(help="As in Hugging Face; 1 for none.")
     ] = None
     frequency_penalty: Annotated[
         float | None,
-        typer.Option(help="Taken off a logit each time that the answer has its token."),
+        typer.Option(
+            help="Subtracted from a token's logit for each time that it is in the answer."
+        ),
     ] = None
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Taken off a logit once the answer has its token.")
+        float | None, typer.Option(help="Subtracted from a token's logit once it is in the answer.")
     ] = None
     generation_config: Annotated[
         bool,
-        typer.Option(help="Follow the model's generation config where no option says otherwise."),
+        typer.Option(help="Take options that are not given from the model's generation config."),
     ] = True
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")] = 1
     logprobs: Annotated[
@@ -308,9 +321,9 @@ class Reporting:
         Path | None,
         typer.Option(callback=_check_picture, help="Picture of slots over time (png, svg, pdf)."),
     ] = None
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor summary.")] = (
-        False
-    )
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print neither progress nor a summary.")
+    ] = False
 
 
 def of_groups(command: Callable[..., None]) -> Callable[..., None]:

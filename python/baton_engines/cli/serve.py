@@ -16,10 +16,12 @@ class Listening:
     """Options for the model that is served, and the address."""
 
     model: options.ModelOption = "smollm2"
-    host: Annotated[
-        str, typer.Option(help="Where to listen; who reaches it is served, there are no keys.")
-    ] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000
+    host: Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000
 
 
 @options.of_groups
