@@ -44,7 +44,7 @@ def test_rows(ops, dtype, rows):
 
 @pytest.mark.parametrize("where", [0, 1, 511, 512, 4095, 4096, 5166])
 def test_the_largest_anywhere(ops, where):
-    """In the first, a middle and the last block, at borders, and in what is no whole block."""
+    """In the first, a middle and the last block, at borders, and in an incomplete block."""
     logits = problem(2, 5167)
     logits[1, where] = 100.0
     assert check(ops, logits)[1] == where

@@ -42,7 +42,7 @@ def workers_of_torch() -> list[int]:
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_greedy_steps_leave_torchs_threads_asleep(rows, dtype):
-    # As many logits as models have: torch shares out larger tensors than 32768 elements.
+    # The number of logits of real models: torch shares out larger tensors than 32768 elements.
     model = small_llama(dtype=dtype, vocab_size=49152)
     with cpu_threads(2), Relay(model, rows, 24) as relay:
         for _ in range(rows):
