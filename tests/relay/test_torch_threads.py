@@ -17,7 +17,7 @@ TASKS = Path("/proc/self/task")
 
 
 def cpu_seconds() -> dict[int, float]:
-    """By thread."""
+    """CPU seconds of each thread."""
     return {
         int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9
         for task in TASKS.iterdir()
@@ -37,12 +37,12 @@ def workers_of_torch() -> list[int]:
 
 @pytest.mark.skipif(
     not (TASKS / str(os.getpid()) / "schedstat").exists(),
-    reason="only Linux reports each thread's CPU time",
+    reason="needs schedstat in /proc, which some kernels and containers lack",
 )
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_greedy_steps_leave_torchs_threads_asleep(rows, dtype):
-    # The number of logits of real models: torch shares out larger tensors than 32768 elements.
+    # The number of logits of real models: torch divides tensors of more than 32768 elements.
     model = small_llama(dtype=dtype, vocab_size=49152)
     with cpu_threads(2), Relay(model, rows, 24) as relay:
         for _ in range(rows):
