@@ -8,20 +8,24 @@
 | forwards_grow_slowly | the next one has at most 1.25 times the tokens of the largest so far |
 | what_is_not_seen_again | is kept: a thousand decode steps do not forget what prompts cost |
 | frugal_tokens | the fewest tokens within the slack, with costs whose optimum is known |
+| efficient_tokens | by hand, with a bound on the sizes |
+| fitted_sizes | move slowly |
 | tokens_that_join | free, frugal, bounded by tokens, by seconds and by what is left: by hand |
 | lengths | of the queries that ended |
 | ranks | a relay under tensor parallelism shows its policy no clock |
 """
 
 import random
+from itertools import pairwise
 
 import pytest
 from plan_views import make_decoder, make_query, view
 
 from baton_engines import policies
 from baton_engines.policies import Forward, Plan, Work
+from baton_engines.policies.baton import FIRST
 from baton_engines.policies.costs import FEWEST, FittedCosts
-from baton_engines.policies.token_budget import SLACK, frugal_tokens
+from baton_engines.policies.token_budget import SLACK, efficient_tokens, frugal_tokens
 from baton_engines.relay import Relay
 from baton_engines.testing import FakeLlama
 
@@ -104,6 +108,33 @@ def test_frugal_tokens():
     assert 0 < SLACK < 0.05
 
 
+def test_efficient_tokens():
+    # A forward costs as much as 100 tokens: 4 % more than the least per token.
+    assert 1850 <= efficient_tokens(lambda tokens: 100.0 + tokens) < 1850 * 9 / 8
+    assert 250 <= efficient_tokens(lambda tokens: 100.0 + tokens, 320) < 250 * 9 / 8
+    # Free up to 300 tokens.
+    assert 280 < efficient_tokens(lambda tokens: max(tokens, 300.0)) < 330
+    assert efficient_tokens(lambda tokens: float(tokens)) == 4
+    assert efficient_tokens(lambda tokens: 1.0, 1) == 4
+
+
+def test_fitted_sizes_move_slowly():
+    """The search ends in a flat curve, so that noise moves its result far."""
+    policy = policies.get("baton")
+    for i in range(64):
+        policy.note_end(make_query(i, 300, tokens=20))
+    sizes = [FIRST]
+    for _ in range(3 * FEWEST):
+        # Without a base: the fewest tokens are the best.
+        for count in (7, 255):
+            policy.observe(joint(1, count), 1e-3 * (1 + count))
+        sizes.append(policy._tokens_that_pay(view(num_slots=8)) if policy._fitted.ready else FIRST)
+    changes = [after / before for before, after in pairwise(sizes)]
+    assert min(changes) > 0.3
+    assert max(changes) < 1.05
+    assert sizes[-1] < 40
+
+
 def test_tokens_that_join():
     # A token costs a second, a forward four more.
     policy = policies.get("baton", costs=lambda work: 4.0 + work.tokens)
@@ -111,7 +142,7 @@ def test_tokens_that_join():
         policy.note_end(make_query(i, 300, tokens=20))
     decoders = [make_decoder(i) for i in (7, 8)]
     first, second, third = (make_query(i, length) for i, length in enumerate((30, 900, 9)))
-    frugal = policy._frugal_tokens(view(num_slots=8))
+    frugal = policy._tokens_that_pay(view(num_slots=8))
     # Lengths are rounded to quarter powers of two.
     lengths = 2 ** (33 / 4), 2 ** (17 / 4)
     assert frugal == frugal_tokens(lambda tokens: 4.0 + tokens, 8, *lengths) > 35

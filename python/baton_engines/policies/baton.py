@@ -4,13 +4,13 @@ A finished query never delays the batch. What is left to decide is how to comput
 prompt. The paper computes it separately between two decode steps, which reads the weights once more
 and makes all running queries wait. Here its tokens join the forward of the decoding queries, up to
 
-    tokens of the forward = max(free, frugal)
+    tokens of the forward = max(free, min(frugal, efficient))
 
-where *free* is the largest number that takes hardly longer than decoding by itself, and *frugal*
-the smallest at which a query takes hardly longer than it would with more (`token_budget`). Both
-follow from the cost of forwards, which is fitted while they run (`costs`), and from the lengths of
-the queries that have ended. A bound on the time between two tokens of a query reduces chunks to
-what is predicted to fit.
+where *free* is the largest number that takes hardly longer than decoding by itself, *frugal* the
+smallest at which a query takes hardly longer than it would with more, and *efficient* the smallest
+at which a token does (`token_budget`). All three follow from the cost of forwards, which is fitted
+while they run (`costs`), and from the lengths of the queries that have ended. A bound on the time
+between two tokens of a query reduces chunks to what is predicted to fit.
 Source: BATON (arXiv 2410.18701) for handing on slots and for `join="never"`; Sarathi-Serve
 (OSDI'24) for chunks together with decoders; the sizes are ours.
 """
@@ -27,7 +27,7 @@ from .admission import Admission, get_admission
 from .base import Policy, fitting, pack_chunks, positive, take_chunks
 from .costs import FittedCosts, Work
 from .plan import Forward, Plan, View
-from .token_budget import frugal_tokens
+from .token_budget import efficient_tokens, frugal_tokens
 
 JOINS = ("auto", "never")
 # Tokens of a forward until something is known about costs.
@@ -40,6 +40,9 @@ FIRST_BOUNDED = 8
 GROWTH = 1.25
 # A forward may always take this many times as long as without prompts.
 FREE = 1.1
+# The share of a new result of the search, as a factor, that is adopted at a time: the curves are
+# flat, so small errors of fitted costs move the result far.
+ADOPTED = 0.25
 # The lengths of this many ended queries predict those of the next ones. While fewer than KNOWN have
 # ended, what waiting and running queries say about themselves counts too.
 REMEMBERED, KNOWN = 64, 8
@@ -104,7 +107,7 @@ class Baton(Policy):
             self.needs_times = max_token_gap is not None
         self._seconds = costs
         self._ended: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
-        self._frugal: tuple[object, int] = (None, 0)
+        self._that_pay: tuple[object, int] = (None, FIRST)
 
     def observe(self, work: Work, seconds: float) -> None:
         """A forward of that work took this long."""
@@ -139,7 +142,7 @@ class Baton(Policy):
         base = Work.of((), decoders)
         known = self._fitted is None or self._fitted.ready
         if known:
-            wanted = self._frugal_tokens(view) - len(decoders)
+            wanted = self._tokens_that_pay(view) - len(decoders)
             if self._fitted is not None:
                 largest = int(GROWTH * self._fitted.largest)
                 most = max(1, min(most, largest - len(decoders)))
@@ -179,19 +182,27 @@ class Baton(Policy):
             low, high = (middle, high) if within(middle) else (low, middle)
         return low
 
-    def _frugal_tokens(self, view: View) -> int:
+    def _tokens_that_pay(self, view: View) -> int:
         prompt, answer = self._lengths(view)
         # In steps of a fifth: the search is repeated only if lengths or costs change noticeably.
         step = round(4 * log2(prompt)), round(4 * log2(answer))
         version = None if self._fitted is None else self._fitted.version
         key = (version, view.num_slots, step)
-        if key != self._frugal[0]:
+        if key != self._that_pay[0]:
             prompt, answer = (2 ** (quarter / 4) for quarter in step)
-            tokens = frugal_tokens(
-                lambda tokens: self._seconds(Work(tokens)), view.num_slots, prompt, answer
-            )
-            self._frugal = key, tokens
-        return self._frugal[1]
+            frugal = frugal_tokens(self._seconds_of, view.num_slots, prompt, answer)
+            if self._fitted is None:
+                tokens = min(frugal, efficient_tokens(self._seconds_of))
+            else:
+                most = int(GROWTH * self._fitted.largest)
+                tokens = min(frugal, efficient_tokens(self._seconds_of, most))
+                before = self._that_pay[1]
+                tokens = round(before * (tokens / before) ** ADOPTED)
+            self._that_pay = key, tokens
+        return self._that_pay[1]
+
+    def _seconds_of(self, tokens: int) -> float:
+        return self._seconds(Work(tokens))
 
     def _lengths(self, view: View) -> tuple[float, float]:
         """The mean number of tokens of a prompt and of an answer."""

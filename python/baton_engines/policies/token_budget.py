@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-LARGEST = 8192
+SMALLEST, LARGEST = 4, 8192
 # The share by which a smaller forward may increase the time per query.
 SLACK = 0.025
+# The share of the least time per token that more tokens per forward could save at most.
+WASTE = 0.04
 
 
 def frugal_tokens(
@@ -30,9 +32,7 @@ def frugal_tokens(
         num_slots: of the relay.
         prompt, answer: the mean number of tokens of a query.
     """
-    sizes = [4]
-    while sizes[-1] < LARGEST:
-        sizes.append(max(sizes[-1] + 1, sizes[-1] * 9 // 8))
+    sizes = _sizes()
     chunk = np.array(sizes, dtype=float)
     rate = _queries_per_forward(num_slots, prompt, answer, chunk)
     decoders = rate * (answer - 1)
@@ -46,6 +46,26 @@ def frugal_tokens(
     plain = np.interp(np.maximum(decoders, 1.0), known, line)
     each = (share * full + (1 - share) * plain) / rate
     return round(float(tokens[np.argmax(each <= (1 + SLACK) * each.min())]))
+
+
+def efficient_tokens(seconds: Callable[[int], float], most: int = LARGEST) -> int:
+    """The smallest number of tokens per forward at which the time per token is nearly the least.
+
+    Args:
+        seconds: the time of a forward as a function of its tokens.
+        most: the most tokens that are considered.
+    """
+    sizes = [size for size in _sizes() if size <= max(most, SMALLEST)]
+    each = np.array([seconds(size) / size for size in sizes])
+    return sizes[int(np.argmax(each <= (1 + WASTE) * each.min()))]
+
+
+def _sizes() -> list[int]:
+    """The numbers of tokens that are compared, in steps of an eighth."""
+    sizes = [SMALLEST]
+    while sizes[-1] < LARGEST:
+        sizes.append(max(sizes[-1] + 1, sizes[-1] * 9 // 8))
+    return sizes
 
 
 def _queries_per_forward(
