@@ -19,6 +19,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch._dynamo.exc import Unsupported
+from torch._inductor.exc import InductorError
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
@@ -220,8 +221,8 @@ def measure(
         decoder.prepare()
         try:
             decoder.tokens += [decoder.step() for _ in range(warm_up)]
-        except Unsupported as error:
-            print(f"{side.name}: left out, not one graph: {str(error).splitlines()[0]}")
+        except (Unsupported, InductorError) as error:
+            print(f"{side.name}: left out, not to be compiled: {str(error).splitlines()[0]}")
             continue
         decoders.append(decoder)
     for _ in range(steps):
