@@ -85,6 +85,7 @@ SIDES = [
     Side("baton", "slot"),
     Side("baton", "slot", packed=True),
 ]
+# FlexAttention compiles its kernel in any case.
 COMPILED = [Side("flex_attention", "static"), Side("flex_attention", "static", True)]
 COMPILED += [Side("sdpa", "static", True)]
 COMPILED += [Side("baton", "static", True), Side("baton", "slot", True)]

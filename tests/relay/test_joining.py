@@ -128,7 +128,7 @@ def test_fitted_sizes_move_slowly():
         # Without a base: the fewest tokens are the best.
         for count in (7, 255):
             policy.observe(joint(1, count), 1e-3 * (1 + count))
-        sizes.append(policy._tokens_that_pay(view(num_slots=8)) if policy._fitted.ready else FIRST)
+        sizes.append(policy._wanted_tokens(view(num_slots=8)) if policy._fitted.ready else FIRST)
     changes = [after / before for before, after in pairwise(sizes)]
     assert min(changes) > 0.3
     assert max(changes) < 1.05
@@ -142,7 +142,7 @@ def test_tokens_that_join():
         policy.note_end(make_query(i, 300, tokens=20))
     decoders = [make_decoder(i) for i in (7, 8)]
     first, second, third = (make_query(i, length) for i, length in enumerate((30, 900, 9)))
-    frugal = policy._tokens_that_pay(view(num_slots=8))
+    frugal = policy._wanted_tokens(view(num_slots=8))
     # Lengths are rounded to quarter powers of two.
     lengths = 2 ** (33 / 4), 2 ** (17 / 4)
     assert frugal == frugal_tokens(lambda tokens: 4.0 + tokens, 8, *lengths) > 35

@@ -222,10 +222,11 @@ class PatchedLlama(ModelHandle):
             cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
             logits: "last" for the logits of each row's last token, "all" for those of every packed
                 token, "none" for none.
-            float32: bool; False: logits stay in the dtype in which they were computed.
+            float32: bool; whether logits are converted to float32, or may stay in the dtype in
+                which they were computed, with the same values.
 
         Returns:
-            float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`, made in inference mode; or
+            `[rows, vocab_size]` or `[total_tokens, vocab_size]`, made in inference mode; or
             None.
 
         Raises:

@@ -123,10 +123,11 @@ class ModelHandle(ABC):
             cache: KVCache of `new_cache`. Written: the columns of the packed tokens.
             logits: "last" for the logits of each row's last token, "all" for those of every packed
                 token, "none" for none.
-            float32: bool; False: logits may stay in the model's dtype, with the same values.
+            float32: bool; whether logits are converted to float32, or may stay in the dtype in
+                which they were computed, with the same values.
 
         Returns:
-            float32 `[rows, vocab_size]` or `[total_tokens, vocab_size]`; or None.
+            `[rows, vocab_size]` or `[total_tokens, vocab_size]`; or None.
         """
 
     def addresses(self, longest: int) -> tuple[int, ...]:

@@ -107,7 +107,7 @@ class Baton(Policy):
             self.needs_times = max_token_gap is not None
         self._seconds = costs
         self._ended: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
-        self._that_pay: tuple[object, int] = (None, FIRST)
+        self._wanted: tuple[object, int] = (None, FIRST)
 
     def observe(self, work: Work, seconds: float) -> None:
         """A forward of that work took this long."""
@@ -142,7 +142,7 @@ class Baton(Policy):
         base = Work.of((), decoders)
         known = self._fitted is None or self._fitted.ready
         if known:
-            wanted = self._tokens_that_pay(view) - len(decoders)
+            wanted = self._wanted_tokens(view) - len(decoders)
             if self._fitted is not None:
                 largest = int(GROWTH * self._fitted.largest)
                 most = max(1, min(most, largest - len(decoders)))
@@ -182,13 +182,15 @@ class Baton(Policy):
             low, high = (middle, high) if within(middle) else (low, middle)
         return low
 
-    def _tokens_that_pay(self, view: View) -> int:
+    def _wanted_tokens(self, view: View) -> int:
+        """The tokens of a forward that pay off: min(frugal, efficient), approached from `FIRST` if
+        costs are fitted."""
         prompt, answer = self._lengths(view)
         # In steps of a fifth: the search is repeated only if lengths or costs change noticeably.
         step = round(4 * log2(prompt)), round(4 * log2(answer))
         version = None if self._fitted is None else self._fitted.version
         key = (version, view.num_slots, step)
-        if key != self._that_pay[0]:
+        if key != self._wanted[0]:
             prompt, answer = (2 ** (quarter / 4) for quarter in step)
             frugal = frugal_tokens(self._seconds_of, view.num_slots, prompt, answer)
             if self._fitted is None:
@@ -196,10 +198,10 @@ class Baton(Policy):
             else:
                 most = int(GROWTH * self._fitted.largest)
                 tokens = min(frugal, efficient_tokens(self._seconds_of, most))
-                before = self._that_pay[1]
+                before = self._wanted[1]
                 tokens = round(before * (tokens / before) ** ADOPTED)
-            self._that_pay = key, tokens
-        return self._that_pay[1]
+            self._wanted = key, tokens
+        return self._wanted[1]
 
     def _seconds_of(self, tokens: int) -> float:
         return self._seconds(Work(tokens))

@@ -43,7 +43,10 @@ class Choice(NamedTuple):
 
 
 def choose_next(
-    queries: Sequence[Query], ready: Sequence[bool], logits: torch.Tensor
+    queries: Sequence[Query],
+    ready: Sequence[bool],
+    logits: torch.Tensor,
+    likeliest: Sequence[int] | None = None,
 ) -> list[Choice]:
     """Chooses the next token of every query that is ready for one.
 
@@ -51,10 +54,12 @@ def choose_next(
         queries: one per row.
         ready: whether its prompt is complete.
         logits: [rows, vocab], of any floating dtype; rules and draws use their values in float32.
+        likeliest: `baton_kernels.likeliest` of every row, if known.
     """
     if not queries:
         return []
-    likeliest = kernels.likeliest(logits).tolist()
+    if likeliest is None:
+        likeliest = kernels.likeliest(logits).tolist()
     choices = [Choice(token >= 0, max(token, 0)) for token in likeliest]
     rows = [
         row

@@ -211,11 +211,9 @@ class Batch:
                 known yet. Only for rows whose prompts are complete.
         """
         queries = [row.query for row in rows]
-        if likeliest is not None and all(q.serving.sampler.takes_likeliest for q in queries):
-            return [Choice(token >= 0, max(token, 0)) for token in likeliest]
         ready = [row.num_tokens >= row.query.prompt_left for row in rows]
         try:
-            return choose_next(queries, ready, logits)
+            return choose_next(queries, ready, logits, likeliest)
         except Exception as error:
             _log.info("choosing tokens of %d rows failed", len(rows), exc_info=error)
         choices = []
